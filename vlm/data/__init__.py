@@ -1,0 +1,1 @@
+"""Samples, verified shards, deterministic order and the loader."""

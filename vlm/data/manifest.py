@@ -1,0 +1,79 @@
+"""`manifest.json`: what each split of a data folder holds, down to the bytes of every shard."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from vlm.errors import DataError
+from vlm.files import write_file
+
+MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardEntry:
+    """One shard as it was when it was written."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """The shards of every split, in reading order."""
+
+    splits: Mapping[str, tuple[ShardEntry, ...]]
+
+    def shards_of(self, split: str, folder: Path) -> tuple[ShardEntry, ...]:
+        """Return the shards of one split.
+
+        Raises:
+            DataError: there is no such split.
+        """
+        if split not in self.splits:
+            raise DataError(f"{folder} has no split {split!r}; its splits are {', '.join(self.splits)}")
+        return self.splits[split]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a data folder's manifest.
+
+    Raises:
+        DataError: the folder or its manifest is missing or unreadable.
+    """
+    path = folder / MANIFEST_NAME
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; expected a data folder with a {MANIFEST_NAME}")
+    if not path.is_file():
+        raise DataError(
+            f"{folder} has no {MANIFEST_NAME}; `vlm data index {folder}` writes one for its shards"
+        )
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        version = record["format"]
+        splits = {
+            split: tuple(ShardEntry(**entry) for entry in entries)
+            for split, entries in record["splits"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is not a manifest: {error}") from error
+    if version != FORMAT_VERSION:
+        raise DataError(f"{path} has format {version}; this version reads format {FORMAT_VERSION}")
+    return Manifest(splits=splits)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write a data folder's manifest, the same bytes for the same manifest."""
+    record = {
+        "format": FORMAT_VERSION,
+        "splits": {
+            split: [asdict(entry) for entry in entries]
+            for split, entries in manifest.splits.items()
+        },
+    }
+    text = json.dumps(record, ensure_ascii=False, indent=1) + "\n"
+    write_file(folder / MANIFEST_NAME, text.encode())

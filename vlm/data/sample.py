@@ -1,0 +1,55 @@
+"""The two records that cross the data room's walls: `Sample` and `Batch`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from vlm.text.tokenizer import TokenBatch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One picture with its captions, as stored in a shard."""
+
+    uid: str
+    """Unique name of the sample; also its key in the shard."""
+    image: bytes
+    """The encoded picture (WebP, PNG or JPEG)."""
+    captions: Mapping[str, Sequence[str]]
+    """Captions by language code (`zh`, `en`, ...); the first of a language is its main caption."""
+    concept: str
+    """What the picture shows: samples of one concept are never negatives of each other."""
+    source: str = ""
+    """Where the picture comes from, for example the drawing style."""
+    licence: str = ""
+    """SPDX identifier of the picture's licence."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Further labels, for example the class used in zero-shot classification."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """What one training step reads; row `i` of every tensor belongs to sample `i`."""
+
+    images: Float[Tensor, "batch 3 height width"]
+    texts: Mapping[str, TokenBatch]
+    """One caption a sample for each language; an empty text where the language is missing."""
+    image_ids: Int64[Tensor, " batch"]
+    """Equal where two pictures show the same concept."""
+    caption_ids: Mapping[str, Int64[Tensor, " batch"]]
+    """Per language, equal where two captions are the same text; `NO_CAPTION` where missing."""
+    uids: tuple[str, ...]
+
+    def to(self, device: torch.device) -> Self:
+        """Return the same batch with its tensors on `device`."""
+        return type(self)(
+            images=self.images.to(device, non_blocking=True),
+            texts={language: tokens.to(device) for language, tokens in self.texts.items()},
+            image_ids=self.image_ids.to(device),
+            caption_ids={language: ids.to(device) for language, ids in self.caption_ids.items()},
+            uids=self.uids,
+        )

@@ -1,0 +1,225 @@
+"""WebDataset shards: written byte for byte alike, and verified against the manifest when opened."""
+
+import gzip
+import hashlib
+import io
+import json
+import mmap
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import webdataset
+from webdataset.tariterators import base_plus_ext
+
+from vlm.data.manifest import ShardEntry
+from vlm.data.sample import Sample
+from vlm.errors import DataError
+from vlm.files import write_file
+
+_IMAGE_SIGNATURES = {"png": b"\x89PNG\r\n\x1a\n", "jpg": b"\xff\xd8\xff", "webp": b"RIFF"}
+_IMAGE_EXTENSIONS = frozenset({"png", "jpg", "jpeg", "webp"})
+
+
+@dataclass(frozen=True, slots=True)
+class _Members:
+    """Where the two members of one sample lie in the unpacked shard."""
+
+    key: str
+    image: tuple[int, int]
+    record: tuple[int, int]
+
+
+class Shard:
+    """One verified shard; samples are read by their position in it."""
+
+    def __init__(self, path: Path, content: bytes | mmap.mmap, members: Sequence[_Members]) -> None:
+        self._path = path
+        self._content = content
+        self._members = members
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __getitem__(self, position: int) -> Sample:
+        """Return the sample at `position`.
+
+        Raises:
+            DataError: its JSON record is not one of ours.
+        """
+        members = self._members[position]
+        image = self._read(members.image)
+        try:
+            record = json.loads(self._read(members.record))
+            return _sample_from_record(members.key, image, record)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{self._path}: the record of {members.key!r} is not valid ({error}); "
+                'expected JSON with "captions": {language: [text, ...]}'
+            ) from error
+
+    def _read(self, span: tuple[int, int]) -> bytes:
+        start, size = span
+        return bytes(self._content[start : start + size])
+
+
+def open_shard(folder: Path, entry: ShardEntry) -> Shard:
+    """Open a shard and check it against its manifest entry.
+
+    Plain `.tar` files are mapped into memory; `.tar.gz` files are unpacked into it.
+
+    Raises:
+        DataError: the file is missing, or its bytes, hash or sample count differ.
+    """
+    path = folder / entry.name
+    if not path.is_file():
+        raise DataError(f"shard {path} is missing; the manifest lists it")
+    if path.stat().st_size != entry.bytes:
+        raise DataError(
+            f"shard {path} is damaged: {path.stat().st_size} bytes, the manifest says {entry.bytes}"
+        )
+    packed = _map_file(path)
+    found = hashlib.sha256(packed).hexdigest()
+    if found != entry.sha256:
+        raise DataError(
+            f"shard {path} is damaged: sha256 {found[:12]}, the manifest says {entry.sha256[:12]}"
+        )
+    shard = _index_shard(path, packed)
+    if len(shard) != entry.samples:
+        raise DataError(
+            f"shard {path} holds {len(shard)} samples, the manifest says {entry.samples}"
+        )
+    return shard
+
+
+def describe_shard(path: Path) -> ShardEntry:
+    """Return the manifest entry of a shard as it is now, after reading its index."""
+    packed = _map_file(path)
+    return _entry(path.name, packed, samples=len(_index_shard(path, packed)))
+
+
+def write_shards(
+    samples: Iterable[Sample], folder: Path, *, split: str, samples_per_shard: int
+) -> tuple[ShardEntry, ...]:
+    """Write samples as `SPLIT-00000.tar.gz`, ... and return their manifest entries.
+
+    The bytes depend on the samples alone: members carry no time, owner or machine.
+    """
+    entries: list[ShardEntry] = []
+    remaining = iter(samples)
+    while chunk := list(islice(remaining, samples_per_shard)):
+        name = f"{split}-{len(entries):05d}.tar.gz"
+        content = _pack(chunk)
+        write_file(folder / name, content)
+        entries.append(_entry(name, content, samples=len(chunk)))
+    return tuple(entries)
+
+
+def _map_file(path: Path) -> bytes | mmap.mmap:
+    with path.open("rb") as file:
+        empty = path.stat().st_size == 0  # an empty file cannot be mapped
+        return b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _entry(name: str, content: bytes | mmap.mmap, *, samples: int) -> ShardEntry:
+    digest = hashlib.sha256(content).hexdigest()
+    return ShardEntry(name=name, samples=samples, bytes=len(content), sha256=digest)
+
+
+def _pack(samples: Iterable[Sample]) -> bytes:
+    buffer = io.BytesIO()
+    writer = webdataset.TarWriter(
+        buffer, encoder=False, mtime=0, user="", group="", mode=0o644, compress=False
+    )
+    for sample in samples:
+        writer.write(_members_of(sample))
+    writer.close()
+    return gzip.compress(buffer.getvalue(), compresslevel=9, mtime=0)
+
+
+def _members_of(sample: Sample) -> dict[str, str | bytes]:
+    record = {
+        "captions": {language: list(texts) for language, texts in sample.captions.items()},
+        "concept": sample.concept,
+        "source": sample.source,
+        "licence": sample.licence,
+        "labels": dict(sample.labels),
+    }
+    text = json.dumps(record, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return {
+        "__key__": sample.uid,
+        _image_extension(sample): sample.image,
+        "json": text.encode(),
+    }
+
+
+def _image_extension(sample: Sample) -> str:
+    for extension, signature in _IMAGE_SIGNATURES.items():
+        if sample.image.startswith(signature):
+            return extension
+    raise DataError(f"the picture of {sample.uid!r} is neither PNG, JPEG nor WebP")
+
+
+def _sample_from_record(key: str, image: bytes, record: Mapping[str, object]) -> Sample:
+    captions = record["captions"]
+    if not isinstance(captions, dict) or not any(captions.values()):
+        raise ValueError("no captions")
+    labels = record.get("labels", {})
+    if not isinstance(labels, dict):
+        raise ValueError("labels is not a mapping")
+    return Sample(
+        uid=key,
+        image=image,
+        captions={
+            language: [texts] if isinstance(texts, str) else texts
+            for language, texts in captions.items()
+            if texts
+        },
+        concept=str(record.get("concept") or key),
+        source=str(record.get("source", "")),
+        licence=str(record.get("licence", "")),
+        labels=labels,
+    )
+
+
+def _index_shard(path: Path, packed: bytes | mmap.mmap) -> Shard:
+    """Find where every sample's members lie.
+
+    Raises:
+        DataError: the tar cannot be read to its end, or a sample lacks its picture or record.
+    """
+    try:
+        content = gzip.decompress(packed) if path.name.endswith(".gz") else packed
+        spans = _spans_by_key(content)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise DataError(f"shard {path} cannot be read: {error}") from error
+    members = []
+    for key, parts in spans.items():
+        images = [span for extension, span in parts.items() if extension in _IMAGE_EXTENSIONS]
+        if len(images) != 1 or "json" not in parts:
+            found = ", ".join(sorted(parts))
+            raise DataError(f"shard {path}: {key!r} needs one picture and one .json, has {found}")
+        members.append(_Members(key=key, image=images[0], record=parts["json"]))
+    return Shard(path, content, members)
+
+
+def _spans_by_key(content: bytes | mmap.mmap) -> dict[str, dict[str, tuple[int, int]]]:
+    spans: dict[str, dict[str, tuple[int, int]]] = {}
+    for member in _tar_members(content):
+        key, extension = base_plus_ext(member.name)
+        if key is None:
+            continue  # webdataset ignores members without an extension as well
+        if extension.lower() in spans.setdefault(key, {}):
+            raise tarfile.ReadError(f"{member.name} occurs twice")
+        spans[key][extension.lower()] = (member.offset_data, member.size)
+    return spans
+
+
+def _tar_members(content: bytes | mmap.mmap) -> Iterator[tarfile.TarInfo]:
+    file = io.BytesIO(content) if isinstance(content, bytes) else content
+    file.seek(0)
+    # errorlevel and ignore_zeros stay at their defaults; the hash has vouched for the bytes.
+    with tarfile.open(fileobj=file, mode="r:") as archive:  # type: ignore[call-overload]
+        yield from (member for member in archive if member.isfile())

@@ -1,0 +1,1 @@
+"""Which ranks exchange what, with gradients."""

@@ -1,0 +1,33 @@
+"""The errors a user can cause: each message says what was found and what was expected."""
+
+
+class VlmError(Exception):
+    """Base of every error that a user can mend; the command line prints it as one line."""
+
+
+class ConfigError(VlmError):
+    """A configuration file or flag is wrong."""
+
+
+class DataError(VlmError):
+    """A shard, manifest, caption or picture is missing, damaged or not what it claims to be."""
+
+
+class TokenizerError(VlmError):
+    """A tokenizer cannot be trained, read or used as asked."""
+
+
+class CheckpointError(VlmError):
+    """A checkpoint or bundle is missing, damaged or belongs to something else."""
+
+
+class SearchIndexError(VlmError):
+    """A search index is missing, damaged or belongs to another model."""
+
+
+class DistributedError(VlmError):
+    """The processes of a run cannot be grouped as asked."""
+
+
+class TrainingError(VlmError):
+    """Training cannot go on, for example because the loss is no longer finite."""

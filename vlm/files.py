@@ -1,0 +1,95 @@
+"""Files and folders that are written whole or not at all."""
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vlm.errors import VlmError
+
+_HASH_BLOCK = 1 << 20
+
+
+def sha256_of(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new one, never a part.
+
+    Raises:
+        VlmError: the disk is full or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    with _clear_disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+@contextmanager
+def write_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder to fill, and move it to `path` once the block ends well.
+
+    A folder already at `path` is replaced. If the block raises, `path` is left as it was.
+
+    Raises:
+        VlmError: the disk is full or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with _clear_disk_errors(path):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            yield temporary
+            for file in sorted(temporary.rglob("*")):
+                if file.is_file():
+                    _flush_to_disk(file)
+            _replace_folder(temporary, path)
+            _flush_to_disk(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    """Put `new` in the place of `path`; a rename cannot replace a folder that holds files."""
+    if not path.exists():
+        new.rename(path)
+        return
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old)
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _clear_disk_errors(path: Path) -> Iterator[None]:
+    """Say in one sentence what the disk refused; other errors pass unchanged."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise VlmError(f"no space left on the disk that holds {path}") from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+            raise VlmError(f"cannot write {path}: {error.strerror}") from error
+        raise

@@ -1,0 +1,1 @@
+"""Contrastive losses: pure functions and their grouped form."""

@@ -1,0 +1,1 @@
+"""Retrieval metrics, FAISS indexes, search and evaluation."""

@@ -1,0 +1,1 @@
+"""Strings to token ids: the tokenizer contract and its back ends."""

@@ -1,0 +1,1 @@
+"""Configuration, optimizer, schedule, checkpoints and the training loop."""

@@ -8,7 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from vlm.errors import VlmError
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says when a disk, a quota or a file-size limit is exhausted."""
 
 _HASH_BLOCK = 1 << 20
 
@@ -88,8 +93,12 @@ def _clear_disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise VlmError(f"no space left on the disk that holds {path}") from error
+        if error.errno in FULL_DISK:
+            raise VlmError(f"no space left to write {path}: {error.strerror}") from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
             raise VlmError(f"cannot write {path}: {error.strerror}") from error
+        raise
+    except SafetensorError as error:  # it carries the system's error in its text only
+        if any(f"os error {number}" in str(error) for number in FULL_DISK):
+            raise VlmError(f"no space left to write {path}: {error}") from error
         raise

@@ -14,7 +14,7 @@ from pathlib import Path
 import webdataset
 from webdataset.tariterators import base_plus_ext
 
-from vlm.data.manifest import ShardEntry
+from vlm.data.manifest import Manifest, ShardEntry, write_manifest
 from vlm.data.sample import Sample
 from vlm.errors import DataError
 from vlm.files import write_file
@@ -98,6 +98,29 @@ def describe_shard(path: Path) -> ShardEntry:
     """Return the manifest entry of a shard as it is now, after reading its index."""
     packed = _map_file(path)
     return _entry(path.name, packed, samples=len(_index_shard(path, packed)))
+
+
+def index_folder(folder: Path) -> Manifest:
+    """Write the manifest of the shards in a folder and return it.
+
+    The split of a shard is the part of its name before the last dash: `train-00000.tar`.
+
+    Raises:
+        DataError: there is no such folder, no shard in it, or a shard cannot be read.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; expected one with WebDataset shards")
+    splits: dict[str, list[ShardEntry]] = {}
+    for path in sorted([*folder.glob("*.tar"), *folder.glob("*.tar.gz")]):
+        split, dash, _ = path.name.rpartition("-")
+        if not dash:
+            raise DataError(f"{path} belongs to no split; expected a name like train-00000.tar")
+        splits.setdefault(split, []).append(describe_shard(path))
+    if not splits:
+        raise DataError(f"{folder} holds no shard; expected files like train-00000.tar")
+    manifest = Manifest(splits={split: tuple(entries) for split, entries in splits.items()})
+    write_manifest(folder, manifest)
+    return manifest
 
 
 def write_shards(

@@ -1,0 +1,47 @@
+"""Bilingual (Chinese-English) vision-language pretraining, retrieval and embeddings.
+
+The names below are imported when they are first used, so that `import vlm` costs no torch import.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlm.embedder import Embedder
+    from vlm.errors import VlmError
+    from vlm.retrieval.evaluation import evaluate_retrieval
+    from vlm.text.tokenizer import Tokenizer, load_tokenizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Embedder",
+    "Tokenizer",
+    "VlmError",
+    "__version__",
+    "evaluate_retrieval",
+    "load",
+    "load_tokenizer",
+]
+
+_HOMES = {
+    "Embedder": "vlm.embedder",
+    "Tokenizer": "vlm.text.tokenizer",
+    "VlmError": "vlm.errors",
+    "evaluate_retrieval": "vlm.retrieval.evaluation",
+    "load_tokenizer": "vlm.text.tokenizer",
+}
+
+
+def load(folder: str, *, device: str | None = None) -> "Embedder":
+    """Read a bundle; see `vlm.embedder.Embedder.load`."""
+    from vlm.embedder import Embedder
+
+    return Embedder.load(folder, device=device)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from the module that defines it."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vlm' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,159 @@
+"""A bundle: one folder with everything inference needs, in a layout that open_clip reads too."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vlm.errors import CheckpointError
+from vlm.files import sha256_of, write_folder
+from vlm.images.transforms import evaluation_transform
+from vlm.models.dual_encoder import DualEncoder, build_from_open_clip_config
+from vlm.text.tokenizer import Tokenizer, load_tokenizer
+
+FORMAT_VERSION = 1
+
+# The first two names are open_clip's; its `local-dir:` scheme looks for them.
+_MODEL_CONFIG = "open_clip_config.json"
+_WEIGHTS = "open_clip_model.safetensors"
+_TOKENIZER = "tokenizer"
+_DESCRIPTION = "vlm.json"
+_OUR_SCALE, _OPEN_CLIP_SCALE = "log_logit_scale", "logit_scale"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """A trained model with the tokenizer and picture transform it was trained with."""
+
+    model: DualEncoder
+    tokenizer: Tokenizer
+    transform: Callable[[Image.Image], Float[Tensor, "3 height width"]]
+    languages: tuple[str, ...]
+    """Languages of the training captions."""
+    fingerprint: str
+    """SHA-256 of the weights; two bundles with one fingerprint give the same embeddings."""
+
+
+def save_bundle(
+    folder: Path,
+    *,
+    model: DualEncoder,
+    model_cfg: Mapping[str, Any],
+    preprocess_cfg: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    languages: tuple[str, ...],
+) -> None:
+    """Write a bundle, whole or not at all.
+
+    Args:
+        folder: Where to; a bundle already there is replaced.
+        model: The model whose weights are written, as float32.
+        model_cfg: open_clip's description of the model.
+        preprocess_cfg: open_clip's description of the picture transform.
+        tokenizer: The tokenizer the model was trained with.
+        languages: Languages of the training captions.
+    """
+    weights = {
+        _OPEN_CLIP_SCALE if name == _OUR_SCALE else name: tensor.contiguous().cpu()
+        for name, tensor in model.state_dict().items()
+    }
+    description = {
+        "format": FORMAT_VERSION,
+        "vlm": version("vlm"),
+        "languages": list(languages),
+        "tokenizer": {
+            "fingerprint": tokenizer.fingerprint,
+            "context_length": tokenizer.context_length,
+        },
+    }
+    with write_folder(folder) as temporary:
+        save_file(weights, temporary / _WEIGHTS)
+        config = {"model_cfg": dict(model_cfg), "preprocess_cfg": dict(preprocess_cfg)}
+        _write_json(temporary / _MODEL_CONFIG, config)
+        tokenizer.save(temporary / _TOKENIZER)
+        _write_json(temporary / _DESCRIPTION, description)
+
+
+def load_bundle(folder: Path) -> Bundle:
+    """Read a bundle, without the network and without running anything it holds.
+
+    Raises:
+        CheckpointError: the folder is no bundle, a part is missing or damaged, or the tokenizer
+            is not the one that the model was trained with.
+    """
+    if not (folder / _DESCRIPTION).is_file():
+        raise CheckpointError(f"{folder} is not a bundle: it has no {_DESCRIPTION}")
+    description = _read_json(folder / _DESCRIPTION)
+    config = _read_json(folder / _MODEL_CONFIG)
+    try:
+        format_version = description["format"]
+        fingerprint = description["tokenizer"]["fingerprint"]
+        languages = tuple(description["languages"])
+        model_cfg, preprocess_cfg = config["model_cfg"], config["preprocess_cfg"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"the descriptions in {folder} lack {error}") from error
+    if format_version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder} has bundle format {format_version}; this version reads {FORMAT_VERSION}"
+        )
+    tokenizer = load_tokenizer(folder / _TOKENIZER)
+    if tokenizer.fingerprint != fingerprint:
+        raise CheckpointError(
+            f"{folder} holds another tokenizer ({tokenizer.fingerprint[:12]}) than its model was "
+            f"trained with ({fingerprint[:12]})"
+        )
+    model = build_from_open_clip_config(model_cfg)
+    _load_weights(model, folder / _WEIGHTS)
+    return Bundle(
+        model=model.eval(),
+        tokenizer=tokenizer,
+        transform=evaluation_transform(preprocess_cfg),
+        languages=languages,
+        fingerprint=sha256_of(folder / _WEIGHTS),
+    )
+
+
+def _load_weights(model: DualEncoder, path: Path) -> None:
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read the weights {path}: {error}") from error
+    if _OPEN_CLIP_SCALE in weights:
+        weights[_OUR_SCALE] = weights.pop(_OPEN_CLIP_SCALE)
+    expected = model.state_dict()
+    wrong = sorted(
+        name
+        for name in weights.keys() | expected.keys()
+        if name not in weights
+        or name not in expected
+        or weights[name].shape != expected[name].shape
+    )
+    if wrong:
+        shown = ", ".join(wrong[:3]) + (", ..." if len(wrong) > 3 else "")
+        raise CheckpointError(
+            f"{path} does not fit its model: {len(wrong)} tensors are missing, unexpected or of "
+            f"another shape ({shown})"
+        )
+    model.load_state_dict(weights)
+
+
+def _write_json(path: Path, record: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return record

@@ -1,0 +1,105 @@
+"""The command `vlm`: finds the module of a verb, reads its options, prints errors as one line."""
+
+import difflib
+import logging
+import re
+import sys
+from argparse import ArgumentError
+from collections.abc import Sequence
+from importlib import import_module
+
+from jsonargparse import ArgumentParser
+
+from vlm.errors import VlmError
+from vlm.files import FULL_DISK
+
+VERBS = {
+    ("quickstart",): ("vlm.cli.quickstart", "train and score a small model on the emoji pictures"),
+    ("train",): ("vlm.cli.train", "train a model; also under `accelerate launch -m vlm train`"),
+    ("eval", "retrieval"): ("vlm.cli.eval_retrieval", "score a bundle on retrieval"),
+    ("embed",): ("vlm.cli.embed", "turn pictures into vectors"),
+    ("index",): ("vlm.cli.index", "make vectors searchable"),
+    ("search",): ("vlm.cli.search", "find pictures by a text or a picture"),
+    ("tokenizer", "train"): ("vlm.cli.tokenizer_train", "train a bilingual tokenizer"),
+    ("data", "emoji"): ("vlm.cli.data_emoji", "rebuild the emoji pictures from their sources"),
+    ("data", "index"): ("vlm.cli.data_index", "write the manifest of your own shards"),
+    ("data", "check"): ("vlm.cli.data_check", "verify every shard of a data folder"),
+}
+"""Every verb with the module that runs it: `add_arguments(parser)` and `run(options)`."""
+
+_UNKNOWN_KEY = re.compile(r"(?:does not accept option|unrecognized arguments:|not accept.*key) *'?([\w.-]+)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code: 0, or 2 after an error of the user's."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        return _run(words)
+    except VlmError as error:
+        print(f"vlm: {error}", file=sys.stderr)
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        print(f"vlm: no space left to write: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("vlm: interrupted", file=sys.stderr)
+        return 130
+    return 2
+
+
+def _run(words: Sequence[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if words[0] == "--version":
+        from vlm import __version__
+
+        print(f"vlm {__version__}")
+        return 0
+    verb = next((v for v in VERBS if tuple(words[: len(v)]) == v), None)
+    if verb is None:
+        raise VlmError(_unknown_verb(words))
+    module = import_module(VERBS[verb][0])
+    parser = ArgumentParser(
+        prog=f"vlm {' '.join(verb)}", description=module.__doc__, exit_on_error=False
+    )
+    module.add_arguments(parser)
+    try:
+        options = parser.instantiate(parser.parse_args(list(words[len(verb) :])))
+    except ArgumentError as error:
+        raise VlmError(_explain(str(error), parser)) from error
+    module.run(options)
+    return 0
+
+
+def _overview() -> str:
+    width = max(len(" ".join(verb)) for verb in VERBS)
+    lines = [f"  {' '.join(verb).ljust(width)}  {text}" for verb, (_, text) in VERBS.items()]
+    return "\n".join(
+        ["usage: vlm VERB [options]", "", "verbs:", *lines, "", "`vlm VERB --help` lists options."]
+    )
+
+
+def _unknown_verb(words: Sequence[str]) -> str:
+    known = [" ".join(verb) for verb in VERBS]
+    near = difflib.get_close_matches(" ".join(words[:2]), known, n=1, cutoff=0.5)
+    near = near or difflib.get_close_matches(words[0], known, n=1, cutoff=0.5)
+    hint = f"; did you mean `vlm {near[0]}`?" if near else f"; expected one of {', '.join(known)}"
+    return f"there is no verb {words[0]!r}{hint}"
+
+
+def _explain(message: str, parser: ArgumentParser) -> str:
+    """Turn the parser's complaint into one line, with the nearest key where one is unknown."""
+    unknown = _UNKNOWN_KEY.search(message)
+    if unknown is None:
+        return " ".join(message.split())
+    key = unknown[1].lstrip("-")
+    known = [
+        option.lstrip("-")
+        for action in parser._actions  # argparse has no public list of its options
+        for option in action.option_strings
+        if option.startswith("--")
+    ]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"there is no option {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")

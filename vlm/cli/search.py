@@ -1,0 +1,46 @@
+"""Find the pictures of an index that are nearest to a text, in any language, or to a picture."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from vlm.embedder import Embedder
+from vlm.errors import VlmError
+from vlm.retrieval.search import Hit, SearchIndex, hits_as_records
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the options of `vlm search`."""
+    parser.add_argument("index", type=Path, help="folder that `vlm index` wrote")
+    parser.add_argument("--text", type=str | None, default=None, help="what to look for, such as 一只猫")
+    parser.add_argument("--image", type=Path | None, default=None, help="picture to look for, instead")
+    parser.add_argument("--k", type=int, default=5, help="how many pictures to show")
+    parser.add_argument("--bundle", type=Path | None, default=None,
+                        help="the model's folder, if it has been moved")  # fmt: skip
+    parser.add_argument("--device", type=str | None, default=None, help="such as cpu or cuda:0")
+    parser.add_argument("--json", action="store_true", help="print JSON, one object a hit")
+
+
+def run(options: Any) -> None:
+    """Search; print the hits."""
+    if (options.text is None) == (options.image is None):
+        raise VlmError("vlm search needs either --text TEXT or --image FILE")
+    index = SearchIndex.open(options.index)
+    embedder = Embedder.load(options.bundle or index.bundle, device=options.device)
+    index.check_model(embedder)
+    if options.image:
+        query = embedder.encode_image([options.image])
+    else:
+        query = embedder.encode_text([options.text])
+    hits = index.search(query, options.k)
+    if options.json:
+        print(json.dumps(hits_as_records(hits), ensure_ascii=False, indent=1))
+    else:
+        print("\n".join(_line(hit) for hit in hits))
+
+
+def _line(hit: Hit) -> str:
+    captions = " / ".join(hit.captions.values())
+    return f"{hit.rank:>3}  {hit.score:.3f}  {hit.path or hit.uid}" + f"  {captions}".rstrip()

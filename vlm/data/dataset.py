@@ -1,0 +1,61 @@
+"""The samples of one split by their index, read from verified shards."""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+from vlm.data.manifest import read_manifest
+from vlm.data.sample import Sample
+from vlm.data.shards import open_shard
+from vlm.errors import DataError
+
+
+class ShardedSplit:
+    """One split of a data folder; every shard is verified before the first sample is read.
+
+    Args:
+        folder: A data folder with a manifest.
+        split: Name of the split.
+
+    Raises:
+        DataError: the folder, the split or one of its shards is missing or damaged.
+    """
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self.folder = folder
+        self.split = split
+        entries = read_manifest(folder).shards_of(split, folder)
+        self._shards = [open_shard(folder, entry) for entry in entries]
+        self._ends = list(accumulate(len(shard) for shard in self._shards))
+        if not self._ends or not self._ends[-1]:
+            raise DataError(f"the split {split!r} of {folder} is empty")
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Sample:
+        """Return the sample at `index` in [0, len)."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        shard = bisect_right(self._ends, index)
+        return self._shards[shard][index - self._ends[shard] + len(self._shards[shard])]
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Give every sample in shard order."""
+        return (self[index] for index in range(len(self)))
+
+    def unique_captions(self, languages: Sequence[str]) -> list[str]:
+        """Return every caption once, in the order of first occurrence."""
+        return list(
+            dict.fromkeys(
+                text
+                for sample in self
+                for language in languages
+                for text in sample.captions.get(language, ())
+            )
+        )
+
+    def __reduce__(self) -> tuple[type["ShardedSplit"], tuple[Path, str]]:
+        """Open the shards anew in a worker process: a memory map cannot be sent to one."""
+        return type(self), (self.folder, self.split)

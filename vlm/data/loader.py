@@ -1,0 +1,202 @@
+"""Training batches in an order fixed by (seed, position), whatever the number of processes."""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vlm.data.dataset import ShardedSplit
+from vlm.data.order import epoch_order
+from vlm.data.sample import Batch, Sample
+from vlm.errors import ConfigError
+from vlm.images.decoding import decode_image
+from vlm.images.transforms import TrainingTransform
+from vlm.text.caption_ids import NO_CAPTION, text_id
+from vlm.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionConfig:
+    """Which captions of a sample a training step reads."""
+
+    languages: tuple[str, ...] = ("zh", "en")
+    """One caption of each is read in every step."""
+    main_share: float = 0.5
+    """Probability of the main caption where a sample has others as well, in [0, 1]."""
+
+    def __post_init__(self) -> None:
+        if not self.languages or not 0 <= self.main_share <= 1:
+            raise ConfigError(
+                f"captions: languages is {self.languages} and main_share {self.main_share}; "
+                "expected at least one language and a share in [0, 1]"
+            )
+
+
+class ExampleKey(NamedTuple):
+    """Names one example: everything random about it follows from the key and the seed."""
+
+    epoch: int
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One sample as it enters a batch."""
+
+    uid: str
+    image: Float[Tensor, "3 height width"]
+    image_id: int
+    captions: Mapping[str, str]
+
+
+class TrainingExamples(Dataset[Example]):
+    """Samples with a caption chosen for each language and their picture augmented.
+
+    Caption choice and augmentation are a function of (seed, epoch, uid).
+    """
+
+    def __init__(
+        self,
+        samples: ShardedSplit,
+        transform: TrainingTransform,
+        captions: CaptionConfig,
+        *,
+        seed: int,
+    ) -> None:
+        self.samples = samples
+        self.transform = transform
+        self.captions = captions
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: ExampleKey) -> Example:
+        """Return the example that a key names."""
+        sample = self.samples[key.index]
+        rng = random.Random(f"{self.seed}/{key.epoch}/{sample.uid}")
+        captions = {
+            language: choose_caption(sample, language, self.captions.main_share, rng)
+            for language in self.captions.languages
+        }
+        image = self.transform(decode_image(sample.image, name=sample.uid), rng)
+        return Example(sample.uid, image, text_id(sample.concept), captions)
+
+
+def choose_caption(sample: Sample, language: str, main_share: float, rng: random.Random) -> str:
+    """Return the main caption or, as often as asked, one of the others; empty if there is none."""
+    texts = sample.captions.get(language, ())
+    if not texts:
+        return ""
+    main, others = texts[0], texts[1:]
+    if rng.random() < main_share or not others:
+        return main
+    return rng.choice(others)
+
+
+def collate(
+    examples: Sequence[Example], *, tokenizer: Tokenizer, languages: Sequence[str]
+) -> Batch:
+    """Stack examples; the texts of a language are padded to the longest of them."""
+    captions = {
+        language: [example.captions[language] for example in examples] for language in languages
+    }
+    return Batch(
+        images=torch.stack([example.image for example in examples]),
+        texts={language: tokenizer.encode(texts) for language, texts in captions.items()},
+        image_ids=torch.tensor([example.image_id for example in examples]),
+        caption_ids={
+            language: torch.tensor([text_id(text) if text else NO_CAPTION for text in texts])
+            for language, texts in captions.items()
+        },
+        uids=tuple(example.uid for example in examples),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class BatchOrder:
+    """Which examples one rank reads, batch by batch.
+
+    The samples of all epochs form one endless sequence; global batch `k` is its positions
+    `[k * B, (k + 1) * B)`, of which rank `r` of `n` reads the `r`-th part. The state of the data
+    is therefore one integer, the number of samples read, and does not depend on `n`.
+
+    Raises:
+        ConfigError: the batch is larger than the data, or no multiple of the process count.
+    """
+
+    size: int
+    """Number of samples in an epoch."""
+    global_batch_size: int
+    """Samples that all ranks together read in one step."""
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.global_batch_size <= self.size:
+            raise ConfigError(
+                f"the batch has {self.global_batch_size} samples; expected 1 to {self.size}, "
+                "the number of samples in the data"
+            )
+        if self.global_batch_size % self.world_size:
+            raise ConfigError(
+                f"the batch has {self.global_batch_size} samples; expected a multiple of "
+                f"{self.world_size}, the number of processes"
+            )
+
+    def batches(self, *, first_sample: int, last_sample: int) -> Iterator[list[ExampleKey]]:
+        """Give this rank's batches between two positions of the endless sequence."""
+        local = self.global_batch_size // self.world_size
+        for start in range(first_sample, last_sample, self.global_batch_size):
+            first = start + self.rank * local
+            yield [self._key(position) for position in range(first, first + local)]
+
+    def _key(self, position: int) -> ExampleKey:
+        epoch, place = divmod(position, self.size)
+        return ExampleKey(epoch, int(_cached_epoch_order(self.size, self.seed, epoch)[place]))
+
+
+@lru_cache(maxsize=2)  # a batch may straddle two epochs
+def _cached_epoch_order(size: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return epoch_order(size, seed=seed, epoch=epoch)
+
+
+class TrainingLoader:
+    """Gives one rank's batches from any position on.
+
+    Args:
+        examples: The training examples.
+        order: Which of them this rank reads, and when.
+        tokenizer: Turns the chosen captions into ids.
+        workers: Processes that decode and augment; 0 does it in this process.
+    """
+
+    def __init__(
+        self, examples: TrainingExamples, order: BatchOrder, tokenizer: Tokenizer, *, workers: int
+    ) -> None:
+        self.examples = examples
+        self.order = order
+        self.tokenizer = tokenizer
+        self.workers = workers
+
+    def read(self, *, first_sample: int, last_sample: int) -> Iterator[Batch]:
+        """Give the batches between two positions of the endless sequence of samples."""
+        loader: DataLoader[Example] = DataLoader(
+            self.examples,
+            batch_sampler=self.order.batches(first_sample=first_sample, last_sample=last_sample),
+            num_workers=self.workers,
+            collate_fn=partial(
+                collate, tokenizer=self.tokenizer, languages=self.examples.captions.languages
+            ),
+            pin_memory=torch.cuda.is_available(),
+        )
+        return iter(loader)

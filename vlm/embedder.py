@@ -1,0 +1,174 @@
+"""`Embedder`: pictures and texts to unit vectors of one space, in input order."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Self, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from vlm.bundle import load_bundle
+from vlm.errors import VlmError
+from vlm.images.decoding import ImageSource, decode_image
+from vlm.models.dual_encoder import DualEncoder
+from vlm.text.tokenizer import Tokenizer
+
+Item = TypeVar("Item")
+
+
+class Embedder:
+    """Turns pictures and texts into float32 unit vectors whose products are cosines.
+
+    Args:
+        model: The dual encoder; it is used as it is, on the device where it lies.
+        tokenizer: The tokenizer it was trained with.
+        transform: Maps an RGB picture to the tensor it was trained on.
+        fingerprint: Names the weights; embeddings with one fingerprint can be compared.
+        languages: Languages of the training captions.
+    """
+
+    def __init__(
+        self,
+        model: DualEncoder,
+        tokenizer: Tokenizer,
+        transform: Callable[[Image.Image], Float[Tensor, "3 height width"]],
+        *,
+        fingerprint: str = "",
+        languages: Sequence[str] = (),
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.transform = transform
+        self.fingerprint = fingerprint
+        self.languages = tuple(languages)
+
+    @classmethod
+    def load(cls, folder: str | Path, *, device: str | torch.device | None = None) -> Self:
+        """Read a bundle.
+
+        Args:
+            folder: The bundle, for example `runs/quickstart/bundle`.
+            device: Where to run it; a GPU if there is one, else the CPU.
+
+        Raises:
+            CheckpointError: the folder is not a bundle, or it is damaged.
+            VlmError: there is no such device.
+        """
+        bundle = load_bundle(Path(folder))
+        try:
+            model = bundle.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except (RuntimeError, AssertionError) as error:
+            raise VlmError(f"cannot use the device {device}: {error}") from error
+        return cls(
+            model,
+            bundle.tokenizer,
+            bundle.transform,
+            fingerprint=bundle.fingerprint,
+            languages=bundle.languages,
+        )
+
+    @property
+    def embed_dim(self) -> int:
+        """Length of the vectors."""
+        return int(self.model.text.text_projection.shape[1])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self.model.log_logit_scale.device
+
+    def encode_text(
+        self, texts: Sequence[str], *, batch_size: int = 256, show_progress_bar: bool = False
+    ) -> Float32[np.ndarray, "texts dim"]:
+        """Embed texts in any language.
+
+        Args:
+            texts: The texts; one string alone is refused, as its letters would be embedded.
+            batch_size: Texts encoded at a time; it does not change the result.
+            show_progress_bar: Whether to show progress on stderr.
+
+        Returns:
+            One unit vector a text, in order.
+
+        Raises:
+            VlmError: `texts` is a string, or holds something else than strings.
+        """
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise VlmError(f"encode_text takes a list of strings, not {texts!r:.60}")
+        return self._encode(
+            texts,
+            lambda chunk: self.model.encode_text(self.tokenizer.encode(chunk).to(self.device)),
+            batch_size=batch_size,
+            show_progress_bar=show_progress_bar,
+        )
+
+    def encode_image(
+        self,
+        images: Sequence[str | ImageSource],
+        *,
+        batch_size: int = 64,
+        show_progress_bar: bool = False,
+    ) -> Float32[np.ndarray, "images dim"]:
+        """Embed pictures.
+
+        Args:
+            images: Paths, open PIL pictures, or the bytes of JPEG, PNG or WebP files.
+            batch_size: Pictures encoded at a time; it does not change the result.
+            show_progress_bar: Whether to show progress on stderr.
+
+        Returns:
+            One unit vector a picture, in order.
+
+        Raises:
+            DataError: a picture cannot be read.
+            VlmError: `images` is one path instead of a list.
+        """
+        if isinstance(images, str | Path | bytes | Image.Image):
+            raise VlmError("encode_image takes a list of pictures, not one picture")
+        return self._encode(
+            images,
+            lambda chunk: self.model.encode_image(self._pixels(chunk)),
+            batch_size=batch_size,
+            show_progress_bar=show_progress_bar,
+        )
+
+    def similarity(
+        self,
+        queries: Float32[np.ndarray, "queries dim"],
+        candidates: Float32[np.ndarray, "candidates dim"],
+    ) -> Float32[np.ndarray, "queries candidates"]:
+        """Return the cosine of every query with every candidate, in [-1, 1]."""
+        return queries @ candidates.T
+
+    def _pixels(self, images: Sequence[str | ImageSource]) -> Float[Tensor, "images 3 h w"]:
+        sources = (Path(image) if isinstance(image, str) else image for image in images)
+        return torch.stack([self.transform(decode_image(source)) for source in sources]).to(
+            self.device
+        )
+
+    @torch.inference_mode()
+    def _encode(
+        self,
+        items: Sequence[Item],
+        encode: Callable[[Sequence[Item]], Tensor],
+        *,
+        batch_size: int,
+        show_progress_bar: bool,
+    ) -> NDArray[np.float32]:
+        if batch_size < 1:
+            raise VlmError(f"batch_size is {batch_size}; expected at least 1")
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            starts: Iterable[int] = range(0, len(items), batch_size)
+            if show_progress_bar:
+                starts = tqdm(starts, unit="batch", desc="embedding")
+            rows = [encode(items[start : start + batch_size]).cpu().numpy() for start in starts]
+        finally:
+            self.model.train(was_training)
+        return np.concatenate(rows) if rows else np.zeros((0, self.embed_dim), np.float32)

@@ -1,0 +1,76 @@
+"""Batch normalisation over the pictures of all ranks, on any device."""
+
+import torch
+from timm.layers import convert_sync_batchnorm
+from torch import Tensor, nn
+
+from vlm.distributed.gather import sum_over
+from vlm.distributed.groups import RankGroup
+
+
+def synchronize_batch_norm(model: nn.Module, group: RankGroup, device: torch.device) -> nn.Module:
+    """Make every batch normalisation of the model use the statistics of the whole group.
+
+    On accelerators this is torch's `SyncBatchNorm`, which has no CPU kernel; there
+    `GroupBatchNorm2d` takes its place. Parameters, buffers and their names stay as they are.
+
+    Returns:
+        The model, changed in place where it can be.
+    """
+    if group.size == 1:
+        return model
+    if device.type != "cpu":
+        synchronized: nn.Module = convert_sync_batchnorm(model, group.process_group)
+        return synchronized
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(parent, name, GroupBatchNorm2d(child, group))
+    return model
+
+
+class GroupBatchNorm2d(nn.Module):
+    """The batch normalisation `norm` with the statistics of a whole group of ranks.
+
+    Follows Ioffe and Szegedy 2015, algorithm 1, over the union of the ranks' batches. timm's
+    layers that fuse dropout and activation into the normalisation keep them.
+    """
+
+    def __init__(self, norm: nn.BatchNorm2d, group: RankGroup) -> None:
+        super().__init__()
+        self.weight, self.bias = norm.weight, norm.bias
+        for name, buffer in norm.named_buffers(recurse=False):
+            self.register_buffer(name, buffer)
+        self.eps, self.momentum = norm.eps, norm.momentum
+        self.drop = getattr(norm, "drop", nn.Identity())
+        self.act = getattr(norm, "act", nn.Identity())
+        self.group = group
+        if self.momentum is None or self.running_mean is None or not norm.affine:
+            raise ValueError("expected an affine batch norm that tracks statistics by momentum")
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x` of shape (batch, channels, height, width)."""
+        mean, variance = self._batch_statistics(x) if self.training else (
+            self.running_mean, self.running_var,
+        )  # fmt: skip
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        normalised = (x - mean[:, None, None]) * scale[:, None, None] + self.bias[:, None, None]
+        output: Tensor = self.act(self.drop(normalised))
+        return output
+
+    def _batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        axes = (0, 2, 3)
+        count = sum_over(x.new_tensor(float(x.numel() // x.shape[1])), self.group)
+        mean = sum_over(x.sum(axes), self.group) / count
+        # A second pass: the mean of squares minus the squared mean would cancel digits.
+        variance = sum_over((x - mean[:, None, None]).square().sum(axes), self.group) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        return mean, variance

@@ -1,0 +1,140 @@
+"""Search indexes on disk: built from embeddings, searched by vectors, tied to their model."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+from jaxtyping import Float32
+
+from vlm.embedder import Embedder
+from vlm.errors import DataError, SearchIndexError
+from vlm.files import sha256_of, write_folder
+from vlm.retrieval.embeddings import read_embeddings
+from vlm.retrieval.index import VectorIndex
+
+_INDEX, _METADATA, _DESCRIPTION = "image.index", "metadata.parquet", "index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One picture that a search found."""
+
+    rank: int
+    """Counted from 1."""
+    score: float
+    """Cosine in [-1, 1]."""
+    uid: str
+    path: str
+    """The picture's file; empty where it lies in a shard."""
+    captions: Mapping[str, str]
+
+
+class SearchIndex:
+    """An index folder, opened.
+
+    Args:
+        index: The vectors.
+        metadata: One row a vector.
+        bundle: Folder of the model that made the vectors.
+        fingerprint: That model's fingerprint.
+    """
+
+    def __init__(
+        self, index: VectorIndex, metadata: pyarrow.Table, *, bundle: Path, fingerprint: str
+    ) -> None:
+        self.index = index
+        self.metadata = metadata
+        self.bundle = bundle
+        self.fingerprint = fingerprint
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Open what `build_search_index` wrote.
+
+        Raises:
+            SearchIndexError: the folder is no index, or one of its files is damaged.
+        """
+        path = folder / _DESCRIPTION
+        if not path.is_file():
+            raise SearchIndexError(f"{folder} is not a search index: it has no {_DESCRIPTION}")
+        try:
+            description = json.loads(path.read_text(encoding="utf-8"))
+            for name, expected in description["sha256"].items():
+                found = sha256_of(folder / name)
+                if found != expected:
+                    raise SearchIndexError(
+                        f"{folder / name} is damaged: sha256 {found[:12]}, expected {expected[:12]}"
+                    )
+            return cls(
+                VectorIndex.read(folder / _INDEX),
+                pyarrow.parquet.read_table(folder / _METADATA),
+                bundle=folder / description["bundle"],
+                fingerprint=description["fingerprint"],
+            )
+        except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+            raise SearchIndexError(f"the index {folder} cannot be read: {error}") from error
+
+    def check_model(self, embedder: Embedder) -> None:
+        """Refuse a model whose vectors cannot be compared with the index.
+
+        Raises:
+            SearchIndexError: the index was made by another model.
+        """
+        if embedder.fingerprint != self.fingerprint:
+            raise SearchIndexError(
+                f"the index was made by another model ({self.fingerprint[:12]}) than the one "
+                f"given ({embedder.fingerprint[:12]})"
+            )
+
+    def search(self, query: Float32[np.ndarray, "1 dim"], k: int) -> list[Hit]:
+        """Return the `k` pictures nearest to one query vector."""
+        hits = self.index.search(query, k)
+        rows = self.metadata.take(hits.ids[0]).to_pylist()
+        return [
+            Hit(
+                rank=rank,
+                score=float(score),
+                uid=row["uid"],
+                path=row["image_path"],
+                captions={
+                    name.removeprefix("caption_"): text
+                    for name, text in row.items()
+                    if name.startswith("caption_") and text
+                },
+            )
+            for rank, (score, row) in enumerate(zip(hits.scores[0], rows, strict=True), start=1)
+        ]
+
+
+def build_search_index(embeddings: Path, out: Path) -> int:
+    """Index an embeddings folder into `out`, which must not exist; return the number of vectors.
+
+    Raises:
+        SearchIndexError: the embeddings cannot be read.
+        DataError: `out` exists.
+    """
+    if out.exists():
+        raise DataError(f"{out} exists already; choose another folder for the index")
+    description, vectors, metadata = read_embeddings(embeddings)
+    with write_folder(out) as temporary:
+        VectorIndex.build(vectors).write(temporary / _INDEX)
+        pyarrow.parquet.write_table(metadata, temporary / _METADATA)
+        record = {
+            # Relative, so that a run can be moved as a whole.
+            "bundle": os.path.relpath(description.bundle, out.resolve()),
+            "fingerprint": description.fingerprint,
+            "sha256": {name: sha256_of(temporary / name) for name in (_INDEX, _METADATA)},
+        }
+        (temporary / _DESCRIPTION).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return len(vectors)
+
+
+def hits_as_records(hits: list[Hit]) -> list[dict[str, object]]:
+    """Return hits as plain dictionaries, for JSON."""
+    return [asdict(hit) for hit in hits]

@@ -1,0 +1,83 @@
+"""What a run reports: `metrics.jsonl`, TensorBoard and the progress bar."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from vlm.training.checkpoint import Progress
+
+METRICS_NAME = "metrics.jsonl"
+
+
+class Reporter:
+    """Writes the records of a run; on all ranks but the first it does nothing.
+
+    Args:
+        folder: The run's folder.
+        samples: Samples that the whole run reads.
+        progress: What the run has done before; records of later steps, left by a run that was
+            cut off after its last checkpoint, are removed.
+        active: Whether this process reports.
+    """
+
+    def __init__(self, folder: Path, *, samples: int, progress: Progress, active: bool) -> None:
+        self._active = active
+        if not active:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / METRICS_NAME
+        kept = [record for record in read_metrics(path) if record["step"] <= progress.step]
+        path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=progress.step + 1)
+        self._bar = tqdm(
+            total=samples, initial=progress.samples, unit="sample", unit_scale=True, desc="training"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._active:
+            self._bar.close()
+            self._board.close()
+            self._file.close()
+
+    def advance(self, samples: int) -> None:
+        """Move the progress bar, which shows samples a second and the time left."""
+        if self._active:
+            self._bar.update(samples)
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the values that a run had after `step` steps."""
+        if not self._active:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if "loss" in values:
+            self._bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Read the records of a run; a last line that was cut off is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records

@@ -1,0 +1,155 @@
+"""One training run: build the parts that a configuration names, train, leave a bundle."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from vlm.bundle import save_bundle
+from vlm.data.dataset import ShardedSplit
+from vlm.data.loader import BatchOrder, TrainingExamples, TrainingLoader
+from vlm.distributed.groups import split_into_groups
+from vlm.embedder import Embedder
+from vlm.errors import ConfigError
+from vlm.files import write_file
+from vlm.images.transforms import TrainingTransform, evaluation_transform, preprocess_cfg
+from vlm.losses.grouped import GroupedContrastiveLoss
+from vlm.models.batch_norm import synchronize_batch_norm
+from vlm.models.dual_encoder import DualEncoder, build_dual_encoder, open_clip_model_config
+from vlm.retrieval.evaluation import evaluate_retrieval
+from vlm.retrieval.pairs import pairs_of_split
+from vlm.text.tokenizer import Tokenizer, load_tokenizer
+from vlm.training.checkpoint import Checkpoints, Progress
+from vlm.training.config import TrainConfig, config_as_yaml
+from vlm.training.optimizer import build_optimizer
+from vlm.training.reporter import Reporter
+from vlm.training.trainer import LoopConfig, Trainer
+
+BUNDLE_NAME, CONFIG_NAME = "bundle", "config.yaml"
+
+
+def train(config: TrainConfig, *, resume: bool = False) -> Path:
+    """Run, or go on with, the training that a configuration describes.
+
+    Args:
+        config: The run.
+        resume: Whether to continue from the newest checkpoint in the run's folder.
+
+    Returns:
+        The folder of the bundle that the run leaves.
+
+    Raises:
+        VlmError: something in the configuration, the data or the run's folder is not as it
+            must be; the message says what was found and what was expected.
+    """
+    accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
+    _check_run_folder(config.run_folder, resume)
+    tokenizer = load_tokenizer(config.tokenizer)
+    loader = _build_loader(config, tokenizer, accelerator)
+    model, optimizer = _build_model(config, tokenizer, accelerator)
+    encoder: DualEncoder = accelerator.unwrap_model(model)
+    checkpoints = Checkpoints(config.run_folder / "checkpoints", keep=config.checkpoint.keep)
+    progress = (checkpoints.load_latest(encoder, optimizer) if resume else None) or Progress(0, 0)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_file(config.run_folder / CONFIG_NAME, config_as_yaml(config).encode())
+    with Reporter(
+        config.run_folder,
+        samples=config.schedule.steps * config.data.batch_size,
+        progress=progress,
+        active=accelerator.is_main_process,
+    ) as reporter:
+        trainer = Trainer(
+            _loop_config(config),
+            accelerator=accelerator,
+            model=model,
+            optimizer=optimizer,
+            loss=GroupedContrastiveLoss(split_into_groups(config.loss.group_size)),
+            loader=loader,
+            checkpoints=checkpoints,
+            reporter=reporter,
+            evaluate=_evaluation(config, tokenizer),
+        )
+        trainer.fit(progress)
+    bundle = config.run_folder / BUNDLE_NAME
+    if accelerator.is_main_process:
+        save_bundle(
+            bundle,
+            model=encoder,
+            model_cfg=open_clip_model_config(config.model, tokenizer),
+            preprocess_cfg=preprocess_cfg(config.preprocess, config.model.vision_cfg.image_size),
+            tokenizer=tokenizer,
+            languages=config.captions.languages,
+        )
+    accelerator.end_training()
+    return bundle
+
+
+def _check_run_folder(folder: Path, resume: bool) -> None:
+    if not resume and (folder / CONFIG_NAME).exists():
+        raise ConfigError(
+            f"{folder} holds a run already; go on with it by --resume, or choose another run_folder"
+        )
+
+
+def _build_loader(
+    config: TrainConfig, tokenizer: Tokenizer, accelerator: Accelerator
+) -> TrainingLoader:
+    samples = ShardedSplit(config.data.folder, config.data.split)
+    order = BatchOrder(
+        size=len(samples),
+        global_batch_size=config.data.batch_size,
+        seed=config.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    transform = TrainingTransform(
+        config.preprocess, config.augmentation, config.model.vision_cfg.image_size
+    )
+    examples = TrainingExamples(samples, transform, config.captions, seed=config.seed)
+    return TrainingLoader(examples, order, tokenizer, workers=config.data.workers)
+
+
+def _build_model(
+    config: TrainConfig, tokenizer: Tokenizer, accelerator: Accelerator
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(config.seed)
+    encoder = build_dual_encoder(config.model, tokenizer)
+    # Batch norm is always over the whole batch, so that a run does not depend on its processes.
+    model = synchronize_batch_norm(encoder, split_into_groups(), accelerator.device)
+    optimizer = build_optimizer(model, config.optimizer)
+    prepared: tuple[nn.Module, torch.optim.Optimizer] = accelerator.prepare(model, optimizer)
+    return prepared
+
+
+def _loop_config(config: TrainConfig) -> LoopConfig:
+    return LoopConfig(
+        schedule=config.schedule,
+        learning_rate=config.optimizer.learning_rate,
+        max_gradient_norm=config.optimizer.max_gradient_norm,
+        report_every=config.report_every,
+        evaluate_every=config.evaluation.every_steps,
+        checkpoint_every=config.checkpoint.every_steps,
+        seed=config.seed,
+    )
+
+
+def _evaluation(
+    config: TrainConfig, tokenizer: Tokenizer
+) -> Callable[[DualEncoder], dict[str, float]]:
+    split, languages = config.evaluation.split, config.captions.languages
+    transform = evaluation_transform(
+        preprocess_cfg(config.preprocess, config.model.vision_cfg.image_size)
+    )
+    # Read before the first step, so that a missing split does not end a run half way.
+    asked = config.evaluation.every_steps > 0
+    pairs = pairs_of_split(config.data.folder, split, languages=languages) if asked else None
+
+    def evaluate(model: DualEncoder) -> dict[str, float]:
+        assert pairs is not None
+        scores = evaluate_retrieval(Embedder(model, tokenizer, transform), pairs)
+        return {f"{split}/{name}": value for name, value in scores.items()}
+
+    return evaluate

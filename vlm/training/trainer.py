@@ -1,0 +1,171 @@
+"""The training loop."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from vlm.data.loader import TrainingLoader
+from vlm.data.sample import Batch
+from vlm.errors import TrainingError
+from vlm.losses.grouped import GroupedContrastiveLoss
+from vlm.models.dual_encoder import DualEncoder
+from vlm.text.caption_ids import text_id
+from vlm.training.checkpoint import Checkpoints, Progress
+from vlm.training.reporter import Reporter
+from vlm.training.schedule import ScheduleConfig, learning_rate_share
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long the loop runs and how often it does what."""
+
+    schedule: ScheduleConfig
+    learning_rate: float
+    max_gradient_norm: float
+    report_every: int
+    evaluate_every: int
+    checkpoint_every: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step measured; reading the tensors waits for the device."""
+
+    loss: Tensor
+    """The loss of the global batch."""
+    gradient_norm: Tensor
+    """Before clipping."""
+    logit_scale: Tensor
+    learning_rate: float
+
+
+class Trainer:
+    """Runs built parts; it builds nothing itself.
+
+    Args:
+        accelerator: Devices, processes and mixed precision.
+        model: The `DualEncoder` as the accelerator prepared it.
+        optimizer: As the accelerator prepared it.
+        loss: The contrastive loss.
+        loader: This rank's batches.
+        checkpoints: Where to save.
+        reporter: Where to report.
+        evaluate: Scores the unwrapped model; called on the first rank only.
+    """
+
+    def __init__(
+        self,
+        config: LoopConfig,
+        *,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss: GroupedContrastiveLoss,
+        loader: TrainingLoader,
+        checkpoints: Checkpoints,
+        reporter: Reporter,
+        evaluate: Callable[[DualEncoder], dict[str, float]],
+    ) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.model = model
+        self.optimizer = optimizer
+        self.loss = loss
+        self.loader = loader
+        self.checkpoints = checkpoints
+        self.reporter = reporter
+        self.evaluate = evaluate
+
+    def fit(self, progress: Progress) -> None:
+        """Train from `progress` to the end of the schedule.
+
+        Raises:
+            TrainingError: the gradient is no longer finite; the weights are those before it.
+        """
+        batch_size = self.loader.order.global_batch_size
+        steps = self.config.schedule.steps
+        batches = self.loader.read(first_sample=progress.samples, last_sample=steps * batch_size)
+        step, since = progress.step, time.perf_counter()
+        for batch in batches:
+            result = self.train_step(batch.to(self.accelerator.device), step)
+            step += 1
+            self.reporter.advance(batch_size)
+            if _is_due(step, self.config.report_every, steps):
+                rate = self.config.report_every * batch_size / (time.perf_counter() - since)
+                self._report(step, result, samples_per_s=rate)
+                since = time.perf_counter()
+            if _is_due(step, self.config.evaluate_every, steps):
+                self._evaluate(step)
+            if _is_due(step, self.config.checkpoint_every, steps):
+                self._save(Progress(step=step, samples=step * batch_size))
+
+    def train_step(self, batch: Batch, step: int) -> StepResult:
+        """Update the model once on one global batch, of which `batch` is this rank's part."""
+        self.model.train()
+        # Dropout and the like follow from (seed, step, rank), so that resuming repeats them.
+        torch.manual_seed(text_id(f"{self.config.seed}/{step}/{self.accelerator.process_index}"))
+        rate = self.config.learning_rate * learning_rate_share(step, self.config.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        features = self.model(batch.images, batch.texts)
+        loss = self.loss(
+            features.image, features.text, features.logit_scale,
+            batch.image_ids, batch.caption_ids,
+        )  # fmt: skip
+        self.accelerator.backward(loss)
+        gradient_norm = self.accelerator.clip_grad_norm_(
+            self.model.parameters(), self.config.max_gradient_norm
+        )
+        # Gradients are averaged over ranks, so every rank comes to the same decision here.
+        if not torch.isfinite(gradient_norm):
+            raise TrainingError(
+                f"the gradient at step {step} is {gradient_norm.item()} (loss {loss.item():.4g}); "
+                "lower optimizer.learning_rate or look at the batch's pictures: "
+                + ", ".join(batch.uids[:3])
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._unwrapped.clamp_logit_scale()
+        return StepResult(
+            loss=self.accelerator.reduce(loss.detach(), reduction="mean"),
+            gradient_norm=gradient_norm,
+            logit_scale=features.logit_scale.detach(),
+            learning_rate=rate,
+        )
+
+    @property
+    def _unwrapped(self) -> DualEncoder:
+        model: DualEncoder = self.accelerator.unwrap_model(self.model)
+        return model
+
+    def _report(self, step: int, result: StepResult, *, samples_per_s: float) -> None:
+        self.reporter.record(
+            step,
+            {
+                "loss": result.loss.item(),
+                "gradient_norm": result.gradient_norm.item(),
+                "logit_scale": result.logit_scale.item(),
+                "learning_rate": result.learning_rate,
+                "samples_per_s": samples_per_s,
+            },
+        )
+
+    def _evaluate(self, step: int) -> None:
+        if self.accelerator.is_main_process:
+            self.reporter.record(step, self.evaluate(self._unwrapped))
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, progress: Progress) -> None:
+        if self.accelerator.is_main_process:
+            self.checkpoints.save(self._unwrapped, self.optimizer, progress)
+        self.accelerator.wait_for_everyone()
+
+
+def _is_due(step: int, every: int, last: int) -> bool:
+    """Say whether something that happens every so many steps, and at the end, happens now."""
+    return every > 0 and (step % every == 0 or step == last)

@@ -75,7 +75,7 @@ class Embedder:
     @property
     def embed_dim(self) -> int:
         """Length of the vectors."""
-        return int(self.model.text.text_projection.shape[1])
+        return self.model.embed_dim
 
     @property
     def device(self) -> torch.device:
@@ -143,7 +143,8 @@ class Embedder:
         candidates: Float32[np.ndarray, "candidates dim"],
     ) -> Float32[np.ndarray, "queries candidates"]:
         """Return the cosine of every query with every candidate, in [-1, 1]."""
-        return queries @ candidates.T
+        cosines: NDArray[np.float32] = queries @ candidates.T
+        return cosines
 
     def _pixels(self, images: Sequence[str | ImageSource]) -> Float[Tensor, "images 3 h w"]:
         sources = (Path(image) if isinstance(image, str) else image for image in images)

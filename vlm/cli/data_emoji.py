@@ -11,8 +11,12 @@ from vlm.data.emoji.build import build_emoji
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options of `vlm data emoji`."""
     parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache/vlm/emoji",
-                        help="folder for the downloaded packages")  # fmt: skip
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=Path.home() / ".cache/vlm/emoji",
+        help="folder for the downloaded packages",
+    )
 
 
 def run(options: Any) -> None:

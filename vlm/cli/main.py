@@ -27,7 +27,7 @@ VERBS = {
 }
 """Every verb with the module that runs it: `add_arguments(parser)` and `run(options)`."""
 
-_UNKNOWN_KEY = re.compile(r"(?:does not accept option|unrecognized arguments:|not accept.*key) *'?([\w.-]+)")
+_UNKNOWN_KEY = re.compile(r"(?:does not accept option|unrecognized arguments:|Option) '?([\w.-]+)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,11 +14,16 @@ from vlm.retrieval.search import Hit, SearchIndex, hits_as_records
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options of `vlm search`."""
     parser.add_argument("index", type=Path, help="folder that `vlm index` wrote")
-    parser.add_argument("--text", type=str | None, default=None, help="what to look for, such as 一只猫")
-    parser.add_argument("--image", type=Path | None, default=None, help="picture to look for, instead")
+    parser.add_argument(
+        "--text", type=str | None, default=None, help="what to look for, such as 一只猫"
+    )
+    parser.add_argument(
+        "--image", type=Path | None, default=None, help="picture to look for, instead"
+    )
     parser.add_argument("--k", type=int, default=5, help="how many pictures to show")
-    parser.add_argument("--bundle", type=Path | None, default=None,
-                        help="the model's folder, if it has been moved")  # fmt: skip
+    parser.add_argument(
+        "--bundle", type=Path | None, default=None, help="the model's folder, if it has been moved"
+    )
     parser.add_argument("--device", type=str | None, default=None, help="such as cpu or cuda:0")
     parser.add_argument("--json", action="store_true", help="print JSON, one object a hit")
 

@@ -10,7 +10,9 @@ from vlm.training.run import train
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options of `vlm train`."""
-    parser.add_argument("--config", action="config", help="YAML file, such as configs/train/emoji.yaml")
+    parser.add_argument(
+        "--config", action="config", help="YAML file, such as configs/train/emoji.yaml"
+    )
     parser.add_argument(
         "--resume", action="store_true", help="go on from the newest checkpoint in run_folder"
     )

@@ -44,7 +44,8 @@ class ExampleKey(NamedTuple):
     """Names one example: everything random about it follows from the key and the seed."""
 
     epoch: int
-    index: int
+    place: int
+    """The sample's index in the split."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ class TrainingExamples(Dataset[Example]):
 
     def __getitem__(self, key: ExampleKey) -> Example:
         """Return the example that a key names."""
-        sample = self.samples[key.index]
+        sample = self.samples[key.place]
         rng = random.Random(f"{self.seed}/{key.epoch}/{sample.uid}")
         captions = {
             language: choose_caption(sample, language, self.captions.main_share, rng)
@@ -161,8 +162,8 @@ class BatchOrder:
             yield [self._key(position) for position in range(first, first + local)]
 
     def _key(self, position: int) -> ExampleKey:
-        epoch, place = divmod(position, self.size)
-        return ExampleKey(epoch, int(_cached_epoch_order(self.size, self.seed, epoch)[place]))
+        epoch, rest = divmod(position, self.size)
+        return ExampleKey(epoch, int(_cached_epoch_order(self.size, self.seed, epoch)[rest]))
 
 
 @lru_cache(maxsize=2)  # a batch may straddle two epochs

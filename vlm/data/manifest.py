@@ -35,7 +35,9 @@ class Manifest:
             DataError: there is no such split.
         """
         if split not in self.splits:
-            raise DataError(f"{folder} has no split {split!r}; its splits are {', '.join(self.splits)}")
+            raise DataError(
+                f"{folder} has no split {split!r}; its splits are {', '.join(self.splits)}"
+            )
         return self.splits[split]
 
 

@@ -244,5 +244,5 @@ def _tar_members(content: bytes | mmap.mmap) -> Iterator[tarfile.TarInfo]:
     file = io.BytesIO(content) if isinstance(content, bytes) else content
     file.seek(0)
     # errorlevel and ignore_zeros stay at their defaults; the hash has vouched for the bytes.
-    with tarfile.open(fileobj=file, mode="r:") as archive:  # type: ignore[call-overload]
+    with tarfile.open(fileobj=file, mode="r:") as archive:
         yield from (member for member in archive if member.isfile())

@@ -24,9 +24,7 @@ def gather_rows(
     return gathered
 
 
-def sum_over(
-    values: Shaped[Tensor, "*shape"], group: RankGroup
-) -> Shaped[Tensor, "*shape"]:
+def sum_over(values: Shaped[Tensor, "*shape"], group: RankGroup) -> Shaped[Tensor, "*shape"]:
     """Add up a tensor over the ranks of the group; its gradient is added up in the same way."""
     if group.size == 1:
         return values

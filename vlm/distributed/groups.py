@@ -45,8 +45,9 @@ def split_into_groups(group_size: int | None = None) -> RankGroup:
     if size == world_size:
         return RankGroup(process_group=dist.group.WORLD, rank=rank, size=size)
     first = rank - rank % size
-    groups = {
-        start: dist.new_group(list(range(start, start + size)))
-        for start in range(0, world_size, size)
-    }
-    return RankGroup(process_group=groups[first], rank=rank - first, size=size)
+    own = None
+    for start in range(0, world_size, size):  # every rank makes every group
+        group = dist.new_group(list(range(start, start + size)))
+        if start == first and isinstance(group, dist.ProcessGroup):
+            own = group
+    return RankGroup(process_group=own, rank=rank - first, size=size)

@@ -25,7 +25,7 @@ _INTERPOLATION = {
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessConfig:
-    """How a picture is brought to a tensor; the fields are those of open_clip's `preprocess_cfg`."""
+    """How a picture becomes a tensor; the fields are those of open_clip's `preprocess_cfg`."""
 
     mean: tuple[float, float, float] = OPENAI_MEAN
     """Mean of the channels (red, green, blue), which are in [0, 1]."""

@@ -1,7 +1,7 @@
 """Batch normalisation over the pictures of all ranks, on any device."""
 
 import torch
-from timm.layers import convert_sync_batchnorm
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from vlm.distributed.gather import sum_over
@@ -20,7 +20,9 @@ def synchronize_batch_norm(model: nn.Module, group: RankGroup, device: torch.dev
     if group.size == 1:
         return model
     if device.type != "cpu":
-        synchronized: nn.Module = convert_sync_batchnorm(model, group.process_group)
+        synchronized: nn.Module = convert_sync_batchnorm(  # type: ignore[no-untyped-call]
+            model, group.process_group
+        )
         return synchronized
     for parent in list(model.modules()):
         for name, child in parent.named_children():
@@ -41,17 +43,17 @@ class GroupBatchNorm2d(nn.Module):
         self.weight, self.bias = norm.weight, norm.bias
         for name, buffer in norm.named_buffers(recurse=False):
             self.register_buffer(name, buffer)
-        self.eps, self.momentum = norm.eps, norm.momentum
+        self.eps = norm.eps
         self.drop = getattr(norm, "drop", nn.Identity())
         self.act = getattr(norm, "act", nn.Identity())
         self.group = group
-        if self.momentum is None or self.running_mean is None or not norm.affine:
+        if norm.momentum is None or norm.running_mean is None or not norm.affine:
             raise ValueError("expected an affine batch norm that tracks statistics by momentum")
+        self.momentum = norm.momentum
 
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
-    momentum: float
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` of shape (batch, channels, height, width)."""

@@ -10,6 +10,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
 from vlm.errors import ConfigError
@@ -82,10 +83,13 @@ class DualEncoder(nn.Module):
         init_logit_scale: Inverse temperature at the start.
     """
 
-    def __init__(self, visual: nn.Module, text: nn.Module, *, init_logit_scale: float) -> None:
+    def __init__(
+        self, visual: nn.Module, text: TextTransformer, *, init_logit_scale: float
+    ) -> None:
         super().__init__()
         self.visual = visual
         self.text = text
+        self.embed_dim = int(text.text_projection.shape[1])
         self.log_logit_scale = nn.Parameter(torch.tensor(math.log(init_logit_scale)))
 
     @property

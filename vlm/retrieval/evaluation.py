@@ -32,7 +32,7 @@ def evaluate_retrieval(
         raise VlmError(f"cutoffs are {list(cutoffs)}; expected numbers of at least 1")
     images = embedder.encode_image(pairs.images, show_progress_bar=show_progress_bar)
     image_index = VectorIndex.build(images)
-    scores = {}
+    scores: dict[str, float] = {}
     for language, of_language in pairs.texts.items():
         texts = embedder.encode_text(of_language.texts, show_progress_bar=show_progress_bar)
         matches = of_language.matches
@@ -90,6 +90,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+        "| "
+        + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        + " |"
         for line in lines
     )

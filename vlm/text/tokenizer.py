@@ -1,4 +1,4 @@
-"""The tokenizer contract: strings in, a padded batch of ids out; and loading one from its folder."""
+"""The tokenizer contract: strings in, a padded batch of ids out; and reading one from disk."""
 
 import json
 from collections.abc import Sequence

@@ -39,9 +39,7 @@ class Checkpoints:
         self.folder = folder
         self.keep = keep
 
-    def save(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress
-    ) -> None:
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
         """Write a checkpoint; older ones are removed only once it is complete."""
         with write_folder(self.folder / f"step-{progress.step:08d}") as temporary:
             save_file(_on_cpu(model.state_dict()), temporary / _MODEL)
@@ -52,9 +50,7 @@ class Checkpoints:
         for old in self._complete()[: -self.keep]:
             shutil.rmtree(old)
 
-    def load_latest(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> Progress | None:
+    def load_latest(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:
         """Restore the newest checkpoint in place; None if there is none.
 
         Raises:

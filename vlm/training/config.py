@@ -26,7 +26,7 @@ class DataConfig:
     batch_size: int = 256
     """Samples in one step, all processes together."""
     workers: int = 2
-    """Processes that decode pictures, for each training process; 0 decodes in the process itself."""
+    """Processes that decode pictures, for each training process; 0 does it in that process."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,7 +62,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         active=accelerator.is_main_process,
     ) as reporter:
         trainer = Trainer(
-            _loop_config(config),
+            config=_loop_config(config),
             accelerator=accelerator,
             model=model,
             optimizer=optimizer,

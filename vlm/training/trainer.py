@@ -44,42 +44,24 @@ class StepResult:
     learning_rate: float
 
 
+@dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """Runs built parts; it builds nothing itself.
+    """Runs built parts; it builds nothing itself."""
 
-    Args:
-        accelerator: Devices, processes and mixed precision.
-        model: The `DualEncoder` as the accelerator prepared it.
-        optimizer: As the accelerator prepared it.
-        loss: The contrastive loss.
-        loader: This rank's batches.
-        checkpoints: Where to save.
-        reporter: Where to report.
-        evaluate: Scores the unwrapped model; called on the first rank only.
-    """
-
-    def __init__(
-        self,
-        config: LoopConfig,
-        *,
-        accelerator: Accelerator,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        loss: GroupedContrastiveLoss,
-        loader: TrainingLoader,
-        checkpoints: Checkpoints,
-        reporter: Reporter,
-        evaluate: Callable[[DualEncoder], dict[str, float]],
-    ) -> None:
-        self.config = config
-        self.accelerator = accelerator
-        self.model = model
-        self.optimizer = optimizer
-        self.loss = loss
-        self.loader = loader
-        self.checkpoints = checkpoints
-        self.reporter = reporter
-        self.evaluate = evaluate
+    config: LoopConfig
+    accelerator: Accelerator
+    """Devices, processes and mixed precision."""
+    model: nn.Module
+    """The `DualEncoder` as the accelerator prepared it."""
+    optimizer: torch.optim.Optimizer
+    """As the accelerator prepared it."""
+    loss: GroupedContrastiveLoss
+    loader: TrainingLoader
+    """This rank's batches."""
+    checkpoints: Checkpoints
+    reporter: Reporter
+    evaluate: Callable[[DualEncoder], dict[str, float]]
+    """Scores the unwrapped model; called on the first rank only."""
 
     def fit(self, progress: Progress) -> None:
         """Train from `progress` to the end of the schedule.

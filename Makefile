@@ -1,0 +1,40 @@
+# Everything runs in a virtual environment of its own, .venv, made on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: install quickstart test test-fast check format bench clean
+
+install: $(VENV)/.installed  ## make the environment with the package and its development tools
+
+# `vlm` is installed in editable mode, so only a change of pyproject.toml asks for a new install.
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; sys.exit(None if sys.version_info >= (3, 11) else "vlm needs Python 3.11 or newer, found " + v + "; name one with `make PYTHON=...`")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+quickstart: install  ## train, score and index a bilingual model on real pictures (minutes)
+	$(BIN)/vlm quickstart
+
+test: install  ## run the whole test suite
+	$(BIN)/python -m pytest
+
+test-fast: install  ## run the tests that take less than ten seconds each
+	$(BIN)/python -m pytest -m "not slow"
+
+check: install  ## formatting, lint, types and layers
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install  ## format the code and mend what lint can mend
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+bench: install  ## run the benchmarks side by side with the peers (long)
+	$(BIN)/python benchmarks/emoji_training.py
+
+clean:  ## remove the environment and the runs
+	rm -rf $(VENV) runs

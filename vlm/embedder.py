@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ class Embedder:
         self.languages = tuple(languages)
 
     @classmethod
-    def load(cls, folder: str | Path, *, device: str | torch.device | None = None) -> Self:
+    def load(cls, folder: str | Path, *, device: str | torch.device | None = None) -> "Embedder":
         """Read a bundle.
 
         Args:

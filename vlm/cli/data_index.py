@@ -1,4 +1,4 @@
-"""Write the manifest of a folder of your own shards, named like train-00000.tar or val-00000.tar.gz."""
+"""Write the manifest of your own shards, named like train-00000.tar or val-00000.tar.gz."""
 
 from pathlib import Path
 from typing import Any

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Self
 
 import torch
 from jaxtyping import Float, Int64
@@ -44,9 +43,9 @@ class Batch:
     """Per language, equal where two captions are the same text; `NO_CAPTION` where missing."""
     uids: tuple[str, ...]
 
-    def to(self, device: torch.device) -> Self:
+    def to(self, device: torch.device) -> "Batch":
         """Return the same batch with its tensors on `device`."""
-        return type(self)(
+        return Batch(
             images=self.images.to(device, non_blocking=True),
             texts={language: tokens.to(device) for language, tokens in self.texts.items()},
             image_ids=self.image_ids.to(device),

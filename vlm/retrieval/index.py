@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import faiss
 import numpy as np
@@ -28,14 +27,14 @@ class VectorIndex:
         self._index = index
 
     @classmethod
-    def build(cls, vectors: Float32[np.ndarray, "vectors dim"]) -> Self:
+    def build(cls, vectors: Float32[np.ndarray, "vectors dim"]) -> "VectorIndex":
         """Index unit vectors for exact search by cosine."""
         index = faiss.IndexFlatIP(vectors.shape[1])
         index.add(np.ascontiguousarray(vectors))
         return cls(index)
 
     @classmethod
-    def read(cls, path: Path) -> Self:
+    def read(cls, path: Path) -> "VectorIndex":
         """Read what `write` wrote.
 
         Raises:

@@ -5,7 +5,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import pyarrow
@@ -54,7 +53,7 @@ class SearchIndex:
         self.fingerprint = fingerprint
 
     @classmethod
-    def open(cls, folder: Path) -> Self:
+    def open(cls, folder: Path) -> "SearchIndex":
         """Open what `build_search_index` wrote.
 
         Raises:

@@ -5,7 +5,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import sentencepiece
 
@@ -107,7 +107,7 @@ class SentencePieceTokenizer:
         write_file(folder / DESCRIPTION_NAME, self._description())
 
     @classmethod
-    def load(cls, folder: Path, description: Mapping[str, object]) -> Self:
+    def load(cls, folder: Path, description: Mapping[str, object]) -> "SentencePieceTokenizer":
         """Read what `save` wrote.
 
         Raises:

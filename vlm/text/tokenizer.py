@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int64
@@ -23,9 +23,9 @@ class TokenBatch:
     mask: Bool[Tensor, "batch length"]
     """True at the tokens of a text, false at padding; the last true one is the end of text."""
 
-    def to(self, device: torch.device) -> Self:
+    def to(self, device: torch.device) -> "TokenBatch":
         """Return the same batch with its tensors on `device`."""
-        return type(self)(
+        return TokenBatch(
             self.ids.to(device, non_blocking=True), self.mask.to(device, non_blocking=True)
         )
 

@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -39,7 +38,7 @@ class Reporter:
             total=samples, initial=progress.samples, unit="sample", unit_scale=True, desc="training"
         )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Reporter":
         return self
 
     def __exit__(

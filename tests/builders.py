@@ -1,0 +1,136 @@
+"""Small real inputs for tests: pictures, samples, a data folder, a tokenizer, a model, a bundle.
+
+Everything here is a function of its arguments: two calls give the same bytes.
+"""
+
+import colorsys
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+from vlm.bundle import save_bundle
+from vlm.data.manifest import Manifest, read_manifest, write_manifest
+from vlm.data.sample import Sample
+from vlm.data.shards import write_shards
+from vlm.images.transforms import PreprocessConfig, preprocess_cfg
+from vlm.models.dual_encoder import (
+    DualEncoder,
+    ImageTowerConfig,
+    ModelConfig,
+    TextTowerConfig,
+    build_dual_encoder,
+    open_clip_model_config,
+)
+from vlm.text.sentencepiece_tokenizer import SentencePieceTokenizer
+from vlm.text.training import train_sentencepiece
+
+THINGS = (
+    ("red apple", "红苹果"),
+    ("grey cat", "灰色的猫"),
+    ("small dog", "小狗"),
+    ("fast train", "快速列车"),
+    ("blue sea", "蓝色的大海"),
+    ("tall tree", "高高的树"),
+    ("round moon", "圆圆的月亮"),
+    ("old house", "老房子"),
+    ("green tea", "绿茶"),
+    ("yellow sun", "黄色的太阳"),
+    ("white rabbit", "白兔"),
+    ("hot soup", "热汤"),
+)
+"""Captions (English, Chinese) of the concepts that `make_samples` draws."""
+
+IMAGE_SIZE = 32
+"""Side of the tiny model's pictures."""
+
+TINY_MODEL = ModelConfig(
+    embed_dim=32,
+    vision_cfg=ImageTowerConfig(timm_model_name="test_resnet", image_size=IMAGE_SIZE),
+    text_cfg=TextTowerConfig(width=64, heads=2, layers=1),
+)
+"""Well under a million weights; builds in a fraction of a second and needs no download."""
+
+
+def picture(number: int, *, size: tuple[int, int] = (40, 40)) -> Image.Image:
+    """Draw an RGB picture whose colours and shape follow from its number."""
+    hue = (number * 0.381966) % 1
+    back, front = (
+        tuple(round(255 * part) for part in colorsys.hsv_to_rgb(turn % 1, 0.7, 0.9))
+        for turn in (hue, hue + 0.4)
+    )
+    image = Image.new("RGB", size, back)
+    left, top = size[0] * (1 + number % 3) // 8, size[1] * (1 + number % 2) // 8
+    ImageDraw.Draw(image).ellipse((left, top, left + size[0] // 2, top + size[1] // 2), fill=front)
+    return image
+
+
+def encoded(image: Image.Image, file_format: str = "PNG", **options: object) -> bytes:
+    """Return the bytes of a picture file."""
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def make_sample(number: int, *, prefix: str = "sample", **changes: object) -> Sample:
+    """Make sample `number`: its own picture, and the captions of concept `number % 12`."""
+    en, zh = THINGS[number % len(THINGS)]
+    fields: dict[str, object] = {
+        "uid": f"{prefix}-{number:04d}",
+        "image": encoded(picture(number)),
+        "captions": {"en": [en, f"a picture of a {en}"], "zh": [zh, f"{zh}的图片"]},
+        "concept": f"thing-{number % len(THINGS)}",
+        "source": ("drawing", "photo")[number // len(THINGS) % 2],
+        "licence": "CC0-1.0",
+        "labels": {"group": ("even", "odd")[number % 2]},
+    }
+    return Sample(**(fields | changes))
+
+
+def make_samples(count: int, *, prefix: str = "sample") -> list[Sample]:
+    """Make samples 0 to `count - 1`."""
+    return [make_sample(number, prefix=prefix) for number in range(count)]
+
+
+def write_split(
+    folder: Path,
+    samples: Iterable[Sample],
+    *,
+    split: str = "train",
+    samples_per_shard: int = 5,
+) -> Path:
+    """Write samples as shards of a split, add it to the folder's manifest; return the folder."""
+    entries = write_shards(samples, folder, split=split, samples_per_shard=samples_per_shard)
+    has_manifest = (folder / "manifest.json").is_file()
+    splits = dict(read_manifest(folder).splits) if has_manifest else {}
+    write_manifest(folder, Manifest(splits=splits | {split: entries}))
+    return folder
+
+
+def tiny_tokenizer(*, context_length: int = 16, vocab_size: int = 320) -> SentencePieceTokenizer:
+    """Train a tokenizer on the captions of `THINGS`."""
+    texts = [text for pair in THINGS for text in pair] * 3
+    return train_sentencepiece(texts, vocab_size=vocab_size, context_length=context_length)
+
+
+def tiny_model(tokenizer: SentencePieceTokenizer, *, seed: int = 0) -> DualEncoder:
+    """Build the tiny model with random weights, in evaluation mode; torch's own seed is kept."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_dual_encoder(TINY_MODEL, tokenizer).eval()
+
+
+def tiny_bundle(folder: Path, *, seed: int = 0, context_length: int = 16) -> Path:
+    """Write the tiny model with its tokenizer as a bundle; return the folder."""
+    tokenizer = tiny_tokenizer(context_length=context_length)
+    save_bundle(
+        folder,
+        model=tiny_model(tokenizer, seed=seed),
+        model_cfg=open_clip_model_config(TINY_MODEL, tokenizer),
+        preprocess_cfg=preprocess_cfg(PreprocessConfig(), IMAGE_SIZE),
+        tokenizer=tokenizer,
+        languages=("zh", "en"),
+    )
+    return folder

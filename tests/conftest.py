@@ -1,0 +1,23 @@
+"""What every test shares: few threads, and no test marked for hardware that is not there."""
+
+import os
+
+# Two cores are shared by the test process, its children and the data workers.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+
+def pytest_configure() -> None:
+    # The first call imports much; children would each pay for it.
+    torch.testing.assert_close(torch.zeros(1), torch.zeros(1))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpus = torch.cuda.device_count()
+    for item in items:
+        needed = 2 if item.get_closest_marker("multi_gpu") else 1
+        if item.get_closest_marker("gpu") or item.get_closest_marker("multi_gpu"):
+            item.add_marker(pytest.mark.skipif(gpus < needed, reason=f"needs {needed} GPUs"))

@@ -4,6 +4,7 @@ The names below are imported when they are first used, so that `import vlm` cost
 """
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ _HOMES = {
 }
 
 
-def load(folder: str, *, device: str | None = None) -> "Embedder":
+def load(folder: str | Path, *, device: str | None = None) -> "Embedder":
     """Read a bundle; see `vlm.embedder.Embedder.load`."""
     from vlm.embedder import Embedder
 

@@ -62,7 +62,10 @@ def _run(words: Sequence[str]) -> int:
         raise VlmError(_unknown_verb(words))
     module = import_module(VERBS[verb][0])
     parser = ArgumentParser(
-        prog=f"vlm {' '.join(verb)}", description=module.__doc__, exit_on_error=False
+        prog=f"vlm {' '.join(verb)}",
+        description=module.__doc__,
+        exit_on_error=False,
+        allow_abbrev=False,  # a misspelt option must not become another one
     )
     module.add_arguments(parser)
     try:

@@ -1,5 +1,6 @@
 """The dual encoder: an image tower, a text tower, projections to one space, and a temperature."""
 
+import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,6 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from open_clip.timm_model import TimmModel
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
@@ -19,6 +21,9 @@ from vlm.text.tokenizer import TokenBatch, Tokenizer
 
 MAX_LOGIT_SCALE = 100.0
 """CLIP's bound on the inverse temperature (Radford et al. 2021, section 2.5)."""
+
+# A little less than the logarithm, whose exponential in float32 would exceed the bound.
+_MAX_LOG_LOGIT_SCALE = math.log(MAX_LOGIT_SCALE) - 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +67,12 @@ class ModelConfig:
     init_logit_scale: float = 1 / 0.07
     """Inverse temperature at the start, in (0, 100]."""
 
+    def __post_init__(self) -> None:
+        if not 0 < self.init_logit_scale <= MAX_LOGIT_SCALE:
+            raise ConfigError(
+                f"init_logit_scale is {self.init_logit_scale}; expected more than 0, at most 100"
+            )
+
 
 class Features(NamedTuple):
     """What a training step needs of a batch."""
@@ -91,11 +102,12 @@ class DualEncoder(nn.Module):
         self.text = text
         self.embed_dim = int(text.text_projection.shape[1])
         self.log_logit_scale = nn.Parameter(torch.tensor(math.log(init_logit_scale)))
+        self.clamp_logit_scale()
 
     @property
     def logit_scale(self) -> Float[Tensor, ""]:
-        """The inverse temperature, at most `MAX_LOGIT_SCALE`."""
-        return self.log_logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
+        """The inverse temperature."""
+        return self.log_logit_scale.exp()
 
     def encode_image(
         self, images: Float[Tensor, "batch 3 height width"]
@@ -119,8 +131,12 @@ class DualEncoder(nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Bring the stored temperature back into its bound, so that its gradient never dies."""
-        self.log_logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
+        """Bring the temperature back into its bound; called after every optimizer step.
+
+        Bounding the stored parameter, not the scale in the forward pass, leaves the scale its
+        gradient at the bound.
+        """
+        self.log_logit_scale.clamp_(max=_MAX_LOG_LOGIT_SCALE)
 
 
 def build_dual_encoder(config: ModelConfig, tokenizer: Tokenizer) -> DualEncoder:
@@ -166,11 +182,9 @@ def build_from_open_clip_config(model_cfg: Mapping[str, Any]) -> DualEncoder:
 def _from_open_clip(model_cfg: Mapping[str, Any], init_logit_scale: float) -> DualEncoder:
     name = model_cfg["vision_cfg"].get("timm_model_name")
     if name and not timm.is_model(name):
-        close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
-        raise ConfigError(f"timm has no model {name!r}" + (f"; it has {close}" if close else ""))
-    if not 0 < init_logit_scale <= MAX_LOGIT_SCALE:
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise ConfigError(
-            f"init_logit_scale is {init_logit_scale}; expected more than 0, at most 100"
+            f"timm has no model {name!r}" + (f"; near it are {', '.join(close)}" if close else "")
         )
     try:
         towers = open_clip.CustomTextCLIP(
@@ -179,4 +193,22 @@ def _from_open_clip(model_cfg: Mapping[str, Any], init_logit_scale: float) -> Du
     except (TypeError, AssertionError, RuntimeError) as error:
         raise ConfigError(f"the towers cannot be built: {error}") from error
     check_text_tower(towers.text)
+    if name:
+        _fit_timm_tower(towers.visual, model_cfg)
     return DualEncoder(towers.visual, towers.text, init_logit_scale=init_logit_scale)
+
+
+def _fit_timm_tower(visual: TimmModel, model_cfg: Mapping[str, Any]) -> None:
+    """Mend what open_clip's adapter leaves wrong for some of timm's models.
+
+    It does not tell a transformer the size of its pictures, and it reads a projection's width
+    from `num_features` even where the model's own head widens its features first.
+    """
+    trunk = visual.trunk
+    if hasattr(trunk, "set_input_size"):
+        trunk.set_input_size(model_cfg["vision_cfg"]["image_size"])
+    projection = getattr(visual.head, "proj", None)
+    width = getattr(trunk, "head_hidden_size", None)
+    if isinstance(projection, nn.Linear) and width not in (None, projection.in_features):
+        bias = projection.bias is not None
+        visual.head.proj = nn.Linear(width, projection.out_features, bias=bias)

@@ -54,7 +54,7 @@ def plot_recall(run_folder: Path, out: Path, *, names: Sequence[str]) -> None:
     figure.savefig(out, dpi=120)
 
 
-def _records_with(run_folder: Path, name: str) -> list[Mapping[str, float]]:
+def _records_with(run_folder: Path, name: str) -> list[Mapping[str, float | int]]:
     records = [record for record in read_metrics(run_folder / METRICS_NAME) if name in record]
     if not records:
         raise DataError(f"{run_folder / METRICS_NAME} has no record of {name}")

@@ -69,7 +69,7 @@ class Reporter:
             self._board.add_scalar(name, value, step)
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, float | int]]:
     """Read the records of a run; a last line that was cut off is left out."""
     if not path.exists():
         return []

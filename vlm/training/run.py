@@ -48,6 +48,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     _check_run_folder(config.run_folder, resume)
     tokenizer = load_tokenizer(config.tokenizer)
     loader = _build_loader(config, tokenizer, accelerator)
+    loss = GroupedContrastiveLoss(split_into_groups(config.loss.group_size))
+    evaluate = _evaluation(config, tokenizer)
     model, optimizer = _build_model(config, tokenizer, accelerator)
     encoder: DualEncoder = accelerator.unwrap_model(model)
     checkpoints = Checkpoints(config.run_folder / "checkpoints", keep=config.checkpoint.keep)
@@ -66,11 +68,11 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
             accelerator=accelerator,
             model=model,
             optimizer=optimizer,
-            loss=GroupedContrastiveLoss(split_into_groups(config.loss.group_size)),
+            loss=loss,
             loader=loader,
             checkpoints=checkpoints,
             reporter=reporter,
-            evaluate=_evaluation(config, tokenizer),
+            evaluate=evaluate,
         )
         trainer.fit(progress)
     bundle = config.run_folder / BUNDLE_NAME

@@ -1,0 +1,117 @@
+"""The quickstart's own path at tiny size, and the commands that it tells people to try."""
+
+import json
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import vlm
+from tests.support.commands import ROOT, run_vlm
+from vlm.data.dataset import ShardedSplit
+
+TINY = (
+    "--schedule.steps", "6", "--schedule.warmup_steps", "2", "--evaluation.every_steps", "3",
+    "--data.batch_size", "32", "--data.workers", "0", "--report_every", "2",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """Run it twice, as a user may: the second run replaces the first."""
+    folder = tmp_path_factory.mktemp("runs") / "quickstart"
+    run_vlm("quickstart", "--out", folder, *TINY, "--seed", "1")
+    (folder / "left over").touch()
+    out, err = run_vlm("quickstart", "--out", folder, *TINY)
+    return folder, out, err
+
+
+@pytest.mark.slow
+def test_it_leaves_a_run_folder_that_a_person_wants_to_look_at(quickstart):
+    folder, out, err = quickstart
+    left = {path.name for path in folder.iterdir()}
+    assert left == {
+        "bundle", "checkpoints", "config.yaml", "contact_sheet.svg", "embeddings", "index",
+        "loss.png", "metrics.jsonl", "recall.png", "report.md", "scores.json", "tensorboard",
+    }  # fmt: skip
+    report = (folder / "report.md").read_text()
+    for part in ("loss.png", "recall.png", "contact_sheet.svg", "| test_style "):
+        assert part in report
+    for name in ("loss.png", "recall.png"):
+        with Image.open(folder / name) as plot:
+            assert plot.width > 500
+    sheet = ET.parse(folder / "contact_sheet.svg").getroot()
+    texts = {element.text for element in sheet.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"一只猫", "a cat"} <= texts
+    assert len(list(sheet.iter("{http://www.w3.org/2000/svg}image"))) == 2 * 5 * (9 + 5)
+    assert "| test_novel_style " in out
+    assert err.count("vlm search") == 1
+    assert err.count("vlm eval retrieval") == 1
+
+
+@pytest.mark.slow
+def test_its_scores_are_flat_and_those_of_the_evaluation_command(quickstart):
+    folder, _, _ = quickstart
+    scores = json.loads((folder / "scores.json").read_text())
+    benchmarks = ("test_style", "test_style_no_flags", "test_novel", "test_novel_style")
+    assert {key.split("/")[0] for key in scores} == set(benchmarks)
+    assert all(0 <= value <= 1 for value in scores.values())
+    assert "test_style/zh/text_to_image/recall@1" in scores
+    out, _ = run_vlm(
+        "eval", "retrieval", folder / "bundle", "--split", "test_style",
+        "--where", '["group!=flags"]', "--json", "--out", folder / "again.json",
+    )  # fmt: skip
+    again = json.loads(out)
+    assert json.loads((folder / "again.json").read_text()) == again
+    for key, value in again.items():
+        assert value == pytest.approx(scores[key.replace("test_style", "test_style_no_flags")])
+
+
+@pytest.mark.slow
+def test_its_index_answers_texts_and_pictures_like_the_python_interface(quickstart, tmp_path):
+    folder, _, _ = quickstart
+    sample = ShardedSplit(ROOT / "data/emoji", "test_style")[7]
+    picture = tmp_path / "query.webp"
+    picture.write_bytes(sample.image)
+    out, _ = run_vlm("search", folder / "index", "--image", picture, "--k", "3", "--json")
+    hits = json.loads(out)
+    assert [hit["rank"] for hit in hits] == [1, 2, 3]
+    assert hits[0]["uid"] == sample.uid
+    assert hits[0]["score"] == pytest.approx(1, abs=1e-4)
+    assert hits[0]["captions"]["zh"] == sample.captions["zh"][0]
+
+    out, _ = run_vlm("search", folder / "index", "--text", "一只猫", "--k", "2", "--json")
+    model = vlm.load(folder / "bundle")
+    query = model.encode_text(["一只猫"])
+    pictures = [sample.image for sample in ShardedSplit(ROOT / "data/emoji", "test_style")]
+    cosines = model.similarity(query, model.encode_image(pictures))[0]
+    assert [hit["score"] for hit in json.loads(out)] == pytest.approx(
+        np.sort(cosines)[::-1][:2], abs=1e-5
+    )
+
+
+@pytest.mark.slow
+def test_a_folder_of_pictures_can_be_embedded_indexed_and_searched(quickstart, tmp_path):
+    folder, _, _ = quickstart
+    samples = [ShardedSplit(ROOT / "data/emoji", "val")[index] for index in range(5)]
+    for number, sample in enumerate(samples):
+        path = tmp_path / "pictures" / f"图 {number}" / "picture.webp"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(sample.image)
+    embeddings, index = tmp_path / "embeddings", tmp_path / "index"
+    run_vlm("embed", folder / "bundle", "--images", tmp_path / "pictures", "--out", embeddings)
+    run_vlm("index", embeddings, "--out", index)
+    out, _ = run_vlm("search", index, "--image", path, "--k", "99")
+    lines = out.splitlines()
+    assert len(lines) == 5
+    assert str(path) in lines[0]
+    _, err = run_vlm("index", embeddings, "--out", index, code=2)
+    assert "exists already" in err
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("all of it")
+    _, err = run_vlm("quickstart", "--out", tmp_path, *TINY, code=2)
+    assert "holds something else than a run" in err
+    assert (tmp_path / "thesis.txt").read_text() == "all of it"

@@ -1,0 +1,133 @@
+"""The training command on the real emoji pictures, in real processes."""
+
+import json
+import shutil
+import signal
+import time
+
+import pytest
+import yaml
+
+from tests.support.commands import ROOT, run_vlm, start_vlm
+from vlm.cli.main import main
+
+TWO_PROCESSES = (
+    "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+    "--mixed_precision", "no", "--dynamo_backend", "no",
+)  # fmt: skip
+
+
+def train_arguments(run_folder, *, steps, **changes):
+    options = {
+        "config": "configs/train/emoji.yaml",
+        "run_folder": run_folder,
+        "data.batch_size": 32,
+        "data.workers": 0,
+        "schedule.steps": steps,
+        "schedule.warmup_steps": 4,
+        "report_every": 1,
+        "evaluation.every_steps": 0,
+        "checkpoint.every_steps": 0,
+    } | changes
+    return ["train", *(str(part) for key, value in options.items() for part in (f"--{key}", value))]
+
+
+def losses(run_folder):
+    records = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if "loss" in record]
+
+
+def weights(run_folder):
+    return (run_folder / "bundle" / "open_clip_model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_report_the_losses_of_one_with_the_same_global_batch(tmp_path):
+    run_vlm(*train_arguments(tmp_path / "one", steps=20))
+    run_vlm(*train_arguments(tmp_path / "two", steps=20), launcher=TWO_PROCESSES)
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == 20
+    assert two == pytest.approx(one, rel=1e-4)
+    assert sum(one[-5:]) < sum(one[:5])
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_very_same_weights_and_losses(tmp_path):
+    changes = {"checkpoint.every_steps": 3}
+    run_vlm(*train_arguments(tmp_path / "whole", steps=12, **changes))
+
+    arguments = train_arguments(tmp_path / "killed", steps=12, **changes)
+    process = start_vlm(*arguments)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed/checkpoints/step-00000006").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "killed/bundle").exists()
+
+    _, refusal = run_vlm(*arguments, code=2)
+    assert "holds a run already" in refusal
+    run_vlm(*arguments, "--resume")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_the_configuration_that_a_run_leaves_describes_the_same_run(tmp_path):
+    run_vlm(*train_arguments(tmp_path / "first", steps=6))
+    left = tmp_path / "first" / "config.yaml"
+    assert yaml.safe_load(left.read_text())["data"]["batch_size"] == 32
+    run_vlm("train", "--config", left, "--run_folder", tmp_path / "again")
+    assert weights(tmp_path / "again") == weights(tmp_path / "first")
+
+
+@pytest.mark.slow
+def test_bfloat16_trains_to_nearly_the_same_losses(tmp_path):
+    run_vlm(*train_arguments(tmp_path / "fp32", steps=6))
+    run_vlm(*train_arguments(tmp_path / "bf16", steps=6, precision="bf16"))
+    full, half = losses(tmp_path / "fp32"), losses(tmp_path / "bf16")
+    assert half == pytest.approx(full, rel=0.02)
+    assert half != full
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.batch_size": 100_000}, r"the batch has 100000 samples; expected 1 to 7053"),
+        ({"data.split": "trian"}, "has no split 'trian'; its splits are"),
+        ({"data.folder": "nowhere"}, "nowhere is not a folder"),
+        ({"tokenizer": "configs"}, "configs holds no tokenizer"),
+        ({"model.vision_cfg.timm_model_name": "resnet10"}, "timm has no model 'resnet10'; near"),
+        ({"loss.group_size": 2}, "group_size is 2; expected a divisor of the world size, 1"),
+        ({"optimizer.learning_rat": 1}, "did you mean 'optimizer.learning_rate'?"),
+        ({"schedule.steps": "many"}, "many"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_wrong_setting_is_one_clear_line_before_anything_is_written(
+    tmp_path, monkeypatch, capsys, changes, message
+):
+    monkeypatch.chdir(ROOT)
+    assert main(train_arguments(tmp_path / "run", steps=6, **changes)) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_shard_stops_the_run_with_its_name(tmp_path, monkeypatch, capsys):
+    shutil.copytree(ROOT / "data/emoji", tmp_path / "emoji")
+    shard = tmp_path / "emoji" / "train-00002.tar.gz"
+    content = bytearray(shard.read_bytes())
+    content[1000] ^= 1
+    shard.write_bytes(content)
+    arguments = train_arguments(tmp_path / "run", steps=6, **{"data.folder": tmp_path / "emoji"})
+    monkeypatch.chdir(ROOT)
+    assert main(arguments) == 2
+    assert f"shard {shard} is damaged" in capsys.readouterr().err
+    shard.unlink()
+    assert main(arguments) == 2
+    assert f"shard {shard} is missing" in capsys.readouterr().err

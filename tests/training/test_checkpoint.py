@@ -1,0 +1,104 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from vlm.errors import CheckpointError
+from vlm.training.checkpoint import Checkpoints, Progress
+
+
+def build():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    return model, torch.optim.AdamW(model.parameters(), lr=0.01)
+
+
+def train(model, optimizer, steps):
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        optimizer.zero_grad()
+        model(torch.randn(8, 4, generator=generator)).square().sum().backward()
+        optimizer.step()
+
+
+def test_going_on_from_a_checkpoint_is_bitwise_the_same_as_not_stopping(tmp_path):
+    model, optimizer = build()
+    train(model, optimizer, range(3))
+    Checkpoints(tmp_path, keep=2).save(model, optimizer, Progress(3, 24))
+    train(model, optimizer, range(3, 6))
+
+    resumed, resumed_optimizer = build()
+    progress = Checkpoints(tmp_path, keep=2).load_latest(resumed, resumed_optimizer)
+    assert progress == Progress(3, 24)
+    train(resumed, resumed_optimizer, range(3, 6))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_the_newest_are_kept_and_the_newest_is_loaded(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    model, optimizer = build()
+    for step in (9, 10, 100):
+        checkpoints.save(model, optimizer, Progress(step, step * 8))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000100"]
+    assert checkpoints.load_latest(model, optimizer) == Progress(100, 800)
+
+
+def test_a_run_without_checkpoints_has_none(tmp_path):
+    assert Checkpoints(tmp_path / "none", keep=1).load_latest(*build()) is None
+
+
+def test_what_a_killed_run_left_half_written_is_ignored(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    model, optimizer = build()
+    checkpoints.save(model, optimizer, Progress(1, 8))
+    partial = tmp_path / ".step-00000002.partial"
+    partial.mkdir()
+    (partial / "model.safetensors").write_bytes(b"half")
+    assert checkpoints.load_latest(model, optimizer) == Progress(1, 8)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_damage_is_named_and_never_loaded(tmp_path, name, damage):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(*build(), Progress(1, 8))
+    path = tmp_path / "step-00000001" / name
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    elif damage == "cut":
+        path.write_bytes(content[:-1])
+    else:
+        path.unlink()
+    model, optimizer = build()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"step-00000001.* is damaged"):
+        checkpoints.load_latest(model, optimizer)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[key])
+
+
+def test_a_state_that_is_no_json_is_damage(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(*build(), Progress(1, 8))
+    (tmp_path / "step-00000001" / "state.json").write_text("{")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        checkpoints.load_latest(*build())
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(*build(), Progress(1, 8))
+    model = nn.Linear(3, 3)
+    with pytest.raises(CheckpointError, match="belongs to another configuration"):
+        checkpoints.load_latest(model, torch.optim.AdamW(model.parameters()))
+
+
+def test_nothing_in_a_checkpoint_is_pickled(tmp_path):
+    Checkpoints(tmp_path, keep=2).save(*build(), Progress(1, 8))
+    names = sorted(path.name for path in (tmp_path / "step-00000001").iterdir())
+    assert names == ["model.safetensors", "optimizer.safetensors", "state.json"]
+    assert json.loads((tmp_path / "step-00000001" / "state.json").read_text())["samples"] == 8

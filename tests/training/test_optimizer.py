@@ -1,0 +1,37 @@
+import torch
+from torch import nn
+
+from tests.builders import tiny_model, tiny_tokenizer
+from vlm.training.optimizer import OptimizerConfig, build_optimizer
+
+
+def test_only_matrices_and_kernels_decay():
+    model = tiny_model(tiny_tokenizer())
+    optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.3))
+    decay = {
+        id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
+    }
+    for name, parameter in model.named_parameters():
+        assert decay.pop(id(parameter)) == (0.3 if parameter.ndim >= 2 else 0.0), name
+    assert not decay
+
+
+def test_frozen_parameters_are_left_out():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    optimizer = build_optimizer(model, OptimizerConfig())
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in model[1].parameters()}
+
+
+def test_a_step_is_the_step_of_adamw():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    weight, bias = (p.detach().clone() for p in model.parameters())
+    config = OptimizerConfig(learning_rate=0.01, weight_decay=0.5, betas=(0.9, 0.98), eps=1e-8)
+    optimizer = build_optimizer(model, config)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    # After one step Adam's moments cancel: every gradient moves its weight by the rate.
+    torch.testing.assert_close(model.weight, weight * (1 - 0.01 * 0.5) - 0.01)
+    torch.testing.assert_close(model.bias, bias - 0.01)

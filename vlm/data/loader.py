@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -62,6 +63,13 @@ class TrainingExamples(Dataset[Example]):
     """Samples with a caption chosen for each language and their picture augmented.
 
     Caption choice and augmentation are a function of (seed, epoch, uid).
+
+    Args:
+        samples: The split to read.
+        transform: Augments a picture.
+        captions: Which captions to read.
+        seed: Decides everything random.
+        keep_decoded: Whether each process keeps the pictures it has decoded.
     """
 
     def __init__(
@@ -71,7 +79,10 @@ class TrainingExamples(Dataset[Example]):
         captions: CaptionConfig,
         *,
         seed: int,
+        keep_decoded: bool = False,
     ) -> None:
+        self.keep_decoded = keep_decoded
+        self._decoded: dict[int, Image.Image] = {}
         self.samples = samples
         self.transform = transform
         self.captions = captions
@@ -88,8 +99,16 @@ class TrainingExamples(Dataset[Example]):
             language: choose_caption(sample, language, self.captions.main_share, rng)
             for language in self.captions.languages
         }
-        image = self.transform(decode_image(sample.image, name=sample.uid), rng)
+        image = self.transform(self._picture(key.place, sample), rng)
         return Example(sample.uid, image, text_id(sample.concept), captions)
+
+    def _picture(self, place: int, sample: Sample) -> Image.Image:
+        if place in self._decoded:
+            return self._decoded[place]
+        image = decode_image(sample.image, name=sample.uid)
+        if self.keep_decoded:
+            self._decoded[place] = image
+        return image
 
 
 def choose_caption(sample: Sample, language: str, main_share: float, rng: random.Random) -> str:

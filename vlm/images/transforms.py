@@ -1,26 +1,29 @@
 """Pictures to normalised tensors, for evaluation and, with seeded augmentation, for training."""
 
+import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from jaxtyping import Float
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
 from vlm.errors import ConfigError
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
-_INTERPOLATION = {
-    "bicubic": InterpolationMode.BICUBIC,
-    "bilinear": InterpolationMode.BILINEAR,
-}
+# ITU-R BT.601 luma and the colour axes of NTSC.
+_YIQ_FROM_RGB = torch.tensor(
+    [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]]
+)
+_RGB_FROM_YIQ = torch.linalg.inv(_YIQ_FROM_RGB)
+_LUMA = _YIQ_FROM_RGB[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,7 @@ class PreprocessConfig:
     """`shortest` cuts the longer side, `longest` pads the shorter one, `squash` distorts."""
 
     def __post_init__(self) -> None:
-        if self.interpolation not in _INTERPOLATION:
+        if self.interpolation not in ("bicubic", "bilinear"):
             raise ConfigError(
                 f"interpolation is {self.interpolation!r}; expected bicubic or bilinear"
             )
@@ -52,15 +55,13 @@ class AugmentationConfig:
     """Random changes of a training picture; each is drawn evenly from its range."""
 
     crop_area: tuple[float, float] = (0.9, 1.0)
-    """Share of the picture's area that a random crop keeps (Szegedy et al. 2015)."""
+    """Area of the random crop as a share of the picture's; above 1 leaves a white border."""
     crop_ratio: tuple[float, float] = (0.75, 1.333)
-    """Width of the crop over its height."""
-    rotation: float = 0.0
-    """Largest rotation either way, in degrees; what comes into view is white."""
+    """Width of the crop over its height, for a square picture (Szegedy et al. 2015)."""
     translation: float = 0.0
-    """Largest shift either way along each axis, as a share of the side."""
-    zoom: tuple[float, float] = (1.0, 1.0)
-    """Factor by which the picture is enlarged around its middle."""
+    """Largest shift of the crop either way along each axis, as a share of the side."""
+    rotation: float = 0.0
+    """Largest rotation either way, in degrees."""
     flip: float = 0.0
     """Probability of a left-right flip; pictures with text or direction are better off at 0."""
     brightness: float = 0.0
@@ -68,7 +69,7 @@ class AugmentationConfig:
     contrast: float = 0.0
     saturation: float = 0.0
     hue: float = 0.0
-    """Largest turn of the colour circle either way, in [0, 0.5]."""
+    """Largest turn of the hue either way, in degrees."""
     grayscale: float = 0.0
     """Probability of losing all colour."""
 
@@ -96,70 +97,78 @@ def evaluation_transform(
 
 
 class TrainingTransform:
-    """Draws every random number from the generator it is given, and from nothing else."""
+    """Augments a picture with random numbers from the generator it is given, and no others.
+
+    Crop, shift, rotation, flip and resizing are one affine map of the plane, and all changes of
+    colour are one affine map of RGB: each picture is sampled once and multiplied once.
+    """
 
     def __init__(
         self, preprocess: PreprocessConfig, augmentation: AugmentationConfig, image_size: int
     ) -> None:
-        self.preprocess = preprocess
         self.augmentation = augmentation
         self.image_size = image_size
-        self._interpolation = _INTERPOLATION[preprocess.interpolation]
+        self._resampling = Image.Resampling[preprocess.interpolation.upper()]
+        self._mean = torch.tensor(preprocess.mean)[:, None]
+        self._std = torch.tensor(preprocess.std)[:, None]
 
     def __call__(self, image: Image.Image, rng: random.Random) -> Float[Tensor, "3 height width"]:
         """Change an RGB picture at random and return it as a normalised tensor."""
-        image = self._move(image, rng)
-        image = self._crop(image, rng)
-        image = self._recolour(image, rng)
-        pixels = F.pil_to_tensor(image).float().div_(255)
-        normalised: Tensor = F.normalize(
-            pixels, list(self.preprocess.mean), list(self.preprocess.std)
-        )
-        return normalised
+        image = self._sample(image, rng)
+        pixels = torch.from_numpy(np.array(image)).view(-1, 3).T.float().div_(255)
+        pixels = self._recolour(pixels, rng)
+        normalised = pixels.sub_(self._mean).div_(self._std)
+        return normalised.view(3, self.image_size, self.image_size)
 
-    def _move(self, image: Image.Image, rng: random.Random) -> Image.Image:
-        config = self.augmentation
-        angle = rng.uniform(-config.rotation, config.rotation)
-        zoom = rng.uniform(*config.zoom)
-        shift = [
-            round(rng.uniform(-config.translation, config.translation) * side)
-            for side in image.size
-        ]
-        if angle == 0 and zoom == 1 and shift == [0, 0]:
-            return image
-        moved: Image.Image = F.affine(
-            image, angle=angle, translate=shift, scale=zoom, shear=[0.0, 0.0],
-            interpolation=InterpolationMode.BILINEAR, fill=[255.0],
+    def _sample(self, image: Image.Image, rng: random.Random) -> Image.Image:
+        """Draw the crop and sample it at the size of the model's input."""
+        config, side = self.augmentation, self.image_size
+        area, ratio = rng.uniform(*config.crop_area), rng.uniform(*config.crop_ratio)
+        width = image.width * math.sqrt(area * ratio)
+        height = image.height * math.sqrt(area / ratio)
+        # A crop lies anywhere in the picture; one that is larger has the picture anywhere in it.
+        middle_x, middle_y = (
+            extent / 2
+            + rng.uniform(-1, 1) * abs(extent - crop) / 2
+            + rng.uniform(-1, 1) * config.translation * extent
+            for extent, crop in ((image.width, width), (image.height, height))
+        )
+        angle = math.radians(rng.uniform(-config.rotation, config.rotation))
+        mirror = -1 if rng.random() < config.flip else 1
+        # The sampler looks at few pixels around each point, so large pictures are shrunk before.
+        shrink = max(1, int(min(width, height) / side))
+        image = image.reduce(shrink) if shrink > 1 else image
+        step_x, step_y = mirror * width / side / shrink, height / side / shrink
+        a, b = step_x * math.cos(angle), -step_y * math.sin(angle)
+        d, e = step_x * math.sin(angle), step_y * math.cos(angle)
+        c = middle_x / shrink - (a + b) * side / 2
+        f = middle_y / shrink - (d + e) * side / 2
+        return image.transform(
+            (side, side), Image.Transform.AFFINE, (a, b, c, d, e, f), self._resampling,
+            fillcolor="white",
         )  # fmt: skip
-        return moved
 
-    def _crop(self, image: Image.Image, rng: random.Random) -> Image.Image:
+    def _recolour(
+        self, pixels: Float[Tensor, "3 pixels"], rng: random.Random
+    ) -> Float[Tensor, "3 pixels"]:
+        """Change the colours of pixels in [0, 1]."""
         config = self.augmentation
-        area = rng.uniform(*config.crop_area) * image.width * image.height
-        ratio = rng.uniform(*config.crop_ratio)
-        width = min(image.width, max(1, round((area * ratio) ** 0.5)))
-        height = min(image.height, max(1, round((area / ratio) ** 0.5)))
-        left = rng.randint(0, image.width - width)
-        top = rng.randint(0, image.height - height)
-        flip = rng.random() < config.flip
-        cropped = image.resize(
-            (self.image_size, self.image_size),
-            Image.Resampling[self.preprocess.interpolation.upper()],
-            box=(left, top, left + width, top + height),
+        brightness, contrast, saturation = (
+            1 + rng.uniform(-strength, strength)
+            for strength in (config.brightness, config.contrast, config.saturation)
         )
-        return cropped.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else cropped
-
-    def _recolour(self, image: Image.Image, rng: random.Random) -> Image.Image:
-        config = self.augmentation
-        for change, strength in (
-            (F.adjust_brightness, config.brightness),
-            (F.adjust_contrast, config.contrast),
-            (F.adjust_saturation, config.saturation),
-        ):
-            if strength:
-                image = change(image, rng.uniform(max(0.0, 1 - strength), 1 + strength))
-        if config.hue:
-            image = F.adjust_hue(image, rng.uniform(-config.hue, config.hue))
+        hue = math.radians(rng.uniform(-config.hue, config.hue))
         if rng.random() < config.grayscale:
-            image = F.rgb_to_grayscale(image, num_output_channels=3)
-        return image
+            saturation = 0.0
+        colours = _hue_and_saturation(hue, saturation) * (brightness * contrast)
+        # Contrast moves away from the picture's mean grey, which the other changes leave alone.
+        grey = brightness * float(_LUMA @ pixels.mean(dim=1))
+        return (colours @ pixels).add_((1 - contrast) * grey).clamp_(0, 1)
+
+
+def _hue_and_saturation(hue: float, saturation: float) -> Float[Tensor, "3 3"]:
+    """Return the map of RGB that turns and scales the colour (I, Q) of YIQ and keeps its luma."""
+    cosine, sine = saturation * math.cos(hue), saturation * math.sin(hue)
+    turn = torch.tensor([[1.0, 0.0, 0.0], [0.0, cosine, -sine], [0.0, sine, cosine]])
+    colours: Tensor = _RGB_FROM_YIQ @ turn @ _YIQ_FROM_RGB
+    return colours

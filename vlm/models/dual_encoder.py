@@ -98,7 +98,7 @@ class DualEncoder(nn.Module):
         self, visual: nn.Module, text: TextTransformer, *, init_logit_scale: float
     ) -> None:
         super().__init__()
-        self.visual = visual
+        self.visual = visual.to(memory_format=torch.channels_last)
         self.text = text
         self.embed_dim = int(text.text_projection.shape[1])
         self.log_logit_scale = nn.Parameter(torch.tensor(math.log(init_logit_scale)))
@@ -113,6 +113,8 @@ class DualEncoder(nn.Module):
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch dim"]:
         """Return a float32 unit vector for each picture."""
+        # Convolutions run up to half as fast again with the channels innermost.
+        images = images.contiguous(memory_format=torch.channels_last)
         return F.normalize(self.visual(images).float(), dim=-1)
 
     def encode_text(self, tokens: TokenBatch) -> Float[Tensor, "batch dim"]:

@@ -2,8 +2,9 @@
 
 import torch
 from jaxtyping import Float
-from open_clip.transformer import TextTransformer
-from torch import Tensor
+from open_clip.transformer import ResidualAttentionBlock, TextTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vlm.errors import ConfigError
 from vlm.text.tokenizer import TokenBatch
@@ -31,10 +32,45 @@ def encode_tokens(tower: TextTransformer, tokens: TokenBatch) -> Float[Tensor, "
     mask ends. The features are the same: in a causal transformer nothing after a token changes it.
     """
     length = tokens.ids.shape[1]
+    causal_mask = tower.attn_mask[:length, :length]
     states = tower.token_embedding(tokens.ids) + tower.positional_embedding[:length]
-    states = tower.transformer(states, attn_mask=tower.attn_mask[:length, :length])
-    end_of_text = tokens.mask.sum(dim=1) - 1
-    pooled = states[torch.arange(len(states), device=states.device), end_of_text]
-    # Normalising after pooling gives the same and touches one position instead of all.
+    *blocks, last = tower.transformer.resblocks
+    for block in blocks:
+        states = _run_block(tower, block, states, causal_mask)
+    if isinstance(last, ResidualAttentionBlock):
+        pooled = _last_block_at_end_of_text(last, states, tokens)
+    else:  # open_clip's blocks with scaled or normalised attention
+        pooled = _at_end_of_text(_run_block(tower, last, states, causal_mask), tokens)
     features: Tensor = tower.ln_final(pooled) @ tower.text_projection
     return features
+
+
+def _run_block(
+    tower: TextTransformer, block: nn.Module, states: Tensor, causal_mask: Tensor
+) -> Tensor:
+    if tower.transformer.grad_checkpointing and torch.is_grad_enabled():
+        output: Tensor = checkpoint(block, states, attn_mask=causal_mask, use_reentrant=False)
+    else:
+        output = block(states, attn_mask=causal_mask)
+    return output
+
+
+def _last_block_at_end_of_text(
+    block: ResidualAttentionBlock, states: Float[Tensor, "batch length width"], tokens: TokenBatch
+) -> Float[Tensor, "batch width"]:
+    """Run the last block for the one position that is read: a fraction of its arithmetic."""
+    normed = block.ln_1(states)
+    query = _at_end_of_text(normed, tokens)[:, None]
+    attended, _ = block.attn(
+        query, normed, normed, key_padding_mask=~tokens.mask, need_weights=False
+    )
+    pooled: Tensor = _at_end_of_text(states, tokens) + block.ls_1(attended[:, 0])
+    output: Tensor = pooled + block.ls_2(block.mlp(block.ln_2(pooled)))
+    return output
+
+
+def _at_end_of_text(
+    states: Float[Tensor, "batch length width"], tokens: TokenBatch
+) -> Float[Tensor, "batch width"]:
+    end_of_text = tokens.mask.sum(dim=1) - 1
+    return states[torch.arange(len(states), device=states.device), end_of_text]

@@ -27,6 +27,8 @@ class DataConfig:
     """Samples in one step, all processes together."""
     workers: int = 2
     """Processes that decode pictures, for each training process; 0 does it in that process."""
+    keep_decoded: bool = False
+    """Keep decoded pictures in each of those processes: for many epochs over few small ones."""
 
 
 @dataclass(frozen=True, kw_only=True)

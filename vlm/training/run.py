@@ -110,7 +110,13 @@ def _build_loader(
     transform = TrainingTransform(
         config.preprocess, config.augmentation, config.model.vision_cfg.image_size
     )
-    examples = TrainingExamples(samples, transform, config.captions, seed=config.seed)
+    examples = TrainingExamples(
+        samples,
+        transform,
+        config.captions,
+        seed=config.seed,
+        keep_decoded=config.data.keep_decoded,
+    )
     return TrainingLoader(examples, order, tokenizer, workers=config.data.workers)
 
 

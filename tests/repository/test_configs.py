@@ -1,0 +1,75 @@
+"""Every file in `configs/` says what it is for, loads, and builds."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+
+from tests.builders import tiny_tokenizer
+from vlm.cli import train as train_command
+from vlm.models.dual_encoder import build_dual_encoder
+from vlm.training.config import TrainConfig, config_as_yaml
+
+ROOT = Path(__file__).parents[2]
+ALL = sorted((ROOT / "configs").rglob("*.yaml"))
+TRAIN = sorted((ROOT / "configs/train").glob("*.yaml"))
+
+
+def read(path):
+    parser = ArgumentParser(exit_on_error=False)
+    train_command.add_arguments(parser)
+    options = parser.instantiate(parser.parse_args(["--config", str(path)]))
+    return TrainConfig(
+        **{name: getattr(options, name) for name in TrainConfig.__dataclass_fields__}
+    )
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_file_opens_with_a_comment(path):
+    assert path.read_text().startswith("# ")
+
+
+@pytest.mark.parametrize("path", TRAIN, ids=lambda path: path.name)
+def test_training_files_give_their_command_and_result(path):
+    text = path.read_text()
+    assert "-m vlm train" in text
+    assert "# Result: " in text
+
+
+@pytest.mark.parametrize("path", TRAIN, ids=lambda path: path.name)
+def test_training_files_build_their_model(path):
+    config = read(path)
+    with torch.device("meta"):
+        model = build_dual_encoder(config.model, tiny_tokenizer())
+    assert sum(parameter.numel() for parameter in model.parameters()) > 100_000
+
+
+@pytest.mark.parametrize("path", TRAIN, ids=lambda path: path.name)
+def test_a_configuration_survives_being_written_and_read_again(path, tmp_path):
+    config = read(path)
+    written = tmp_path / "config.yaml"
+    written.write_text(config_as_yaml(config))
+    assert read(written) == config
+
+
+@pytest.mark.parametrize("path", TRAIN, ids=lambda path: path.name)
+def test_a_file_states_only_what_differs_from_the_defaults(path):
+    defaults = yaml.safe_load(config_as_yaml(TrainConfig()))
+
+    def repeated(stated, default, name=""):
+        for key, value in stated.items():
+            if isinstance(value, dict):
+                yield from repeated(value, default[key], f"{name}{key}.")
+            elif key != "model" and value == default[key]:
+                yield name + key
+
+    assert not list(repeated(yaml.safe_load(path.read_text()), defaults))
+
+
+def test_model_files_are_used_by_a_training_file():
+    used = {
+        (ROOT / "configs/train" / yaml.safe_load(p.read_text())["model"]).resolve() for p in TRAIN
+    }
+    assert used == {path.resolve() for path in (ROOT / "configs/model").glob("*.yaml")}

@@ -5,8 +5,12 @@ import os
 # Two cores are shared by the test process, its children and the data workers.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from pathlib import Path
+
 import pytest
 import torch
+
+from tests.support.commands import TINY_QUICKSTART, run_vlm
 
 
 def pytest_configure() -> None:
@@ -21,3 +25,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         needed = 2 if item.get_closest_marker("multi_gpu") else 1
         if item.get_closest_marker("gpu") or item.get_closest_marker("multi_gpu"):
             item.add_marker(pytest.mark.skipif(gpus < needed, reason=f"needs {needed} GPUs"))
+
+
+@pytest.fixture(scope="session")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """The folder of a tiny quickstart and what it printed; run twice, as a user may."""
+    folder = tmp_path_factory.mktemp("workspace") / "runs" / "quickstart"
+    run_vlm("quickstart", "--out", folder, *TINY_QUICKSTART, "--seed", "1")
+    (folder / "left over").touch()  # the second run replaces the first
+    out, err = run_vlm("quickstart", "--out", folder, *TINY_QUICKSTART)
+    return folder, out, err

@@ -8,23 +8,8 @@ import pytest
 from PIL import Image
 
 import vlm
-from tests.support.commands import ROOT, run_vlm
+from tests.support.commands import ROOT, TINY_QUICKSTART, run_vlm
 from vlm.data.dataset import ShardedSplit
-
-TINY = (
-    "--schedule.steps", "6", "--schedule.warmup_steps", "2", "--evaluation.every_steps", "3",
-    "--data.batch_size", "32", "--data.workers", "0", "--report_every", "2",
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def quickstart(tmp_path_factory):
-    """Run it twice, as a user may: the second run replaces the first."""
-    folder = tmp_path_factory.mktemp("runs") / "quickstart"
-    run_vlm("quickstart", "--out", folder, *TINY, "--seed", "1")
-    (folder / "left over").touch()
-    out, err = run_vlm("quickstart", "--out", folder, *TINY)
-    return folder, out, err
 
 
 @pytest.mark.slow
@@ -112,6 +97,6 @@ def test_a_folder_of_pictures_can_be_embedded_indexed_and_searched(quickstart, t
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("all of it")
-    _, err = run_vlm("quickstart", "--out", tmp_path, *TINY, code=2)
+    _, err = run_vlm("quickstart", "--out", tmp_path, *TINY_QUICKSTART, code=2)
     assert "holds something else than a run" in err
     assert (tmp_path / "thesis.txt").read_text() == "all of it"

@@ -10,6 +10,13 @@ ROOT = Path(__file__).parents[2]
 """The checkout; its `data`, `tokenizers` and `configs` are found from here."""
 
 
+TINY_QUICKSTART = (
+    "--schedule.steps", "6", "--schedule.warmup_steps", "2", "--evaluation.every_steps", "3",
+    "--data.batch_size", "32", "--data.workers", "0", "--report_every", "2",
+)  # fmt: skip
+"""Options that make the quickstart a matter of seconds."""
+
+
 def start_vlm(*arguments: str | Path, launcher: Sequence[str] = ()) -> subprocess.Popen[str]:
     """Start `python -m vlm ARGUMENTS` in the checkout, under a launcher module if one is given."""
     modules = [*launcher, "-m", "vlm"] if launcher else ["vlm"]

@@ -1,0 +1,112 @@
+"""A split is one sequence of samples across its shards, here and in other processes."""
+
+import gzip
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+from tests.builders import make_sample, make_samples, write_split
+from vlm.data.dataset import ShardedSplit
+from vlm.data.manifest import Manifest, write_manifest
+from vlm.data.shards import index_folder
+from vlm.errors import DataError
+
+READ_IN_ANOTHER_PROCESS = """
+import pickle, sys
+samples = pickle.load(sys.stdin.buffer)
+print(",".join(sample.uid for sample in samples), len(samples) == 12)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_split(tmp_path, make_samples(12), samples_per_shard=5)
+
+
+def test_an_index_counts_across_shards(folder):
+    samples = ShardedSplit(folder, "train")
+    assert len(samples) == 12
+    assert [samples[index] for index in range(12)] == make_samples(12)
+    assert [samples[index].uid for index in (11, 4, 5, 0)] == [
+        "sample-0011", "sample-0004", "sample-0005", "sample-0000",
+    ]  # fmt: skip
+
+
+def test_iteration_gives_every_sample_in_order_each_time(folder):
+    samples = ShardedSplit(folder, "train")
+    assert list(samples) == list(samples) == make_samples(12)
+
+
+@pytest.mark.parametrize("index", [-1, -12, 12, 13, 1000])
+def test_an_index_outside_of_the_split_is_an_index_error(folder, index):
+    with pytest.raises(IndexError, match=str(index)):
+        ShardedSplit(folder, "train")[index]
+
+
+def test_splits_of_one_folder_are_kept_apart(folder):
+    write_split(folder, make_samples(2), split="val")
+    assert len(ShardedSplit(folder, "train")) == 12
+    assert len(ShardedSplit(folder, "val")) == 2
+
+
+def test_shards_are_read_in_the_order_of_the_manifest(folder):
+    entries = index_folder(folder).splits["train"]
+    write_manifest(folder, Manifest(splits={"train": entries[::-1]}))
+    uids = [sample.uid for sample in ShardedSplit(folder, "train")]
+    assert uids[:3] == ["sample-0010", "sample-0011", "sample-0005"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "changed"])
+def test_damage_in_the_last_shard_is_found_before_the_first_sample(folder, damage):
+    path = folder / "train-00002.tar.gz"
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "changed":
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(DataError, match=f"shard {path} is"):
+        ShardedSplit(folder, "train")
+
+
+def test_an_empty_split_is_refused(folder):
+    write_manifest(folder, Manifest(splits={"train": ()}))
+    with pytest.raises(DataError, match=f"the split 'train' of {folder} is empty"):
+        ShardedSplit(folder, "train")
+
+
+def test_an_unknown_split_is_refused_with_those_there_are(folder):
+    with pytest.raises(DataError, match="has no split 'test'; its splits are train"):
+        ShardedSplit(folder, "test")
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["tar.gz", "tar"])
+def test_a_split_sent_to_another_process_keeps_reading(folder, packed):
+    if not packed:
+        for path in list(folder.glob("*.tar.gz")):
+            path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
+            path.unlink()
+        index_folder(folder)
+    sent = pickle.dumps(ShardedSplit(folder, "train"))
+    result = subprocess.run(
+        [sys.executable, "-c", READ_IN_ANOTHER_PROCESS], input=sent, capture_output=True, check=True
+    )
+    uids = ",".join(f"sample-{number:04d}" for number in range(12))
+    assert result.stdout.decode() == f"{uids} True\n"
+
+
+def test_a_sent_split_is_small(folder):
+    assert len(pickle.dumps(ShardedSplit(folder, "train"))) < 1000  # a path, not the shards
+
+
+def test_captions_are_listed_once_in_the_order_of_first_occurrence(tmp_path):
+    captions = [
+        {"en": ["b", "a"], "zh": ["乙"]},
+        {"zh": ["甲", "乙"]},
+        {"en": ["a", "c"], "fr": ["d"]},
+    ]
+    samples = [make_sample(number, captions=of_one) for number, of_one in enumerate(captions)]
+    split = ShardedSplit(write_split(tmp_path, samples), "train")
+    assert split.unique_captions(["en"]) == ["b", "a", "c"]
+    assert split.unique_captions(["zh", "en"]) == ["乙", "b", "a", "甲", "c"]
+    assert split.unique_captions(["de"]) == []

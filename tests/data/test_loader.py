@@ -1,0 +1,316 @@
+"""What is read depends on seed and position, never on processes, workers or interruptions."""
+
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from tests.builders import make_sample, make_samples, tiny_tokenizer, write_split
+from vlm.data.dataset import ShardedSplit
+from vlm.data.loader import (
+    BatchOrder,
+    CaptionConfig,
+    ExampleKey,
+    TrainingExamples,
+    TrainingLoader,
+    choose_caption,
+    collate,
+)
+from vlm.errors import ConfigError, DataError
+from vlm.images.transforms import AugmentationConfig, PreprocessConfig, TrainingTransform
+from vlm.text.caption_ids import NO_CAPTION, text_id
+
+SIZE = 18
+TRANSFORM = TrainingTransform(
+    PreprocessConfig(), AugmentationConfig(rotation=20.0, brightness=0.3, flip=0.5), 16
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer(context_length=32)
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return ShardedSplit(write_split(folder, make_samples(SIZE)), "train")
+
+
+def examples_of(samples, *, seed=0, **captions):
+    return TrainingExamples(samples, TRANSFORM, CaptionConfig(**captions), seed=seed)
+
+
+def read(samples, tokenizer, *, first=0, last, workers=0, seed=0, **ranks):
+    """Read batches of 6 between two positions."""
+    order = BatchOrder(size=len(samples), global_batch_size=6, seed=seed, **ranks)
+    loader = TrainingLoader(examples_of(samples, seed=seed), order, tokenizer, workers=workers)
+    return list(loader.read(first_sample=first, last_sample=last))
+
+
+def everything_in(batch):
+    """Return all that a batch holds, as values that can be compared."""
+    return {
+        "images": batch.images.tolist(),
+        "image_ids": batch.image_ids.tolist(),
+        "uids": batch.uids,
+        "caption_ids": {name: ids.tolist() for name, ids in batch.caption_ids.items()},
+        "ids": {name: tokens.ids.tolist() for name, tokens in batch.texts.items()},
+        "mask": {name: tokens.mask.tolist() for name, tokens in batch.texts.items()},
+    }
+
+
+def texts_in(batch, tokenizer, language):
+    tokens = batch.texts[language]
+    return [tokenizer.decode(row.tolist()) for row in tokens.ids]
+
+
+def keys_of(order, first, last):
+    return [key for keys in order.batches(first_sample=first, last_sample=last) for key in keys]
+
+
+def uids_in(batches):
+    return [uid for batch in batches for uid in batch.uids]
+
+
+def test_a_batch_holds_the_samples_its_uids_name(samples, tokenizer):
+    by_uid = {sample.uid: sample for sample in samples}
+    for batch in read(samples, tokenizer, last=SIZE):
+        for row, uid in enumerate(batch.uids):
+            sample = by_uid[uid]
+            assert batch.image_ids[row] == text_id(sample.concept)
+            for language in ("zh", "en"):
+                text = texts_in(batch, tokenizer, language)[row]
+                assert text in sample.captions[language]
+                assert batch.caption_ids[language][row] == text_id(text)
+        assert batch.images.shape == (6, 3, 16, 16)
+        assert batch.images.dtype == torch.float32
+        assert batch.image_ids.dtype == batch.caption_ids["en"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 6])
+def test_the_batches_of_all_ranks_together_are_those_of_one(samples, tokenizer, world_size):
+    whole = read(samples, tokenizer, last=2 * SIZE)
+    parts = [
+        read(samples, tokenizer, last=2 * SIZE, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    assert {len(part) for part in parts} == {len(whole)} == {6}
+    for expected, *found in zip(whole, *parts, strict=True):
+        assert torch.cat([batch.images for batch in found]).equal(expected.images)
+        assert torch.cat([batch.image_ids for batch in found]).equal(expected.image_ids)
+        assert sum((batch.uids for batch in found), ()) == expected.uids
+        for language in ("zh", "en"):
+            ids = torch.cat([batch.caption_ids[language] for batch in found])
+            assert ids.equal(expected.caption_ids[language])
+            texts = [text for batch in found for text in texts_in(batch, tokenizer, language)]
+            assert texts == texts_in(expected, tokenizer, language)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize(("size", "batch"), [(10, 4), (12, 4), (7, 4), (4, 4)], ids=str)
+def test_ranks_read_consecutive_parts_of_one_sequence(size, batch, world_size):
+    orders = [
+        BatchOrder(size=size, global_batch_size=batch, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    steps = zip(*(o.batches(first_sample=0, last_sample=5 * batch) for o in orders), strict=True)
+    found = [key for step in steps for part in step for key in part]
+    single = BatchOrder(size=size, global_batch_size=batch)
+    assert found == keys_of(single, 0, 5 * batch)
+    assert len(found) == 5 * batch
+
+
+@pytest.mark.parametrize("first", [6, 12, 18, 24])
+def test_reading_from_a_position_is_the_tail_of_reading_from_the_start(samples, tokenizer, first):
+    whole = read(samples, tokenizer, last=36)
+    tail = read(samples, tokenizer, first=first, last=36)
+    assert len(tail) == len(whole) - first // 6
+    for expected, found in zip(whole[first // 6 :], tail, strict=True):
+        assert everything_in(found) == everything_in(expected)
+
+
+def test_a_position_between_batches_is_continued_by_another_number_of_ranks(samples, tokenizer):
+    whole = uids_in(read(samples, tokenizer, last=36))
+    first = uids_in(read(samples, tokenizer, last=12))
+    halves = [
+        read(samples, tokenizer, first=12, last=36, rank=rank, world_size=2) for rank in (0, 1)
+    ]
+    rest = [uid for step in zip(*halves, strict=True) for batch in step for uid in batch.uids]
+    assert first + rest == whole
+
+
+@pytest.mark.parametrize(("size", "batch"), [(18, 6), (10, 4), (7, 5), (5, 5)], ids=str)
+def test_every_epoch_holds_every_sample_once_even_where_batches_straddle(size, batch):
+    epochs = 6
+    last = -(-epochs * size // batch) * batch
+    keys = keys_of(BatchOrder(size=size, global_batch_size=batch, seed=1), 0, last)
+    assert len(keys) == last
+    for epoch in range(epochs):
+        places = [key.place for key in keys if key.epoch == epoch]
+        assert sorted(places) == list(range(size))
+        assert [key.epoch for key in keys] == sorted(key.epoch for key in keys)
+
+
+def test_epochs_and_seeds_have_their_own_orders(samples, tokenizer):
+    batches = read(samples, tokenizer, last=2 * SIZE)
+    first, second = uids_in(batches[:3]), uids_in(batches[3:])
+    assert sorted(first) == sorted(second) == [f"sample-{n:04d}" for n in range(SIZE)]
+    assert first != second
+    assert uids_in(read(samples, tokenizer, last=SIZE, seed=1)) != first
+
+
+def test_worker_processes_change_nothing(samples, tokenizer):
+    alone = read(samples, tokenizer, first=6, last=42)
+    shared = read(samples, tokenizer, first=6, last=42, workers=2)
+    assert len(alone) == 6
+    assert [everything_in(b) for b in alone] == [everything_in(b) for b in shared]
+
+
+def test_keeping_decoded_pictures_changes_nothing(samples):
+    fresh = examples_of(samples)
+    kept = TrainingExamples(samples, TRANSFORM, CaptionConfig(), seed=0, keep_decoded=True)
+    for epoch in range(3):
+        for place in range(SIZE):
+            first, second = (e[ExampleKey(epoch, place)] for e in (fresh, kept))
+            assert first.image.equal(second.image)
+            assert first.captions == second.captions
+
+
+def test_global_generators_have_no_influence(samples, tokenizer):
+    found = []
+    for seed in (0, 1):
+        random.seed(seed)
+        np.random.seed(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            found.append([everything_in(b) for b in read(samples, tokenizer, last=6)])
+    assert found[0] == found[1]
+
+
+def test_an_example_follows_from_seed_epoch_and_uid_wherever_it_lies(samples, tmp_path):
+    moved = [samples[7], *make_samples(3, prefix="other"), samples[2]]
+    elsewhere = ShardedSplit(write_split(tmp_path, moved, samples_per_shard=2), "train")
+    for place, other_place in ((7, 0), (2, 4)):
+        for epoch in range(4):
+            first = examples_of(samples)[ExampleKey(epoch, place)]
+            second = examples_of(elsewhere)[ExampleKey(epoch, other_place)]
+            assert first.uid == second.uid
+            assert first.captions == second.captions
+            assert first.image.equal(second.image)
+
+
+def test_epochs_seeds_and_samples_draw_apart(samples):
+    image = examples_of(samples)[ExampleKey(0, 0)].image
+    assert not image.equal(examples_of(samples)[ExampleKey(1, 0)].image)
+    assert not image.equal(examples_of(samples, seed=1)[ExampleKey(0, 0)].image)
+    choices = [
+        tuple(examples_of(samples)[ExampleKey(epoch, place)].captions["en"] for epoch in range(12))
+        for place in (0, 12)  # two samples of one concept, so with the same captions
+    ]
+    assert samples[0].captions == samples[12].captions
+    assert choices[0] != choices[1]
+
+
+@pytest.mark.parametrize(("main_share", "main"), [(1.0, True), (0.0, False)], ids=["all", "none"])
+def test_the_main_caption_is_always_or_never_chosen(samples, main_share, main):
+    examples = examples_of(samples, main_share=main_share)
+    for place in range(SIZE):
+        for epoch in range(4):
+            for language, text in examples[ExampleKey(epoch, place)].captions.items():
+                assert (text == samples[place].captions[language][0]) == main
+
+
+def test_captions_are_chosen_as_often_as_asked():
+    sample = make_sample(0, captions={"en": ["main", "one", "two", "three"]})
+    rng = random.Random(0)
+    counts = Counter(choose_caption(sample, "en", 0.4, rng) for _ in range(4000))
+    assert {text: round(count / 4000, 1) for text, count in counts.items()} == {
+        "main": 0.4, "one": 0.2, "two": 0.2, "three": 0.2,
+    }  # fmt: skip
+
+
+def test_a_sample_with_one_caption_always_gives_it():
+    sample = make_sample(0, captions={"en": ["only"]})
+    chosen = {choose_caption(sample, "en", 0.0, random.Random(seed)) for seed in range(20)}
+    assert chosen == {"only"}
+
+
+def test_a_missing_language_is_an_empty_text_without_caption_id(tmp_path, tokenizer):
+    samples = [make_sample(0), make_sample(1, captions={"en": ["grey cat"]})]
+    split = ShardedSplit(write_split(tmp_path, samples), "train")
+    examples = examples_of(split)
+    batch = collate(
+        [examples[ExampleKey(0, place)] for place in (0, 1)],
+        tokenizer=tokenizer, languages=("zh", "en"),
+    )  # fmt: skip
+    assert batch.caption_ids["zh"].tolist() == [
+        text_id(texts_in(batch, tokenizer, "zh")[0]), NO_CAPTION,
+    ]  # fmt: skip
+    assert batch.caption_ids["en"][1] == text_id("grey cat")
+    assert batch.texts["zh"].mask.sum(dim=1).tolist()[1] == 2  # begin and end
+    assert texts_in(batch, tokenizer, "zh")[1] == ""
+
+
+def test_each_language_is_padded_to_its_own_longest_text(samples, tokenizer):
+    for batch in read(samples, tokenizer, last=SIZE):
+        for language in ("zh", "en"):
+            tokens = batch.texts[language]
+            lengths = [
+                tokenizer.encode([text]).ids.shape[1]
+                for text in texts_in(batch, tokenizer, language)
+            ]
+            assert tokens.ids.shape[1] == max(lengths)
+            assert tokens.mask.sum(dim=1).tolist() == lengths
+
+
+def test_only_the_languages_asked_for_are_read(samples, tokenizer):
+    order = BatchOrder(size=SIZE, global_batch_size=2)
+    loader = TrainingLoader(examples_of(samples, languages=("en",)), order, tokenizer, workers=0)
+    batch = next(loader.read(first_sample=0, last_sample=2))
+    assert set(batch.texts) == set(batch.caption_ids) == {"en"}
+
+
+def test_equal_concepts_and_captions_share_their_ids(samples, tokenizer):
+    order = BatchOrder(size=SIZE, global_batch_size=SIZE)
+    loader = TrainingLoader(examples_of(samples, main_share=1.0), order, tokenizer, workers=0)
+    batch = next(loader.read(first_sample=0, last_sample=SIZE))
+    concepts = [samples[int(uid.rsplit("-", 1)[1])].concept for uid in batch.uids]
+    expected = [[a == b for b in concepts] for a in concepts]
+    for ids in (batch.image_ids, batch.caption_ids["en"], batch.caption_ids["zh"]):
+        assert (ids[:, None] == ids[None, :]).tolist() == expected
+
+
+def test_a_damaged_picture_is_named_by_its_sample(tmp_path):
+    broken = make_sample(5, image=b"\x89PNG\r\n\x1a\n and no picture")
+    split = ShardedSplit(write_split(tmp_path, [broken]), "train")
+    with pytest.raises(DataError, match="sample-0005"):
+        examples_of(split)[ExampleKey(0, 0)]
+
+
+def test_nothing_is_read_between_equal_positions(samples, tokenizer):
+    assert read(samples, tokenizer, first=12, last=12) == []
+
+
+@pytest.mark.parametrize("batch", [0, -1, 11, 1000])
+def test_a_batch_that_does_not_fit_the_data_is_refused_with_both_numbers(batch):
+    with pytest.raises(ConfigError, match=f"the batch has {batch} samples; expected 1 to 10,"):
+        BatchOrder(size=10, global_batch_size=batch)
+
+
+@pytest.mark.parametrize(("batch", "world_size"), [(10, 3), (2, 4)], ids=["uneven", "too few"])
+def test_a_batch_that_ranks_cannot_share_is_refused_with_both_numbers(batch, world_size):
+    with pytest.raises(ConfigError, match=rf"has {batch} samples; .* multiple of {world_size},"):
+        BatchOrder(size=10, global_batch_size=batch, world_size=world_size)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"languages": ()}, {"main_share": -0.1}, {"main_share": 1.1}],
+    ids=["no language", "below 0", "above 1"],
+)
+def test_captions_that_cannot_be_chosen_are_refused(fields):
+    with pytest.raises(ConfigError, match=r"at least one language and a share in \[0, 1\]"):
+        CaptionConfig(**fields)

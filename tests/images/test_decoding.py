@@ -1,0 +1,250 @@
+"""Pictures become upright RGB on white; what is damaged, unknown or huge is refused by name."""
+
+import io
+import resource
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.builders import encoded, picture
+from vlm.errors import DataError
+from vlm.images.decoding import MAX_PIXELS, decode_image
+
+ORIENTATION = 0x0112
+GRAY, RGB = 0, 2
+
+TURNS = {  # EXIF orientation: how the stored rows and columns become the upright picture
+    1: lambda stored: stored,
+    2: lambda stored: stored[:, ::-1],
+    3: lambda stored: stored[::-1, ::-1],
+    4: lambda stored: stored[::-1],
+    5: lambda stored: stored.swapaxes(0, 1),
+    6: lambda stored: np.rot90(stored, k=-1),
+    7: lambda stored: stored[::-1, ::-1].swapaxes(0, 1),
+    8: lambda stored: np.rot90(stored, k=1),
+}
+
+
+def random_pixels(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def on_white(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    share = alpha[..., None] / 255
+    return colours * share + 255 * (1 - share)
+
+
+def png(width: int, height: int, *, depth: int, colour: int, compressed: bytes) -> bytes:
+    """Write a PNG by hand, so that it can claim anything."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        check = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    parts = (chunk(b"IHDR", header), chunk(b"IDAT", compressed), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def assert_close(image: Image.Image, expected: np.ndarray, *, atol: float) -> None:
+    assert image.mode == "RGB"
+    np.testing.assert_allclose(np.asarray(image, np.float64), expected, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("file_format", "options", "atol"),
+    [
+        ("PNG", {}, 0),
+        ("WEBP", {"lossless": True}, 0),
+        ("WEBP", {"quality": 95}, 24),
+        ("JPEG", {"quality": 100, "subsampling": 0}, 4),
+    ],
+    ids=["PNG", "lossless WebP", "lossy WebP", "JPEG"],
+)
+def test_the_pixels_of_each_format_come_back(file_format, options, atol):
+    ramp = np.linspace(0, 255, 48).astype(np.uint8)
+    pixels = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None, :], ramp[::-1, None]), axis=-1)
+    data = encoded(Image.fromarray(pixels), file_format, **options)
+    assert_close(decode_image(data), pixels, atol=atol)
+
+
+def test_a_path_bytes_and_an_open_picture_give_the_same_pixels(tmp_path):
+    data = encoded(picture(3, size=(30, 20)))
+    (tmp_path / "picture.png").write_bytes(data)
+    decoded = [
+        decode_image(source)
+        for source in (data, tmp_path / "picture.png", Image.open(io.BytesIO(data)))
+    ]
+    assert {image.tobytes() for image in decoded} == {picture(3, size=(30, 20)).tobytes()}
+    assert {(image.mode, image.size) for image in decoded} == {("RGB", (30, 20))}
+
+
+def test_an_open_picture_is_not_changed_by_changing_the_result():
+    source = picture(1)
+    decode_image(source).paste("black", (0, 0, 40, 40))
+    assert source.tobytes() == picture(1).tobytes()
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
+def test_half_transparent_colours_are_laid_on_white(file_format):
+    pixels = random_pixels(16, 16, 4)
+    options = {"lossless": True, "exact": True} if file_format == "WEBP" else {}
+    data = encoded(Image.fromarray(pixels, "RGBA"), file_format, **options)
+    assert_close(decode_image(data), on_white(pixels[..., :3], pixels[..., 3]), atol=1)
+
+
+def test_an_open_picture_with_transparency_is_laid_on_white():
+    pixels = random_pixels(16, 16, 4)
+    expected = on_white(pixels[..., :3], pixels[..., 3])
+    assert_close(decode_image(Image.fromarray(pixels, "RGBA")), expected, atol=1)
+
+
+def test_grey_with_transparency_is_laid_on_white():
+    pixels = random_pixels(16, 16, 2)
+    data = encoded(Image.fromarray(pixels, "LA"))
+    colours = np.repeat(pixels[..., :1], 3, axis=-1)
+    assert_close(decode_image(data), on_white(colours, pixels[..., 1]), atol=1)
+
+
+def test_a_palette_with_alpha_is_laid_on_white():
+    colours, alpha = random_pixels(256, 3), random_pixels(256, 1)[:, 0]
+    indices = random_pixels(16, 16)
+    image = Image.fromarray(indices, "P")
+    image.putpalette(colours.tobytes())
+    data = encoded(image, transparency=alpha.tobytes())
+    assert Image.open(io.BytesIO(data)).mode == "P"
+    assert_close(decode_image(data), on_white(colours[indices], alpha[indices]), atol=1)
+
+
+def test_a_palette_with_one_transparent_colour_is_laid_on_white():
+    image = Image.fromarray(np.array([[0, 1], [2, 0]], np.uint8), "P")
+    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    decoded = decode_image(encoded(image, transparency=1))
+    expected = [[[255, 0, 0], [255, 255, 255]], [[0, 0, 255], [255, 0, 0]]]
+    assert np.asarray(decoded).tolist() == expected
+
+
+def test_a_transparent_shade_of_grey_is_laid_on_white():
+    image = Image.fromarray(np.array([[100, 50]], np.uint8))
+    decoded = decode_image(encoded(image, transparency=100))
+    assert np.asarray(decoded).tolist() == [[[255, 255, 255], [50, 50, 50]]]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P"])
+def test_pictures_without_colour_become_rgb(mode):
+    image = Image.new("L", (4, 4), 0)
+    image.paste(255, (0, 0, 2, 4))
+    decoded = decode_image(encoded(image.convert(mode)))
+    assert_close(decoded, np.asarray(image)[..., None].repeat(3, axis=-1), atol=0)
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP", "JPEG"])
+def test_a_picture_is_turned_upright(file_format, orientation):
+    stored = np.asarray(picture(2, size=(48, 32)))
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}
+    data = encoded(Image.fromarray(stored), file_format, exif=exif, **options.get(file_format, {}))
+    atol = 6 if file_format == "JPEG" else 0
+    assert_close(decode_image(data), TURNS[orientation](stored), atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("ink", "colour"),
+    [
+        ((0, 255, 255, 0), (255, 0, 0)),
+        ((255, 0, 0, 0), (0, 255, 255)),
+        ((0, 0, 0, 255), (0, 0, 0)),
+        ((0, 0, 0, 0), (255, 255, 255)),
+    ],
+    ids=["red", "cyan", "black", "white"],
+)
+def test_printing_inks_become_colours(ink, colour):
+    data = encoded(Image.new("CMYK", (16, 16), ink), "JPEG", quality=100)
+    assert_close(decode_image(data), np.broadcast_to(colour, (16, 16, 3)), atol=3)
+
+
+def test_16_bit_colours_keep_their_upper_byte():
+    pixels = np.random.default_rng(0).integers(0, 65536, (5, 7, 3), dtype=np.uint16)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    data = png(7, 5, depth=16, colour=RGB, compressed=zlib.compress(rows))
+    assert_close(decode_image(data), pixels >> 8, atol=1)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])
+def test_a_truncated_file_is_refused_by_its_name(tmp_path, file_format, share):
+    data = encoded(Image.fromarray(random_pixels(40, 40, 3)), file_format)
+    path = tmp_path / "picture.bin"
+    path.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(DataError, match=r"picture\.bin is damaged"):
+        decode_image(path)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])
+def test_changed_bytes_give_a_picture_or_a_data_error(file_format):
+    data = encoded(Image.fromarray(random_pixels(24, 24, 3)), file_format)
+    rng = np.random.default_rng(1)
+    refused = 0
+    for position in rng.integers(0, len(data), 150):
+        changed = bytearray(data)
+        changed[position] ^= int(rng.integers(1, 256))
+        try:
+            assert decode_image(bytes(changed)).mode == "RGB"
+        except DataError:
+            refused += 1
+    assert refused > 5
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"a text, no picture", b"\x89PNG\r\n\x1a\n", b"RIFF", b"<svg></svg>", b"%PDF-1.4"],
+    ids=["zero bytes", "text", "PNG signature alone", "RIFF alone", "SVG", "PDF"],
+)
+def test_what_is_no_picture_is_refused_by_its_name(data):
+    with pytest.raises(DataError, match=r"sample-7 is (not one of JPEG, PNG, WEBP|damaged)"):
+        decode_image(data, name="sample-7")
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "BMP", "TIFF", "PPM", "ICO"])
+def test_other_formats_are_refused_whatever_the_file_is_called(tmp_path, file_format):
+    (tmp_path / "picture.png").write_bytes(encoded(picture(0), file_format))
+    with pytest.raises(DataError, match=r"picture\.png is not one of JPEG, PNG, WEBP"):
+        decode_image(tmp_path / "picture.png")
+
+
+# Pillow itself warns above 89 million pixels; a warning is no refusal outside of tests.
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(
+    ("width", "height"),
+    [(8_001, 8_000), (9_000, 9_000), (12_000, 12_000), (60_000, 60_000)],
+    ids=["one column too many", "81 MP", "144 MP", "3.6 GP"],
+)
+def test_a_huge_claimed_size_is_refused_without_unpacking_it(width, height):
+    packer = zlib.compressobj(1)
+    row = b"\0" * (width + 1)
+    compressed = b"".join(packer.compress(row) for _ in range(2_000)) + packer.flush()
+    data = png(width, height, depth=8, colour=GRAY, compressed=compressed)
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    with pytest.raises(
+        DataError,
+        match=rf"bomb has {width} x {height} pixels; at most {MAX_PIXELS}|bomb is too large",
+    ):
+        decode_image(data, name="bomb")
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    assert after.ru_maxrss - before.ru_maxrss < 20_000  # kB; one byte a pixel would be 81,000
+    assert after.ru_utime - before.ru_utime < 0.5
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"cannot read the picture .*gone\.png: No such file"):
+        decode_image(tmp_path / "gone.png")
+
+
+def test_a_folder_in_the_place_of_a_picture_is_named(tmp_path):
+    with pytest.raises(DataError, match=f"cannot read the picture {tmp_path}: Is a directory"):
+        decode_image(tmp_path)

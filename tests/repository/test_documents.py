@@ -1,0 +1,93 @@
+"""Every command and every Python block that README and docs show runs as it is shown."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from tests.support.commands import ROOT
+from vlm.cli.main import main
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "tokenizers/README.md"]
+
+SHORTER = {
+    "train": ["--schedule.steps", "4", "--schedule.warmup_steps", "1", "--data.batch_size", "16",
+              "--data.workers", "0", "--evaluation.every_steps", "0"],
+}  # fmt: skip
+"""Options added to a command so that it takes seconds."""
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def commands(page):
+    lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+@pytest.fixture(scope="module")
+def workspace(quickstart):
+    """A clone as a reader has it after the quickstart, with what the pages' capitals stand for."""
+    folder = quickstart[0].parents[1]
+    for name in ("configs", "data", "tokenizers"):
+        shutil.copytree(ROOT / name, folder / name)
+    (folder / "PICTURES").mkdir()
+    Image.new("RGB", (40, 30), "orange").save(folder / "PICTURES" / "one.jpg")
+    shutil.copytree(ROOT / "data/emoji", folder / "FOLDER", ignore=shutil.ignore_patterns("train*"))
+    (folder / "FOLDER" / "manifest.json").unlink()
+    return folder
+
+
+PYTHON = [(page, block) for page in PAGES for block in blocks(page, "python")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "block"), PYTHON, ids=lambda value: getattr(value, "name", ""))
+def test_python_blocks_run(workspace, monkeypatch, page, block):
+    monkeypatch.chdir(workspace)
+    exec(compile(block, str(page), "exec"), {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_commands_run_in_the_order_of_the_page(workspace, monkeypatch, page):
+    monkeypatch.chdir(workspace)
+    shutil.rmtree("runs/emoji", ignore_errors=True)
+    for command in commands(page):
+        words = shlex.split(command)
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        elif words[0] in ("vlm", ".venv/bin/vlm"):
+            assert main([*words[1:], *SHORTER.get(words[1], [])]) == 0, command
+        else:
+            assert words[:2] == ["accelerate", "launch"], f"nothing runs {command!r}"
+            shutil.rmtree("runs/emoji", ignore_errors=True)
+            run = [sys.executable, "-m", "accelerate.commands.launch", *words[2:]]
+            done = subprocess.run(
+                [*run, *SHORTER["train"]], capture_output=True, text=True, timeout=300, check=False
+            )
+            assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_inside_the_checkout_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_architecture_page_names_every_room_and_no_other():
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    table = page.split("## Rooms of the package")[1].split("Rooms that are planned")[0]
+    named = {name.rstrip("/") for name in re.findall(r"^\| `vlm/([\w/.]+)`", table, re.MULTILINE)}
+    there = {
+        path.name
+        for path in (ROOT / "vlm").iterdir()
+        if path.name not in ("__pycache__", "__main__.py", "py.typed")
+    }
+    assert named == there

@@ -1,0 +1,94 @@
+"""A benchmark asks once for each concept and knows all its pictures."""
+
+import numpy as np
+import pytest
+
+from tests.builders import THINGS, encoded, make_sample, make_samples, picture, write_split
+from vlm.errors import DataError
+from vlm.retrieval.pairs import pairs_of_split, parse_condition
+
+
+def pairs_of(folder, samples, *, languages=("zh", "en"), where=()):
+    write_split(folder, samples, split="test")
+    return pairs_of_split(folder, "test", languages=languages, where=where)
+
+
+def test_each_concept_is_asked_for_once_and_all_its_pictures_are_answers(data_folder):
+    pairs = pairs_of_split(data_folder, "test", languages=["zh", "en"])
+    assert list(pairs.texts) == ["zh", "en"]
+    assert list(pairs.texts["en"].texts) == [en for en, _ in THINGS]
+    assert list(pairs.texts["zh"].texts) == [zh for _, zh in THINGS]
+    for of_language in pairs.texts.values():
+        found = {tuple(match) for match in of_language.matches.tolist()}
+        assert found == {(number % 12, number) for number in range(24)}
+        assert len(of_language.matches) == 24
+    assert list(pairs.images) == [sample.image for sample in make_samples(24)]
+
+
+def test_a_concept_without_a_language_is_not_asked_for_in_it(tmp_path):
+    samples = [
+        make_sample(0, captions={"zh": ["甲"]}, concept="a"),
+        make_sample(1, captions={"en": ["b"], "zh": ["乙"]}, concept="b"),
+        make_sample(2, captions={"en": ["a"]}, concept="a"),
+    ]
+    pairs = pairs_of(tmp_path, samples)
+    assert len(pairs.images) == 3
+    assert list(pairs.texts["zh"].texts) == ["甲", "乙"]
+    assert pairs.texts["zh"].matches.tolist() == [[0, 0], [1, 1]]
+    assert list(pairs.texts["en"].texts) == ["b", "a"]
+    assert pairs.texts["en"].matches.tolist() == [[0, 1], [1, 2]]
+
+
+def test_a_language_that_no_sample_has_is_left_out(tmp_path):
+    pairs = pairs_of(tmp_path, make_samples(2), languages=["fr", "en"])
+    assert list(pairs.texts) == ["en"]
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        ((), range(24)),
+        (("source=photo",), range(12, 24)),
+        (("source!=photo",), range(12)),
+        (("group=even",), range(0, 24, 2)),
+        (("group!=even", "source=photo"), range(13, 24, 2)),
+        (("concept=thing-3",), (3, 15)),
+        (("colour!=red",), range(24)),  # a label that no sample has
+    ],
+    ids=lambda value: " and ".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_conditions_choose_samples(data_folder, where, expected):
+    pairs = pairs_of_split(data_folder, "test", languages=["en"], where=where)
+    assert list(pairs.images) == [encoded(picture(number)) for number in expected]
+    matches = pairs.texts["en"].matches
+    assert sorted(matches[:, 1].tolist()) == list(range(len(pairs.images)))
+
+
+def test_the_values_of_conditions_may_hold_signs():
+    holds = parse_condition("formula=a=b!")
+    assert holds(make_sample(0, labels={"formula": "a=b!"}))
+    assert not holds(make_sample(0, labels={"formula": "a"}))
+
+
+@pytest.mark.parametrize("text", ["", "source", "=photo", "source=", "!=photo", "source!="])
+def test_a_text_that_is_no_condition_is_refused(text):
+    with pytest.raises(DataError, match="is not a condition; expected KEY=VALUE or KEY!=VALUE"):
+        parse_condition(text)
+
+
+def test_conditions_that_leave_nothing_are_named(data_folder):
+    with pytest.raises(DataError, match=r"'test' .* in zh or en where source=oil and group=even"):
+        pairs_of_split(
+            data_folder, "test", languages=["zh", "en"], where=["source=oil", "group=even"]
+        )
+
+
+def test_languages_that_leave_nothing_are_named(data_folder):
+    with pytest.raises(DataError, match=r"no sample with a caption in fr$"):
+        pairs_of_split(data_folder, "test", languages=["fr"])
+
+
+def test_matches_are_whole_numbers_in_pairs(data_folder):
+    matches = pairs_of_split(data_folder, "test", languages=["en"]).texts["en"].matches
+    assert matches.dtype == np.int64
+    assert matches.shape == (24, 2)

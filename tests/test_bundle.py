@@ -1,0 +1,307 @@
+"""A bundle gives the same features after reading, in open_clip too; a damaged one is refused."""
+
+import json
+import shutil
+import socket
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from tests.builders import (
+    IMAGE_SIZE,
+    THINGS,
+    TINY_MODEL,
+    encoded,
+    picture,
+    tiny_bundle,
+    tiny_model,
+    tiny_tokenizer,
+)
+from vlm.bundle import load_bundle, save_bundle
+from vlm.embedder import Embedder
+from vlm.errors import CheckpointError, ConfigError, VlmError
+from vlm.images.transforms import PreprocessConfig, preprocess_cfg
+from vlm.models.dual_encoder import open_clip_model_config
+
+WEIGHTS = "open_clip_model.safetensors"
+TEXTS = [text for pair in THINGS for text in pair]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_bundle(tmp_path_factory.mktemp("bundle") / "bundle")
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "bundle")
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*_args, **_options):
+        raise AssertionError("something asked for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def pixels(bundle, count=6):
+    return torch.stack([bundle.transform(picture(number)) for number in range(count)])
+
+
+def save(folder, model, tokenizer, **changes):
+    save_bundle(
+        folder,
+        model=model,
+        model_cfg=open_clip_model_config(TINY_MODEL, tokenizer),
+        preprocess_cfg=preprocess_cfg(PreprocessConfig(**changes), IMAGE_SIZE),
+        tokenizer=tokenizer,
+        languages=("zh", "en"),
+    )
+
+
+def change_json(path, change):
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+@torch.inference_mode()
+def test_a_read_bundle_gives_equal_features(folder):
+    tokenizer = tiny_tokenizer()
+    model, bundle = tiny_model(tokenizer), load_bundle(folder)
+    images, tokens = pixels(bundle), tokenizer.encode(TEXTS)
+    assert bundle.model.encode_image(images).equal(model.encode_image(images))
+    assert bundle.model.encode_text(tokens).equal(model.encode_text(tokens))
+    assert bundle.model.logit_scale.equal(model.logit_scale)
+    assert bundle.tokenizer.encode(TEXTS).ids.equal(tokens.ids)
+    assert bundle.languages == ("zh", "en")
+    assert not bundle.model.training
+
+
+def test_the_transform_is_the_one_that_was_saved(tmp_path):
+    tokenizer = tiny_tokenizer()
+    changes = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "resize_mode": "squash"}
+    save(tmp_path / "bundle", tiny_model(tokenizer), tokenizer, **changes)
+    transform = load_bundle(tmp_path / "bundle").transform
+    tensor = transform(picture(0, size=(64, 32)))
+    resized = picture(0, size=(64, 32)).resize((32, 32), resample=3)
+    expected = torch.tensor(list(resized.tobytes())).view(32, 32, 3).permute(2, 0, 1)
+    torch.testing.assert_close(tensor, (expected / 255 - 0.5) / 0.25)
+
+
+def test_the_fingerprint_names_the_weights_alone(folder, tmp_path):
+    assert load_bundle(folder).fingerprint == load_bundle(tiny_bundle(tmp_path / "a")).fingerprint
+    other = load_bundle(tiny_bundle(tmp_path / "b", seed=1))
+    assert load_bundle(folder).fingerprint != other.fingerprint
+
+
+def test_a_saved_model_stays_usable_and_unchanged(tmp_path):
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(tokenizer).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save(tmp_path / "bundle", model, tokenizer)
+    assert model.training
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_bundle_replaces_the_one_that_was_there(copy):
+    (copy / "notes.txt").write_text("old")
+    before = load_bundle(copy).fingerprint
+    tokenizer = tiny_tokenizer()
+    save(copy, tiny_model(tokenizer, seed=1), tokenizer)
+    assert load_bundle(copy).fingerprint != before
+    assert not (copy / "notes.txt").exists()
+
+
+@pytest.mark.usefixtures("no_network")
+@torch.inference_mode()
+def test_open_clip_reads_a_bundle_and_gives_the_same_features(folder):
+    bundle = load_bundle(folder)
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    model.eval()
+    image = picture(1, size=(60, 40))
+    assert transform(image).equal(bundle.transform(image))
+    images = pixels(bundle)
+    features = F.normalize(model.encode_image(images), dim=-1)
+    torch.testing.assert_close(features, bundle.model.encode_image(images), atol=1e-5, rtol=0)
+
+    tokens = bundle.tokenizer.encode(TEXTS)
+    room = bundle.tokenizer.context_length - tokens.ids.shape[1]
+    assert room > 0  # our own batch is shorter than the context that open_clip needs
+    whole = F.pad(tokens.ids, (0, room), value=bundle.tokenizer.pad_id)
+    features = F.normalize(model.encode_text(whole), dim=-1)
+    torch.testing.assert_close(features, bundle.model.encode_text(tokens), atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.logit_scale.exp(), bundle.model.logit_scale)
+
+
+@pytest.mark.usefixtures("no_network")
+def test_reading_asks_for_no_network_even_for_a_tower_that_began_with_published_weights(copy):
+    def pretend(record):
+        record["model_cfg"]["vision_cfg"]["timm_model_pretrained"] = True
+
+    change_json(copy / "open_clip_config.json", pretend)
+    embedder = Embedder.load(copy, device="cpu")
+    assert embedder.encode_image([encoded(picture(0))]).shape == (1, 32)
+
+
+def test_weights_are_stored_as_float32_under_open_clips_names(folder):
+    weights = load_file(folder / WEIGHTS)
+    assert "logit_scale" in weights
+    assert "log_logit_scale" not in weights
+    assert {t.dtype for t in weights.values() if t.is_floating_point()} == {torch.float32}
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["an empty folder", "no folder"])
+def test_a_folder_that_is_no_bundle_is_named(tmp_path, there):
+    folder = tmp_path if there else tmp_path / "gone"
+    with pytest.raises(CheckpointError, match=rf"{folder} is not a bundle: it has no vlm\.json"):
+        load_bundle(folder)
+
+
+@pytest.mark.parametrize("name", ["vlm.json", "open_clip_config.json", WEIGHTS])
+@pytest.mark.parametrize("damage", ["missing", "empty", "half"])
+def test_a_missing_or_damaged_part_is_named(copy, name, damage):
+    path = copy / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(b"" if damage == "empty" else content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match=name):
+        load_bundle(copy)
+
+
+@pytest.mark.parametrize("name", ["vlm_tokenizer.json", "sentencepiece.model"])
+@pytest.mark.parametrize("damage", ["missing", "half"])
+def test_a_missing_or_damaged_tokenizer_is_refused(copy, name, damage):
+    path = copy / "tokenizer" / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "half":
+        path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(VlmError, match=r"tokenizer|SentencePiece"):
+        load_bundle(copy)
+
+
+@pytest.mark.parametrize("name", ["vlm.json", "open_clip_config.json"])
+@pytest.mark.parametrize("text", ["[]", "null", '"text"', "3"])
+def test_a_description_that_is_no_object_is_named(copy, name, text):
+    (copy / name).write_text(text)
+    with pytest.raises(CheckpointError, match=f"{copy / name} holds no JSON object"):
+        load_bundle(copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("vlm.json", "format"),
+        ("vlm.json", "tokenizer"),
+        ("vlm.json", "languages"),
+        ("open_clip_config.json", "model_cfg"),
+        ("open_clip_config.json", "preprocess_cfg"),
+    ],
+)
+def test_a_description_without_a_field_says_which(copy, name, field):
+    change_json(copy / name, lambda record: record.pop(field))
+    with pytest.raises(CheckpointError, match=f"the descriptions in {copy} lack '{field}'"):
+        load_bundle(copy)
+
+
+def test_another_format_is_refused_with_both_numbers(copy):
+    change_json(copy / "vlm.json", lambda record: record.update(format=2))
+    with pytest.raises(CheckpointError, match="has bundle format 2; this version reads 1"):
+        load_bundle(copy)
+
+
+@pytest.mark.parametrize("changes", [{"context_length": 12}, {"vocab_size": 319}], ids=str)
+def test_another_tokenizer_is_refused_with_both_fingerprints(copy, folder, changes):
+    other = tiny_tokenizer(**changes)
+    other.save(copy / "tokenizer")
+    own = load_bundle(folder).tokenizer.fingerprint
+    said = rf"another tokenizer \({other.fingerprint[:12]}\) .* \({own[:12]}\)"
+    with pytest.raises(CheckpointError, match=said):
+        load_bundle(copy)
+
+
+def drop(weights):
+    del weights["text.positional_embedding"]
+
+
+def add(weights):
+    weights["text.extra"] = torch.zeros(2)
+
+
+def reshape(weights):
+    weights["text.text_projection"] = torch.zeros(64, 33)
+
+
+def rename(weights):
+    weights["visual.trunc"] = weights.pop("logit_scale")
+
+
+@pytest.mark.parametrize(
+    ("change", "count", "name"),
+    [
+        (drop, 1, "text.positional_embedding"),
+        (add, 1, "text.extra"),
+        (reshape, 1, "text.text_projection"),
+        (rename, 2, "log_logit_scale, visual.trunc"),
+    ],
+    ids=["missing", "unexpected", "another shape", "renamed"],
+)
+def test_weights_that_do_not_fit_are_named(copy, change, count, name):
+    weights = load_file(copy / WEIGHTS)
+    change(weights)
+    save_file(weights, copy / WEIGHTS)
+    with pytest.raises(CheckpointError, match=rf"{count} tensors are missing, .* \({name}\)"):
+        load_bundle(copy)
+
+
+def test_many_wrong_weights_are_counted_and_the_first_named(copy):
+    save_file({"other": torch.zeros(1)}, copy / WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"\d\d+ tensors are missing, .* \(\S+, \S+, \S+, "):
+        load_bundle(copy)
+
+
+def test_weights_of_another_vocabulary_are_refused(copy):
+    def shrink(record):
+        record["model_cfg"]["text_cfg"]["vocab_size"] = 300
+
+    change_json(copy / "open_clip_config.json", shrink)
+    with pytest.raises(CheckpointError, match=r"\(text\.token_embedding\.weight\)"):
+        load_bundle(copy)
+
+
+@pytest.mark.parametrize(
+    ("tower", "field", "value", "said"),
+    [
+        ("vision_cfg", "timm_model_name", "no_such_model", "timm has no model 'no_such_model'"),
+        ("text_cfg", "no_such_field", 1, "the towers cannot be built"),
+        ("text_cfg", "pool_type", "last", "the text tower pools by 'last'"),
+    ],
+    ids=["unknown image tower", "unknown field", "another pooling"],
+)
+def test_a_model_that_cannot_be_built_says_why(copy, tower, field, value, said):
+    change_json(
+        copy / "open_clip_config.json",
+        lambda record: record["model_cfg"][tower].update({field: value}),
+    )
+    with pytest.raises(ConfigError, match=said):
+        load_bundle(copy)
+
+
+def test_preprocessing_is_never_guessed(copy):
+    change_json(copy / "open_clip_config.json", lambda record: record["preprocess_cfg"].pop("mean"))
+    with pytest.raises(ConfigError, match="the image preprocessing lacks mean"):
+        load_bundle(copy)
+
+
+def test_weights_with_executable_content_are_not_run(copy, tmp_path):
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "pickle")
+    (copy / WEIGHTS).write_bytes((tmp_path / "pickle").read_bytes())
+    with pytest.raises(CheckpointError, match="cannot read the weights"):
+        load_bundle(copy)

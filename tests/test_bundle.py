@@ -22,7 +22,7 @@ from tests.builders import (
 )
 from vlm.bundle import load_bundle, save_bundle
 from vlm.embedder import Embedder
-from vlm.errors import CheckpointError, ConfigError, VlmError
+from vlm.errors import CheckpointError, VlmError
 from vlm.images.transforms import PreprocessConfig, preprocess_cfg
 from vlm.models.dual_encoder import open_clip_model_config
 
@@ -282,21 +282,22 @@ def test_weights_of_another_vocabulary_are_refused(copy):
         ("vision_cfg", "timm_model_name", "no_such_model", "timm has no model 'no_such_model'"),
         ("text_cfg", "no_such_field", 1, "the towers cannot be built"),
         ("text_cfg", "pool_type", "last", "the text tower pools by 'last'"),
+        ("text_cfg", "heads", 0, "describes no model"),
     ],
-    ids=["unknown image tower", "unknown field", "another pooling"],
+    ids=["unknown image tower", "unknown field", "another pooling", "no heads"],
 )
 def test_a_model_that_cannot_be_built_says_why(copy, tower, field, value, said):
     change_json(
         copy / "open_clip_config.json",
         lambda record: record["model_cfg"][tower].update({field: value}),
     )
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(CheckpointError, match=said):
         load_bundle(copy)
 
 
 def test_preprocessing_is_never_guessed(copy):
     change_json(copy / "open_clip_config.json", lambda record: record["preprocess_cfg"].pop("mean"))
-    with pytest.raises(ConfigError, match="the image preprocessing lacks mean"):
+    with pytest.raises(CheckpointError, match="the image preprocessing lacks mean"):
         load_bundle(copy)
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlm.errors import CheckpointError
+from vlm.errors import CheckpointError, VlmError
 from vlm.files import sha256_of, write_folder
 from vlm.images.transforms import evaluation_transform
 from vlm.models.dual_encoder import DualEncoder, build_from_open_clip_config
@@ -95,7 +95,7 @@ def load_bundle(folder: Path) -> Bundle:
     config = _read_json(folder / _MODEL_CONFIG)
     try:
         format_version = description["format"]
-        fingerprint = description["tokenizer"]["fingerprint"]
+        fingerprint = str(description["tokenizer"]["fingerprint"])
         languages = tuple(description["languages"])
         model_cfg, preprocess_cfg = config["model_cfg"], config["preprocess_cfg"]
     except (KeyError, TypeError) as error:
@@ -110,12 +110,19 @@ def load_bundle(folder: Path) -> Bundle:
             f"{folder} holds another tokenizer ({tokenizer.fingerprint[:12]}) than its model was "
             f"trained with ({fingerprint[:12]})"
         )
-    model = build_from_open_clip_config(model_cfg)
+    try:
+        model = build_from_open_clip_config(model_cfg)
+        transform = evaluation_transform(preprocess_cfg)
+    except (VlmError, ValueError, LookupError, TypeError, ArithmeticError, AssertionError) as error:
+        raise CheckpointError(
+            f"{folder / _MODEL_CONFIG} describes no model or transform: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     _load_weights(model, folder / _WEIGHTS)
     return Bundle(
         model=model.eval(),
         tokenizer=tokenizer,
-        transform=evaluation_transform(preprocess_cfg),
+        transform=transform,
         languages=languages,
         fingerprint=sha256_of(folder / _WEIGHTS),
     )

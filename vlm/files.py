@@ -15,6 +15,9 @@ from vlm.errors import VlmError
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says when a disk, a quota or a file-size limit is exhausted."""
 
+_CANNOT_WRITE = (
+    errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+)  # fmt: skip
 _HASH_BLOCK = 1 << 20
 
 
@@ -31,16 +34,19 @@ def write_file(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old content or the new one, never a part.
 
     Raises:
-        VlmError: the disk is full or the folder cannot be written.
+        VlmError: the disk is full or the file cannot be written there.
     """
     temporary = path.with_name(f".{path.name}.partial")
-    with _clear_disk_errors(path):
+    with _clear_disk_errors(path, *_CANNOT_WRITE):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -50,17 +56,21 @@ def write_folder(path: Path) -> Iterator[Path]:
     A folder already at `path` is replaced. If the block raises, `path` is left as it was.
 
     Raises:
-        VlmError: the disk is full or the folder cannot be written.
+        VlmError: the disk is full, or `path` cannot be a folder.
     """
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise VlmError(f"cannot write {path}: it is there and is not a folder")
     temporary = path.with_name(f".{path.name}.partial")
     try:
-        with _clear_disk_errors(path):
+        with _clear_disk_errors(path, *_CANNOT_WRITE):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
+        with _clear_disk_errors(path):
             yield temporary
             for file in sorted(temporary.rglob("*")):
                 if file.is_file():
                     _flush_to_disk(file)
+        with _clear_disk_errors(path, *_CANNOT_WRITE):
             _replace_folder(temporary, path)
             _flush_to_disk(path.parent)
     finally:
@@ -88,14 +98,14 @@ def _flush_to_disk(path: Path) -> None:
 
 
 @contextmanager
-def _clear_disk_errors(path: Path) -> Iterator[None]:
-    """Say in one sentence what the disk refused; other errors pass unchanged."""
+def _clear_disk_errors(path: Path, *refusals: int) -> Iterator[None]:
+    """Say in one sentence what the disk refused; errors of other kinds pass unchanged."""
     try:
         yield
     except OSError as error:
         if error.errno in FULL_DISK:
             raise VlmError(f"no space left to write {path}: {error.strerror}") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+        if error.errno in refusals:
             raise VlmError(f"cannot write {path}: {error.strerror}") from error
         raise
     except SafetensorError as error:  # it carries the system's error in its text only

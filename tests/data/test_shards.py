@@ -327,3 +327,83 @@ def test_a_folder_that_cannot_be_indexed_says_why(tmp_path, name, said):
 def test_indexing_a_missing_folder_names_it(tmp_path):
     with pytest.raises(DataError, match=f"{tmp_path}/gone is not a folder"):
         index_folder(tmp_path / "gone")
+
+
+def plain_shard(folder, count=5):
+    """Write one plain tar and return its path and bytes."""
+    write_shards(make_samples(count), folder, split="train", samples_per_shard=count)
+    packed = folder / "train-00000.tar.gz"
+    content = gzip.decompress(packed.read_bytes())
+    packed.unlink()
+    return folder / "train-00000.tar", content
+
+
+def test_indexing_refuses_a_plain_tar_cut_at_any_block(tmp_path):
+    path, content = plain_shard(tmp_path)
+    end = len(content.rstrip(b"\0"))
+    for length in [*range(512, end, 512), *range(700, end, 1024)]:
+        path.write_bytes(content[:length])
+        with pytest.raises(DataError, match="train-00000"):
+            index_folder(tmp_path)
+
+
+def test_indexing_refuses_a_plain_tar_with_a_damaged_header(tmp_path):
+    path, content = plain_shard(tmp_path)
+    changed = bytearray(content)
+    changed[content.index(b"sample-0002.")] ^= 1
+    path.write_bytes(changed)
+    with pytest.raises(DataError, match="cut off or damaged"):
+        index_folder(tmp_path)
+
+
+def test_indexing_refuses_a_packed_shard_with_a_changed_byte(tmp_path):
+    write_shards(make_samples(3), tmp_path, split="train", samples_per_shard=3)
+    path = tmp_path / "train-00000.tar.gz"
+    content = path.read_bytes()
+    for position in range(20, len(content), 29):
+        changed = bytearray(content)
+        changed[position] ^= 0xFF
+        path.write_bytes(changed)
+        with pytest.raises(DataError, match="train-00000"):
+            index_folder(tmp_path)
+
+
+def test_indexing_refuses_a_shard_that_is_there_plain_and_packed(tmp_path):
+    path, content = plain_shard(tmp_path)
+    path.write_bytes(content)
+    path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(content))
+    with pytest.raises(DataError, match="packed as well"):
+        index_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "captions",
+    [{"en": 5}, {"en": [1]}, {"en": [None]}, {"en": {"a": 1}}, {"en": [""]}, ["a cat"], {}],
+    ids=str,
+)
+def test_captions_that_are_no_texts_are_refused(tmp_path, captions):
+    path, content = plain_shard(tmp_path, count=1)
+    buffer = io.BytesIO()
+    with (
+        tarfile.open(fileobj=io.BytesIO(content)) as old,
+        tarfile.open(fileobj=buffer, mode="w") as new,
+    ):
+        for member in old:
+            data = old.extractfile(member).read()
+            if member.name.endswith(".json"):
+                data = json.dumps({"captions": captions}).encode()
+                member.size = len(data)
+            new.addfile(member, io.BytesIO(data))
+    path.write_bytes(buffer.getvalue())
+    shard = open_shard(tmp_path, describe_shard(path))
+    with pytest.raises(DataError, match="sample-0000"):
+        shard[0]
+
+
+@pytest.mark.parametrize(
+    "uids", [["a.b"], ["style/a.b"], ["same", "same"]], ids=["dot", "dot in a folder", "twice"]
+)
+def test_uids_that_cannot_be_keys_are_not_written(tmp_path, uids):
+    samples = [make_sample(number, uid=uid) for number, uid in enumerate(uids)]
+    with pytest.raises(DataError, match="dot in its name or occurs twice"):
+        write_shards(samples, tmp_path, split="train", samples_per_shard=5)

@@ -133,7 +133,29 @@ def test_training_without_augmentation_is_close_to_resizing_the_whole_picture(si
     pixels = np.stack(np.broadcast_arrays(ramp[:, None], ramp, ramp[::-1, None]), axis=-1)
     image = Image.fromarray(pixels.astype(np.uint8)).resize(size, Image.Resampling.BOX)
     expected = np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)) / 255
-    np.testing.assert_allclose(shown(augment(image)), expected, atol=0.02)
+    squash = TrainingTransform(
+        PreprocessConfig(resize_mode="squash"), AugmentationConfig(**OFF), SIZE
+    )
+    np.testing.assert_allclose(shown(squash(image, random.Random(0))), expected, atol=0.02)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_training_cuts_a_square_where_evaluation_cuts_the_shorter_side(seed):
+    # A ramp along the longer side shows where the cut lies: anywhere, and as wide as it is high.
+    ramp = np.broadcast_to(np.arange(0, 200, 2, dtype=np.uint8), (40, 100))
+    image = Image.fromarray(np.stack([ramp] * 3, axis=-1))
+    transform = TrainingTransform(PreprocessConfig(), AugmentationConfig(**OFF), SIZE)
+    found = shown(transform(image, random.Random(seed)))[SIZE // 2, :, 0] * 255
+    assert found[-1] - found[0] == pytest.approx(2 * (40 - 40 / SIZE), abs=3)
+
+
+def test_training_pads_with_white_where_evaluation_does():
+    image = Image.new("RGB", (40, 20), "black")
+    transform = TrainingTransform(
+        PreprocessConfig(resize_mode="longest"), AugmentationConfig(**OFF), SIZE
+    )
+    found = shown(transform(image, random.Random(0)))
+    assert (found > 0.9).all(axis=(1, 2)).sum() == pytest.approx(SIZE / 2, abs=2)
 
 
 def test_the_interpolation_of_training_is_the_configured_one():

@@ -72,6 +72,8 @@ def _run(words: Sequence[str]) -> int:
         options = parser.instantiate(parser.parse_args(list(words[len(verb) :])))
     except ArgumentError as error:
         raise VlmError(_explain(str(error), parser)) from error
+    except UnicodeDecodeError as error:
+        raise VlmError(f"a configuration file is not UTF-8 text: {error.reason}") from error
     module.run(options)
     return 0
 
@@ -86,10 +88,15 @@ def _overview() -> str:
 
 def _unknown_verb(words: Sequence[str]) -> str:
     known = [" ".join(verb) for verb in VERBS]
-    near = difflib.get_close_matches(" ".join(words[:2]), known, n=1, cutoff=0.5)
-    near = near or difflib.get_close_matches(words[0], known, n=1, cutoff=0.5)
-    hint = f"; did you mean `vlm {near[0]}`?" if near else f"; expected one of {', '.join(known)}"
-    return f"there is no verb {words[0]!r}{hint}"
+    family = [name for name in known if name.startswith(f"{words[0]} ")]
+    asked = " ".join(words[:2]) if family else words[0]
+    near = [
+        *difflib.get_close_matches(" ".join(words[:2]), known, n=1),
+        *difflib.get_close_matches(words[0], known, n=1, cutoff=0.5),
+    ]
+    if near:
+        return f"there is no verb {asked!r}; did you mean `vlm {near[0]}`?"
+    return f"there is no verb {asked!r}; expected one of {', '.join(family or known)}"
 
 
 def _explain(message: str, parser: ArgumentParser) -> str:

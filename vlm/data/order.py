@@ -10,10 +10,12 @@ _GAMMA = np.array([0x9E3779B97F4A7C15], np.uint64)  # an array, whose products w
 def epoch_order(size: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
     """Return a permutation of range(size) that depends on its arguments alone.
 
+    Seeds count modulo 2**64.
+
     Every index is given a SplitMix64 hash (Steele, Lea and Flood 2014) of itself and of (seed,
     epoch), and the hashes are sorted: the same order in every process, numpy and torch version.
     """
-    stream = _mix(_mix(np.array([seed], np.uint64) + _GAMMA) + np.uint64(epoch) * _GAMMA)
+    stream = _mix(_mix(np.array([seed % 2**64], np.uint64) + _GAMMA) + np.uint64(epoch) * _GAMMA)
     keys = _mix(np.arange(size, dtype=np.uint64) * _GAMMA + stream)
     return np.argsort(keys, kind="stable").astype(np.int64)
 

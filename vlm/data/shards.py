@@ -6,6 +6,7 @@ import io
 import json
 import mmap
 import tarfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -115,6 +116,8 @@ def index_folder(folder: Path) -> Manifest:
         split, dash, _ = path.name.rpartition("-")
         if not dash:
             raise DataError(f"{path} belongs to no split; expected a name like train-00000.tar")
+        if path.with_name(f"{path.name}.gz").exists():
+            raise DataError(f"{path} is there packed as well; remove one of the two")
         splits.setdefault(split, []).append(describe_shard(path))
     if not splits:
         raise DataError(f"{folder} holds no shard; expected files like train-00000.tar")
@@ -129,15 +132,31 @@ def write_shards(
     """Write samples as `SPLIT-00000.tar.gz`, ... and return their manifest entries.
 
     The bytes depend on the samples alone: members carry no time, owner or machine.
+
+    Raises:
+        DataError: a uid has a dot in its last part or occurs twice, or a picture is of no known
+            format.
     """
+    if samples_per_shard < 1:
+        raise DataError(f"samples_per_shard is {samples_per_shard}; expected at least 1")
     entries: list[ShardEntry] = []
-    remaining = iter(samples)
+    remaining = _check_uids(samples)
     while chunk := list(islice(remaining, samples_per_shard)):
         name = f"{split}-{len(entries):05d}.tar.gz"
         content = _pack(chunk)
         write_file(folder / name, content)
         entries.append(_entry(name, content, samples=len(chunk)))
     return tuple(entries)
+
+
+def _check_uids(samples: Iterable[Sample]) -> Iterator[Sample]:
+    """Pass samples on whose uids can be keys: WebDataset cuts a key at the first dot of a name."""
+    seen = set()
+    for sample in samples:
+        if "." in sample.uid.rsplit("/", 1)[-1] or sample.uid in seen:
+            raise DataError(f"the uid {sample.uid!r} has a dot in its name or occurs twice")
+        seen.add(sample.uid)
+        yield sample
 
 
 def _map_file(path: Path) -> bytes | mmap.mmap:
@@ -186,25 +205,34 @@ def _image_extension(sample: Sample) -> str:
 
 
 def _sample_from_record(key: str, image: bytes, record: Mapping[str, object]) -> Sample:
-    captions = record["captions"]
-    if not isinstance(captions, dict) or not any(captions.values()):
-        raise ValueError("no captions")
     labels = record.get("labels", {})
-    if not isinstance(labels, dict):
-        raise ValueError("labels is not a mapping")
+    if not isinstance(labels, dict) or not all(isinstance(v, str) for v in labels.values()):
+        raise ValueError("labels is no mapping to texts")
     return Sample(
         uid=key,
         image=image,
-        captions={
-            language: [texts] if isinstance(texts, str) else texts
-            for language, texts in captions.items()
-            if texts
-        },
+        captions=_captions_from_record(record["captions"]),
         concept=str(record.get("concept") or key),
         source=str(record.get("source", "")),
         licence=str(record.get("licence", "")),
         labels=labels,
     )
+
+
+def _captions_from_record(record: object) -> dict[str, list[str]]:
+    """Check the captions of a record; empty ones count as missing."""
+    if not isinstance(record, dict):
+        raise ValueError("captions is no mapping by language")
+    captions = {}
+    for language, value in record.items():
+        texts = [value] if isinstance(value, str) else (value or [])
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"the captions in {language!r} are no texts")
+        if kept := [text for text in texts if text.strip()]:
+            captions[language] = kept
+    if not captions:
+        raise ValueError("there is no caption")
+    return captions
 
 
 def _index_shard(path: Path, packed: bytes | mmap.mmap) -> Shard:
@@ -216,7 +244,7 @@ def _index_shard(path: Path, packed: bytes | mmap.mmap) -> Shard:
     try:
         content = gzip.decompress(packed) if path.name.endswith(".gz") else packed
         spans = _spans_by_key(content)
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"shard {path} cannot be read: {error}") from error
     members = []
     for key, parts in spans.items():
@@ -243,6 +271,13 @@ def _spans_by_key(content: bytes | mmap.mmap) -> dict[str, dict[str, tuple[int, 
 def _tar_members(content: bytes | mmap.mmap) -> Iterator[tarfile.TarInfo]:
     file = io.BytesIO(content) if isinstance(content, bytes) else content
     file.seek(0)
-    # errorlevel and ignore_zeros stay at their defaults; the hash has vouched for the bytes.
     with tarfile.open(fileobj=file, mode="r:") as archive:
-        yield from (member for member in archive if member.isfile())
+        for member in archive:
+            if member.offset_data + member.size > len(content):
+                raise tarfile.ReadError(f"{member.name} is cut off")
+            if member.isfile():
+                yield member
+        # tarfile takes a damaged header for the end; the true end is two blocks of zeros.
+        rest = content[archive.offset :]
+    if len(rest) < 2 * tarfile.BLOCKSIZE or rest.strip(b"\0"):
+        raise tarfile.ReadError("it does not end as a tar file does; it is cut off or damaged")

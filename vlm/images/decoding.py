@@ -1,8 +1,10 @@
 """Encoded pictures to RGB, safely: known formats, bounded size, nothing half read."""
 
 import io
+import struct
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vlm.errors import DataError
@@ -24,38 +26,34 @@ def decode_image(source: ImageSource, *, name: str = "the picture") -> Image.Ima
     Raises:
         DataError: the file is missing, no JPEG, PNG or WebP, too large, or damaged.
     """
-    if isinstance(source, Image.Image):
-        return _flatten(source)
-    if isinstance(source, Path):
-        name = str(source)
-        try:
-            source = source.read_bytes()
-        except OSError as error:
-            raise DataError(f"cannot read the picture {name}: {error.strerror}") from error
     try:
+        if isinstance(source, Image.Image):
+            return _upright_rgb(source, name)
+        if isinstance(source, Path):
+            name = str(source)
+            source = source.read_bytes()
         with Image.open(io.BytesIO(source), formats=FORMATS) as image:
-            _check_size(image, name)
-            return _flatten(ImageOps.exif_transpose(image))
+            return _upright_rgb(image, name)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{name} is too large: {error}") from error
     except UnidentifiedImageError as error:
         raise DataError(f"{name} is not one of {', '.join(FORMATS)}") from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except OSError as error:
+        what = "cannot be read" if error.strerror else "is damaged"
+        raise DataError(f"{name} {what}: {error.strerror or error}") from error
+    except (SyntaxError, ValueError, struct.error) as error:
         raise DataError(f"{name} is damaged: {error}") from error
 
 
-def _check_size(image: Image.Image, name: str) -> None:
+def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise DataError(f"{name} has {width} x {height} pixels; at most {MAX_PIXELS} are read")
-
-
-def _flatten(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image.copy()
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        white.alpha_composite(image)
-        image = white
-    return image.convert("RGB")
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):  # Pillow would cut 16 bits off at 255 instead of scaling
+        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+    if upright.has_transparency_data:
+        transparent = upright.convert("RGBA")
+        upright = Image.new("RGBA", transparent.size, "white")
+        upright.alpha_composite(transparent)
+    return upright.convert("RGB")

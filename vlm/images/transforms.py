@@ -48,6 +48,8 @@ class PreprocessConfig:
             raise ConfigError(
                 f"resize_mode is {self.resize_mode!r}; expected shortest, longest or squash"
             )
+        if min(self.std) <= 0:
+            raise ConfigError(f"std is {self.std}; expected numbers above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +57,9 @@ class AugmentationConfig:
     """Random changes of a training picture; each is drawn evenly from its range."""
 
     crop_area: tuple[float, float] = (0.9, 1.0)
-    """Area of the random crop as a share of the picture's; above 1 leaves a white border."""
+    """Area of the random crop as a share of evaluation's crop; above 1 leaves a white border."""
     crop_ratio: tuple[float, float] = (0.75, 1.333)
-    """Width of the crop over its height, for a square picture (Szegedy et al. 2015)."""
+    """Width of the crop over its height, relative to evaluation's (Szegedy et al. 2015)."""
     translation: float = 0.0
     """Largest shift of the crop either way along each axis, as a share of the side."""
     rotation: float = 0.0
@@ -72,6 +74,18 @@ class AugmentationConfig:
     """Largest turn of the hue either way, in degrees."""
     grayscale: float = 0.0
     """Probability of losing all colour."""
+
+    def __post_init__(self) -> None:
+        ranges = {"crop_area": self.crop_area, "crop_ratio": self.crop_ratio}
+        for name, (low, high) in ranges.items():
+            if not 0 < low <= high:
+                raise ConfigError(f"{name} is {low} to {high}; expected a range above 0")
+        for name in ("flip", "grayscale", "brightness", "contrast", "saturation"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected 0 to 1")
+        for name in ("translation", "rotation", "hue"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 0")
 
 
 def preprocess_cfg(config: PreprocessConfig, image_size: int) -> dict[str, Any]:
@@ -108,6 +122,7 @@ class TrainingTransform:
     ) -> None:
         self.augmentation = augmentation
         self.image_size = image_size
+        self._resize_mode = preprocess.resize_mode
         self._resampling = Image.Resampling[preprocess.interpolation.upper()]
         self._mean = torch.tensor(preprocess.mean)[:, None]
         self._std = torch.tensor(preprocess.std)[:, None]
@@ -124,8 +139,9 @@ class TrainingTransform:
         """Draw the crop and sample it at the size of the model's input."""
         config, side = self.augmentation, self.image_size
         area, ratio = rng.uniform(*config.crop_area), rng.uniform(*config.crop_ratio)
-        width = image.width * math.sqrt(area * ratio)
-        height = image.height * math.sqrt(area / ratio)
+        whole_width, whole_height = self._whole(image)
+        width = whole_width * math.sqrt(area * ratio)
+        height = whole_height * math.sqrt(area / ratio)
         # A crop lies anywhere in the picture; one that is larger has the picture anywhere in it.
         middle_x, middle_y = (
             extent / 2
@@ -147,6 +163,16 @@ class TrainingTransform:
             (side, side), Image.Transform.AFFINE, (a, b, c, d, e, f), self._resampling,
             fillcolor="white",
         )  # fmt: skip
+
+    def _whole(self, image: Image.Image) -> tuple[int, int]:
+        """Return the width and height of the crop that evaluation would make."""
+        match self._resize_mode:
+            case "squash":
+                return image.width, image.height
+            case "longest":
+                return max(image.size), max(image.size)
+            case _:
+                return min(image.size), min(image.size)
 
     def _recolour(
         self, pixels: Float[Tensor, "3 pixels"], rng: random.Random

@@ -1,7 +1,8 @@
 """Embeddings folders, in the layout that clip-retrieval and autofaiss read."""
 
+import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -73,7 +74,7 @@ def pictures_in_split(folder: Path, split: str) -> Iterator[Picture]:
 
 def write_embeddings(
     embedder: Embedder,
-    pictures: Iterator[Picture],
+    pictures: Iterable[Picture],
     out: Path,
     *,
     bundle: Path,
@@ -86,7 +87,7 @@ def write_embeddings(
     """
     if out.exists():
         raise DataError(f"{out} exists already; choose another folder for the embeddings")
-    count = 0
+    count, pictures = 0, iter(pictures)
     with write_folder(out) as temporary:
         (temporary / "img_emb").mkdir()
         (temporary / "metadata").mkdir()
@@ -95,7 +96,7 @@ def write_embeddings(
             vectors = embedder.encode_image(
                 [picture.source for picture in chunk], show_progress_bar=True
             )
-            np.save(temporary / "img_emb" / f"img_emb_{part}.npy", vectors)
+            _save_vectors(temporary / "img_emb" / f"img_emb_{part}.npy", vectors)
             table = _metadata_of(chunk, embedder.languages)
             pyarrow.parquet.write_table(table, temporary / "metadata" / f"metadata_{part}.parquet")
             count += len(chunk)
@@ -128,7 +129,7 @@ def read_embeddings(
         )
         tables = [pyarrow.parquet.read_table(p) for p in _parts(folder / "metadata", "parquet")]
         metadata = pyarrow.concat_tables(tables)
-    except (OSError, ValueError, TypeError, pyarrow.ArrowException) as error:
+    except (OSError, EOFError, LookupError, ValueError, TypeError) as error:
         raise SearchIndexError(f"the embeddings in {folder} cannot be read: {error}") from error
     expected = (description.count, description.dim)
     if vectors.shape != expected or metadata.num_rows != description.count:
@@ -137,6 +138,12 @@ def read_embeddings(
             f"metadata; expected shape {expected}"
         )
     return description, vectors, metadata
+
+
+def _save_vectors(path: Path, vectors: Float32[np.ndarray, "pictures dim"]) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, vectors)
+    path.write_bytes(buffer.getbuffer())  # numpy's own writing hides why a disk refused it
 
 
 def _parts(folder: Path, suffix: str) -> Sequence[Path]:

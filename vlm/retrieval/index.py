@@ -47,7 +47,9 @@ class VectorIndex:
 
     def write(self, path: Path) -> None:
         """Write the index to a file."""
-        faiss.write_index(self._index, str(path))
+        path.write_bytes(
+            faiss.serialize_index(self._index).tobytes()
+        )  # faiss hides why a disk refused it
 
     def __len__(self) -> int:
         return int(self._index.ntotal)

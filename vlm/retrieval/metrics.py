@@ -33,6 +33,7 @@ def first_correct_ranks(
     queries = np.arange(len(ids))[:, None]
     correct = np.isin(queries * candidates + ids, matches[:, 0] * candidates + matches[:, 1])
     correct &= ids >= 0
+    scores = np.where(np.isnan(scores), -np.inf, scores)  # what is no number is no better
     best = np.where(correct, scores, -np.inf).max(axis=1, keepdims=True, initial=-np.inf)
     wrong_before = ((scores >= best) & ~correct & (ids >= 0)).sum(axis=1)
     return np.where(correct.any(axis=1), wrong_before + 1, NOT_FOUND).astype(np.int64)

@@ -83,15 +83,14 @@ def parse_condition(text: str) -> Callable[[Sample], bool]:
 
 
 def _texts_of(samples: Sequence[Sample], language: str) -> Texts:
-    texts: list[str] = []
-    position: dict[str, int] = {}
+    of_concept: dict[str, int] = {}
+    of_text: dict[str, int] = {}  # concepts that share their caption share their question
     matches = []
     for image, sample in enumerate(samples):
         captions = sample.captions.get(language)
         if not captions:
             continue
-        if sample.concept not in position:
-            position[sample.concept] = len(texts)
-            texts.append(captions[0])
-        matches.append((position[sample.concept], image))
-    return Texts(texts=texts, matches=np.array(matches, dtype=np.int64).reshape(-1, 2))
+        if sample.concept not in of_concept:
+            of_concept[sample.concept] = of_text.setdefault(captions[0], len(of_text))
+        matches.append((of_concept[sample.concept], image))
+    return Texts(texts=list(of_text), matches=np.array(matches, dtype=np.int64).reshape(-1, 2))

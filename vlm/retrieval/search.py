@@ -47,6 +47,10 @@ class SearchIndex:
     def __init__(
         self, index: VectorIndex, metadata: pyarrow.Table, *, bundle: Path, fingerprint: str
     ) -> None:
+        if len(index) != metadata.num_rows:
+            raise SearchIndexError(
+                f"the index holds {len(index)} vectors and {metadata.num_rows} rows of metadata"
+            )
         self.index = index
         self.metadata = metadata
         self.bundle = bundle
@@ -64,8 +68,8 @@ class SearchIndex:
             raise SearchIndexError(f"{folder} is not a search index: it has no {_DESCRIPTION}")
         try:
             description = json.loads(path.read_text(encoding="utf-8"))
-            for name, expected in description["sha256"].items():
-                found = sha256_of(folder / name)
+            for name in (_INDEX, _METADATA):
+                found, expected = sha256_of(folder / name), str(description["sha256"][name])
                 if found != expected:
                     raise SearchIndexError(
                         f"{folder / name} is damaged: sha256 {found[:12]}, expected {expected[:12]}"
@@ -73,10 +77,10 @@ class SearchIndex:
             return cls(
                 VectorIndex.read(folder / _INDEX),
                 pyarrow.parquet.read_table(folder / _METADATA),
-                bundle=folder / description["bundle"],
-                fingerprint=description["fingerprint"],
+                bundle=folder / str(description["bundle"]),
+                fingerprint=str(description["fingerprint"]),
             )
-        except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+        except (OSError, ValueError, LookupError, TypeError) as error:
             raise SearchIndexError(f"the index {folder} cannot be read: {error}") from error
 
     def check_model(self, embedder: Embedder) -> None:

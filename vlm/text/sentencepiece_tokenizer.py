@@ -35,6 +35,8 @@ class SentencePieceTokenizer:
         if context_length < 3:
             raise TokenizerError(f"context_length is {context_length}; expected at least 3")
         try:
+            if not model:
+                raise RuntimeError("empty")  # which sentencepiece takes for "load it later"
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise TokenizerError(f"not a SentencePiece model ({len(model)} bytes)") from error
@@ -82,8 +84,15 @@ class SentencePieceTokenizer:
         return self._truncated / self._encoded if self._encoded else 0.0
 
     def encode(self, texts: Sequence[str]) -> TokenBatch:
-        """Turn texts into ids; what is longer than `context_length` loses its tail, not its end."""
-        rows = self._processor.encode(list(texts), out_type=int)
+        """Turn texts into ids; what is longer than `context_length` loses its tail, not its end.
+
+        Raises:
+            TokenizerError: a text is not valid Unicode.
+        """
+        try:
+            rows = self._processor.encode(list(texts), out_type=int)
+        except (TypeError, UnicodeEncodeError) as error:
+            raise TokenizerError(f"the texts are not valid Unicode: {error}") from error
         longest = self._context_length - 2
         truncated = sum(len(row) > longest for row in rows)
         self._encoded += len(rows)

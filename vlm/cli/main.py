@@ -90,10 +90,8 @@ def _unknown_verb(words: Sequence[str]) -> str:
     known = [" ".join(verb) for verb in VERBS]
     family = [name for name in known if name.startswith(f"{words[0]} ")]
     asked = " ".join(words[:2]) if family else words[0]
-    near = [
-        *difflib.get_close_matches(" ".join(words[:2]), known, n=1),
-        *difflib.get_close_matches(words[0], known, n=1, cutoff=0.5),
-    ]
+    near = difflib.get_close_matches(" ".join(words[:2]), family or known, n=1)
+    near = near or difflib.get_close_matches(words[0], [] if family else known, n=1, cutoff=0.5)
     if near:
         return f"there is no verb {asked!r}; did you mean `vlm {near[0]}`?"
     return f"there is no verb {asked!r}; expected one of {', '.join(family or known)}"

@@ -34,6 +34,7 @@ format: install  ## format the code and mend what lint can mend
 	$(BIN)/ruff check --fix
 
 bench: install  ## run the benchmarks side by side with the peers (long)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,bench]'
 	$(BIN)/python benchmarks/emoji_training.py
 
 clean:  ## remove the environment and the runs

@@ -68,6 +68,11 @@ class TrainConfig:
     """Decides the first weights, the order of samples, captions and augmentation."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the towers; features, loss and weights are float32 in any case."""
+    cpu_threads: int = 0
+    """Threads of a process's arithmetic on the CPU; 0 leaves the choice to torch.
+
+    A small model is hardly faster with more, and much slower where others use the machine.
+    """
     tokenizer: Path = Path("tokenizers/emoji-zh-en")
     """A tokenizer folder."""
     report_every: int = 10

@@ -28,7 +28,7 @@ def plot_loss(run_folder: Path, out: Path) -> None:
         steps, [record["logit_scale"] for record in records], color="tab:orange"
     )
     scale_axes.set_ylabel("logit scale")
-    axes.legend([loss, scale], ["loss", "logit scale"], loc="upper right")
+    axes.legend([loss, scale], ["loss", "logit scale"], loc="center right")
     figure.savefig(out, dpi=120)
 
 

@@ -44,6 +44,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         VlmError: something in the configuration, the data or the run's folder is not as it
             must be; the message says what was found and what was expected.
     """
+    if config.cpu_threads:
+        torch.set_num_threads(config.cpu_threads)
     accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
     _check_run_folder(config.run_folder, resume)
     tokenizer = load_tokenizer(config.tokenizer)

@@ -72,19 +72,23 @@ class Trainer:
         batch_size = self.loader.order.global_batch_size
         steps = self.config.schedule.steps
         batches = self.loader.read(first_sample=progress.samples, last_sample=steps * batch_size)
-        step, since = progress.step, time.perf_counter()
+        step = reported = progress.step
+        since = time.perf_counter()
         for batch in batches:
             result = self.train_step(batch.to(self.accelerator.device), step)
             step += 1
             self.reporter.advance(batch_size)
             if _is_due(step, self.config.report_every, steps):
-                rate = self.config.report_every * batch_size / (time.perf_counter() - since)
-                self._report(step, result, samples_per_s=rate)
-                since = time.perf_counter()
+                seconds = time.perf_counter() - since
+                samples_per_s = (step - reported) * batch_size / seconds
+                self._report(step, result, samples_per_s=samples_per_s)
+                since, reported = time.perf_counter(), step
+            pause = time.perf_counter()
             if _is_due(step, self.config.evaluate_every, steps):
                 self._evaluate(step)
             if _is_due(step, self.config.checkpoint_every, steps):
                 self._save(Progress(step=step, samples=step * batch_size))
+            since += time.perf_counter() - pause  # the rate is that of training alone
 
     def train_step(self, batch: Batch, step: int) -> StepResult:
         """Update the model once on one global batch, of which `batch` is this rank's part."""

@@ -44,6 +44,7 @@ def test_verbs_and_their_options_are_pinned():
 def test_training_fields_are_pinned():
     assert sorted(TrainConfig.__dataclass_fields__) == [
         "augmentation", "captions", "checkpoint", "cpu_threads", "data", "evaluation",
-        "loss", "model", "optimizer", "precision", "preprocess", "report_every", "run_folder", "schedule", "seed",
+        "loss", "model", "optimizer", "precision", "preprocess", "report_every", "run_folder",
+        "schedule", "seed",
         "tokenizer",
     ]  # fmt: skip

@@ -28,5 +28,5 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, foreach=True
+        groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True
     )

@@ -18,17 +18,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="data folder")
     parser.add_argument("--split", type=str, default="test_style", help="split to score")
     parser.add_argument(
-        "--languages",
-        type=tuple[str, ...] | None,
-        default=None,
-        help="languages to ask in; those of the bundle by default",
+        "--languages", nargs="+", default=None, help="languages to ask in; default: the bundle's"
     )
     parser.add_argument(
-        "--where",
-        type=list[str],
-        default=[],
-        help="conditions on samples, such as source=noto or group!=flags",
-    )
+        "--where", nargs="+", default=[],
+        help="conditions on samples, such as source=noto group!=flags",
+    )  # fmt: skip
     parser.add_argument("--device", type=str | None, default=None, help="such as cpu or cuda:0")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--out", type=Path | None, default=None, help="also write the JSON here")

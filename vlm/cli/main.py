@@ -4,11 +4,11 @@ import difflib
 import logging
 import re
 import sys
-from argparse import ArgumentError
+from argparse import Action, ArgumentError
 from collections.abc import Sequence
 from importlib import import_module
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from vlm.errors import VlmError
 from vlm.files import FULL_DISK
@@ -65,6 +65,7 @@ def _run(words: Sequence[str]) -> int:
         prog=f"vlm {' '.join(verb)}",
         description=module.__doc__,
         exit_on_error=False,
+        formatter_class=_HelpFormatter,
         allow_abbrev=False,  # a misspelt option must not become another one
     )
     module.add_arguments(parser)
@@ -76,6 +77,16 @@ def _run(words: Sequence[str]) -> int:
         raise VlmError(f"a configuration file is not UTF-8 text: {error.reason}") from error
     module.run(options)
     return 0
+
+
+class _HelpFormatter(DefaultHelpFormatter):
+    """Names types as a person would."""
+
+    def _expand_help(self, action: Action) -> str:
+        text: str = super()._expand_help(action)
+        for ours, theirs in (("path", "<class 'Path'>"), ("path | null", "Path | null")):
+            text = text.replace(theirs, ours)
+        return text
 
 
 def _overview() -> str:

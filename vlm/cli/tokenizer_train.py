@@ -14,10 +14,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="data folder")
     parser.add_argument("--split", type=str, default="train", help="split whose captions to read")
     parser.add_argument(
-        "--languages",
-        type=tuple[str, ...],
-        default=("zh", "en"),
-        help="languages of the captions to read",
+        "--languages", nargs="+", default=["zh", "en"], help="languages of the captions to read"
     )
     parser.add_argument("--vocab_size", type=int, default=4000, help="number of ids")
     parser.add_argument("--context_length", type=int, default=32, help="longest text in tokens")

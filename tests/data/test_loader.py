@@ -242,16 +242,25 @@ def test_a_missing_language_is_an_empty_text_without_caption_id(tmp_path, tokeni
     samples = [make_sample(0), make_sample(1, captions={"en": ["grey cat"]})]
     split = ShardedSplit(write_split(tmp_path, samples), "train")
     examples = examples_of(split)
-    batch = collate(
-        [examples[ExampleKey(0, place)] for place in (0, 1)],
-        tokenizer=tokenizer, languages=("zh", "en"),
-    )  # fmt: skip
+    batch = collate([examples[ExampleKey(0, place)] for place in (0, 1)], tokenizer=tokenizer)
     assert batch.caption_ids["zh"].tolist() == [
         text_id(texts_in(batch, tokenizer, "zh")[0]), NO_CAPTION,
     ]  # fmt: skip
     assert batch.caption_ids["en"][1] == text_id("grey cat")
     assert batch.texts["zh"].mask.sum(dim=1).tolist()[1] == 2  # begin and end
     assert texts_in(batch, tokenizer, "zh")[1] == ""
+
+
+def test_a_second_caption_is_one_of_the_others_and_has_a_term_of_its_own(tmp_path, tokenizer):
+    samples = [make_sample(0), make_sample(1, captions={"en": ["grey cat"]})]
+    split = ShardedSplit(write_split(tmp_path, samples), "train")
+    examples = examples_of(split, main_share=1.0, second=True)
+    batch = collate([examples[ExampleKey(0, place)] for place in (0, 1)], tokenizer=tokenizer)
+    assert set(batch.texts) == set(batch.caption_ids) == {"zh", "en", "zh second", "en second"}
+    main, other = samples[0].captions["zh"]
+    assert batch.caption_ids["zh"].tolist() == [text_id(main), NO_CAPTION]
+    assert batch.caption_ids["zh second"].tolist() == [text_id(other), NO_CAPTION]
+    assert batch.caption_ids["en second"][1] == text_id("grey cat")  # there is no other
 
 
 def test_each_language_is_padded_to_its_own_longest_text(samples, tokenizer):

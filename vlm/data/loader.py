@@ -32,6 +32,8 @@ class CaptionConfig:
     """One caption of each is read in every step."""
     main_share: float = 0.5
     """Probability of the main caption where a sample has others as well, in [0, 1]."""
+    second: bool = False
+    """Read one of the other captions of each language as well: a term of its own in the loss."""
 
     def __post_init__(self) -> None:
         if not self.languages or not 0 <= self.main_share <= 1:
@@ -57,6 +59,7 @@ class Example:
     image: Float[Tensor, "3 height width"]
     image_id: int
     captions: Mapping[str, str]
+    """By language, and by `LANGUAGE second` where a second caption is read."""
 
 
 class TrainingExamples(Dataset[Example]):
@@ -99,6 +102,11 @@ class TrainingExamples(Dataset[Example]):
             language: choose_caption(sample, language, self.captions.main_share, rng)
             for language in self.captions.languages
         }
+        if self.captions.second:
+            captions |= {
+                f"{language} second": choose_caption(sample, language, 0.0, rng)
+                for language in self.captions.languages
+            }
         image = self.transform(self._picture(key.place, sample), rng)
         return Example(sample.uid, image, text_id(sample.concept), captions)
 
@@ -122,12 +130,11 @@ def choose_caption(sample: Sample, language: str, main_share: float, rng: random
     return rng.choice(others)
 
 
-def collate(
-    examples: Sequence[Example], *, tokenizer: Tokenizer, languages: Sequence[str]
-) -> Batch:
+def collate(examples: Sequence[Example], *, tokenizer: Tokenizer) -> Batch:
     """Stack examples; the texts of a language are padded to the longest of them."""
     captions = {
-        language: [example.captions[language] for example in examples] for language in languages
+        language: [example.captions[language] for example in examples]
+        for language in examples[0].captions
     }
     return Batch(
         images=torch.stack([example.image for example in examples]),
@@ -214,9 +221,7 @@ class TrainingLoader:
             self.examples,
             batch_sampler=self.order.batches(first_sample=first_sample, last_sample=last_sample),
             num_workers=self.workers,
-            collate_fn=partial(
-                collate, tokenizer=self.tokenizer, languages=self.examples.captions.languages
-            ),
+            collate_fn=partial(collate, tokenizer=self.tokenizer),
             pin_memory=torch.cuda.is_available(),
         )
         return iter(loader)

@@ -122,7 +122,8 @@ def test_the_truncated_share_counts_all_texts_so_far(short):
     assert short.truncated_share == 0.25
 
 
-def test_decoding_gives_the_text_back_without_markers_and_padding(tokenizer):
+def test_decoding_gives_the_text_back_without_markers_and_padding():
+    tokenizer = tiny_tokenizer(context_length=100)
     batch = tokenizer.encode([*TEXTS, LONG])
     decoded = [tokenizer.decode(ids) for ids in batch.ids.tolist()]
     assert decoded == [*TEXTS, LONG]

@@ -80,9 +80,17 @@ def test_case_width_and_space_share_ids(tokenizer, text):
 
 
 def test_digits_are_pieces_of_their_own():
-    tokenizer = train([*TEXTS, *["the year 2024"] * 20], vocab_size=330)
+    tokenizer = train([*TEXTS, *["the year 2024"] * 20], vocab_size=320)
     assert len(ids_of(tokenizer, "2024")) - len(ids_of(tokenizer, "")) >= 4
     assert tokenizer.decode(ids_of(tokenizer, "2024")) == "2024"
+
+
+def test_a_word_is_the_same_piece_at_the_start_of_a_word_and_inside_one():
+    tokenizer = train([*TEXTS, *["board", "snowboard", "snow", "board game"] * 20], vocab_size=320)
+    board = ids_of(tokenizer, "board")[-2]
+    assert ids_of(tokenizer, "snowboard")[-2] == board
+    assert board in ids_of(tokenizer, "a board game")
+    assert tokenizer.decode(ids_of(tokenizer, "a board game")) == "a board game"
 
 
 @pytest.mark.parametrize("texts", [[], [""], [" \n", "\u3000"]], ids=["none", "empty", "blank"])

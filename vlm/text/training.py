@@ -10,6 +10,8 @@ from vlm.text.sentencepiece_tokenizer import SentencePieceTokenizer
 
 PAD_ID, UNKNOWN_ID, BEGIN_ID, END_ID = 0, 1, 2, 3
 
+_SPACE = "▁"  # SentencePiece's sign for one
+
 
 def train_sentencepiece(
     texts: Iterable[str],
@@ -22,7 +24,8 @@ def train_sentencepiece(
 
     Text is normalised by NFKC and case-folded, so `Cat`, `cat` and full-width `ｃａｔ` share ids.
     Digits are split, and bytes stand in for characters outside the vocabulary, so that no text
-    is lost. Training runs on one thread: more would make the result depend on their timing.
+    is lost. A space is a piece of its own, so that `board` is one piece whether it begins a word
+    or ends one, and what is learned of it in one place is known in the other. Training runs on one thread: more would make the result depend on their timing.
 
     Args:
         texts: The training captions; order and repetition matter to the result.
@@ -47,6 +50,7 @@ def train_sentencepiece(
             normalization_rule_name="nmt_nfkc_cf",
             byte_fallback=True,
             split_digits=True,
+            user_defined_symbols=[_SPACE],
             num_threads=1,
             pad_id=PAD_ID,
             unk_id=UNKNOWN_ID,

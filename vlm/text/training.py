@@ -25,7 +25,9 @@ def train_sentencepiece(
     Text is normalised by NFKC and case-folded, so `Cat`, `cat` and full-width `ｃａｔ` share ids.
     Digits are split, and bytes stand in for characters outside the vocabulary, so that no text
     is lost. A space is a piece of its own, so that `board` is one piece whether it begins a word
-    or ends one, and what is learned of it in one place is known in the other. Training runs on one thread: more would make the result depend on their timing.
+    or ends one, and what is learned of it in one place is known in the other.
+
+    Training runs on one thread: more would make the result depend on their timing.
 
     Args:
         texts: The training captions; order and repetition matter to the result.

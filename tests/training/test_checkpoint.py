@@ -6,19 +6,21 @@ from torch import nn
 
 from vlm.errors import CheckpointError
 from vlm.training.checkpoint import Checkpoints, Progress
+from vlm.training.optimizer import OptimizerConfig, build_optimizer
 
 
 def build():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-    return model, torch.optim.AdamW(model.parameters(), lr=0.01)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
+    model = model.to(memory_format=torch.channels_last)  # as the image tower lies in memory
+    return model, build_optimizer(model, OptimizerConfig(learning_rate=0.01))
 
 
 def train(model, optimizer, steps):
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         optimizer.zero_grad()
-        model(torch.randn(8, 4, generator=generator)).square().sum().backward()
+        model(torch.randn(8, 3, 4, 4, generator=generator)).square().sum().backward()
         optimizer.step()
 
 

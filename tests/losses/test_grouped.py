@@ -125,6 +125,19 @@ def test_groups_train_like_one_process_with_the_group_batches(world_size, group_
             torch.testing.assert_close(tensor, expected, rtol=1e-11, atol=1e-12)
 
 
+def test_terms_count_by_their_weight():
+    images, texts, image_ids, caption_ids = global_batch(0, 6)
+    features = Towers()(images, texts)
+    single = {
+        language: GroupedContrastiveLoss()(
+            features[0], {language: features[1][language]}, features[2], image_ids, caption_ids
+        )
+        for language in LANGUAGES
+    }
+    weighted = GroupedContrastiveLoss(weights={"en": 0.25})(*features, image_ids, caption_ids)
+    torch.testing.assert_close(weighted, (single["zh"] + 0.25 * single["en"]) / 1.25)
+
+
 def test_one_language_without_duplicates_is_the_loss_of_open_clip():
     from open_clip import ClipLoss
 

@@ -59,7 +59,7 @@ class Example:
     image: Float[Tensor, "3 height width"]
     image_id: int
     captions: Mapping[str, str]
-    """By language, and by `LANGUAGE second` where a second caption is read."""
+    """By language, and by `second_of` it where a second caption is read."""
 
 
 class TrainingExamples(Dataset[Example]):
@@ -104,7 +104,7 @@ class TrainingExamples(Dataset[Example]):
         }
         if self.captions.second:
             captions |= {
-                f"{language} second": choose_caption(sample, language, 0.0, rng)
+                second_of(language): choose_caption(sample, language, 0.0, rng)
                 for language in self.captions.languages
             }
         image = self.transform(self._picture(key.place, sample), rng)
@@ -117,6 +117,11 @@ class TrainingExamples(Dataset[Example]):
         if self.keep_decoded:
             self._decoded[place] = image
         return image
+
+
+def second_of(language: str) -> str:
+    """Return the name under which a language's second captions go through a batch and the loss."""
+    return f"{language} second"
 
 
 def choose_caption(sample: Sample, language: str, main_share: float, rng: random.Random) -> str:

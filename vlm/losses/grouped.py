@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vlm.distributed.gather import gather_rows
 from vlm.distributed.groups import SINGLE, RankGroup
+from vlm.errors import ConfigError
 from vlm.losses.contrastive import multi_positive_cross_entropy, positive_pairs
 from vlm.text.caption_ids import NO_CAPTION
 
@@ -23,6 +24,12 @@ class LossConfig:
 
     group_size: int | None = None
     """Ranks that contrast with each other; it divides their number. None is all of them."""
+    second_weight: float = 1.0
+    """Weight of a second caption's term beside a main caption's, at least 0."""
+
+    def __post_init__(self) -> None:
+        if self.second_weight < 0:
+            raise ConfigError(f"second_weight is {self.second_weight}; expected at least 0")
 
 
 class GroupedContrastiveLoss(nn.Module):
@@ -38,11 +45,15 @@ class GroupedContrastiveLoss(nn.Module):
 
     Args:
         group: The ranks to contrast with, from `vlm.distributed.groups.split_into_groups`.
+        weights: Weight of a term by its language; 1 where it is not named.
     """
 
-    def __init__(self, group: RankGroup = SINGLE) -> None:
+    def __init__(
+        self, group: RankGroup = SINGLE, weights: Mapping[str, float] | None = None
+    ) -> None:
         super().__init__()
         self.group = group
+        self.weights = dict(weights or {})
 
     def forward(
         self,
@@ -52,7 +63,7 @@ class GroupedContrastiveLoss(nn.Module):
         image_ids: Int64[Tensor, " local"],
         caption_ids: Mapping[str, Int64[Tensor, " local"]],
     ) -> Float[Tensor, ""]:
-        """Return this rank's share of the loss, averaged over the languages.
+        """Return this rank's share of the loss: the weighted mean of the languages' terms.
 
         Args:
             image_features: Unit vectors of this rank's pictures.
@@ -63,7 +74,7 @@ class GroupedContrastiveLoss(nn.Module):
         """
         all_images = gather_rows(image_features, self.group)
         all_image_ids = gather_rows(image_ids, self.group)
-        terms = []
+        terms, weights = [], []
         for language, features in text_features.items():
             all_texts = gather_rows(features, self.group)
             all_caption_ids = gather_rows(caption_ids[language], self.group)
@@ -80,5 +91,6 @@ class GroupedContrastiveLoss(nn.Module):
             own = caption_ids[language] != NO_CAPTION
             rows = torch.where(own, (image_to_text + text_to_image) / 2, 0)
             # Dividing by the group's rows keeps the convention when ranks lack unequal numbers.
-            terms.append(rows.sum() * self.group.size / present.sum().clamp(min=1))
-        return torch.stack(terms).mean()
+            weights.append(self.weights.get(language, 1.0))
+            terms.append(weights[-1] * rows.sum() * self.group.size / present.sum().clamp(min=1))
+        return torch.stack(terms).sum() / sum(weights)

@@ -9,7 +9,7 @@ from torch import nn
 
 from vlm.bundle import save_bundle
 from vlm.data.dataset import ShardedSplit
-from vlm.data.loader import BatchOrder, TrainingExamples, TrainingLoader
+from vlm.data.loader import BatchOrder, TrainingExamples, TrainingLoader, second_of
 from vlm.distributed.groups import split_into_groups
 from vlm.embedder import Embedder
 from vlm.errors import ConfigError
@@ -50,7 +50,10 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     _check_run_folder(config.run_folder, resume)
     tokenizer = load_tokenizer(config.tokenizer)
     loader = _build_loader(config, tokenizer, accelerator)
-    loss = GroupedContrastiveLoss(split_into_groups(config.loss.group_size))
+    loss = GroupedContrastiveLoss(
+        split_into_groups(config.loss.group_size),
+        {second_of(language): config.loss.second_weight for language in config.captions.languages},
+    )
     evaluate = _evaluation(config, tokenizer)
     model, optimizer = _build_model(config, tokenizer, accelerator)
     encoder: DualEncoder = accelerator.unwrap_model(model)

@@ -21,8 +21,8 @@ class Towers(nn.Module):
     def __init__(self):
         super().__init__()
         generator = torch.Generator().manual_seed(1)
-        draw = lambda: torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64)  # noqa: E731
-        self.image, self.text = nn.Parameter(draw()), nn.Parameter(draw())
+        image, text = torch.randn(2, WIDTH, WIDTH, generator=generator, dtype=torch.float64)
+        self.image, self.text = nn.Parameter(image), nn.Parameter(text)
         self.log_scale = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
 
     def forward(self, images, texts):
@@ -36,8 +36,10 @@ class Towers(nn.Module):
 def global_batch(step, samples):
     """Inputs with repeated concepts, repeated captions and missing ones."""
     generator = torch.Generator().manual_seed(100 + step)
-    draw = lambda: torch.randn(samples, WIDTH, generator=generator, dtype=torch.float64)  # noqa: E731
-    images, texts = draw(), {language: draw() for language in LANGUAGES}
+    images, *captions = torch.randn(
+        1 + len(LANGUAGES), samples, WIDTH, generator=generator, dtype=torch.float64
+    )
+    texts = dict(zip(LANGUAGES, captions, strict=True))
     image_ids = torch.randint(0, samples - 1, (samples,), generator=generator)
     caption_ids = {
         language: torch.randint(0, 2 * samples, (samples,), generator=generator)

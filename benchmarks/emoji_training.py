@@ -8,25 +8,21 @@ trainer is this same file, and must not pay for it.
 
 import argparse
 import csv
-import datetime
 import json
 import os
-import platform
-import re
 import resource
-import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from setting import ROOT, describe_setting
+
 CONFIG = "configs/train/emoji.yaml"
 DATA = ROOT / "data" / "emoji"
 CHILD_FLAG = "--child-open-clip"
@@ -224,29 +220,6 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, list[dict[st
     return runs
 
 
-def describe_setting(threads: int) -> dict[str, Any]:
-    """Return the hardware, the versions and the commit; the load says how quiet it was."""
-    commit, changes = (
-        subprocess.check_output(["git", *words], cwd=ROOT, text=True).strip()
-        for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-    )
-    cpuinfo = Path("/proc/cpuinfo")
-    cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    packages = ("torch", "open_clip_torch", "timm", "vlm")
-    return {
-        "command": shlex.join(["python", "benchmarks/emoji_training.py", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "cpu": cpu[1] if cpu else platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "load_before": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "versions": {package: version(package) for package in packages},
-        "commit": commit,
-        "uncommitted_changes": bool(changes),
-    }
-
-
 def results_table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Return a Markdown table of means, with the extremes where there are several runs."""
     from vlm.retrieval.evaluation import markdown_table
@@ -285,7 +258,7 @@ def main() -> None:
     options = parser.parse_args()
     if find_spec("pandas") is None:
         parser.error("open_clip's trainer reads its table with pandas: pip install pandas")
-    result = describe_setting(options.threads)
+    result = describe_setting("benchmarks/emoji_training.py", threads=options.threads)
     with tempfile.TemporaryDirectory(prefix="emoji_training_") as folder:
         result["runs"] = compare(options, Path(folder))
     text = json.dumps(result, indent=1, ensure_ascii=False)

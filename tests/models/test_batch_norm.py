@@ -5,7 +5,7 @@ import timm
 import torch
 
 from tests.support.processes import run_in_processes
-from vlm.distributed.groups import SINGLE, split_into_groups
+from vlm.distributed.groups import SINGLE, world_group
 from vlm.models.batch_norm import synchronize_batch_norm
 
 LOCAL, STEPS = 4, 3
@@ -34,7 +34,7 @@ def train(model, rows, average):
 
 
 def train_on_this_rank(rank):
-    group = split_into_groups()
+    group = world_group()
     model = synchronize_batch_norm(tower(), group, torch.device("cpu"))
 
     def average(model):
@@ -58,7 +58,7 @@ def evaluate_on_this_rank(rank):
     model = tower()
     model(pictures(0, 8))  # gives the running statistics other values than 0 and 1
     plain = copy.deepcopy(model).eval()
-    synchronized = synchronize_batch_norm(model, split_into_groups(), torch.device("cpu")).eval()
+    synchronized = synchronize_batch_norm(model, world_group(), torch.device("cpu")).eval()
     batch = pictures(rank, 3)
     return [synchronized(batch).detach(), plain(batch).detach()]
 

@@ -7,7 +7,8 @@ from vlm.data.dataset import ShardedSplit
 from vlm.data.loader import BatchOrder, CaptionConfig, TrainingExamples, TrainingLoader
 from vlm.errors import TrainingError
 from vlm.images.transforms import AugmentationConfig, PreprocessConfig, TrainingTransform
-from vlm.losses.grouped import GroupedContrastiveLoss
+from vlm.losses.bilingual import BilingualLoss
+from vlm.losses.cached import CachedContrast
 from vlm.training.checkpoint import Checkpoints, Progress
 from vlm.training.optimizer import OptimizerConfig, build_optimizer
 from vlm.training.reporter import METRICS_NAME, Reporter, read_metrics
@@ -17,7 +18,9 @@ from vlm.training.trainer import LoopConfig, Trainer
 STEPS, BATCH = 7, 4
 
 
-def fit(folder, *, learning_rate=1e-3, progress=None, evaluated=None):
+def fit(
+    folder, *, learning_rate=1e-3, progress=None, evaluated=None, micro_batches=1, mode="exact"
+):
     """Train the tiny model on twelve samples; return it."""
     tokenizer = tiny_tokenizer()
     accelerator = Accelerator(cpu=True)
@@ -38,12 +41,13 @@ def fit(folder, *, learning_rate=1e-3, progress=None, evaluated=None):
                 report_every=2,
                 evaluate_every=3,
                 checkpoint_every=5,
+                micro_batches=micro_batches,
                 seed=0,
             ),
             accelerator=accelerator,
             model=model,
             optimizer=optimizer,
-            loss=GroupedContrastiveLoss(),
+            contrast=CachedContrast(BilingualLoss(), model, mode=mode),
             loader=TrainingLoader(examples, BatchOrder(12, BATCH), tokenizer, workers=0),
             checkpoints=checkpoints,
             reporter=reporter,

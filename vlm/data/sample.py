@@ -52,3 +52,22 @@ class Batch:
             caption_ids={language: ids.to(device) for language, ids in self.caption_ids.items()},
             uids=self.uids,
         )
+
+    def split(self, number: int) -> list["Batch"]:
+        """Return the batch in at most so many parts of about equal size, for micro-batches."""
+        size = -(-len(self.image_ids) // number)
+        return [
+            Batch(
+                images=self.images[rows],
+                texts={
+                    language: TokenBatch(tokens.ids[rows], tokens.mask[rows])
+                    for language, tokens in self.texts.items()
+                },
+                image_ids=self.image_ids[rows],
+                caption_ids={language: ids[rows] for language, ids in self.caption_ids.items()},
+                uids=self.uids[rows],
+            )
+            for rows in (
+                slice(start, start + size) for start in range(0, len(self.image_ids), size)
+            )
+        ]

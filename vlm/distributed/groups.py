@@ -1,10 +1,10 @@
-"""Which ranks contrast their batches with each other."""
+"""Groups of ranks that exchange data, as one of their members sees them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
-
-from vlm.errors import DistributedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,33 +21,41 @@ class RankGroup:
 
 SINGLE = RankGroup(process_group=None, rank=0, size=1)
 
+_Partition = tuple[tuple[int, ...], ...]
 
-def split_into_groups(group_size: int | None = None) -> RankGroup:
-    """Split the world into groups of neighbouring ranks and return this process's own.
+# By the world they divide. A communicator holds connections and, on GPUs, memory: parts of a
+# program that divide the ranks in the same way share theirs.
+_joined: WeakKeyDictionary[dist.ProcessGroup, dict[_Partition, RankGroup]] = WeakKeyDictionary()
 
-    Every rank must call this at the same point: making a group is a collective operation.
+
+def world_group() -> RankGroup:
+    """Return the group of all ranks; this process alone where there is no process group."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return SINGLE
+    return RankGroup(dist.group.WORLD, rank=dist.get_rank(), size=dist.get_world_size())
+
+
+def join_group(partition: Sequence[Sequence[int]]) -> RankGroup:
+    """Divide the ranks into groups and return this process's own.
+
+    Making a communicator is a collective operation: every rank must call this at the same point
+    with the same partition, in which each rank occurs once.
 
     Args:
-        group_size: Ranks in a group; it must divide the world size. None is the whole world.
-
-    Raises:
-        DistributedError: `group_size` does not divide the world size (on every rank).
+        partition: The ranks of each group, in the order of their places.
     """
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    size = world_size if group_size is None else group_size
-    if size < 1 or world_size % size:
-        raise DistributedError(
-            f"group_size is {size}; expected a divisor of the world size, {world_size}"
-        )
-    if size == 1:
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    members = next(group for group in partition if rank in group)
+    if len(members) == 1:
         return SINGLE
-    rank = dist.get_rank()
-    if size == world_size:
-        return RankGroup(process_group=dist.group.WORLD, rank=rank, size=size)
-    first = rank - rank % size
-    own = None
-    for start in range(0, world_size, size):  # every rank makes every group
-        group = dist.new_group(list(range(start, start + size)))
-        if start == first and isinstance(group, dist.ProcessGroup):
-            own = group
-    return RankGroup(process_group=own, rank=rank - first, size=size)
+    if list(members) == list(range(dist.get_world_size())):
+        return world_group()
+    assert dist.group.WORLD is not None
+    known = _joined.setdefault(dist.group.WORLD, {})
+    key = tuple(tuple(group) for group in partition)
+    if key not in known:
+        for group in key:  # every rank makes every group, in the same order
+            made = dist.new_group(list(group))
+            if group == tuple(members) and isinstance(made, dist.ProcessGroup):
+                known[key] = RankGroup(made, rank=group.index(rank), size=len(group))
+    return known[key]

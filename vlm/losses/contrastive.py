@@ -1,46 +1,178 @@
-"""Contrastive losses as pure functions of similarity matrices."""
+"""The contrastive loss of pictures and texts over a group of ranks.
+
+Convention, here and everywhere: the mean over ranks of the returned loss is the loss, and
+averaging parameter gradients over ranks, as DDP and FSDP do, gives its true gradient, for
+features, scale and bias alike. With groups smaller than the world the loss is the mean of the
+groups' losses.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int64
-from torch import Tensor
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
 
+from vlm.errors import ConfigError
+from vlm.losses.block import AxisLayout, Block, RowStatistics
+from vlm.losses.exchange import Exchange, Shares, Side
+from vlm.losses.matches import OwnPairs, SharedIds
+from vlm.losses.plan import LossPlan
+from vlm.losses.sigmoid import sigmoid_loss
+from vlm.losses.softmax import softmax_loss
 from vlm.text.caption_ids import NO_CAPTION
 
 
-def positive_pairs(
-    image_ids: Int64[Tensor, " rows"],
-    caption_ids: Int64[Tensor, " rows"],
-    other_image_ids: Int64[Tensor, " columns"],
-    other_caption_ids: Int64[Tensor, " columns"],
-) -> Bool[Tensor, "rows columns"]:
-    """Say which pairs of samples match each other: the same concept, or the same caption."""
-    same_concept = image_ids[:, None] == other_image_ids[None, :]
-    same_caption = caption_ids[:, None] == other_caption_ids[None, :]
-    return same_concept | (same_caption & (caption_ids != NO_CAPTION)[:, None])
+class PairIds(NamedTuple):
+    """By which the pairs of a batch are known to match each other, on any rank."""
+
+    image: Int64[Tensor, " local"]
+    """Equal for samples of the same concept or picture; not negative."""
+    caption: Int64[Tensor, " local"]
+    """Equal for equal captions, not negative; `NO_CAPTION` for a pair that takes no part."""
 
 
-def multi_positive_cross_entropy(
-    logits: Float[Tensor, "rows columns"],
-    positives: Bool[Tensor, "rows columns"],
-    candidates: Bool[Tensor, " columns"],
-) -> Float[Tensor, " rows"]:
-    """Cross-entropy of each row against a target spread evenly over its positive candidates.
+class ContrastiveOutput(NamedTuple):
+    """A contrastive loss, and what it saw."""
 
-    With one positive a row this is CLIP's loss (Radford et al. 2021, figure 3); with several it
-    is the image-text loss of UniCL (Yang et al. 2022, equations 4 and 5):
-    `logsumexp_j z_ij - mean_{j in P(i)} z_ij`.
+    loss: Float[Tensor, ""]
+    """This rank's share: the mean over ranks is the loss."""
+    candidates: int
+    """How many texts of the group each picture was compared with."""
+    accuracy: Float[Tensor, ""]
+    """Share of this rank's pictures and texts whose most similar candidate is right."""
+    image_to_text: RowStatistics
+    """Of this rank's pictures."""
+    text_to_image: RowStatistics
+    """Of this rank's texts."""
+
+
+class ContrastiveLoss(nn.Module):
+    """Contrasts pictures with texts inside groups of ranks, as a plan says.
+
+    Making one is a collective operation: every rank must do it at the same point.
 
     Args:
-        logits: Scaled similarities.
-        positives: Which columns match a row.
-        candidates: Which columns take part at all; the others are neither positive nor negative.
+        plan: Who contrasts with whom, and how.
 
-    Returns:
-        One loss a row; zero for a row without a positive candidate.
+    Raises:
+        DistributedError: the plan does not fit the number of ranks (on every rank).
     """
-    positives = positives & candidates
-    # The lowest finite number, because the gradient of a row of -inf would not be a number.
-    logits = logits.masked_fill(~candidates, torch.finfo(logits.dtype).min)
-    count = positives.sum(dim=1)
-    matching = torch.where(positives, logits, 0).sum(dim=1) / count.clamp(min=1)
-    return torch.where(count > 0, logits.logsumexp(dim=1) - matching, 0)
+
+    def __init__(self, plan: LossPlan | None = None) -> None:
+        super().__init__()
+        self.exchange = Exchange(plan or LossPlan())
+
+    def forward(
+        self,
+        image_features: Float[Tensor, "local dim"],
+        text_features: Float[Tensor, "local dim"],
+        logit_scale: Float[Tensor, ""],
+        logit_bias: Float[Tensor, ""] | None = None,
+        ids: PairIds | None = None,
+    ) -> ContrastiveOutput:
+        """Return this rank's share of the loss.
+
+        Args:
+            image_features: Unit vectors of this rank's pictures.
+            text_features: Unit vectors of their texts.
+            logit_scale: Inverse temperature, not its logarithm.
+            logit_bias: Added to every scaled similarity; for a sigmoid loss.
+            ids: By which pairs match; without them every pair matches itself alone.
+
+        Raises:
+            ConfigError: a sigmoid loss lacks a bias, or a softmax has one.
+            DistributedError: the ranks' features do not fit together (on every rank).
+        """
+        present = len(image_features) if ids is None else int((ids.caption != NO_CAPTION).sum())
+        shares = self.exchange.declare({"image": image_features, "text": text_features}, [present])
+        texts = self.exchange.send(text_features, shares, "column")
+        images = self.exchange.send(image_features, shares, "row")
+        row_ids = column_ids = None
+        if ids is not None:
+            table = self.exchange.id_table(ids.image, [ids.caption], shares)
+            row_ids = self.exchange.gather_ids(table, shares, "row")
+            column_ids = self.exchange.gather_ids(table, shares, "column")
+        columns = self.exchange.receive(texts, column_ids, shares, "column")
+        rows = self.exchange.receive(images, row_ids, shares, "row")
+        rows, columns = (side.with_captions([2], shares.counts[0]) for side in (rows, columns))
+        return contrast(rows, columns, self.exchange, shares, logit_scale, logit_bias)
+
+
+def contrast(
+    rows: Side,
+    columns: Side,
+    exchange: Exchange,
+    shares: Shares,
+    logit_scale: Float[Tensor, ""],
+    logit_bias: Float[Tensor, ""] | None = None,
+    bank: Sequence[tuple[Side, Side]] = (),
+) -> ContrastiveOutput:
+    """Contrast what this rank received with each other.
+
+    Args:
+        rows: Pictures of its mesh row; for a text-text term, texts.
+        columns: Texts of its mesh column.
+        exchange: How they came.
+        shares: What the ranks declared.
+        logit_scale: Inverse temperature.
+        logit_bias: For a sigmoid loss.
+        bank: Earlier rows and columns, detached, that are candidates only.
+
+    Raises:
+        ConfigError: a sigmoid loss lacks a bias, or a softmax has one.
+    """
+    plan = exchange.plan
+    if (plan.kind == "sigmoid") != (logit_bias is not None):
+        found, expected = ("no", "one") if logit_bias is None else ("a", "none")
+        raise ConfigError(
+            f"there is {found} logit_bias for a {plan.kind} loss; expected {expected}"
+        )
+    row_layout, column_layout = (
+        AxisLayout(
+            own=side.own,
+            scored=len(side.features),
+            total=side.total,
+            candidates=side.total + sum(pair[k].total for pair in bank),
+        )
+        for k, side in enumerate((rows, columns))
+    )
+    rows, columns = (
+        side.with_candidates([pair[k] for pair in bank]) for k, side in enumerate((rows, columns))
+    )
+    features = rows.features
+    if rows.ids is None or columns.ids is None:
+        matches: OwnPairs | SharedIds = OwnPairs(rows.own, columns.own)
+    else:
+        matches = SharedIds(rows.ids, columns.ids, plan.duplicates)
+    block = Block(
+        mesh=exchange.mesh,
+        rows=row_layout,
+        columns=column_layout,
+        matches=matches,
+        tile=plan.tile_shape(features.device.type),
+        kept_bytes=plan.kept_bytes,
+        label_smoothing=plan.label_smoothing,
+        product_dtype=_product_dtype(rows),
+    )
+    if logit_bias is None:
+        result = softmax_loss(features, columns.features, logit_scale, block)
+    else:
+        result = sigmoid_loss(features, columns.features, logit_scale, logit_bias, block)
+    loss, of_rows, of_columns = result
+    correct = torch.cat([of_rows.correct, of_columns.correct]).to(features.dtype)
+    return ContrastiveOutput(
+        loss=loss * shares.weight,
+        candidates=column_layout.candidates,
+        accuracy=correct.sum() / max(len(correct), 1),
+        image_to_text=of_rows,
+        text_to_image=of_columns,
+    )
+
+
+def _product_dtype(side: Side) -> torch.dtype:
+    """Return the type to multiply in: where half precision loses nothing and is faster, that."""
+    features, halves = side.features, (torch.bfloat16, torch.float16)
+    if features.is_cuda and features.dtype == torch.float32 and side.rounded_to in halves:
+        return side.rounded_to
+    return features.dtype

@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -66,6 +66,8 @@ class ModelConfig:
     text_cfg: TextTowerConfig = field(default_factory=TextTowerConfig)
     init_logit_scale: float = 1 / 0.07
     """Inverse temperature at the start, in (0, 100]."""
+    init_logit_bias: float | None = None
+    """Bias of a sigmoid loss's logits at the start, -10 in SigLIP; None for a softmax."""
 
     def __post_init__(self) -> None:
         if not 0 < self.init_logit_scale <= MAX_LOGIT_SCALE:
@@ -77,12 +79,16 @@ class ModelConfig:
 class Features(NamedTuple):
     """What a training step needs of a batch."""
 
-    image: Float[Tensor, "batch dim"]
-    """Unit vectors, float32."""
+    image: Float[Tensor, "batch dim"] | None
+    """Unit vectors, float32; None where no pictures were given."""
     text: dict[str, Float[Tensor, "batch dim"]]
     """Unit vectors by language, float32."""
     logit_scale: Float[Tensor, ""]
     """The inverse temperature, at most `MAX_LOGIT_SCALE`."""
+    logit_bias: Float[Tensor, ""] | None
+    """The bias of a sigmoid loss's logits, where the model has one."""
+    sent: Any = None
+    """What the receiver of the text features has returned."""
 
 
 class DualEncoder(nn.Module):
@@ -92,16 +98,25 @@ class DualEncoder(nn.Module):
         visual: Maps normalised pictures to `embed_dim` features.
         text: A transformer that `encode_tokens` can run.
         init_logit_scale: Inverse temperature at the start.
+        init_logit_bias: Bias of a sigmoid loss's logits at the start; None for no bias.
     """
 
     def __init__(
-        self, visual: nn.Module, text: TextTransformer, *, init_logit_scale: float
+        self,
+        visual: nn.Module,
+        text: TextTransformer,
+        *,
+        init_logit_scale: float,
+        init_logit_bias: float | None = None,
     ) -> None:
         super().__init__()
         self.visual = visual.to(memory_format=torch.channels_last)
         self.text = text
         self.embed_dim = int(text.text_projection.shape[1])
         self.log_logit_scale = nn.Parameter(torch.tensor(math.log(init_logit_scale)))
+        self.logit_bias = (
+            None if init_logit_bias is None else nn.Parameter(torch.tensor(init_logit_bias))
+        )
         self.clamp_logit_scale()
 
     @property
@@ -122,13 +137,28 @@ class DualEncoder(nn.Module):
         return F.normalize(encode_tokens(self.text, tokens).float(), dim=-1)
 
     def forward(
-        self, images: Float[Tensor, "batch 3 height width"], texts: Mapping[str, TokenBatch]
+        self,
+        images: Float[Tensor, "batch 3 height width"] | None,
+        texts: Mapping[str, TokenBatch],
+        on_texts: Callable[[Mapping[str, Tensor]], Any] | None = None,
     ) -> Features:
-        """Encode a batch's pictures and its captions in every language."""
+        """Encode a batch's captions in every language, then its pictures.
+
+        Args:
+            images: Normalised pictures, or None.
+            texts: Captions by language; none at all is possible.
+            on_texts: Called with the text features before the pictures are encoded, so that
+                they can travel meanwhile; the result carries what it returns.
+        """
+        text = {language: self.encode_text(tokens) for language, tokens in texts.items()}
+        sent = None if on_texts is None else on_texts(text)
         return Features(
-            image=self.encode_image(images),
-            text={language: self.encode_text(tokens) for language, tokens in texts.items()},
+            image=None if images is None else self.encode_image(images),
+            text=text,
             logit_scale=self.logit_scale,
+            # Not the parameter itself, which wrappers of the module may not see leave it.
+            logit_bias=None if self.logit_bias is None else self.logit_bias * 1,
+            sent=sent,
         )
 
     @torch.no_grad()
@@ -147,7 +177,9 @@ def build_dual_encoder(config: ModelConfig, tokenizer: Tokenizer) -> DualEncoder
     Raises:
         ConfigError: timm has no such model, or the towers cannot be built as configured.
     """
-    return _from_open_clip(open_clip_model_config(config, tokenizer), config.init_logit_scale)
+    return _from_open_clip(
+        open_clip_model_config(config, tokenizer), config.init_logit_scale, config.init_logit_bias
+    )
 
 
 def open_clip_model_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -159,13 +191,14 @@ def open_clip_model_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[st
         "eos_id": tokenizer.end_of_text_id,
         "pool_type": "eos",
     }
+    bias = config.init_logit_bias
     return {
         "embed_dim": config.embed_dim,
         "vision_cfg": asdict(config.vision_cfg),
         "text_cfg": text_cfg,
         "custom_text": True,
         "init_logit_scale": math.log(config.init_logit_scale),
-    }
+    } | ({} if bias is None else {"init_logit_bias": bias})
 
 
 def build_from_open_clip_config(model_cfg: Mapping[str, Any]) -> DualEncoder:
@@ -178,10 +211,13 @@ def build_from_open_clip_config(model_cfg: Mapping[str, Any]) -> DualEncoder:
     return _from_open_clip(
         dict(model_cfg) | {"vision_cfg": vision_cfg},
         math.exp(model_cfg.get("init_logit_scale", math.log(1 / 0.07))),
+        model_cfg.get("init_logit_bias"),
     )
 
 
-def _from_open_clip(model_cfg: Mapping[str, Any], init_logit_scale: float) -> DualEncoder:
+def _from_open_clip(
+    model_cfg: Mapping[str, Any], init_logit_scale: float, init_logit_bias: float | None
+) -> DualEncoder:
     name = model_cfg["vision_cfg"].get("timm_model_name")
     if name and not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
@@ -197,7 +233,12 @@ def _from_open_clip(model_cfg: Mapping[str, Any], init_logit_scale: float) -> Du
     check_text_tower(towers.text)
     if name:
         _fit_timm_tower(towers.visual, model_cfg)
-    return DualEncoder(towers.visual, towers.text, init_logit_scale=init_logit_scale)
+    return DualEncoder(
+        towers.visual,
+        towers.text,
+        init_logit_scale=init_logit_scale,
+        init_logit_bias=init_logit_bias,
+    )
 
 
 def _fit_timm_tower(visual: TimmModel, model_cfg: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ import yaml
 from vlm.data.loader import CaptionConfig
 from vlm.errors import ConfigError
 from vlm.images.transforms import AugmentationConfig, PreprocessConfig
-from vlm.losses.grouped import LossConfig
+from vlm.losses.bilingual import LossConfig
 from vlm.models.dual_encoder import ModelConfig
 from vlm.training.optimizer import OptimizerConfig
 from vlm.training.schedule import ScheduleConfig

@@ -10,12 +10,13 @@ from torch import nn
 from vlm.bundle import save_bundle
 from vlm.data.dataset import ShardedSplit
 from vlm.data.loader import BatchOrder, TrainingExamples, TrainingLoader, second_of
-from vlm.distributed.groups import split_into_groups
+from vlm.distributed.groups import world_group
 from vlm.embedder import Embedder
 from vlm.errors import ConfigError
 from vlm.files import write_file
 from vlm.images.transforms import TrainingTransform, evaluation_transform, preprocess_cfg
-from vlm.losses.grouped import GroupedContrastiveLoss
+from vlm.losses.bilingual import BilingualLoss
+from vlm.losses.cached import CachedContrast
 from vlm.models.batch_norm import synchronize_batch_norm
 from vlm.models.dual_encoder import DualEncoder, build_dual_encoder, open_clip_model_config
 from vlm.retrieval.evaluation import evaluate_retrieval
@@ -50,10 +51,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     _check_run_folder(config.run_folder, resume)
     tokenizer = load_tokenizer(config.tokenizer)
     loader = _build_loader(config, tokenizer, accelerator)
-    loss = GroupedContrastiveLoss(
-        split_into_groups(config.loss.group_size),
-        {second_of(language): config.loss.second_weight for language in config.captions.languages},
-    )
+    loss = _build_loss(config)
     evaluate = _evaluation(config, tokenizer)
     model, optimizer = _build_model(config, tokenizer, accelerator)
     encoder: DualEncoder = accelerator.unwrap_model(model)
@@ -73,7 +71,13 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
             accelerator=accelerator,
             model=model,
             optimizer=optimizer,
-            loss=loss,
+            contrast=CachedContrast(
+                loss,
+                model,
+                mode=config.loss.accumulation,
+                backward=accelerator.backward,
+                no_sync=lambda: accelerator.no_sync(model),
+            ),
             loader=loader,
             checkpoints=checkpoints,
             reporter=reporter,
@@ -125,13 +129,40 @@ def _build_loader(
     return TrainingLoader(examples, order, tokenizer, workers=config.data.workers)
 
 
+def _build_loss(config: TrainConfig) -> BilingualLoss:
+    """Build the loss; a collective operation.
+
+    Raises:
+        ConfigError: the loss does not go with the model or the captions.
+        DistributedError: its groups do not go with the number of processes.
+    """
+    loss, languages, bias = config.loss, config.captions.languages, config.model.init_logit_bias
+    if (loss.plan.kind == "sigmoid") != (bias is not None):
+        raise ConfigError(
+            f"loss.plan.kind is {loss.plan.kind} and model.init_logit_bias {bias}; expected a "
+            "bias for a sigmoid loss, for example -10, and none for a softmax"
+        )
+    if loss.text_text_weight and len(languages) != 2:
+        raise ConfigError(
+            f"loss.text_text_weight is {loss.text_text_weight} for the languages "
+            f"{', '.join(languages)}; expected two languages"
+        )
+    return BilingualLoss(
+        loss.plan,
+        weights={second_of(language): loss.second_weight for language in languages},
+        together=loss.captions == "together",
+        text_pair=(languages[0], languages[1]) if loss.text_text_weight else None,
+        text_pair_weight=loss.text_text_weight,
+    )
+
+
 def _build_model(
     config: TrainConfig, tokenizer: Tokenizer, accelerator: Accelerator
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(config.seed)
     encoder = build_dual_encoder(config.model, tokenizer)
     # Batch norm is always over the whole batch, so that a run does not depend on its processes.
-    model = synchronize_batch_norm(encoder, split_into_groups(), accelerator.device)
+    model = synchronize_batch_norm(encoder, world_group(), accelerator.device)
     optimizer = build_optimizer(model, config.optimizer)
     prepared: tuple[nn.Module, torch.optim.Optimizer] = accelerator.prepare(model, optimizer)
     return prepared
@@ -145,6 +176,7 @@ def _loop_config(config: TrainConfig) -> LoopConfig:
         report_every=config.report_every,
         evaluate_every=config.evaluation.every_steps,
         checkpoint_every=config.checkpoint.every_steps,
+        micro_batches=config.loss.micro_batches,
         seed=config.seed,
     )
 

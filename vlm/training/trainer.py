@@ -1,8 +1,9 @@
 """The training loop."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from vlm.data.loader import TrainingLoader
 from vlm.data.sample import Batch
 from vlm.errors import TrainingError
-from vlm.losses.grouped import GroupedContrastiveLoss
-from vlm.models.dual_encoder import DualEncoder
+from vlm.losses.cached import CachedContrast
+from vlm.models.dual_encoder import DualEncoder, Features
 from vlm.text.caption_ids import text_id
 from vlm.training.checkpoint import Checkpoints, Progress
 from vlm.training.reporter import Reporter
@@ -29,6 +30,7 @@ class LoopConfig:
     report_every: int
     evaluate_every: int
     checkpoint_every: int
+    micro_batches: int
     seed: int
 
 
@@ -38,6 +40,10 @@ class StepResult:
 
     loss: Tensor
     """The loss of the global batch."""
+    accuracy: Tensor
+    """Share of pictures and texts whose most similar candidate in the batch is right."""
+    candidates: int
+    """How many texts a picture was compared with."""
     gradient_norm: Tensor
     """Before clipping."""
     logit_scale: Tensor
@@ -55,7 +61,8 @@ class Trainer:
     """The `DualEncoder` as the accelerator prepared it."""
     optimizer: torch.optim.Optimizer
     """As the accelerator prepared it."""
-    loss: GroupedContrastiveLoss
+    contrast: CachedContrast[Batch]
+    """The forward and backward passes of a step."""
     loader: TrainingLoader
     """This rank's batches."""
     checkpoints: Checkpoints
@@ -98,31 +105,50 @@ class Trainer:
         rate = self.config.learning_rate * learning_rate_share(step, self.config.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        features = self.model(batch.images, batch.texts)
-        loss = self.loss(
-            features.image, features.text, features.logit_scale,
-            batch.image_ids, batch.caption_ids,
-        )  # fmt: skip
-        self.accelerator.backward(loss)
+        parts = batch.split(self.config.micro_batches)
+        output = self.contrast.step(
+            self._encode,
+            parts,
+            [part.image_ids for part in parts],
+            [part.caption_ids for part in parts],
+        )
         gradient_norm = self.accelerator.clip_grad_norm_(
             self.model.parameters(), self.config.max_gradient_norm
         )
         # Gradients are averaged over ranks, so every rank comes to the same decision here.
         if not torch.isfinite(gradient_norm):
             raise TrainingError(
-                f"the gradient at step {step} is {gradient_norm.item()} (loss {loss.item():.4g}); "
+                f"the gradient at step {step} is {gradient_norm.item()} "
+                f"(loss {output.loss.item():.4g}); "
                 "lower optimizer.learning_rate or look at the batch's pictures: "
                 + ", ".join(batch.uids[:3])
             )
+        logit_scale = self._unwrapped.logit_scale.detach()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._unwrapped.clamp_logit_scale()
+        accuracy = torch.stack([term.accuracy for term in output.terms.values()]).mean()
         return StepResult(
-            loss=self.accelerator.reduce(loss.detach(), reduction="mean"),
+            loss=self.accelerator.reduce(output.loss, reduction="mean"),
+            accuracy=self.accelerator.reduce(accuracy, reduction="mean"),
+            candidates=max(term.candidates for term in output.terms.values()),
             gradient_norm=gradient_norm,
-            logit_scale=features.logit_scale.detach(),
+            logit_scale=logit_scale,
             learning_rate=rate,
         )
+
+    def _encode(
+        self,
+        part: Batch,
+        *,
+        images: bool = True,
+        texts: bool = True,
+        on_texts: Callable[[Mapping[str, Tensor]], Any] | None = None,
+    ) -> Features:
+        features: Features = self.model(
+            part.images if images else None, part.texts if texts else {}, on_texts
+        )
+        return features
 
     @property
     def _unwrapped(self) -> DualEncoder:
@@ -134,6 +160,8 @@ class Trainer:
             step,
             {
                 "loss": result.loss.item(),
+                "accuracy": result.accuracy.item(),
+                "candidates": result.candidates,
                 "gradient_norm": result.gradient_norm.item(),
                 "logit_scale": result.logit_scale.item(),
                 "learning_rate": result.learning_rate,

@@ -1,0 +1,136 @@
+"""The mesh of ranks on which a loss group compares pictures with texts."""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.distributed as dist
+
+from vlm.distributed.groups import RankGroup, join_group, world_group
+from vlm.errors import DistributedError
+
+MeshShape = tuple[int, int] | Literal["auto", "text", "image"]
+Grouping = Literal["contiguous", "strided"]
+
+
+@dataclass(frozen=True, slots=True)
+class RankMesh:
+    """A loss group's ranks in `rows` x `columns`, as the rank at (p, q) sees them.
+
+    This rank compares the pictures of mesh row p with the texts of mesh column q: pictures
+    travel along rows, texts along columns. A group's members are numbered row by row.
+    """
+
+    row: RankGroup
+    """The ranks of mesh row p, one a column."""
+    column: RankGroup
+    """The ranks of mesh column q, one a row."""
+    group: RankGroup
+    """The whole loss group."""
+    world: RankGroup
+    """All ranks."""
+    members: tuple[int, ...]
+    """The world's ranks in this loss group, row by row."""
+
+    @property
+    def rows(self) -> int:
+        """Number of mesh rows."""
+        return self.column.size
+
+    @property
+    def columns(self) -> int:
+        """Number of mesh columns."""
+        return self.row.size
+
+    @property
+    def row_members(self) -> range:
+        """Members of this rank's mesh row, by their number in the group."""
+        return range(self.column.rank * self.columns, (self.column.rank + 1) * self.columns)
+
+    @property
+    def column_members(self) -> range:
+        """Members of this rank's mesh column, by their number in the group."""
+        return range(self.row.rank, self.rows * self.columns, self.columns)
+
+    @property
+    def member(self) -> int:
+        """This rank's number in the group."""
+        return self.column.rank * self.columns + self.row.rank
+
+
+def build_mesh(
+    group_size: int | None = None, shape: MeshShape = "auto", grouping: Grouping = "contiguous"
+) -> RankMesh:
+    """Divide the world into loss groups and put each on a mesh.
+
+    Every rank must call this at the same point: making communicators is collective.
+
+    Args:
+        group_size: Ranks that contrast with each other; None is all of them.
+        shape: (rows, columns), or a rule as `mesh_shape` explains.
+        grouping: `contiguous` groups neighbouring ranks; `strided` takes every so-many-th rank.
+
+    Raises:
+        DistributedError: the group size does not divide the world size, or the mesh does not
+            hold the group (on every rank alike).
+    """
+    world = world_group()
+    size = world.size if group_size is None else group_size
+    if size < 1 or world.size % size:
+        raise DistributedError(
+            f"group_size is {size}; expected a divisor of the world size, {world.size}"
+        )
+    groups = [
+        tuple(range(k, world.size, world.size // size))
+        if grouping == "strided"
+        else tuple(range(k * size, (k + 1) * size))
+        for k in range(world.size // size)
+    ]
+    rows, columns = mesh_shape(shape, groups[0], ranks_per_node())
+    mesh_rows = [g[p * columns : (p + 1) * columns] for g in groups for p in range(rows)]
+    mesh_columns = [g[q::columns] for g in groups for q in range(columns)]
+    return RankMesh(
+        row=join_group(mesh_rows),
+        column=join_group(mesh_columns),
+        group=join_group(groups),
+        world=world,
+        members=next(g for g in groups if world.rank in g),
+    )
+
+
+def mesh_shape(shape: MeshShape, members: Sequence[int], ranks_per_node: int) -> tuple[int, int]:
+    """Return (rows, columns) for one loss group.
+
+    `text` is (g, 1), where only texts travel, and `image` is (1, g). `auto` makes a mesh row of
+    the ranks in a node where a group spans several nodes evenly, so that pictures stay inside
+    nodes; otherwise it takes the squarest mesh, which sends least, with no more rows than columns.
+
+    Raises:
+        DistributedError: rows times columns is not the group's size.
+    """
+    size = len(members)
+    if isinstance(shape, tuple):
+        if min(shape) < 1 or shape[0] * shape[1] != size:
+            raise DistributedError(
+                f"the mesh is {shape[0]} x {shape[1]}; expected rows times columns to be the "
+                f"group size, {size}"
+            )
+        return shape
+    if shape == "text":
+        return size, 1
+    if shape == "image":
+        return 1, size
+    in_node = Counter(member // ranks_per_node for member in members)
+    columns = min(in_node.values())
+    if len(in_node) > 1 and columns > 1 and columns == max(in_node.values()):
+        return size // columns, columns
+    rows = max(k for k in range(1, int(size**0.5) + 1) if size % k == 0)
+    return rows, size // rows
+
+
+def ranks_per_node() -> int:
+    """Return how many ranks a machine runs, as torchrun tells its children; else the world."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world))

@@ -1,0 +1,99 @@
+"""How a contrastive loss is computed: who contrasts with whom, and what that may cost."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from vlm.distributed.mesh import Grouping, MeshShape
+from vlm.errors import ConfigError
+
+WireDtype = Literal["float64", "float32", "bfloat16", "float16"]
+
+_CPU_TILE, _GPU_TILE = 1024, 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossPlan:
+    """Who contrasts with whom, on which mesh, in which arithmetic, with how much memory.
+
+    Only `kind`, `group_size`, `grouping`, `label_smoothing` and `duplicates` change what is
+    optimised; `wire_dtype` rounds the features. The others change time and memory alone.
+    """
+
+    kind: Literal["softmax", "sigmoid"] = "softmax"
+    """`softmax` is CLIP's symmetric cross-entropy, `sigmoid` SigLIP's pairwise loss."""
+    group_size: int | None = None
+    """Ranks that contrast with each other; it divides their number. None is all: exact."""
+    grouping: Grouping = "contiguous"
+    """Groups of neighbouring ranks, or of every so-many-th rank."""
+    mesh: MeshShape = "auto"
+    """(rows, columns) of a group's ranks; `text` is (g, 1), `image` (1, g), `auto` sends least."""
+    label_smoothing: float = 0.0
+    """Share of a softmax's target that is spread over all candidates, in [0, 1)."""
+    duplicates: Literal["positive", "ignore"] = "positive"
+    """Whether samples that share a concept or caption are positives, or take no part."""
+    tile: int | tuple[int, int] | None = None
+    """Rows and columns of similarities alive at a time; None chooses by the device."""
+    keep_logits: bool | Literal["auto"] = "auto"
+    """Keep logits for the backward pass: all, none, or as many as `keep_logits_mib` hold."""
+    keep_logits_mib: int = 24
+    """Memory for kept logits under `auto`, in MiB a term."""
+    accum_dtype: Literal["float32", "float64"] = "float32"
+    """In which statistics and gradients add up; wider inputs widen it."""
+    wire_dtype: WireDtype | None = None
+    """To which features are rounded and in which they travel; None is their own."""
+    gradient_wire_dtype: WireDtype | None = None
+    """In which gradients travel; None is the one they add up in."""
+    overlap: bool = True
+    """Let features and gradients travel while the other tower computes."""
+    even: bool = True
+    """Every rank brings as many samples as the others; if not, it is an error or, with False, fine.
+
+    With False every sample of the world counts the same, however the ranks share them.
+    """
+    check_finite: bool = False
+    """Refuse features that are not finite, on every rank."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without knowing the ranks."""
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigError(
+                f"label_smoothing is {self.label_smoothing}; expected at least 0, less than 1"
+            )
+        if self.label_smoothing and self.kind == "sigmoid":
+            raise ConfigError(
+                f"label_smoothing is {self.label_smoothing} for a sigmoid loss; expected 0, for "
+                "its targets are not a distribution"
+            )
+        if min(self.tile_shape("cpu")) < 1:
+            raise ConfigError(f"tile is {self.tile}; expected at least 1 row and 1 column")
+        if self.keep_logits_mib < 0:
+            raise ConfigError(f"keep_logits_mib is {self.keep_logits_mib}; expected at least 0")
+
+    def tile_shape(self, device_type: str) -> tuple[int, int]:
+        """Return the most rows and columns of a tile on a kind of device.
+
+        On a CPU a tile should stay in a core's cache; on a GPU it should fill the device.
+        """
+        tile = self.tile
+        if tile is None:
+            tile = _CPU_TILE if device_type == "cpu" else _GPU_TILE
+        return tile if isinstance(tile, tuple) else (tile, tile)
+
+    def accumulates_in(self, features: torch.dtype) -> torch.dtype:
+        """Return the type in which statistics and gradients of such features add up."""
+        return torch.promote_types(dtype_named(self.accum_dtype), features)
+
+    @property
+    def kept_bytes(self) -> float:
+        """How many bytes of logits may be kept for the backward pass of a term."""
+        if self.keep_logits == "auto":
+            return self.keep_logits_mib * 2.0**20
+        return float("inf") if self.keep_logits else 0.0
+
+
+def dtype_named(name: WireDtype) -> torch.dtype:
+    """Return the floating point type of that name."""
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

@@ -4,6 +4,7 @@ The numbers in the tests' docstrings are those of the identities in docs/grouped
 """
 
 import itertools
+from collections import Counter
 
 import pytest
 import torch
@@ -11,9 +12,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.meters import TensorMeter
 from tests.support.dense_loss import sigmoid_definition, softmax_definition
 from tests.support.processes import run_in_processes
+from vlm.distributed.mesh import build_mesh
+from vlm.losses.block import AxisLayout, AxisStatistics, Block
 from vlm.losses.contrastive import ContrastiveLoss
+from vlm.losses.matches import OwnPairs
 from vlm.losses.plan import LossPlan
 
 LOCAL, WIDTH, DIM = 3, 5, 4
@@ -101,7 +106,7 @@ def averaged(tensors):
     if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
-            tensor /= dist.get_world_size()
+            tensor.div_(dist.get_world_size())
     return tensors
 
 
@@ -140,3 +145,236 @@ def test_every_layout_gives_the_loss_and_the_averaged_gradients_of_one_process(w
         wrong = {case: error for case, error in errors.items() if not error <= 1e-12}
         assert not wrong
     assert len(results[0]) == len(layouts(world)) * 2 * len(TILES) * 2
+
+
+STEPS = 3
+
+
+def train(world, step_loss, module, parameters):
+    """Three steps of SGD with momentum and clipping; return the losses and the parameters."""
+    optimizer = torch.optim.SGD(parameters, lr=0.5, momentum=0.9)
+    losses = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss = step_loss(module, step)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 0.05)
+        optimizer.step()
+        (value,) = averaged([loss.detach().clone()])
+        losses.append(value.item())
+    return [losses, [parameter.detach() for parameter in parameters]]
+
+
+def _train_on_this_rank(rank, world, kind, layout):
+    loss = ContrastiveLoss(LossPlan(kind=kind, tile=4, **layout))
+    own = slice(rank * LOCAL, (rank + 1) * LOCAL)
+
+    def step_loss(towers, step):
+        images, texts, scale, bias = towers(*(x[own] for x in global_inputs(world * LOCAL, step)))
+        return loss(images, texts, scale, bias if kind == "sigmoid" else None).loss
+
+    towers = Towers()
+    wrapped = nn.parallel.DistributedDataParallel(towers, find_unused_parameters=True)
+    return train(world, step_loss, wrapped, list(towers.parameters()))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"group_size": 4, "mesh": (2, 2), "grouping": "contiguous"},
+        {"group_size": 2, "mesh": (2, 1), "grouping": "strided"},
+        {"group_size": 1, "mesh": "auto", "grouping": "contiguous"},
+    ],
+    ids=["exact", "strided groups", "alone"],
+)
+def test_steps_of_clipped_sgd_on_four_ranks_are_those_of_one_process(kind, layout):
+    """Identity 5; Adam would hide a gradient that is off by a factor."""
+    world = 4
+
+    def step_loss(towers, step):
+        images, texts, scale, bias = towers(*global_inputs(world * LOCAL, step))
+        groups = group_rows(world, layout)
+        if kind == "softmax":
+            losses = [softmax_definition(images[r], texts[r], scale) for r in groups]
+        else:
+            losses = [sigmoid_definition(images[r], texts[r], scale, bias) for r in groups]
+        return torch.stack(losses).mean()
+
+    towers = Towers()
+    losses, parameters = train(world, step_loss, towers, list(towers.parameters()))
+    results = run_in_processes(_train_on_this_rank, world, world, kind, layout)
+    for found_losses, found in results:
+        torch.testing.assert_close(found_losses, losses, **TOLERANCE)
+        for tensor, expected in zip(found, parameters, strict=True):
+            torch.testing.assert_close(tensor, expected, rtol=1e-11, atol=1e-12)
+
+
+def unit_features(rank, world):
+    towers = Towers()
+    own = slice(rank * LOCAL, (rank + 1) * LOCAL)
+    images, texts, scale, _ = towers(*(x[own] for x in global_inputs(world * LOCAL)))
+    return [leaf.detach().requires_grad_() for leaf in (images, texts, scale)]
+
+
+def _swapped(rank, world):
+    found = []
+    for mesh, swap in (((2, 3), False), ((3, 2), True)):
+        images, texts, scale = unit_features(rank, world)
+        sides = (texts, images) if swap else (images, texts)
+        output = ContrastiveLoss(LossPlan(mesh=mesh, tile=2))(*sides, scale)
+        output.loss.backward()
+        found.append([output.loss.detach(), images.grad, texts.grad, scale.grad])
+    return found
+
+
+@pytest.mark.distributed
+def test_swapping_pictures_and_texts_on_the_transposed_mesh_swaps_the_gradients():
+    """Identity 6."""
+    for straight, swapped in run_in_processes(_swapped, 6, 6):
+        # A rank's share of the scale's gradient is of its block, which is another one now.
+        for found, expected in zip(swapped[:3], straight[:3], strict=True):
+            torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
+def _permuted(rank, world, permutation):
+    towers = Towers()
+    order = permutation[rank * LOCAL : (rank + 1) * LOCAL]
+    images, texts, scale, _ = towers(*(x[order] for x in global_inputs(world * LOCAL)))
+    images.retain_grad()
+    ContrastiveLoss(LossPlan(tile=2))(images, texts, scale).loss.backward()
+    return images.grad
+
+
+@pytest.mark.distributed
+def test_permuting_samples_over_ranks_permutes_the_gradients_of_the_exact_loss():
+    """Identity 6."""
+    world = 4
+    identity = torch.arange(world * LOCAL)
+    shuffled = torch.randperm(world * LOCAL, generator=torch.Generator().manual_seed(3))
+    straight = torch.cat(run_in_processes(_permuted, world, world, identity))
+    permuted = torch.cat(run_in_processes(_permuted, world, world, shuffled))
+    torch.testing.assert_close(permuted, straight[shuffled], **TOLERANCE)
+
+
+def _frozen(rank, world, kind, frozen):
+    results = []
+    bias = torch.tensor(-2.0, dtype=torch.float64) if kind == "sigmoid" else None
+    for freeze in (False, True):
+        leaves = dict(zip(("image", "text", "scale"), unit_features(rank, world), strict=True))
+        if freeze:
+            leaves[frozen] = leaves[frozen].detach()
+        loss = ContrastiveLoss(LossPlan(kind=kind, tile=2, keep_logits=False, mesh=(2, 2)))
+        with TensorMeter() as meter:
+            loss(*leaves.values(), bias).loss.backward()
+        gradients = [leaf.grad for name, leaf in leaves.items() if name != frozen]
+        results.append([gradients, meter.collectives.get("_reduce_scatter_base_", 0)])
+    with torch.no_grad(), TensorMeter() as meter:
+        output = loss(*unit_features(rank, world), bias)
+    assert not output.loss.requires_grad
+    return results
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(("frozen", "sent"), [("image", 1), ("text", 1), ("scale", 2)])
+def test_what_is_frozen_gets_no_gradient_and_sends_none(kind, frozen, sent):
+    """Identity 12."""
+    for (free, _), (gradients, scattered) in run_in_processes(_frozen, 4, 4, kind, frozen):
+        assert scattered == sent
+        for found, expected in zip(gradients, free, strict=True):
+            torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
+def _accounts(rank, world):
+    accounts = []
+    dim = 64
+    for layout, rows in itertools.product(layouts(world), (96, 384)):
+        generator = torch.Generator().manual_seed(rank)
+        images, texts = (
+            F.normalize(torch.randn(rows, dim, generator=generator), dim=1).requires_grad_()
+            for _ in range(2)
+        )
+        scale = torch.tensor(10.0, requires_grad=True)
+        loss = ContrastiveLoss(LossPlan(tile=64, keep_logits=False, **layout))
+        with TensorMeter(images, texts) as meter:
+            loss(images, texts, scale).loss.backward()
+        accounts.append([layout, rows, meter.collectives, meter.bytes_sent, meter.peak])
+    return [dim, accounts]
+
+
+def merge_cost(ranks, rows):
+    """Messages and bytes of merging two statistics of each row over some ranks."""
+    if ranks == 1:
+        return {}, 0
+    if ranks <= 4:
+        return {"_allgather_base_": 1}, (ranks - 1) * 2 * rows * 4
+    return {"allreduce_": 2}, 2 * (ranks - 1) / ranks * 2 * rows * 4
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world", [1, 4, 6])
+def test_collectives_bytes_and_memory_are_those_of_the_formulas(world):
+    """Identity 13: 2bd(r - 1) + 2bd(c - 1) elements of features, and small vectors."""
+    results = [_accounts(0, 1)] if world == 1 else run_in_processes(_accounts, world, world)
+    for dim, accounts in results:
+        for layout, b, collectives, sent, peak in accounts:
+            r, c = layout["mesh"]
+            expected = Counter()
+            features = 0
+            for ranks in (r, c):
+                messages, size = merge_cost(ranks, ranks * b)
+                expected.update(messages)
+                features += 2 * b * dim * (ranks - 1) * 4 + size
+                if ranks > 1:
+                    expected.update({"_allgather_base_": 1, "_reduce_scatter_base_": 1})
+            if r * c > 1:
+                expected["_allgather_base_"] += 1  # what every rank declares: 28 integers
+                features += (r * c - 1) * 28 * 8
+            assert collectives == dict(expected)
+            assert sent == pytest.approx(features, rel=1e-12)
+            # Features and gradients, own and received; then tiles; then vectors.
+            formula = 4 * (4 * b * dim + 2 * (r + c) * b * dim + 4 * 64 * 64 + 32 * (r + c) * b)
+            assert peak <= formula
+
+
+def _repeated(rank, world):
+    found = []
+    for _ in range(2):
+        leaves = [leaf.detach().float().requires_grad_() for leaf in unit_features(rank, world)]
+        output = ContrastiveLoss(LossPlan(tile=2, mesh=(2, 3)))(*leaves)
+        output.loss.backward()
+        found.append([output.loss.detach(), *(leaf.grad for leaf in leaves)])
+    return found
+
+
+@pytest.mark.distributed
+def test_on_a_cpu_the_same_inputs_give_the_same_bits():
+    """Identity 14."""
+    for first, again in run_in_processes(_repeated, 6, 6):
+        assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+def _merged(rank, world):
+    mesh = build_mesh(None, (world, 1))
+    layout = AxisLayout(own=slice(0, 8), scored=8, total=8, candidates=8)
+    block = Block(
+        mesh, layout, layout, OwnPairs(slice(0, 8), slice(0, 8)), (8, 8), 0, 0, torch.float
+    )
+    stats = AxisStatistics(layout, layout, block, torch.zeros(()), ["exp_sum"])
+    logits = 30 * torch.randn(8, 5, generator=torch.Generator().manual_seed(rank))
+    stats.add(slice(0, 8), logits.amax(1), (logits - logits.amax(1)[:, None]).exp().sum(1))
+    stats.merge(mesh.column)
+    return [stats.log_sum_exp, logits]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world", [3, 6], ids=["few ranks", "many ranks"])
+def test_merged_log_sum_exps_are_right_and_equal_to_the_bit_on_every_rank(world):
+    """Identity 14."""
+    results = run_in_processes(_merged, world, world)
+    expected = torch.cat([logits for _, logits in results], dim=1).logsumexp(1)
+    for found, _ in results:
+        assert torch.equal(found, results[0][0])
+        torch.testing.assert_close(found, expected)

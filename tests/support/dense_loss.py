@@ -16,8 +16,9 @@ def softmax_definition(images, texts, scale, *, positives=None, ignored=None, sm
     logits = torch.where(seen, logits, -torch.inf)
 
     def mean_row_loss(logits, positives, seen):
+        positives, candidates = positives.to(logits.dtype), seen.to(logits.dtype)
         target = (1 - smoothing) * positives / positives.sum(1, keepdim=True)
-        target = target + smoothing * seen / seen.sum(1, keepdim=True)
+        target = target + smoothing * candidates / candidates.sum(1, keepdim=True)
         log_share = logits - logits.logsumexp(1, keepdim=True)
         return -(target * torch.where(seen, log_share, 0)).sum(1).mean()
 

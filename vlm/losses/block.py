@@ -251,3 +251,15 @@ def subtract_matches_(
     if weights.is_cuda or positive.any():
         targets = row_weight[tile.rows, None] + column_weight[None, tile.columns]
         weights.addcmul_(positive.to(weights.dtype), targets, value=-1)
+
+
+def refuse_second_derivative() -> None:
+    """Refuse a backward pass whose own gradient is asked for, instead of giving none.
+
+    Raises:
+        NotImplementedError: it is.
+    """
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            "the contrastive loss can be differentiated once; expected create_graph=False"
+        )

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vlm.losses.block import (
     AxisStatistics,
@@ -13,6 +12,7 @@ from vlm.losses.block import (
     RowStatistics,
     TileBuffer,
     read_matches,
+    refuse_second_derivative,
     subtract_matches_,
 )
 from vlm.losses.kernels import add_product, softplus_and_sigmoid
@@ -79,10 +79,10 @@ class _SigmoidLoss(torch.autograd.Function):
         return own_rows[0].sum() * ctx.weight, own_rows, own_columns
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, factor: Tensor, *_: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None]:
+        refuse_second_derivative()
         logit_scale, of_rows, of_columns, of_scale, of_bias = ctx.saved_tensors
         for_rows, for_columns, for_scale, for_bias, _ = ctx.needs_input_grad
         factor = factor * ctx.weight

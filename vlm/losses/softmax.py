@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vlm.losses.block import (
     AxisStatistics,
@@ -14,6 +13,7 @@ from vlm.losses.block import (
     RowStatistics,
     TileBuffer,
     read_matches,
+    refuse_second_derivative,
     subtract_matches_,
 )
 from vlm.losses.kernels import add_product, exp_sums_, softmax_weights
@@ -64,7 +64,9 @@ def _is_plain(rows: Tensor, columns: Tensor, block: Block) -> bool:
         and not block.label_smoothing
         and len(rows) == block.rows.scored
         and len(columns) == block.columns.scored
-        and len(rows) * len(columns) * rows.element_size() <= min(block.kept_bytes, _PLAIN_BYTES)
+        and 0
+        < len(rows) * len(columns) * rows.element_size()
+        <= min(block.kept_bytes, _PLAIN_BYTES)
     )
 
 
@@ -127,10 +129,10 @@ class _SoftmaxLoss(torch.autograd.Function):
         return loss, own_rows, own_columns
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, factor: Tensor, *_: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        refuse_second_derivative()
         rows, columns, logit_scale, row_targets, column_targets, *tensors = ctx.saved_tensors
         block: Block = ctx.block
         kept: _Kept = {

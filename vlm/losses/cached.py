@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 from torch import Tensor, nn
 
 from vlm.errors import ConfigError
@@ -105,8 +105,8 @@ class CachedContrast(Generic[Part]):
         self,
         encode: Encoder[Part],
         parts: Sequence[Part],
-        image_ids: Sequence[Int64[Tensor, " part"]],
-        caption_ids: Sequence[Mapping[str, Int64[Tensor, " part"]]],
+        image_ids: Sequence[Int64[Tensor, " _"]],
+        caption_ids: Sequence[Mapping[str, Int64[Tensor, " _"]]],
     ) -> BilingualOutput:
         """Add the gradients of one step to the model's parameters.
 
@@ -237,7 +237,7 @@ def _split(gradient: Tensor | None, sizes: Sequence[int]) -> Sequence[Tensor | N
     return [None] * len(sizes) if gradient is None else torch.split(gradient, list(sizes))
 
 
-def _leaf(tensors: Sequence[Float[Tensor, "*shape"]]) -> Float[Tensor, "*shape"]:
+def _leaf(tensors: Sequence[Tensor]) -> Tensor:
     """Join tensors of micro-batches; only the last shows whether they need a gradient."""
     joined = torch.cat(list(tensors)) if tensors[0].ndim else tensors[0]
     return joined.detach().requires_grad_(tensors[-1].requires_grad)

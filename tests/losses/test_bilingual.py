@@ -1,0 +1,231 @@
+"""Terms of several languages against dense definitions, on one process and on four."""
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from benchmarks.meters import TensorMeter
+from tests.support.dense_loss import sigmoid_definition, softmax_definition
+from tests.support.processes import run_in_processes
+from vlm.errors import ConfigError
+from vlm.losses.bilingual import BilingualLoss, LossConfig
+from vlm.losses.contrastive import ContrastiveLoss, PairIds
+from vlm.losses.plan import LossPlan
+from vlm.text.caption_ids import NO_CAPTION
+
+LOCAL, DIM = 4, 5
+WEIGHTS = {"en": 0.5}
+
+
+def batch(samples):
+    """Features and ids with repeated concepts, repeated captions, and missing languages."""
+    generator = torch.Generator().manual_seed(samples)
+    images, zh, en = (
+        F.normalize(torch.randn(samples, DIM, generator=generator, dtype=torch.float64), dim=1)
+        for _ in range(3)
+    )
+    image_ids = torch.randint(0, samples - 1, (samples,), generator=generator)
+    captions = torch.randint(0, 2 * samples, (2, samples), generator=generator)
+    captions[:, torch.rand(samples, generator=generator) < 0.1] = NO_CAPTION
+    captions[torch.rand(2, samples, generator=generator) < 0.3] = NO_CAPTION
+    return images, {"zh": zh, "en": en}, image_ids, dict(zip(("zh", "en"), captions, strict=True))
+
+
+def same(one, other):
+    """Say which pairs share an image id or any caption id, one pair at a time."""
+    return torch.tensor(
+        [
+            [
+                i == j or any(a in others and a != NO_CAPTION for a in captions)
+                for j, others in other
+            ]
+            for i, captions in one
+        ]
+    )
+
+
+def term(kind, duplicates, rows, columns, keys, own, scale, bias):
+    masks = {"positives": same(*keys)}
+    if duplicates == "ignore":
+        masks = {"positives": own, "ignored": masks["positives"] & ~own}
+    if kind == "sigmoid":
+        return sigmoid_definition(rows, columns, scale, bias, **masks)
+    return softmax_definition(rows, columns, scale, **masks)
+
+
+def definition(features, kind, duplicates, together, pair_weight):
+    """The weighted mean of the terms of one group; image-text terms of together have weight 1."""
+    images, texts, image_ids, captions, scale, bias = features
+    ids = image_ids.tolist()
+    zh, en = captions["zh"].tolist(), captions["en"].tolist()
+    terms = []
+
+    def add(weight, rows, columns, row_keys, column_keys, row_of, column_of):
+        own = torch.tensor([[i == j for j in column_of] for i in row_of])
+        value = term(kind, duplicates, rows, columns, (row_keys, column_keys), own, scale, bias)
+        terms.append((weight, value))
+
+    if together:
+        rows = [k for k in range(len(ids)) if zh[k] != NO_CAPTION or en[k] != NO_CAPTION]
+        columns = [(n, k) for n, c in captions.items() for k in range(len(ids)) if c[k] >= 0]
+        add(
+            1.0, images[rows], torch.stack([texts[n][k] for n, k in columns]),
+            [(ids[k], [zh[k], en[k]]) for k in rows],
+            [(ids[k], [captions[n][k].item()]) for n, k in columns],
+            rows, [k for _, k in columns],
+        )  # fmt: skip
+    else:
+        for name, own in captions.items():
+            rows = [k for k in range(len(ids)) if own[k] != NO_CAPTION]
+            keys = [(ids[k], [own[k].item()]) for k in rows]
+            add(WEIGHTS.get(name, 1.0), images[rows], texts[name][rows], keys, keys, rows, rows)
+    if pair_weight:
+        rows = [k for k in range(len(ids)) if zh[k] != NO_CAPTION and en[k] != NO_CAPTION]
+        keys = [(ids[k], [zh[k], en[k]]) for k in rows]
+        add(pair_weight, texts["zh"][rows], texts["en"][rows], keys, keys, rows, rows)
+    return sum(weight * value for weight, value in terms) / sum(weight for weight, _ in terms)
+
+
+def leaves_of(data, rows=slice(None)):
+    images, texts, image_ids, captions = data
+    scalars = [torch.tensor(value, dtype=torch.float64).requires_grad_() for value in (6.0, -2.0)]
+    return (
+        images[rows].clone().requires_grad_(),
+        {name: text[rows].clone().requires_grad_() for name, text in texts.items()},
+        image_ids[rows],
+        {name: ids[rows] for name, ids in captions.items()},
+        *scalars,
+    )
+
+
+CASES = list(
+    itertools.product(
+        ("softmax", "sigmoid"), ("positive", "ignore"), (False, True), (0.0, 0.3), (False, True)
+    )
+)
+
+
+def _errors(rank, world, groups, mesh):
+    data = batch(LOCAL * world)
+    found = {}
+    for case in CASES:
+        kind, duplicates, together, pair_weight, early = case
+        reference = leaves_of(data)
+        size = LOCAL * world // groups
+        losses = []
+        for start in range(0, LOCAL * world, size):
+            rows = slice(start, start + size)
+            images, texts, ids, captions, scale, bias = reference
+            part = (
+                images[rows], {name: text[rows] for name, text in texts.items()}, ids[rows],
+                {name: c[rows] for name, c in captions.items()}, scale, bias,
+            )  # fmt: skip
+            losses.append(definition(part, kind, duplicates, together, pair_weight))
+        loss = torch.stack(losses).mean()
+        loss.backward()
+        own = slice(rank * LOCAL, (rank + 1) * LOCAL)
+        images, texts, ids, captions, scale, bias = leaves_of(data, own)
+        loss_function = BilingualLoss(
+            LossPlan(
+                kind=kind, duplicates=duplicates, tile=3, group_size=world // groups, mesh=mesh
+            ),
+            weights=WEIGHTS,
+            together=together,
+            text_pair=("zh", "en") if pair_weight else None,
+            text_pair_weight=pair_weight,
+        )
+        output = loss_function(
+            images, loss_function.send_texts(texts) if early else texts, scale, ids, captions,
+            bias if kind == "sigmoid" else None,
+        )  # fmt: skip
+        output.loss.backward()
+        totals = [output.loss.detach(), scale.grad]
+        wanted = [loss.detach(), reference[4].grad]
+        if kind == "sigmoid":
+            totals.append(bias.grad)
+            wanted.append(reference[5].grad)
+        if dist.is_initialized():
+            for total in totals:
+                dist.all_reduce(total)
+        pairs = [(t / world, want) for t, want in zip(totals, wanted, strict=True)]
+        pairs.append((images.grad / world, reference[0].grad[own]))
+        pairs += [(texts[n].grad / world, reference[1][n].grad[own]) for n in texts]
+        found[str(case)] = max((one - other).abs().max().item() for one, other in pairs)
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("world", "groups", "mesh"),
+    [(1, 1, "auto"), (4, 1, (2, 2)), (4, 2, (2, 1)), (6, 1, (2, 3))],
+)
+def test_every_combination_of_terms_is_its_definition(world, groups, mesh):
+    arguments = (world, groups, mesh)
+    results = (
+        [_errors(0, *arguments)] if world == 1 else run_in_processes(_errors, world, *arguments)
+    )
+    for errors in results:
+        assert not {case: error for case, error in errors.items() if not error <= 1e-11}
+
+
+def test_terms_have_names_and_statistics_of_the_samples_that_have_a_caption():
+    data = leaves_of(batch(8))
+    images, texts, ids, captions, scale, _ = data
+    loss = BilingualLoss(text_pair=("zh", "en"))
+    terms = loss(images, texts, scale, ids, captions).terms
+    assert list(terms) == ["image-zh", "image-en", "zh-en"]
+    for name in ("zh", "en"):
+        present = int((captions[name] != NO_CAPTION).sum())
+        assert 0 < present < 8
+        assert terms[f"image-{name}"].candidates == present
+        assert len(terms[f"image-{name}"].image_to_text.loss) == present
+    assert list(BilingualLoss(together=True)(images, texts, scale, ids, captions).terms) == [
+        "image-text"
+    ]
+
+
+def test_one_language_is_the_contrastive_loss_with_ids():
+    images, texts, ids, captions, scale, _ = leaves_of(batch(8))
+    found = BilingualLoss()(images, {"zh": texts["zh"]}, scale, ids, {"zh": captions["zh"]})
+    expected = ContrastiveLoss()(images, texts["zh"], scale, None, PairIds(ids, captions["zh"]))
+    torch.testing.assert_close(found.loss, expected.loss)
+
+
+def test_one_language_without_duplicates_is_the_loss_of_open_clip():
+    from open_clip import ClipLoss
+
+    images, text = (F.normalize(torch.randn(6, DIM), dim=-1).requires_grad_() for _ in range(2))
+    ids, scale = torch.arange(6), torch.tensor(20.0)
+    found = BilingualLoss()(images, {"en": text}, scale, ids, {"en": ids}).loss
+    expected = ClipLoss()(images, text, scale)
+    torch.testing.assert_close(found, expected)
+    (gradient,) = torch.autograd.grad(found, images)
+    (wanted,) = torch.autograd.grad(expected, images)
+    torch.testing.assert_close(gradient, wanted)
+
+
+def _counted(rank):
+    images, texts, ids, captions, scale, _ = leaves_of(batch(8), slice(4 * rank, 4 * rank + 4))
+    loss = BilingualLoss(LossPlan(mesh="image"))
+    with TensorMeter() as meter:
+        loss(images, texts, scale, ids, captions).loss.backward()
+    return meter.collectives
+
+
+@pytest.mark.distributed
+def test_pictures_travel_once_for_all_languages():
+    for collectives in run_in_processes(_counted, 2):
+        assert collectives == {
+            # What each brings, pictures, ids, and one merge a language.
+            "_allgather_base_": 5,
+            "_reduce_scatter_base_": 1,
+        }
+
+
+@pytest.mark.parametrize("name", ["second_weight", "text_text_weight", "micro_batches"])
+def test_negative_weights_and_numbers_are_refused(name):
+    with pytest.raises(ConfigError, match=f"{name} is -1"):
+        LossConfig(**{name: -1 if name == "micro_batches" else -1.0})

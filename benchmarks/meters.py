@@ -60,8 +60,6 @@ class TensorMeter(TorchDispatchMode):
         whole = {"allreduce_": 2 * sum(sizes), "send": sum(sizes) * ranks / max(ranks - 1, 1)}
         if name in ("_allgather_base_", "_reduce_scatter_base_"):
             whole[name] = max(sizes)
-        elif name in ("allgather_", "reduce_scatter_"):
-            whole[name] = min(sizes) * ranks
-        elif name == "scatter_" and len(sizes) > 1:  # at the root, which alone sends
+        elif name in ("allgather_", "reduce_scatter_") or (name == "scatter_" and len(sizes) > 1):
             whole[name] = min(sizes) * ranks
         self.bytes_sent += whole.get(name, 0) * (ranks - 1) / ranks

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.meters import TensorMeter
 from tests.support.dense_loss import sigmoid_definition, softmax_definition
@@ -229,3 +230,50 @@ def test_pictures_travel_once_for_all_languages():
 def test_negative_weights_and_numbers_are_refused(name):
     with pytest.raises(ConfigError, match=f"{name} is -1"):
         LossConfig(**{name: -1 if name == "micro_batches" else -1.0})
+
+
+class Tower(torch.autograd.Function):
+    """Notes when it runs, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, features, name, events):
+        ctx.name, ctx.events = name, events
+        events.append(f"{name} forward")
+        return features * 1
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.events.append(f"{ctx.name} backward")
+        return gradient, None, None
+
+
+class Collectives(TorchDispatchMode):
+    """Notes the large collectives as they are posted."""
+
+    def __init__(self, events):
+        super().__init__()
+        self.events = events
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d" and args[0].ndim == 2 and args[0].dtype == torch.float64:
+            self.events.append(func.__name__.split(".")[0].strip("_"))
+        return func(*args, **(kwargs or {}))
+
+
+def _events(rank):
+    images, texts, ids, captions, scale, _ = leaves_of(batch(16), slice(4 * rank, 4 * rank + 4))
+    loss, events = BilingualLoss(LossPlan(mesh=(2, 2))), []
+    with Collectives(events):
+        sent = loss.send_texts({"zh": Tower.apply(texts["zh"], "text", events)})
+        image = Tower.apply(images, "image", events)
+        loss(image, sent, scale, ids, {"zh": captions["zh"]}).loss.backward()
+    return events
+
+
+@pytest.mark.distributed
+def test_texts_travel_behind_the_image_tower_and_their_gradients_behind_its_backward_pass():
+    for events in run_in_processes(_events, 4):
+        assert events == [
+            "text forward", "allgather_base", "image forward", "allgather_base",
+            "reduce_scatter_base", "reduce_scatter_base", "image backward", "text backward",
+        ]  # fmt: skip

@@ -3,6 +3,7 @@
 import json
 import shutil
 import socket
+from dataclasses import replace
 
 import open_clip
 import pytest
@@ -24,7 +25,7 @@ from vlm.bundle import load_bundle, save_bundle
 from vlm.embedder import Embedder
 from vlm.errors import CheckpointError, VlmError
 from vlm.images.transforms import PreprocessConfig, preprocess_cfg
-from vlm.models.dual_encoder import open_clip_model_config
+from vlm.models.dual_encoder import build_dual_encoder, open_clip_model_config
 
 WEIGHTS = "open_clip_model.safetensors"
 TEXTS = [text for pair in THINGS for text in pair]
@@ -137,6 +138,26 @@ def test_open_clip_reads_a_bundle_and_gives_the_same_features(folder):
     features = F.normalize(model.encode_text(whole), dim=-1)
     torch.testing.assert_close(features, bundle.model.encode_text(tokens), atol=1e-5, rtol=0)
     torch.testing.assert_close(model.logit_scale.exp(), bundle.model.logit_scale)
+
+
+@pytest.mark.usefixtures("no_network")
+def test_the_bias_of_a_sigmoid_loss_is_kept_and_open_clip_reads_it(tmp_path):
+    tokenizer = tiny_tokenizer()
+    config = replace(TINY_MODEL, init_logit_bias=-10.0)
+    model = build_dual_encoder(config, tokenizer)
+    with torch.no_grad():
+        model.logit_bias.fill_(-7.5)
+    save_bundle(
+        tmp_path / "bundle",
+        model=model,
+        model_cfg=open_clip_model_config(config, tokenizer),
+        preprocess_cfg=preprocess_cfg(PreprocessConfig(), IMAGE_SIZE),
+        tokenizer=tokenizer,
+        languages=("zh", "en"),
+    )
+    assert load_bundle(tmp_path / "bundle").model.logit_bias.item() == -7.5
+    theirs, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'bundle'}")
+    assert theirs.logit_bias.item() == -7.5
 
 
 @pytest.mark.usefixtures("no_network")

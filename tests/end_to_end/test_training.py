@@ -93,6 +93,37 @@ def test_bfloat16_trains_to_nearly_the_same_losses(tmp_path):
     assert half != full
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {
+            "loss.plan.kind": "sigmoid",
+            "model.init_logit_bias": -10,
+            "model.init_logit_scale": 10,
+            "loss.plan.group_size": 1,
+            "loss.micro_batches": 3,
+        },
+        {
+            "loss.captions": "together",
+            "loss.text_text_weight": 0.5,
+            "loss.micro_batches": 2,
+            "loss.accumulation": "one_pass",
+            "loss.plan.duplicates": "ignore",
+            "precision": "bf16",
+        },
+    ],
+    ids=["sigmoid", "together"],
+)
+def test_every_kind_of_loss_trains_on_two_processes(tmp_path, changes):
+    arguments = train_arguments(tmp_path / "run", steps=20, **changes)
+    run_vlm(*arguments, launcher=TWO_PROCESSES)
+    found = losses(tmp_path / "run")
+    assert len(found) == 20
+    assert sum(found[-5:]) < 0.99 * sum(found[:5])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -101,7 +132,15 @@ def test_bfloat16_trains_to_nearly_the_same_losses(tmp_path):
         ({"data.folder": "nowhere"}, "nowhere is not a folder"),
         ({"tokenizer": "configs"}, "configs holds no tokenizer"),
         ({"model.vision_cfg.timm_model_name": "resnet10"}, "timm has no model 'resnet10'; near"),
-        ({"loss.group_size": 2}, "group_size is 2; expected a divisor of the world size, 1"),
+        ({"loss.plan.group_size": 2}, "group_size is 2; expected a divisor of the world size, 1"),
+        ({"loss.plan.mesh": "[2, 1]"}, "the mesh is 2 x 1; expected rows times columns to be "),
+        ({"loss.plan.kind": "sigmoid"}, "expected a bias for a sigmoid loss, for example -10"),
+        ({"model.init_logit_bias": -10}, "kind is softmax and model.init_logit_bias -10.0"),
+        ({"loss.micro_batches": 0}, "micro_batches is 0; expected at least 1"),
+        (
+            {"loss.text_text_weight": 0.5, "captions.languages": "[zh]"},
+            "text_text_weight is 0.5 for the languages zh; expected two languages",
+        ),
         ({"optimizer.learning_rat": 1}, "did you mean 'optimizer.learning_rate'?"),
         ({"schedule.steps": "many"}, "many"),
     ],

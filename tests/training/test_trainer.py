@@ -5,10 +5,12 @@ from accelerate import Accelerator
 from tests.builders import IMAGE_SIZE, make_samples, tiny_model, tiny_tokenizer, write_split
 from vlm.data.dataset import ShardedSplit
 from vlm.data.loader import BatchOrder, CaptionConfig, TrainingExamples, TrainingLoader
+from vlm.data.sample import Batch
 from vlm.errors import TrainingError
 from vlm.images.transforms import AugmentationConfig, PreprocessConfig, TrainingTransform
 from vlm.losses.bilingual import BilingualLoss
 from vlm.losses.cached import CachedContrast
+from vlm.text.tokenizer import TokenBatch
 from vlm.training.checkpoint import Checkpoints, Progress
 from vlm.training.optimizer import OptimizerConfig, build_optimizer
 from vlm.training.reporter import METRICS_NAME, Reporter, read_metrics
@@ -96,3 +98,31 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_leaves_the_weights(tmp_
     assert [r["step"] for r in read_metrics(tmp_path / METRICS_NAME) if "loss" in r] == [2]
     assert len(weights) == 1
     assert all(torch.isfinite(tensor).all() for tensor in weights[0])
+
+
+@pytest.mark.parametrize("mode", ["exact", "one_pass"])
+def test_micro_batches_train_and_report_the_candidates_they_saw(tmp_path, mode):
+    fit(tmp_path, micro_batches=2, mode=mode)
+    records = [r for r in read_metrics(tmp_path / METRICS_NAME) if "loss" in r]
+    assert [r["candidates"] for r in records] == [BATCH] * 4
+    assert all(0 <= r["accuracy"] <= 1 for r in records)
+
+
+def test_a_batch_is_split_into_parts_of_about_one_size():
+    samples = torch.arange(7)
+    batch = Batch(
+        images=torch.zeros(7, 3, 2, 2),
+        texts={"en": TokenBatch(samples[:, None], torch.ones(7, 1, dtype=torch.bool))},
+        image_ids=samples,
+        caption_ids={"en": samples + 10},
+        uids=tuple("abcdefg"),
+    )
+    parts = batch.split(3)
+    assert [part.uids for part in parts] == [tuple("abc"), tuple("def"), ("g",)]
+    for field in ("images", "image_ids"):
+        joined = torch.cat([getattr(part, field) for part in parts])
+        assert torch.equal(joined, getattr(batch, field))
+    assert torch.equal(torch.cat([part.texts["en"].ids for part in parts]), samples[:, None])
+    assert torch.equal(torch.cat([part.caption_ids["en"] for part in parts]), samples + 10)
+    assert [len(part.uids) for part in batch.split(1)] == [7]
+    assert [len(part.uids) for part in batch.split(9)] == [1] * 7

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from tests.support.dense_loss import sigmoid_definition, softmax_definition
 from tests.support.processes import run_in_processes
 from vlm.losses.contrastive import ContrastiveLoss, PairIds
-from vlm.losses.kernels import exp_sums_, softmax_weights, softplus_and_sigmoid
+from vlm.losses.kernels import exp_sums_, sigmoid_sums_, softmax_weights
 from vlm.losses.plan import LossPlan
 
 
@@ -194,9 +194,11 @@ def kernel_results(device):
         row_lse, column_lse = logits.logsumexp(1) + 0.5, logits.logsumexp(0) + 0.5
         row_lse[7] = torch.inf
         row_weight, column_weight = torch.rand(33, generator=generator), torch.rand(17)
-        tensors = [logits, row_lse, column_lse, row_weight, torch.ones_like(column_weight)]
+        tensors = [logits, row_lse, row_weight, column_lse, torch.ones_like(column_weight)]
         logits, *targets = [each.to(device) for each in tensors]
-        results += [softmax_weights(logits, None, *targets), *softplus_and_sigmoid(logits)]
+        results.append(softmax_weights(logits.clone(), None, *targets))
+        sums, weights = sigmoid_sums_(logits.clone(), torch.tensor(-2.0, device=device))
+        results += [sums.row_sum, sums.column_sum, weights]
         values = logits.clone()
         sums, offset = exp_sums_(values)
         results += [sums.row_max + sums.row_sum.log(), sums.column_max + sums.column_sum.log()]
@@ -207,7 +209,7 @@ def kernel_results(device):
 def test_kernels_are_right_whether_or_not_one_offset_does_for_all():
     found = kernel_results("cpu")
     generator = torch.Generator().manual_seed(0)
-    for spread, results in ((1.0, found[:6]), (200.0, found[6:])):
+    for spread, results in ((1.0, found[:7]), (200.0, found[7:])):
         generator.manual_seed(0)
         logits = torch.randn(33, 17, generator=generator).double()
         logits[3] -= spread
@@ -217,8 +219,9 @@ def test_kernels_are_right_whether_or_not_one_offset_does_for_all():
         row_weight = torch.rand(33, generator=generator).double()
         weights = (logits - row_lse[:, None]).exp() * row_weight[:, None]
         weights += (logits - column_lse).exp()
-        softplus = torch.logaddexp(logits, torch.zeros(()).double())
-        expected = [weights, softplus, logits.sigmoid(), logits.logsumexp(1), logits.logsumexp(0)]
+        softplus = torch.logaddexp(logits - 2, torch.zeros(()).double())
+        expected = [weights, softplus.sum(1), softplus.sum(0), (logits - 2).sigmoid()]
+        expected += [logits.logsumexp(1), logits.logsumexp(0)]
         for one, other in zip(results, [*expected, weights], strict=True):
             torch.testing.assert_close(one.double(), other, rtol=2e-5, atol=1e-7)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlm.distributed.groups import RankGroup
 from vlm.distributed.mesh import RankMesh
-from vlm.losses.kernels import product
+from vlm.losses.kernels import scaled_product
 from vlm.losses.matches import OwnPairs, SharedIds, Tile
 
 # Up to this many ranks one all-gather of the statistics costs less than two all-reduces.
@@ -75,13 +75,15 @@ class TileBuffer:
         self,
         rows: Float[Tensor, "rows dim"],
         columns: Float[Tensor, "columns dim"],
+        scale: float,
         dtype: torch.dtype,
     ) -> Float[Tensor, "rows columns"]:
-        """Return all inner products, multiplied in `dtype`; valid until the next call."""
+        """Return all inner products times `scale`, multiplied in `dtype`, until the next call."""
         size = len(rows) * len(columns)
         if len(self._memory) < size:
             self._memory = self._memory.new_empty(size)
-        return product(rows, columns, self._memory[:size].view(len(rows), len(columns)), dtype)
+        out = self._memory[:size].view(len(rows), len(columns))
+        return scaled_product(rows, columns, scale, out, dtype)
 
     def give_away(self) -> None:
         """Leave the memory to whoever keeps the last tile."""
@@ -147,6 +149,11 @@ class AxisStatistics:
         self.exp_sum[span].mul_((before - after).exp_()).add_(exp_sum * (maximum - after).exp_())
         before.copy_(after)
 
+    def add_losses(self, span: slice, maximum: Tensor, losses: Tensor) -> None:
+        """Take in the maxima and the summed losses of one tile."""
+        self.max[span] = torch.maximum(self.max[span], maximum)
+        self.loss_sum[span] += losses
+
     def merge(self, group: RankGroup) -> None:
         """Merge what the ranks of a mesh row, or column, know of the same samples.
 
@@ -208,8 +215,17 @@ def read_matches(
     tile: Tile,
     rows: AxisStatistics,
     columns: AxisStatistics,
+    bias: Float[Tensor, ""] | None = None,
 ) -> Bool[Tensor, "rows columns"] | None:
     """Add a tile's positive pairs to the statistics.
+
+    Args:
+        matches: Which they are.
+        logits: The tile, without its bias.
+        tile: Where it lies.
+        rows: Statistics of the block's rows.
+        columns: Statistics of its columns.
+        bias: Of all logits.
 
     Returns:
         Which pairs are neither positive nor negative; None where there is no such thing.
@@ -217,12 +233,13 @@ def read_matches(
     if isinstance(matches, OwnPairs):
         values, own_rows, own_columns = matches.diagonal(logits, tile)
         for axis, span in ((rows, own_rows), (columns, own_columns)):
-            axis.positive_sum[span] = values
+            axis.positive_sum[span] = values if bias is None else values + bias
         return None
     positive, ignored = matches.masks(tile)
     if logits.is_cuda or positive.any():  # asking a GPU would mean to wait for it
-        values = torch.where(positive, logits, 0)
-        best = torch.where(positive, logits, torch.finfo(logits.dtype).min)
+        whole = logits if bias is None else logits + bias
+        values = torch.where(positive, whole, 0)
+        best = torch.where(positive, whole, torch.finfo(logits.dtype).min)
         for axis, span, dim in tile.scored(rows, columns):
             axis.positive_sum[span] += values.sum(dim)
             axis.positive_count[span] += positive.sum(dim)

@@ -19,8 +19,8 @@ from torch import Tensor
 _SHARED_RANGE = 60.0
 
 
-class ExpSums(NamedTuple):
-    """Maxima of a tile's rows and columns, and sums of exponentials relative to them."""
+class TileSums(NamedTuple):
+    """Maxima and sums of a tile's rows and columns."""
 
     row_max: Float[Tensor, " rows"]
     row_sum: Float[Tensor, " rows"]
@@ -28,23 +28,28 @@ class ExpSums(NamedTuple):
     column_sum: Float[Tensor, " columns"]
 
 
-def product(
+def scaled_product(
     rows: Float[Tensor, "rows dim"],
     columns: Float[Tensor, "columns dim"],
+    scale: float,
     out: Float[Tensor, "rows columns"],
     dtype: torch.dtype,
 ) -> Float[Tensor, "rows columns"]:
-    """Return all inner products, in `out`'s type.
+    """Return all inner products times `scale`, in `out`'s type.
 
     Args:
         rows: One side.
         columns: The other.
-        out: Where they go, where the multiplication can write there.
+        scale: What a matrix product multiplies by at no cost.
+        out: Where they go.
         dtype: In which to multiply; sums are `out`'s type whatever it is.
     """
     if dtype == out.dtype:
-        return torch.mm(rows, columns.T, out=out)
-    return torch.mm(rows.to(dtype), columns.to(dtype).T, out_dtype=out.dtype)
+        return torch.addmm(out, rows, columns.T, beta=0, alpha=scale, out=out)
+    product: Tensor = torch.ops.aten.addmm.dtype_out(
+        out, rows.to(dtype), columns.to(dtype).T, out.dtype, beta=0, alpha=scale, out=out
+    )
+    return product
 
 
 def add_product(
@@ -60,64 +65,78 @@ def add_product(
         total += torch.mm(weights.to(dtype), columns.to(dtype), out_dtype=total.dtype)
 
 
-def exp_sums_(logits: Float[Tensor, "rows columns"]) -> tuple[ExpSums, float | None]:
-    """Return the tile's exponential sums, and what was subtracted where `logits` was overwritten.
+def exp_sums_(logits: Float[Tensor, "rows columns"]) -> tuple[TileSums, float | None]:
+    """Return maxima, and sums of exponentials relative to them.
 
     Returns:
         The sums, and an offset: `logits` now holds `exp(logits - offset)`. None where one offset
         would not do for all rows and columns, and `logits` is as it was.
     """
     if logits.is_cuda:
-        return ExpSums(*_compiled(_exp_sums)(logits)), None
+        return TileSums(*_compiled(_exp_sums)(logits)), None
     row_max, column_max = logits.amax(1), logits.amax(0)
     top = row_max.max().item()
     if top - min(row_max.min().item(), column_max.min().item()) > _SHARED_RANGE:
-        return ExpSums(*_exp_sums(logits)), None
+        return TileSums(*_exp_sums(logits)), None
     logits.sub_(top).exp_()
     row_sum = logits.sum(1).mul_((top - row_max).exp_())
     column_sum = logits.sum(0).mul_((top - column_max).exp_())
-    return ExpSums(row_max, row_sum, column_max, column_sum), top
+    return TileSums(row_max, row_sum, column_max, column_sum), top
 
 
 def softmax_weights(
     logits: Float[Tensor, "rows columns"],
     offset: float | None,
     row_log_sum_exp: Float[Tensor, " rows"],
-    column_log_sum_exp: Float[Tensor, " columns"],
     row_weight: Float[Tensor, " rows"],
+    column_log_sum_exp: Float[Tensor, " columns"],
     column_weight: Float[Tensor, " columns"],
+    *,
+    overwrite: bool = False,
 ) -> Float[Tensor, "rows columns"]:
     """Return every pair's share of its row's and of its column's softmax, weighted and added.
 
     Args:
-        logits: The tile, or `exp(logits - offset)` where there is an offset; it is kept.
+        logits: The tile, or `exp(logits - offset)` where there is an offset.
         offset: As `exp_sums_` gave it.
         row_log_sum_exp: Of the whole rows, infinite for a row that has no loss.
-        column_log_sum_exp: Of the whole columns, likewise.
         row_weight: Of each row's loss in the total.
-        column_weight: Of each column's.
+        column_log_sum_exp: As for rows.
+        column_weight: As for rows.
+        overwrite: Whether `logits` may be lost.
     """
     if offset is None and not logits.is_cuda:
         top = min(row_log_sum_exp.max().item(), column_log_sum_exp.max().item())
         low = min(row_log_sum_exp.min().item(), column_log_sum_exp.min().item())
         if top - low <= _SHARED_RANGE:
-            logits, offset = (logits - top).exp_(), top
+            logits, offset = (logits.sub_(top) if overwrite else logits - top).exp_(), top
     if offset is not None:
         rows = row_weight * (offset - row_log_sum_exp).exp_()
         columns = column_weight * (offset - column_log_sum_exp).exp_()
         return torch.add(rows[:, None], columns[None, :]).mul_(logits)
     weigh = _compiled(_softmax_weights) if logits.is_cuda else _softmax_weights
-    weights: Tensor = weigh(logits, row_log_sum_exp, column_log_sum_exp, row_weight, column_weight)
+    weights: Tensor = weigh(logits, row_log_sum_exp, row_weight, column_log_sum_exp, column_weight)
     return weights
 
 
-def softplus_and_sigmoid(
-    logits: Float[Tensor, "rows columns"],
-) -> tuple[Float[Tensor, "rows columns"], Float[Tensor, "rows columns"]]:
-    """Return the loss of every pair taken as a negative, and its derivative."""
-    plain = _compiled(_softplus_and_sigmoid) if logits.is_cuda else _softplus_and_sigmoid
-    values: tuple[Tensor, Tensor] = plain(logits)
-    return values
+def sigmoid_sums_(
+    logits: Float[Tensor, "rows columns"], bias: Float[Tensor, ""]
+) -> tuple[TileSums, Float[Tensor, "rows columns"]]:
+    """Return what a tile is as pairs that do not match, and the derivative of that.
+
+    Args:
+        logits: The tile without its bias; it may be overwritten.
+        bias: To be added to each.
+
+    Returns:
+        The maxima of rows and columns and their sums of `softplus(logits + bias)`, and
+        `sigmoid(logits + bias)`.
+    """
+    if logits.is_cuda:
+        *sums, weights = _compiled(_sigmoid_sums)(logits, bias)
+    else:
+        *sums, weights = _sigmoid_sums(logits.add_(bias), None)
+    return TileSums(*sums), weights
 
 
 def _exp_sums(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -128,15 +147,21 @@ def _exp_sums(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _softmax_weights(
-    logits: Tensor, row_lse: Tensor, column_lse: Tensor, row_weight: Tensor, column_weight: Tensor
+    logits: Tensor, row_lse: Tensor, row_weight: Tensor, column_lse: Tensor, column_weight: Tensor
 ) -> Tensor:
     of_rows = (logits - row_lse[:, None]).exp() * row_weight[:, None]
     return of_rows + (logits - column_lse[None, :]).exp() * column_weight[None, :]
 
 
-def _softplus_and_sigmoid(logits: Tensor) -> tuple[Tensor, Tensor]:
+def _sigmoid_sums(
+    logits: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if bias is not None:
+        logits = logits + bias
+    row_max, column_max = logits.amax(1), logits.amax(0)
     # Above the threshold softplus is taken for the identity; by default it is 20, off by 2e-9.
-    return F.softplus(logits, threshold=40), logits.sigmoid()
+    losses = F.softplus(logits, threshold=40)
+    return row_max, losses.sum(1), column_max, losses.sum(0), logits.sigmoid()
 
 
 @cache

@@ -15,7 +15,7 @@ from vlm.losses.block import (
     refuse_second_derivative,
     subtract_matches_,
 )
-from vlm.losses.kernels import add_product, softplus_and_sigmoid
+from vlm.losses.kernels import add_product, sigmoid_sums_
 from vlm.losses.matches import tiles
 
 
@@ -129,20 +129,20 @@ def _read(
     gradients: _Gradients,
 ) -> None:
     """Fill the statistics of both axes and the gradients that are needed."""
-    scale, bias = logit_scale.to(rows.dtype), logit_bias.to(rows.dtype)
+    scale, bias = logit_scale.item(), logit_bias.to(rows.dtype)
     ones = rows.new_ones(max(len(rows), len(columns)))
     buffer, dtype = TileBuffer(rows), block.product_dtype
     shape = (len(rows), len(columns))
     for tile in tiles(shape, (block.rows.scored, block.columns.scored), block.tile):
-        logits = buffer.similarities(rows[tile.rows], columns[tile.columns], dtype)
-        logits = logits.mul_(scale).add_(bias)
-        ignored = read_matches(block.matches, logits, tile, row_stats, column_stats)
+        logits = buffer.similarities(rows[tile.rows], columns[tile.columns], scale, dtype)
+        ignored = read_matches(block.matches, logits, tile, row_stats, column_stats, bias)
         if ignored is not None:
             logits.masked_fill_(ignored, torch.finfo(logits.dtype).min)
-        losses, weights = softplus_and_sigmoid(logits)
-        for stats, span, dim in tile.scored(row_stats, column_stats):
-            stats.max[span] = torch.maximum(stats.max[span], logits.amax(dim))
-            stats.loss_sum[span] += losses.sum(dim)
+        sums, weights = sigmoid_sums_(logits, bias)
+        if tile.rows_scored:
+            row_stats.add_losses(tile.rows, sums.row_max, sums.row_sum)
+        if tile.columns_scored:
+            column_stats.add_losses(tile.columns, sums.column_max, sums.column_sum)
         subtract_matches_(block.matches, weights, tile, ones / 2, ones / 2)
         if gradients.of_rows is not None:
             add_product(gradients.of_rows[tile.rows], weights, columns[tile.columns], dtype)

@@ -144,18 +144,22 @@ class _SoftmaxLoss(torch.autograd.Function):
         for_rows = for_rows or (for_scale and not for_columns)
         row_gradient = torch.zeros_like(rows) if for_rows else None
         column_gradient = torch.zeros_like(columns) if for_columns else None
-        scale = logit_scale.to(rows.dtype)
-        buffer = TileBuffer(rows)
+        scale, buffer = logit_scale.item(), TileBuffer(rows)
         shape = (len(rows), len(columns))
         with torch.autocast(rows.device.type, enabled=False):
             for tile in tiles(shape, (block.rows.scored, block.columns.scored), block.tile):
                 state = kept.get((tile.rows.start, tile.columns.start))
-                if state is None:
-                    logits = buffer.similarities(
-                        rows[tile.rows], columns[tile.columns], block.product_dtype
-                    )
-                    state = (logits.mul_(scale), None)
-                weights = _pair_weights(*state, tile, block, row_targets, column_targets)
+                logits, offset = state or (
+                    buffer.similarities(
+                        rows[tile.rows], columns[tile.columns], scale, block.product_dtype
+                    ),
+                    None,
+                )
+                weights = softmax_weights(
+                    logits, offset, *row_targets[:2, tile.rows],
+                    *column_targets[:2, tile.columns], overwrite=state is None,
+                )  # fmt: skip
+                _subtract_targets_(weights, tile, block, row_targets, column_targets)
                 if row_gradient is not None:
                     add_product(
                         row_gradient[tile.rows], weights, columns[tile.columns],
@@ -189,12 +193,12 @@ def _read(
     keep_bytes: float,
 ) -> _Kept:
     """Fill the statistics of both axes, and keep as many tiles as the memory allows."""
-    scale = logit_scale.to(rows.dtype)
-    buffer, kept = TileBuffer(rows), {}
+    scale, buffer, kept = logit_scale.item(), TileBuffer(rows), {}
     shape = (len(rows), len(columns))
     for tile in tiles(shape, (block.rows.scored, block.columns.scored), block.tile):
-        logits = buffer.similarities(rows[tile.rows], columns[tile.columns], block.product_dtype)
-        logits = logits.mul_(scale)
+        logits = buffer.similarities(
+            rows[tile.rows], columns[tile.columns], scale, block.product_dtype
+        )
         ignored = read_matches(block.matches, logits, tile, row_stats, column_stats)
         if block.label_smoothing:
             seen = logits if ignored is None else logits.masked_fill(ignored, 0)
@@ -254,18 +258,14 @@ def _own_statistics(stats: AxisStatistics, smoothing: float) -> Float[Tensor, "4
     return torch.stack([loss, positive_logit, log_sum_exp, correct.to(loss.dtype)])
 
 
-def _pair_weights(
-    logits: Tensor,
-    offset: float | None,
+def _subtract_targets_(
+    weights: Float[Tensor, "rows columns"],
     tile: Tile,
     block: Block,
     row_targets: Float[Tensor, "weights block_rows"],
     column_targets: Float[Tensor, "weights block_columns"],
-) -> Float[Tensor, "rows columns"]:
-    """Return the derivative of the loss by each logit of a tile."""
-    of_rows, of_columns = row_targets[:, tile.rows], column_targets[:, tile.columns]
-    weights = softmax_weights(logits, offset, of_rows[0], of_columns[0], of_rows[1], of_columns[1])
+) -> None:
+    """Subtract the targets of a tile's pairs from their shares: the derivative by each logit."""
     if block.label_smoothing:
-        weights.sub_(of_rows[3, :, None]).sub_(of_columns[3, None, :])
+        weights.sub_(row_targets[3, tile.rows, None]).sub_(column_targets[3, None, tile.columns])
     subtract_matches_(block.matches, weights, tile, row_targets[2], column_targets[2])
-    return weights

@@ -75,8 +75,9 @@ def systems(processes: int) -> dict[str, list[str]]:
 def train(name: str, flags: Sequence[str], folder: Path, options: argparse.Namespace) -> None:
     """Train one system in a world of its own."""
     launch = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines=1",
-        f"--num_processes={options.processes}", "--mixed_precision=no", "--dynamo_backend=no",
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1",
+        "--num_processes", str(options.processes), "--mixed_precision", "no",
+        "--dynamo_backend", "no",
     ]  # fmt: skip
     program = (
         [str(Path(__file__).resolve()), CHILD_FLAG]

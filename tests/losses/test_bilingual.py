@@ -226,6 +226,24 @@ def test_pictures_travel_once_for_all_languages():
         }
 
 
+def test_the_languages_of_the_text_text_term_must_be_there():
+    images, texts, ids, captions, scale, _ = leaves_of(batch(8))
+    del texts["en"]
+    loss = BilingualLoss(text_pair=("zh", "en"))
+    message = "there are captions in zh; expected en as well for the text-text term"
+    with pytest.raises(ConfigError, match=message):
+        loss(images, texts, scale, ids, captions)
+    with pytest.raises(ConfigError, match=message):
+        loss.send_texts(texts)
+
+
+def test_captions_may_come_in_another_order_than_their_ids():
+    images, texts, ids, captions, scale, _ = leaves_of(batch(8))
+    expected = BilingualLoss()(images, texts, scale, ids, captions).loss
+    reordered = dict(reversed(captions.items()))
+    torch.testing.assert_close(BilingualLoss()(images, texts, scale, ids, reordered).loss, expected)
+
+
 @pytest.mark.parametrize("name", ["second_weight", "text_text_weight", "micro_batches"])
 def test_negative_weights_and_numbers_are_refused(name):
     with pytest.raises(ConfigError, match=f"{name} is -1"):

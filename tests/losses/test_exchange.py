@@ -138,23 +138,28 @@ def test_every_rank_refuses_what_one_of_them_brings(case, message):
     assert errors[0].startswith(message)
 
 
-def _sent_and_contrasted(rank):
+def _sent_and_contrasted(rank, widths):
     loss = BilingualLoss()
-    images, texts = features(3 - (rank == 1)), features(3)[1]
+    images, texts = features(3)
     sent = loss.send_texts({"en": texts})
-    ids = torch.arange(len(images[0]))
+    images = images[: 3 - (rank == 1 and not widths), : 3 if widths else 4]
+    ids = torch.arange(len(images))
     try:
-        loss(images[0], sent, torch.tensor(1.0, dtype=torch.float64), ids, {"en": ids})
+        loss(images, sent, torch.tensor(1.0, dtype=torch.float64), ids, {"en": ids})
     except DistributedError as error:
         return str(error)
     return ""
 
 
 @pytest.mark.distributed
-def test_every_rank_refuses_pictures_that_are_not_as_many_as_the_texts_sent_before():
-    errors = run_in_processes(_sent_and_contrasted, 2)
+@pytest.mark.parametrize(
+    ("widths", "message"),
+    [(False, "bring 3, 2 samples"), (True, "3, 3 pictures of width 3 and 3, 3 texts of width 4")],
+)
+def test_every_rank_refuses_pictures_that_do_not_go_with_the_texts_sent_before(widths, message):
+    errors = run_in_processes(_sent_and_contrasted, 2, widths)
     assert errors[0] == errors[1]
-    assert "bring 3, 2 samples" in errors[0]
+    assert message in errors[0]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Contrastive terms of pictures with captions in several languages, sharing one exchange."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -127,6 +127,7 @@ class BilingualLoss(nn.Module):
             ConfigError: a language of the text-text term is missing.
             DistributedError: the ranks' features do not fit together (on every rank).
         """
+        self._check_languages(text_features)
         return self._send_texts(text_features, self.exchange.declare(text_features))
 
     def forward(
@@ -155,16 +156,21 @@ class BilingualLoss(nn.Module):
             ConfigError: a sigmoid loss lacks a bias, or a softmax has one.
             DistributedError: the ranks' features do not fit together (on every rank).
         """
-        counts = self._count_captions(caption_ids)
+        if isinstance(text_features, SentTexts):
+            languages = text_features.languages
+        else:
+            languages = tuple(text_features)
+        self._check_languages(languages)
+        counts = self._count_captions({name: caption_ids[name] for name in languages})
         if isinstance(text_features, SentTexts):
             texts, shares = text_features, self.exchange.declare({"image": image_features}, counts)
-            _check_sizes(texts, shares)
+            _check_against(texts.shares, shares)
         else:
             features = {"image": image_features, **text_features}
             shares = self.exchange.declare(features, counts)
             texts = self._send_texts(text_features, shares)
         images = self.exchange.send(image_features, shares, "row")
-        captions = [caption_ids[language] for language in texts.languages]
+        captions = [caption_ids[language] for language in languages]
         table = self.exchange.id_table(image_ids, captions, shares)
         terms = self._receive(images, texts, table, shares)
         outputs = {}
@@ -179,6 +185,14 @@ class BilingualLoss(nn.Module):
         total = sum(term.weight for term in terms)
         loss = torch.stack([term.weight / total * outputs[term.name].loss for term in terms]).sum()
         return BilingualOutput(loss, outputs)
+
+    def _check_languages(self, languages: Iterable[str]) -> None:
+        missing = set(self.text_pair or ()) - set(languages)
+        if missing:
+            raise ConfigError(
+                f"there are captions in {', '.join(languages)}; expected {', '.join(missing)} as "
+                "well for the text-text term"
+            )
 
     def _count_captions(self, caption_ids: Mapping[str, Int64[Tensor, " local"]]) -> list[int]:
         """Count the samples that have a language, that have any, and that have both of the pair."""
@@ -215,7 +229,8 @@ class BilingualLoss(nn.Module):
         """Wait for what was sent, and put together what is to be contrasted."""
         receive, gather_ids = self.exchange.receive, self.exchange.gather_ids
         languages, counts = texts.languages, shares.counts
-        number, captions = len(languages), range(2, 2 + len(languages))
+        number = len(languages)
+        captions = range(_FIRST_CAPTION, _FIRST_CAPTION + number)
         row_ids = gather_ids(table, shares, "row")
         column_ids = gather_ids(table, shares, "column")
         pictures = receive(images, row_ids, shares, "row")
@@ -225,7 +240,7 @@ class BilingualLoss(nn.Module):
             ids = gather_ids(each, shares, "column", per_sample=number)
             side = receive(texts.columns[0], ids, shares, "column", per_sample=number)
             rows = pictures.with_captions(captions, counts[number], every=False)
-            columns = side.with_captions([2], sum(counts[:number]))
+            columns = side.with_captions([_FIRST_CAPTION], sum(counts[:number]))
             terms.append(_Term("image-text", 1.0, rows, columns))
         sides = (
             []
@@ -238,10 +253,11 @@ class BilingualLoss(nn.Module):
             terms.append(_Term(f"image-{language}", weight, rows, columns))
         if texts.pair and self.text_pair:
             first, second = texts.pair
-            pair = [2 + languages.index(language) for language in self.text_pair]
+            places = [languages.index(language) for language in self.text_pair]
+            pair = [captions[place] for place in places]
             rows = receive(first, row_ids, shares, "row")
             columns = (
-                sides[pair[1] - 2]
+                sides[places[1]]
                 if second is None
                 else receive(second, column_ids, shares, "column")
             )
@@ -250,11 +266,12 @@ class BilingualLoss(nn.Module):
         return terms
 
 
-def _check_sizes(texts: SentTexts, shares: Shares) -> None:
-    if texts.shares.sizes != shares.sizes:
+def _check_against(texts: Shares, images: Shares) -> None:
+    if (texts.sizes, texts.dim) != (images.sizes, images.dim):
         raise DistributedError(
-            f"the ranks of a loss group bring {_listed(shares.sizes)} pictures and "
-            f"{_listed(texts.shares.sizes)} texts; expected as many of both on each"
+            f"the ranks of a loss group bring {_listed(images.sizes)} pictures of width "
+            f"{images.dim} and {_listed(texts.sizes)} texts of width {texts.dim}; expected as many "
+            "of both on each, of one width"
         )
 
 

@@ -32,6 +32,8 @@ class Shares:
     """Sums over the group of the numbers that each rank declared."""
     weight: float
     """Of this group's mean loss among the groups; 1 where all are of one size."""
+    dim: int
+    """Width of the features."""
 
     @property
     def total(self) -> int:
@@ -50,7 +52,6 @@ class Side:
     """This rank's among them."""
     total: int
     """How many there are in the whole group."""
-
     rounded_to: torch.dtype
     """The type that holds the features without loss, which may be narrower than theirs."""
 
@@ -128,7 +129,8 @@ class Exchange:
         """
         group = self.mesh.group if self.plan.even else self.mesh.world
         if group.size == 1 and not self.plan.check_finite and _match(features):
-            return Shares((len(next(iter(features.values()))),), tuple(counts), 1.0)
+            samples, dim = next(iter(features.values())).shape
+            return Shares((samples,), tuple(counts), 1.0, dim)
         device = next(iter(features.values())).device
         own = _declaration(features, counts, self.plan)
         table = gather_numbers(own, group, device)
@@ -146,6 +148,7 @@ class Exchange:
             sizes=tuple(member.rows for member in members),
             counts=tuple(sum(column) for column in zip(*(m.counts for m in members), strict=True)),
             weight=samples * groups / everyone,
+            dim=members[0].dim,
         )
 
     def id_table(

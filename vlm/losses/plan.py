@@ -28,7 +28,11 @@ class LossPlan:
     grouping: Grouping = "contiguous"
     """Groups of neighbouring ranks, or of every so-many-th rank."""
     mesh: MeshShape = "auto"
-    """(rows, columns) of a group's ranks; `text` is (g, 1), `image` (1, g), `auto` sends least."""
+    """(rows, columns) of a group's ranks; `text` is (g, 1), `image` (1, g).
+
+    `auto` is the squarest, which sends least, on one machine; on several it is machines x ranks of
+    a machine, which sends pictures inside machines only.
+    """
     label_smoothing: float = 0.0
     """Share of a softmax's target that is spread over all candidates, in [0, 1)."""
     duplicates: Literal["positive", "ignore"] = "positive"

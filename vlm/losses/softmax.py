@@ -79,9 +79,9 @@ def _plain_loss(
         losses = [F.cross_entropy(each, own, reduction="none") for each in (logits, logits.T)]
     loss = (losses[0] + losses[1]).sum() / (2 * max(len(rows), 1))
     with torch.no_grad():
-        positive = logits.diagonal()
+        positive = logits.detach().diagonal()
         of_rows, of_columns = (
-            RowStatistics(each, positive, each + positive, positive >= logits.amax(dim))
+            RowStatistics(each, positive, each + positive, positive >= logits.detach().amax(dim))
             for each, dim in ((losses[0].detach(), 1), (losses[1].detach(), 0))
         )
     return loss, of_rows, of_columns
@@ -211,8 +211,8 @@ def _read(
             row_stats.add(tile.rows, sums.row_max, sums.row_sum)
         if tile.columns_scored:
             column_stats.add(tile.columns, sums.column_max, sums.column_sum)
-        keep_bytes -= logits.nbytes
-        if keep_bytes >= 0:
+        if logits.nbytes <= keep_bytes:
+            keep_bytes -= logits.nbytes
             kept[tile.rows.start, tile.columns.start] = (logits, offset)
             buffer.give_away()
     return kept

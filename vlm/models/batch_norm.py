@@ -56,13 +56,14 @@ class GroupBatchNorm2d(nn.Module):
     num_batches_tracked: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise `x` of shape (batch, channels, height, width)."""
-        mean, variance = self._batch_statistics(x) if self.training else (
+        """Normalise `x` of shape (batch, channels, height, width), in the parameters' type."""
+        wide = x.to(self.weight.dtype)
+        mean, variance = self._batch_statistics(wide) if self.training else (
             self.running_mean, self.running_var,
         )  # fmt: skip
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        normalised = (x - mean[:, None, None]) * scale[:, None, None] + self.bias[:, None, None]
-        output: Tensor = self.act(self.drop(normalised))
+        normalised = (wide - mean[:, None, None]) * scale[:, None, None] + self.bias[:, None, None]
+        output: Tensor = self.act(self.drop(normalised.to(x.dtype)))
         return output
 
     def _batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:

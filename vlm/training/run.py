@@ -47,7 +47,11 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     """
     if config.cpu_threads:
         torch.set_num_threads(config.cpu_threads)
-    accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
+    accelerator = Accelerator(
+        # Without this accelerate takes processes that have no GPU for one process each.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision="bf16" if config.precision == "bf16" else "no",
+    )
     _check_run_folder(config.run_folder, resume)
     tokenizer = load_tokenizer(config.tokenizer)
     loader = _build_loader(config, tokenizer, accelerator)

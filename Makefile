@@ -35,6 +35,10 @@ format: install  ## format the code and mend what lint can mend
 
 bench: install  ## run the benchmarks side by side with the peers (long)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,bench]'
+	$(BIN)/python benchmarks/loss_scaling.py
+	$(BIN)/python benchmarks/loss.py --rows 256 --repeats 25
+	$(BIN)/python benchmarks/loss.py
+	$(BIN)/python benchmarks/emoji_loss.py
 	$(BIN)/python benchmarks/emoji_training.py
 
 clean:  ## remove the environment and the runs

@@ -138,15 +138,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--seeds", type=int, default=2, help="runs of each, with seeds 0, 1, ...")
+    parser.add_argument("--seeds", type=int, default=2, help="runs of each, one a seed")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--groups-of-1", action="store_true", help="measure these as well")
     parser.add_argument("--out", type=Path, help="write the JSON to this file as well")
     options = parser.parse_args()
     setting = describe_setting("benchmarks/emoji_loss.py", threads=1)
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in systems(options.processes)}
+    compared = systems(options.processes)
+    if not options.groups_of_1:
+        del compared["vlm groups of 1"]
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in compared}
     with tempfile.TemporaryDirectory(prefix="emoji_loss_") as folder:
-        for seed in range(options.seeds):
+        for seed in range(options.first_seed, options.first_seed + options.seeds):
             options.seed = seed
-            for name, flags in systems(options.processes).items():
+            for name, flags in compared.items():
                 run_folder = Path(folder) / f"{name.replace(' ', '-')}-{seed}"
                 train(name, flags, run_folder, options)
                 runs[name].append(score(run_folder))

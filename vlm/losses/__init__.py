@@ -1,1 +1,1 @@
-"""Contrastive losses: pure functions and their grouped form."""
+"""The grouped contrastive loss on a mesh of ranks, in one language or more, by micro-batches."""

@@ -66,10 +66,13 @@ class RowStatistics(NamedTuple):
 
 
 class TileBuffer:
-    """Memory for one tile of similarities, used again for the next."""
+    """Memory for one tile of similarities and one to work in, used again for the next.
+
+    On a CPU fresh memory costs more than most of what is done with it.
+    """
 
     def __init__(self, like: Tensor) -> None:
-        self._memory = like.new_empty(0)
+        self._memory, self._scratch = like.new_empty(0), like.new_empty(0)
 
     def similarities(
         self,
@@ -84,6 +87,14 @@ class TileBuffer:
             self._memory = self._memory.new_empty(size)
         out = self._memory[:size].view(len(rows), len(columns))
         return scaled_product(rows, columns, scale, out, dtype)
+
+    def scratch(self, tile: Tensor) -> Tensor | None:
+        """Return memory of the tile's size; None on a GPU, where kernels bring their own."""
+        if tile.is_cuda:
+            return None
+        if len(self._scratch) < tile.numel():
+            self._scratch = self._scratch.new_empty(tile.numel())
+        return self._scratch[: tile.numel()].view_as(tile)
 
     def give_away(self) -> None:
         """Leave the memory to whoever keeps the last tile."""

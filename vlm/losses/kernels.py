@@ -18,6 +18,9 @@ from torch import Tensor
 # smallest normal number is exp(-87): what underflows is then below exp(60 - 87) of its sum.
 _SHARED_RANGE = 60.0
 
+# From here on softplus is taken for the identity; torch's own 20 would be off by 2e-9.
+_LINEAR_FROM = 40
+
 
 class TileSums(NamedTuple):
     """Maxima and sums of a tile's rows and columns."""
@@ -92,6 +95,7 @@ def softmax_weights(
     column_log_sum_exp: Float[Tensor, " columns"],
     column_weight: Float[Tensor, " columns"],
     *,
+    scratch: Float[Tensor, "rows columns"] | None = None,
     overwrite: bool = False,
 ) -> Float[Tensor, "rows columns"]:
     """Return every pair's share of its row's and of its column's softmax, weighted and added.
@@ -103,6 +107,7 @@ def softmax_weights(
         row_weight: Of each row's loss in the total.
         column_log_sum_exp: As for rows.
         column_weight: As for rows.
+        scratch: Memory that the result may take.
         overwrite: Whether `logits` may be lost.
     """
     if offset is None and not logits.is_cuda:
@@ -113,20 +118,23 @@ def softmax_weights(
     if offset is not None:
         rows = row_weight * (offset - row_log_sum_exp).exp_()
         columns = column_weight * (offset - column_log_sum_exp).exp_()
-        return torch.add(rows[:, None], columns[None, :]).mul_(logits)
+        return torch.add(rows[:, None], columns[None, :], out=scratch).mul_(logits)
     weigh = _compiled(_softmax_weights) if logits.is_cuda else _softmax_weights
     weights: Tensor = weigh(logits, row_log_sum_exp, row_weight, column_log_sum_exp, column_weight)
     return weights
 
 
 def sigmoid_sums_(
-    logits: Float[Tensor, "rows columns"], bias: Float[Tensor, ""]
+    logits: Float[Tensor, "rows columns"],
+    bias: Float[Tensor, ""],
+    scratch: Float[Tensor, "rows columns"] | None = None,
 ) -> tuple[TileSums, Float[Tensor, "rows columns"]]:
     """Return what a tile is as pairs that do not match, and the derivative of that.
 
     Args:
         logits: The tile without its bias; it may be overwritten.
         bias: To be added to each.
+        scratch: Memory of the tile's size to work in.
 
     Returns:
         The maxima of rows and columns and their sums of `softplus(logits + bias)`, and
@@ -134,9 +142,12 @@ def sigmoid_sums_(
     """
     if logits.is_cuda:
         *sums, weights = _compiled(_sigmoid_sums)(logits, bias)
-    else:
-        *sums, weights = _sigmoid_sums(logits.add_(bias), None)
-    return TileSums(*sums), weights
+        return TileSums(*sums), weights
+    logits.add_(bias)
+    row_max, column_max = logits.amax(1), logits.amax(0)
+    losses = torch.empty_like(logits) if scratch is None else scratch
+    torch.ops.aten.softplus.out(logits, 1, _LINEAR_FROM, out=losses)
+    return TileSums(row_max, losses.sum(1), column_max, losses.sum(0)), logits.sigmoid_()
 
 
 def _exp_sums(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -153,15 +164,10 @@ def _softmax_weights(
     return of_rows + (logits - column_lse[None, :]).exp() * column_weight[None, :]
 
 
-def _sigmoid_sums(
-    logits: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if bias is not None:
-        logits = logits + bias
-    row_max, column_max = logits.amax(1), logits.amax(0)
-    # Above the threshold softplus is taken for the identity; by default it is 20, off by 2e-9.
-    losses = F.softplus(logits, threshold=40)
-    return row_max, losses.sum(1), column_max, losses.sum(0), logits.sigmoid()
+def _sigmoid_sums(logits: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    logits = logits + bias
+    losses = F.softplus(logits, threshold=_LINEAR_FROM)
+    return logits.amax(1), losses.sum(1), logits.amax(0), losses.sum(0), logits.sigmoid()
 
 
 @cache

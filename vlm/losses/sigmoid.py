@@ -138,7 +138,7 @@ def _read(
         ignored = read_matches(block.matches, logits, tile, row_stats, column_stats, bias)
         if ignored is not None:
             logits.masked_fill_(ignored, torch.finfo(logits.dtype).min)
-        sums, weights = sigmoid_sums_(logits, bias)
+        sums, weights = sigmoid_sums_(logits, bias, buffer.scratch(logits))
         if tile.rows_scored:
             row_stats.add_losses(tile.rows, sums.row_max, sums.row_sum)
         if tile.columns_scored:

@@ -157,7 +157,8 @@ class _SoftmaxLoss(torch.autograd.Function):
                 )
                 weights = softmax_weights(
                     logits, offset, *row_targets[:2, tile.rows],
-                    *column_targets[:2, tile.columns], overwrite=state is None,
+                    *column_targets[:2, tile.columns],
+                    scratch=buffer.scratch(logits), overwrite=state is None,
                 )  # fmt: skip
                 _subtract_targets_(weights, tile, block, row_targets, column_targets)
                 if row_gradient is not None:

@@ -10,7 +10,7 @@ from vlm.errors import ConfigError
 
 WireDtype = Literal["float64", "float32", "bfloat16", "float16"]
 
-_CPU_TILE, _GPU_TILE = 1024, 8192
+_CPU_TILE, _GPU_TILE = (512, 1024), (8192, 8192)
 
 
 @dataclass(frozen=True, kw_only=True)

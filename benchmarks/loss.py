@@ -296,6 +296,7 @@ def main() -> None:
         left_out = {"clip"} if not fits else set()
         left_out |= {"vlm-groups"} if options.processes % 2 else set()
         options.systems = [name for name in SYSTEMS if name not in left_out]
+    setting = describe_setting("benchmarks/loss.py", threads=1)
     with tempfile.TemporaryDirectory(prefix="loss_") as folder:
         context = multiprocessing.get_context("spawn")
         workers = [
@@ -314,7 +315,6 @@ def main() -> None:
         ]
     shape = {key: getattr(options, key) for key in ("processes", "rows", "dim", "dtype", "device")}
     table = summarise(ranks, options)
-    setting = describe_setting("benchmarks/loss.py", threads=1)
     text = json.dumps(setting | shape | {"losses": table}, indent=1)
     print(text)
     print(markdown(table), file=sys.stderr)

@@ -6,10 +6,13 @@ features, scale and bias alike. With groups smaller than the world the loss is t
 groups' losses.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
@@ -22,6 +25,9 @@ from vlm.losses.sigmoid import sigmoid_loss
 from vlm.losses.softmax import softmax_loss
 from vlm.text.caption_ids import NO_CAPTION
 
+# Up to here the matrix stays in a core's cache, and autograd's own way costs less than tiles.
+_PLAIN_BYTES = 2**19
+
 
 class PairIds(NamedTuple):
     """By which the pairs of a batch are known to match each other, on any rank."""
@@ -32,19 +38,37 @@ class PairIds(NamedTuple):
     """Equal for equal captions, not negative; `NO_CAPTION` for a pair that takes no part."""
 
 
-class ContrastiveOutput(NamedTuple):
+@dataclass(frozen=True)
+class ContrastiveOutput:
     """A contrastive loss, and what it saw."""
 
     loss: Float[Tensor, ""]
     """This rank's share: the mean over ranks is the loss."""
     candidates: int
     """How many texts of the group each picture was compared with."""
-    accuracy: Float[Tensor, ""]
-    """Share of this rank's pictures and texts whose most similar candidate is right."""
-    image_to_text: RowStatistics
-    """Of this rank's pictures."""
-    text_to_image: RowStatistics
-    """Of this rank's texts."""
+    statistics: Callable[[], tuple[RowStatistics, RowStatistics]]
+    """Returns `image_to_text` and `text_to_image`; small batches make them when asked for."""
+
+    @cached_property
+    def _statistics(self) -> tuple[RowStatistics, RowStatistics]:
+        return self.statistics()
+
+    @property
+    def image_to_text(self) -> RowStatistics:
+        """Of this rank's pictures."""
+        return self._statistics[0]
+
+    @property
+    def text_to_image(self) -> RowStatistics:
+        """Of this rank's texts."""
+        return self._statistics[1]
+
+    @property
+    def accuracy(self) -> Float[Tensor, ""]:
+        """Share of this rank's pictures and texts whose most similar candidate is right."""
+        of_rows, of_columns = self._statistics
+        correct = torch.cat([of_rows.correct, of_columns.correct]).to(of_rows.loss.dtype)
+        return correct.sum() / max(len(correct), 1)
 
 
 class ContrastiveLoss(nn.Module):
@@ -84,6 +108,8 @@ class ContrastiveLoss(nn.Module):
             ConfigError: a sigmoid loss lacks a bias, or a softmax has one.
             DistributedError: the ranks' features do not fit together (on every rank).
         """
+        if ids is None and logit_bias is None and self._is_plain(image_features, text_features):
+            return _plain_loss(image_features, text_features, logit_scale)
         present = len(image_features) if ids is None else int((ids.caption != NO_CAPTION).sum())
         shares = self.exchange.declare({"image": image_features, "text": text_features}, [present])
         texts = self.exchange.send(text_features, shares, "column")
@@ -97,6 +123,40 @@ class ContrastiveLoss(nn.Module):
         rows = self.exchange.receive(images, row_ids, shares, "row")
         rows, columns = (side.with_captions([2], shares.counts[0]) for side in (rows, columns))
         return contrast(rows, columns, self.exchange, shares, logit_scale, logit_bias)
+
+    def _is_plain(self, images: Tensor, texts: Tensor) -> bool:
+        """Say whether two cross-entropies of one small matrix are the whole loss, and quicker."""
+        plan = self.exchange.plan
+        return (
+            self.exchange.mesh.world.size == 1
+            and plan.kind == "softmax"
+            and not plan.label_smoothing
+            and not plan.check_finite
+            and plan.wire_dtype is None
+            and images.ndim == 2
+            and images.shape == texts.shape
+            and images.device == texts.device
+            and images.dtype == texts.dtype == plan.accumulates_in(images.dtype)
+            and 0 < len(images) ** 2 * images.element_size() <= min(plan.kept_bytes, _PLAIN_BYTES)
+        )
+
+
+def _plain_loss(images: Tensor, texts: Tensor, logit_scale: Tensor) -> ContrastiveOutput:
+    with torch.autocast(images.device.type, enabled=False):
+        logits = logit_scale * images @ texts.T
+        own = torch.arange(len(images), device=images.device)
+        loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    seen = logits.detach()
+
+    def statistics() -> tuple[RowStatistics, RowStatistics]:
+        positive = seen.diagonal()
+        of_rows, of_columns = (
+            RowStatistics(lse - positive, positive, lse, positive >= seen.amax(dim))
+            for dim, lse in ((1, seen.logsumexp(1)), (0, seen.logsumexp(0)))
+        )
+        return of_rows, of_columns
+
+    return ContrastiveOutput(loss, len(images), statistics)
 
 
 def contrast(
@@ -160,13 +220,10 @@ def contrast(
     else:
         result = sigmoid_loss(features, columns.features, logit_scale, logit_bias, block)
     loss, of_rows, of_columns = result
-    correct = torch.cat([of_rows.correct, of_columns.correct]).to(features.dtype)
     return ContrastiveOutput(
         loss=loss * shares.weight,
         candidates=column_layout.candidates,
-        accuracy=correct.sum() / max(len(correct), 1),
-        image_to_text=of_rows,
-        text_to_image=of_columns,
+        statistics=lambda: (of_rows, of_columns),
     )
 
 

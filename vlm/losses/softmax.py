@@ -17,10 +17,7 @@ from vlm.losses.block import (
     subtract_matches_,
 )
 from vlm.losses.kernels import add_product, exp_sums_, softmax_weights
-from vlm.losses.matches import OwnPairs, Tile, tiles
-
-# Up to here the matrix stays in a core's cache, and autograd's own way costs less than tiles.
-_PLAIN_BYTES = 2**19
+from vlm.losses.matches import Tile, tiles
 
 # A tile of logits, or of exp(logits - offset), and the offset; by its first row and column.
 _Kept = dict[tuple[int, int], tuple[Tensor, float | None]]
@@ -50,41 +47,8 @@ def softmax_loss(
         logit_scale: Inverse temperature.
         block: What lies where, and how to compute it.
     """
-    if _is_plain(rows, columns, block):
-        return _plain_loss(rows, columns, logit_scale)
     loss, of_rows, of_columns = _SoftmaxLoss.apply(rows, columns, logit_scale, block)
     return loss, _row_statistics(of_rows), _row_statistics(of_columns)
-
-
-def _is_plain(rows: Tensor, columns: Tensor, block: Block) -> bool:
-    """Say whether two cross-entropies of one small matrix are the whole loss, and quicker."""
-    return (
-        block.group_size == 1
-        and isinstance(block.matches, OwnPairs)
-        and not block.label_smoothing
-        and len(rows) == block.rows.scored
-        and len(columns) == block.columns.scored
-        and 0
-        < len(rows) * len(columns) * rows.element_size()
-        <= min(block.kept_bytes, _PLAIN_BYTES)
-    )
-
-
-def _plain_loss(
-    rows: Tensor, columns: Tensor, logit_scale: Tensor
-) -> tuple[Tensor, RowStatistics, RowStatistics]:
-    with torch.autocast(rows.device.type, enabled=False):
-        logits = logit_scale * rows @ columns.T
-        own = torch.arange(len(rows), device=rows.device)
-        losses = [F.cross_entropy(each, own, reduction="none") for each in (logits, logits.T)]
-    loss = (losses[0] + losses[1]).sum() / (2 * max(len(rows), 1))
-    with torch.no_grad():
-        positive = logits.detach().diagonal()
-        of_rows, of_columns = (
-            RowStatistics(each, positive, each + positive, positive >= logits.detach().amax(dim))
-            for each, dim in ((losses[0].detach(), 1), (losses[1].detach(), 0))
-        )
-    return loss, of_rows, of_columns
 
 
 def _row_statistics(stacked: Float[Tensor, "4 local"]) -> RowStatistics:

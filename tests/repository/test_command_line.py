@@ -2,9 +2,10 @@
 
 from importlib import import_module
 
+import pytest
 from jsonargparse import ArgumentParser
 
-from vlm.cli.main import VERBS
+from vlm.cli.main import VERBS, main
 from vlm.training.config import TrainConfig
 
 TRAIN = {*TrainConfig.__dataclass_fields__, "config", "print_config"}
@@ -48,3 +49,11 @@ def test_training_fields_are_pinned():
         "schedule", "seed",
         "tokenizer",
     ]  # fmt: skip
+
+
+def test_help_says_what_a_setting_means(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Ranks that contrast with each other; it divides their number." in said
+    assert "Decides the first weights, the order of samples, captions and augmentation." in said

@@ -8,7 +8,7 @@ from argparse import Action, ArgumentError
 from collections.abc import Sequence
 from importlib import import_module
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from vlm.errors import VlmError
 from vlm.files import FULL_DISK
@@ -61,6 +61,8 @@ def _run(words: Sequence[str]) -> int:
     if verb is None:
         raise VlmError(_unknown_verb(words))
     module = import_module(VERBS[verb][0])
+    # The meaning of a setting stands under its field in the dataclass.
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog=f"vlm {' '.join(verb)}",
         description=module.__doc__,

@@ -133,6 +133,7 @@ class ContrastiveLoss(nn.Module):
             and not plan.label_smoothing
             and not plan.check_finite
             and plan.wire_dtype is None
+            and not torch.is_autocast_enabled(images.device.type)
             and images.ndim == 2
             and images.shape == texts.shape
             and images.device == texts.device
@@ -142,10 +143,9 @@ class ContrastiveLoss(nn.Module):
 
 
 def _plain_loss(images: Tensor, texts: Tensor, logit_scale: Tensor) -> ContrastiveOutput:
-    with torch.autocast(images.device.type, enabled=False):
-        logits = logit_scale * images @ texts.T
-        own = torch.arange(len(images), device=images.device)
-        loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    logits = logit_scale * images @ texts.T
+    own = torch.arange(len(images), device=images.device)
+    loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
     seen = logits.detach()
 
     def statistics() -> tuple[RowStatistics, RowStatistics]:

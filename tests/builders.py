@@ -24,8 +24,8 @@ from vlm.models.dual_encoder import (
     build_dual_encoder,
     open_clip_model_config,
 )
-from vlm.text.sentencepiece_tokenizer import SentencePieceTokenizer
-from vlm.text.training import train_sentencepiece
+from vlm.text.tokenizer import Tokenizer
+from vlm.text.training import SentencePieceConfig, train_sentencepiece
 
 THINGS = (
     ("red apple", "红苹果"),
@@ -42,6 +42,9 @@ THINGS = (
     ("hot soup", "热汤"),
 )
 """Captions (English, Chinese) of the concepts that `make_samples` draws."""
+
+THING_TEXTS = {"zh": [zh for _, zh in THINGS] * 3, "en": [en for en, _ in THINGS] * 3}
+"""The same captions by language, each three times, as tokenizers are trained on them."""
 
 IMAGE_SIZE = 32
 """Side of the tiny model's pictures."""
@@ -109,13 +112,13 @@ def write_split(
     return folder
 
 
-def tiny_tokenizer(*, context_length: int = 16, vocab_size: int = 320) -> SentencePieceTokenizer:
+def tiny_tokenizer(*, context_length: int = 16, vocab_size: int = 320) -> Tokenizer:
     """Train a tokenizer on the captions of `THINGS`."""
-    texts = [text for pair in THINGS for text in pair] * 3
-    return train_sentencepiece(texts, vocab_size=vocab_size, context_length=context_length)
+    config = SentencePieceConfig(vocab_size=vocab_size, context_length=context_length)
+    return train_sentencepiece(THING_TEXTS, config)
 
 
-def tiny_model(tokenizer: SentencePieceTokenizer, *, seed: int = 0) -> DualEncoder:
+def tiny_model(tokenizer: Tokenizer, *, seed: int = 0) -> DualEncoder:
     """Build the tiny model with random weights, in evaluation mode; torch's own seed is kept."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -134,7 +134,7 @@ def test_open_clip_reads_a_bundle_and_gives_the_same_features(folder):
     tokens = bundle.tokenizer.encode(TEXTS)
     room = bundle.tokenizer.context_length - tokens.ids.shape[1]
     assert room > 0  # our own batch is shorter than the context that open_clip needs
-    whole = F.pad(tokens.ids, (0, room), value=bundle.tokenizer.pad_id)
+    whole = F.pad(tokens.ids, (0, room), value=bundle.tokenizer.special_ids.padding)
     features = F.normalize(model.encode_text(whole), dim=-1)
     torch.testing.assert_close(features, bundle.model.encode_text(tokens), atol=1e-5, rtol=0)
     torch.testing.assert_close(model.logit_scale.exp(), bundle.model.logit_scale)

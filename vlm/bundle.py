@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlm.errors import CheckpointError, VlmError
+from vlm.errors import CheckpointError, TokenizerError, VlmError
 from vlm.files import sha256_of, write_folder
 from vlm.images.transforms import evaluation_transform
 from vlm.models.dual_encoder import DualEncoder, build_from_open_clip_config
@@ -38,6 +38,12 @@ class Bundle:
     transform: Callable[[Image.Image], Float[Tensor, "3 height width"]]
     languages: tuple[str, ...]
     """Languages of the training captions."""
+    model_cfg: Mapping[str, Any]
+    """open_clip's description of the model."""
+    preprocess_cfg: Mapping[str, Any]
+    """open_clip's description of the picture transform."""
+    first_new_id: int | None = None
+    """The first id whose row of the embedding has not been trained yet; None where all have."""
     fingerprint: str
     """SHA-256 of the weights; two bundles with one fingerprint give the same embeddings."""
 
@@ -50,6 +56,7 @@ def save_bundle(
     preprocess_cfg: Mapping[str, Any],
     tokenizer: Tokenizer,
     languages: tuple[str, ...],
+    first_new_id: int | None = None,
 ) -> None:
     """Write a bundle, whole or not at all.
 
@@ -60,6 +67,7 @@ def save_bundle(
         preprocess_cfg: open_clip's description of the picture transform.
         tokenizer: The tokenizer the model was trained with.
         languages: Languages of the training captions.
+        first_new_id: The first id of a grown vocabulary, where its rows are not trained yet.
     """
     weights = {
         _OPEN_CLIP_SCALE if name == _OUR_SCALE else name: tensor.contiguous().cpu()
@@ -73,7 +81,7 @@ def save_bundle(
             "fingerprint": tokenizer.fingerprint,
             "context_length": tokenizer.context_length,
         },
-    }
+    } | ({} if first_new_id is None else {"first_new_id": first_new_id})
     with write_folder(folder) as temporary:
         save_file(weights, temporary / _WEIGHTS)
         config = {"model_cfg": dict(model_cfg), "preprocess_cfg": dict(preprocess_cfg)}
@@ -82,14 +90,19 @@ def save_bundle(
         _write_json(temporary / _DESCRIPTION, description)
 
 
+def is_bundle(folder: Path) -> bool:
+    """Tell whether a folder says that it is a bundle."""
+    return (folder / _DESCRIPTION).is_file()
+
+
 def load_bundle(folder: Path) -> Bundle:
     """Read a bundle, without the network and without running anything it holds.
 
     Raises:
-        CheckpointError: the folder is no bundle, a part is missing or damaged, or the tokenizer
-            is not the one that the model was trained with.
+        CheckpointError: the folder is no bundle, or a part is missing or damaged.
+        TokenizerError: the tokenizer is damaged, or not the one that the model was trained with.
     """
-    if not (folder / _DESCRIPTION).is_file():
+    if not is_bundle(folder):
         raise CheckpointError(f"{folder} is not a bundle: it has no {_DESCRIPTION}")
     description = _read_json(folder / _DESCRIPTION)
     config = _read_json(folder / _MODEL_CONFIG)
@@ -106,7 +119,7 @@ def load_bundle(folder: Path) -> Bundle:
         )
     tokenizer = load_tokenizer(folder / _TOKENIZER)
     if tokenizer.fingerprint != fingerprint:
-        raise CheckpointError(
+        raise TokenizerError(
             f"{folder} holds another tokenizer ({tokenizer.fingerprint[:12]}) than its model was "
             f"trained with ({fingerprint[:12]})"
         )
@@ -124,6 +137,9 @@ def load_bundle(folder: Path) -> Bundle:
         tokenizer=tokenizer,
         transform=transform,
         languages=languages,
+        model_cfg=model_cfg,
+        preprocess_cfg=preprocess_cfg,
+        first_new_id=description.get("first_new_id"),
         fingerprint=sha256_of(folder / _WEIGHTS),
     )
 

@@ -19,7 +19,7 @@ def text_tower(tokenizer, **changes):
         "heads": 2,
         "layers": 2,
         "pool_type": "eos",
-        "eos_id": tokenizer.end_of_text_id,
+        "eos_id": tokenizer.special_ids.end_of_text,
     } | changes
     return open_clip.CustomTextCLIP(
         32, {"timm_model_name": "test_resnet", "image_size": 32}, config
@@ -50,7 +50,7 @@ def test_short_batches_get_the_features_that_open_clip_gives_to_the_full_context
     assert tokens.ids.shape[1] < tokenizer.context_length
     features = encode_tokens(tower, tokens)
     tower.set_grad_checkpointing(False)  # open_clip cannot run it with every kind of block
-    full = pad_to(tokens, tokenizer.context_length, tokenizer.pad_id)
+    full = pad_to(tokens, tokenizer.context_length, tokenizer.special_ids.padding)
     expected = tower(full.ids)
     torch.testing.assert_close(features, expected, rtol=1e-10, atol=1e-12)
     weight = torch.randn_like(expected)

@@ -6,9 +6,13 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from vlm.cli.main import VERBS, main
+from vlm.text.tokenizer import TokenizerConfig
+from vlm.text.training import SentencePieceConfig
 from vlm.training.config import TrainConfig
+from vlm.vocabulary_transfer import GrowthConfig
 
 TRAIN = {*TrainConfig.__dataclass_fields__, "config", "print_config"}
+TEXTS = {"zh", "en", "column", "split"}
 PINNED = {
     "quickstart": TRAIN | {"out"},
     "train": TRAIN | {"resume"},
@@ -16,7 +20,15 @@ PINNED = {
     "embed": {"images", "data", "split", "out", "device"},
     "index": {"out"},
     "search": {"text", "image", "k", "bundle", "device", "json"},
-    "tokenizer train": {"data", "split", "languages", "vocab_size", "context_length", "out"},
+    "tokenizer report": TEXTS | {"limit", "json", "plot"},
+    "tokenizer import": {*TokenizerConfig.__dataclass_fields__, "out"},
+    "tokenizer extend": TEXTS
+    | {"zh_lists", "traditional", "vocab_size", "coverage", "context_length", "out"},
+    "tokenizer train": TEXTS
+    | {*SentencePieceConfig.__dataclass_fields__}
+    | {"zh_lists", "en_lists", "traditional", "unique", "out"},
+    "tokenizer prune": TEXTS | {"fewest_uses", "out"},
+    "grow": {*GrowthConfig.__dataclass_fields__, "tokenizer", "out"},
     "data emoji": {"out", "cache"},
     "data index": set(),
     "data check": set(),
@@ -47,7 +59,7 @@ def test_training_fields_are_pinned():
         "augmentation", "captions", "checkpoint", "cpu_threads", "data", "evaluation",
         "loss", "model", "optimizer", "precision", "preprocess", "report_every", "run_folder",
         "schedule", "seed",
-        "tokenizer",
+        "start_from", "tokenizer",
     ]  # fmt: skip
 
 
@@ -57,3 +69,17 @@ def test_help_says_what_a_setting_means(capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "Ranks that contrast with each other; it divides their number." in said
     assert "Decides the first weights, the order of samples, captions and augmentation." in said
+
+
+def test_the_settings_of_tokenizers_and_growth_are_pinned():
+    assert sorted(TokenizerConfig.__dataclass_fields__) == [
+        "begin_of_text", "cleaning", "context_length", "end_of_text", "padding", "truncation",
+    ]  # fmt: skip
+    assert sorted(SentencePieceConfig.__dataclass_fields__) == [
+        "context_length", "han_coverage", "latin_coverage", "model_type", "other_coverage",
+        "separate_spaces", "temperature", "vocab_size",
+    ]  # fmt: skip
+    assert sorted(GrowthConfig.__dataclass_fields__) == [
+        "how", "init", "lexicon", "neighbours", "positions", "rank", "seed", "temperature",
+        "vectors",
+    ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import os
 import re
 import sys
 from argparse import Action, ArgumentError
@@ -20,7 +21,12 @@ VERBS = {
     ("embed",): ("vlm.cli.embed", "turn pictures into vectors"),
     ("index",): ("vlm.cli.index", "make vectors searchable"),
     ("search",): ("vlm.cli.search", "find pictures by a text or a picture"),
+    ("tokenizer", "report"): ("vlm.cli.tokenizer_report", "what tokenizers make of texts"),
+    ("tokenizer", "import"): ("vlm.cli.tokenizer_import", "read another project's tokenizer"),
+    ("tokenizer", "extend"): ("vlm.cli.tokenizer_extend", "add Chinese pieces to a tokenizer"),
     ("tokenizer", "train"): ("vlm.cli.tokenizer_train", "train a bilingual tokenizer"),
+    ("tokenizer", "prune"): ("vlm.cli.tokenizer_prune", "keep only the pieces that texts use"),
+    ("grow",): ("vlm.cli.grow", "let a model read an extended tokenizer and longer texts"),
     ("data", "emoji"): ("vlm.cli.data_emoji", "rebuild the emoji pictures from their sources"),
     ("data", "index"): ("vlm.cli.data_index", "write the manifest of your own shards"),
     ("data", "check"): ("vlm.cli.data_check", "verify every shard of a data folder"),
@@ -38,6 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(words)
     except VlmError as error:
         print(f"vlm: {error}", file=sys.stderr)
+    except BrokenPipeError:
+        # Whoever read the output has enough of it; the interpreter must not try once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise

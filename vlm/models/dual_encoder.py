@@ -187,8 +187,8 @@ def open_clip_model_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[st
     text_cfg = asdict(config.text_cfg) | {
         "vocab_size": tokenizer.vocab_size,
         "context_length": tokenizer.context_length,
-        "pad_id": tokenizer.pad_id,
-        "eos_id": tokenizer.end_of_text_id,
+        "pad_id": tokenizer.special_ids.padding,
+        "eos_id": tokenizer.special_ids.end_of_text,
         "pool_type": "eos",
     }
     bias = config.init_logit_bias

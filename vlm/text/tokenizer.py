@@ -1,23 +1,39 @@
-"""The tokenizer contract: strings in, a padded batch of ids out; and reading one from disk."""
+"""`Tokenizer`: strings in, a padded batch of ids out; the same for every kind of vocabulary."""
 
+import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import chain
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from vlm.errors import TokenizerError
+from vlm.files import write_file
+from vlm.text.cleaning import CLEANING, RESTORING
+from vlm.text.fast_vocabulary import FastVocabulary
+from vlm.text.sentencepiece_vocabulary import SentencePieceVocabulary
+from vlm.text.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
 
 DESCRIPTION_NAME = "vlm_tokenizer.json"
+
+_KINDS: Mapping[str, type[FastVocabulary] | type[SentencePieceVocabulary]] = {
+    kind.kind: kind for kind in (SentencePieceVocabulary, FastVocabulary)
+}
+_FEWEST_TOKENS = 3  # a text has at least a begin, an end, and something between them
 
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """Token ids padded on the right to the longest text of the batch, and no further."""
+    """Token ids padded on the right, to the longest text of the batch unless asked otherwise."""
 
     ids: Int64[Tensor, "batch length"]
     mask: Bool[Tensor, "batch length"]
@@ -30,71 +46,231 @@ class TokenBatch:
         )
 
 
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What every tokenizer offers, whatever its back end."""
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """How ids of a vocabulary become the tokens of a text; `vlm_tokenizer.json` holds it."""
+
+    context_length: int
+    """Longest text in tokens, begin and end included; at least 3."""
+    begin_of_text: str | None
+    """Piece that opens every text, or none."""
+    end_of_text: str
+    """Piece that closes every text, the one that a text tower pools at."""
+    padding: str
+    """Piece that fills a text up to the length of its batch; it may be the end-of-text piece."""
+    truncation: Literal["right", "left"] = "right"
+    """Which side of a text that is too long is lost."""
+    cleaning: Literal["none", "lower", "clip", "glm", "words"] = "none"
+    """What is done to a text first: see `vlm.text.cleaning`."""
+
+    def __post_init__(self) -> None:
+        for name, expected in (("truncation", ("right", "left")), ("cleaning", tuple(CLEANING))):
+            if getattr(self, name) not in expected:
+                raise TokenizerError(
+                    f"{name} is {getattr(self, name)!r}; expected one of {', '.join(expected)}"
+                )
+        for name in ("begin_of_text", "end_of_text", "padding"):
+            piece = getattr(self, name)
+            if not isinstance(piece, str) and (piece, name) != (None, "begin_of_text"):
+                raise TokenizerError(f"{name} is {piece!r}; expected a piece")
+        if type(self.context_length) is not int or self.context_length < _FEWEST_TOKENS:
+            raise TokenizerError(
+                f"context_length is {self.context_length!r}; expected an integer, "
+                f"at least {_FEWEST_TOKENS}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecialIds:
+    """The ids that a tokenizer puts around a text, by name."""
+
+    begin_of_text: int | None
+    end_of_text: int
+    padding: int
+    unknown: int | None
+    """What stands for a character that the vocabulary has not; none where bytes do."""
+
+
+class Tokenizer:
+    """Turns texts into ids of a vocabulary, between a begin and an end, cut to a longest length.
+
+    Args:
+        vocabulary: Splits a text into pieces and knows their ids.
+        config: What is done before and after.
+
+    Raises:
+        TokenizerError: the vocabulary has no piece of a name that `config` gives.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, config: TokenizerConfig) -> None:
+        self.vocabulary = vocabulary
+        self.config = config
+        begin = config.begin_of_text
+        self.special_ids = SpecialIds(
+            begin_of_text=None if begin is None else self._id_of("begin-of-text", begin),
+            end_of_text=self._id_of("end-of-text", config.end_of_text),
+            padding=self._id_of("padding", config.padding),
+            unknown=vocabulary.unknown_id,
+        )
+        self._encoded = 0
+        self._truncated = 0
+
+    def _id_of(self, role: str, piece: str) -> int:
+        token_id = self.vocabulary.id_of(piece)
+        if token_id is None:
+            raise TokenizerError(f"the vocabulary has no {role} piece {piece!r}")
+        return token_id
 
     @property
     def vocab_size(self) -> int:
         """Number of ids; every id is in [0, vocab_size)."""
+        return len(self.vocabulary)
 
     @property
     def context_length(self) -> int:
-        """Longest text in tokens, with its begin and end markers; longer texts lose their tail."""
-
-    @property
-    def pad_id(self) -> int:
-        """Id that fills a text up to the length of its batch."""
-
-    @property
-    def end_of_text_id(self) -> int:
-        """Id of the last token of every text."""
+        """Longest text in tokens, begin and end included."""
+        return self.config.context_length
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides which ids a text gets."""
+        digest = hashlib.sha256(self._description())
+        for name, content in sorted(self.vocabulary.files().items()):
+            digest.update(f"\0{name}\0{len(content)}\0".encode() + content)
+        return digest.hexdigest()
 
-    def encode(self, texts: Sequence[str]) -> TokenBatch:
-        """Turn texts into ids; an empty list gives a batch of shape (0, 0)."""
+    @property
+    def truncated_share(self) -> float:
+        """Share in [0, 1] of the texts encoded so far that were cut."""
+        return self._truncated / self._encoded if self._encoded else 0.0
+
+    def encode(self, texts: Sequence[str], *, pad_to: int | None = None) -> TokenBatch:
+        """Turn texts into ids; the first cut is said in a warning, all are counted.
+
+        Args:
+            texts: Any strings; an empty list gives a batch of shape (0, 0).
+            pad_to: Length of the batch; None for that of its longest text.
+
+        Raises:
+            TokenizerError: a text is not valid Unicode, or `pad_to` is shorter than a text.
+        """
+        begin = () if self.special_ids.begin_of_text is None else (self.special_ids.begin_of_text,)
+        room = self.context_length - len(begin) - 1
+        rows = self.split(texts)
+        self._count_truncated(sum(len(row) > room for row in rows), len(rows))
+        cut = slice(-room, None) if self.config.truncation == "left" else slice(room)
+        end = self.special_ids.end_of_text
+        return pad([[*begin, *row[cut], end] for row in rows], self.special_ids.padding, pad_to)
+
+    def split(self, texts: Iterable[str]) -> list[list[int]]:
+        """Turn texts into the ids of their pieces: whole, and without begin, end and padding.
+
+        Raises:
+            TokenizerError: a text is not a string of valid Unicode.
+        """
+        clean = CLEANING[self.config.cleaning]
+        try:
+            cleaned = [clean(text) for text in texts]
+            "".join(cleaned).encode()  # refuses half of a surrogate pair
+        except (AttributeError, TypeError, UnicodeEncodeError) as error:
+            raise TokenizerError(f"the texts are not strings of valid Unicode: {error}") from error
+        return self.vocabulary.encode(cleaned)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Turn the ids of one text back into a string, without its markers and padding."""
+        row = [int(token_id) for token_id in ids]
+        if row[:1] == [self.special_ids.begin_of_text]:
+            row = row[1:]
+        end = self.special_ids.end_of_text
+        if end in row:  # padding comes after it; a padding piece before it is a part of the text
+            row = row[: len(row) - 1 - row[::-1].index(end)]
+            while row[-1:] == [end]:  # where it is the padding as well
+                row.pop()
+        restore = RESTORING.get(self.config.cleaning)
+        text = self.vocabulary.decode(row)
+        return restore(text) if restore else text
 
     def save(self, folder: Path) -> None:
-        """Write everything `load_tokenizer` needs into `folder`."""
+        """Write everything that `load_tokenizer` needs into `folder`.
+
+        For a SentencePiece model the files of a Hugging Face fast tokenizer are written beside
+        it, where one with the same ids exists.
+        """
+        from vlm.text.fast_export import FILE_NAMES, as_fast  # which reads tokenizers
+
+        files = dict(self.vocabulary.files()) | {DESCRIPTION_NAME: self._description()}
+        if isinstance(self.vocabulary, SentencePieceVocabulary):
+            fast = as_fast(self) or {}
+            files |= fast
+            for name in set(FILE_NAMES) - fast.keys():
+                (folder / name).unlink(missing_ok=True)  # of another tokenizer, saved before
+        for name, content in files.items():
+            write_file(folder / name, content)
+
+    def _count_truncated(self, truncated: int, encoded: int) -> None:
+        if truncated and not self._truncated:
+            lost = "head" if self.config.truncation == "left" else "tail"
+            logger.warning(
+                "%d of %d texts (%.1f %%) are longer than %d tokens and lost their %s",
+                truncated, encoded, 100 * truncated / encoded, self.context_length, lost,
+            )  # fmt: skip
+        self._encoded += encoded
+        self._truncated += truncated
+
+    def _description(self) -> bytes:
+        record = {"kind": self.vocabulary.kind} | asdict(self.config)
+        return (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Read the tokenizer that `Tokenizer.save` wrote.
+    """Read a tokenizer folder: what `Tokenizer.save` wrote, or files described by hand.
 
     Raises:
-        TokenizerError: the folder holds no tokenizer that this version knows.
+        TokenizerError: the folder holds no tokenizer that this version knows, or a damaged one.
     """
-    # The back ends import this module for the contract.
-    from vlm.text.sentencepiece_tokenizer import SentencePieceTokenizer
-
     path = folder / DESCRIPTION_NAME
     if not path.is_file():
         raise TokenizerError(f"{folder} holds no tokenizer: expected the file {DESCRIPTION_NAME}")
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-        kind = description["kind"]
+        description = dict(json.loads(path.read_text(encoding="utf-8")))
+        kind = description.pop("kind")
     except (ValueError, KeyError, TypeError) as error:
         raise TokenizerError(f"{path} does not describe a tokenizer: {error}") from error
-    if kind != SentencePieceTokenizer.kind:
+    if kind not in tuple(_KINDS):
         raise TokenizerError(
             f"{path} describes a {kind!r} tokenizer; this version reads "
-            f"{SentencePieceTokenizer.kind!r}"
+            f"{' and '.join(map(repr, _KINDS))}"
         )
-    return SentencePieceTokenizer.load(folder, description)
+    vocabulary = _KINDS[kind].load(folder)
+    return Tokenizer(vocabulary, _config_from(path, {**vocabulary.special_pieces, **description}))
 
 
-def pad(rows: Sequence[Sequence[int]], pad_id: int) -> TokenBatch:
-    """Stack rows of ids into one batch as long as the longest row."""
-    length = max((len(row) for row in rows), default=0)
-    ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
-    mask = torch.zeros((len(rows), length), dtype=torch.bool)
-    for index, row in enumerate(rows):
-        ids[index, : len(row)] = torch.tensor(row, dtype=torch.int64)
-        mask[index, : len(row)] = True
-    return TokenBatch(ids, mask)
+def _config_from(path: Path, description: Mapping[str, Any]) -> TokenizerConfig:
+    known = {field.name for field in fields(TokenizerConfig)}
+    unknown = sorted(description.keys() - known)
+    if unknown:
+        raise TokenizerError(
+            f"{path} says {', '.join(unknown)}; expected only {', '.join(sorted(known))}"
+        )
+    try:
+        return TokenizerConfig(**description)
+    except TypeError as error:
+        raise TokenizerError(f"{path} lacks a part: {error}") from error
+    except TokenizerError as error:
+        raise TokenizerError(f"{path}: {error}") from error
+
+
+def pad(rows: Sequence[Sequence[int]], pad_id: int, length: int | None = None) -> TokenBatch:
+    """Stack rows of ids into one batch as long as the longest row, or of the length asked for.
+
+    Raises:
+        TokenizerError: a row is longer than `length`.
+    """
+    lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+    longest = int(lengths.max(initial=0))
+    if length is not None and longest > length:
+        raise TokenizerError(f"pad_to is {length}; expected at least {longest}, the longest text")
+    mask = np.arange(longest if length is None else length) < lengths[:, None]
+    ids = np.full(mask.shape, pad_id, dtype=np.int64)
+    ids[mask] = np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=int(lengths.sum()))
+    return TokenBatch(torch.from_numpy(ids), torch.from_numpy(mask))

@@ -1,58 +1,132 @@
-"""Train a bilingual SentencePiece tokenizer from captions, the same bytes every time."""
+"""Train a bilingual SentencePiece tokenizer, from the same texts to the same bytes."""
 
 import io
-from collections.abc import Iterable
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
 
+import regex
 import sentencepiece
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
 from vlm.errors import TokenizerError
-from vlm.text.sentencepiece_tokenizer import SentencePieceTokenizer
+from vlm.text.cleaning import space_words
+from vlm.text.sentencepiece_vocabulary import SPACE, SentencePieceVocabulary
+from vlm.text.tokenizer import Tokenizer, TokenizerConfig
 
 PAD_ID, UNKNOWN_ID, BEGIN_ID, END_ID = 0, 1, 2, 3
 
-_SPACE = "▁"  # SentencePiece's sign for one
+_SCRIPTS = {"zh": regex.compile(r"\p{Han}"), "en": regex.compile(r"\p{Latin}")}
+_EDGE = "\ue000"  # pieces do not cross it; private use, which normalisation leaves alone
+_AFTER_SPACE = regex.compile("(?<= )")
+_BEFORE_HAN = regex.compile(r"(?<= )(?=\p{Han})")
+_TENTHS = 10  # repetitions are whole numbers: languages are balanced to a tenth
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentencePieceConfig:
+    """A bilingual SentencePiece vocabulary to be trained."""
+
+    vocab_size: int = 32_000
+    """Number of ids, the four special ones and 256 bytes included."""
+    context_length: int = 77
+    """Longest text in tokens that the tokenizer will return."""
+    model_type: Literal["unigram", "bpe"] = "unigram"
+    """Unigram (Kudo 2018) or byte-pair encoding (Sennrich et al. 2016)."""
+    temperature: float = 1.0
+    """At least 1: languages count by their bytes to the power of 1 / temperature; 1 leaves them as
+    they are, and the larger, the more alike they count."""
+    han_coverage: float = 0.9999
+    """Share in (0, 1] of the Chinese characters of the texts that get a piece of their own."""
+    latin_coverage: float = 0.9999
+    """The same for Latin letters."""
+    other_coverage: float = 0.9999
+    """The same for everything else: digits, punctuation, other scripts."""
+    separate_spaces: bool = False
+    """Whether a space is a piece of its own, so that `board` is one piece whether it begins a word
+    or ends one. Where names are short this carries over to new ones; otherwise it costs a token
+    a word."""
+
+    def __post_init__(self) -> None:
+        if self.model_type not in ("unigram", "bpe"):
+            raise TokenizerError(f"model_type is {self.model_type!r}; expected unigram or bpe")
+        if not self.temperature >= 1:
+            raise TokenizerError(f"temperature is {self.temperature}; expected at least 1")
+        for name in ("han_coverage", "latin_coverage", "other_coverage"):
+            if not 0 < getattr(self, name) <= 1:
+                raise TokenizerError(
+                    f"{name} is {getattr(self, name)}; expected more than 0, at most 1"
+                )
 
 
 def train_sentencepiece(
-    texts: Iterable[str],
+    texts: Mapping[str, Iterable[str]],
+    config: SentencePieceConfig,
     *,
-    vocab_size: int,
-    context_length: int,
-    character_coverage: float = 0.9999,
-) -> SentencePieceTokenizer:
-    """Train a unigram model (Kudo 2018) with byte fallback on texts in any mixture of languages.
+    word_lists: Mapping[str, Mapping[str, float]] | None = None,
+) -> Tokenizer:
+    """Train a vocabulary with byte fallback on texts in Chinese and English.
 
     Text is normalised by NFKC and case-folded, so `Cat`, `cat` and full-width `ｃａｔ` share ids.
     Digits are split, and bytes stand in for characters outside the vocabulary, so that no text
-    is lost. A space is a piece of its own, so that `board` is one piece whether it begins a word
-    or ends one, and what is learned of it in one place is known in the other.
-
-    Training runs on one thread: more would make the result depend on their timing.
+    is lost. Training runs on one thread: more would make the result depend on their timing.
 
     Args:
-        texts: The training captions; order and repetition matter to the result.
-        vocab_size: Number of ids, the four special ids and 256 bytes included.
-        context_length: Longest text in tokens that the tokenizer will return.
-        character_coverage: Share in (0, 1] of the characters that get a piece of their own.
+        texts: The training captions by language, `zh` and `en`; their order and repetition
+            matter to the result.
+        config: The vocabulary.
+        word_lists: Words with their shares of ordinary text, by language; a list counts as much
+            as its language's texts.
 
     Raises:
-        TokenizerError: there are no texts, or they cannot fill the vocabulary.
+        TokenizerError: a language has no text or is none of the two, or the texts cannot fill the
+            vocabulary.
     """
-    lines = [line for text in texts if (line := " ".join(text.split()))]
-    if not lines:
-        raise TokenizerError("there is no text to train a tokenizer on; expected captions")
+    for language in (*texts, *(word_lists or ())):
+        if language not in _SCRIPTS:
+            raise TokenizerError(
+                f"there are texts or words in {language!r}; expected {' and '.join(_SCRIPTS)} only"
+            )
+    counts = {language: _count_lines(texts.get(language, ())) for language in _SCRIPTS}
+    for language, lines in counts.items():
+        _check_language(language, lines)
+    for language, shares in (word_lists or {}).items():
+        size = _bytes_of(counts[language])
+        total = sum(len(word.encode()) * share for word, share in shares.items())
+        for word, share in shares.items():
+            counts[language][word] = counts[language].get(word, 0.0) + size * share / total
+    weights = _balance({lang: _bytes_of(lines) for lang, lines in counts.items()}, config)
+    repetitions: dict[str, float] = {}
+    for language, lines in counts.items():
+        for line, count in lines.items():
+            repetitions[line] = repetitions.get(line, 0.0) + count * weights[language]
+    return _train(_without_rare_characters(repetitions, config), config)
+
+
+def _train(repetitions: Mapping[str, float], config: SentencePieceConfig) -> Tokenizer:
+    parts = _parts(repetitions, config)
+    scale = 1 if all(count.is_integer() for count in parts.values()) else _TENTHS
+    lines = [
+        f"{part}\t{round(count * scale)}" for part, count in parts.items() if round(count * scale)
+    ]
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
+            input_format="tsv",
             model_writer=model,
-            model_type="unigram",
-            vocab_size=vocab_size,
-            character_coverage=character_coverage,
+            model_type=config.model_type,
+            vocab_size=config.vocab_size,
+            character_coverage=1.0,
             normalization_rule_name="nmt_nfkc_cf",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
             byte_fallback=True,
             split_digits=True,
-            user_defined_symbols=[_SPACE],
+            max_sentence_length=1 << 20,  # longer ones are passed over
             num_threads=1,
             pad_id=PAD_ID,
             unk_id=UNKNOWN_ID,
@@ -61,8 +135,116 @@ def train_sentencepiece(
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
         raise TokenizerError(
-            f"cannot train a vocabulary of {vocab_size} on {len(lines)} texts: {reason}"
+            f"cannot train a vocabulary of {config.vocab_size} on {len(repetitions)} texts: "
+            f"{str(error).splitlines()[0]}"
         ) from error
-    return SentencePieceTokenizer(model.getvalue(), context_length=context_length)
+    vocabulary = SentencePieceVocabulary(
+        _with_separate_spaces(model.getvalue()) if config.separate_spaces else model.getvalue()
+    )
+    special = vocabulary.special_pieces
+    return Tokenizer(
+        vocabulary,
+        TokenizerConfig(
+            context_length=config.context_length,
+            begin_of_text=special["begin_of_text"],
+            end_of_text=special["end_of_text"],
+            padding=special["padding"],
+            cleaning="none" if config.separate_spaces else "words",
+        ),
+    )
+
+
+def _parts(repetitions: Mapping[str, float], config: SentencePieceConfig) -> dict[str, float]:
+    """Cut texts where no piece may cross, and count the parts that are alike.
+
+    SentencePiece can be told of such places as well, by a delimiter or a user-defined symbol, but
+    then its unigram trainer takes each of them for one more use of the most used character.
+    """
+    edge = _AFTER_SPACE if config.separate_spaces else _BEFORE_HAN
+    parts: dict[str, float] = {}
+    for line, count in repetitions.items():
+        text = f" {line}" if config.separate_spaces else space_words(line)
+        for part in filter(None, edge.sub(_EDGE, text).split(_EDGE)):
+            parts[part] = parts.get(part, 0.0) + count
+    return parts
+
+
+def _with_separate_spaces(model: bytes) -> bytes:
+    """Let a space be found before any other piece, and one begin every text."""
+    proto = ModelProto.FromString(model)
+    proto.normalizer_spec.add_dummy_prefix = True
+    proto.normalizer_spec.remove_extra_whitespaces = True
+    for piece in proto.pieces:
+        if piece.piece == SPACE:
+            piece.type = ModelProto.SentencePiece.USER_DEFINED
+    edited: bytes = proto.SerializeToString(deterministic=True)
+    return edited
+
+
+def _count_lines(texts: Iterable[str]) -> dict[str, float]:
+    """Count texts that are alike, with the space between their words as one."""
+    lines = (" ".join(text.replace(_EDGE, " ").split()) for text in texts)
+    return {line: float(count) for line, count in Counter(filter(None, lines)).items()}
+
+
+def _check_language(language: str, lines: Mapping[str, float]) -> None:
+    if not lines:
+        raise TokenizerError(
+            f"there is no text in {language!r} to train a tokenizer on; expected texts in "
+            f"{' and '.join(_SCRIPTS)}"
+        )
+    if not any(_SCRIPTS[language].search(line) for line in lines):
+        raise TokenizerError(
+            f"none of the {len(lines)} texts in {language!r} has a letter of its script; expected "
+            f"texts in {' and '.join(_SCRIPTS)}"
+        )
+
+
+def _bytes_of(lines: Mapping[str, float]) -> float:
+    # A Chinese and an English sentence that say the same have about as many bytes.
+    return sum(len(line.encode()) * count for line, count in lines.items())
+
+
+def _balance(sizes: Mapping[str, float], config: SentencePieceConfig) -> dict[str, float]:
+    """Return how often a text of each language is repeated, the least often once.
+
+    Conneau et al. 2020, "Unsupervised Cross-lingual Representation Learning at Scale", section
+    3.1, with `alpha = 1 / temperature`.
+    """
+    weights = {lang: size ** (1 / config.temperature - 1) for lang, size in sizes.items()}
+    least = min(weights.values())
+    return {language: weight / least for language, weight in weights.items()}
+
+
+def _without_rare_characters(
+    lines: Mapping[str, float], config: SentencePieceConfig
+) -> dict[str, float]:
+    """Put an edge in the place of characters that are rare within their script."""
+    counts: dict[str, dict[str, float]] = {"han": {}, "latin": {}, "other": {}}
+    normalised = {line: unicodedata.normalize("NFKC", line).casefold() for line in lines}
+    for line, count in lines.items():
+        for character in normalised[line].replace(" ", ""):
+            of_script = counts[_script_of(character)]
+            of_script[character] = of_script.get(character, 0.0) + count
+    rare: dict[int, str] = {}
+    for script, of_script in counts.items():
+        left = getattr(config, f"{script}_coverage") * sum(of_script.values())
+        for character in sorted(of_script, key=lambda one: (-of_script[one], one)):
+            if left <= 0:
+                rare[ord(character)] = _EDGE
+            left -= of_script[character]
+    if not rare:
+        return dict(lines)
+    kept: dict[str, float] = {}
+    for line, count in lines.items():
+        shortened = normalised[line].translate(rare)
+        kept[shortened] = kept.get(shortened, 0.0) + count
+    return kept
+
+
+@lru_cache(maxsize=1 << 16)
+def _script_of(character: str) -> str:
+    if _SCRIPTS["zh"].match(character):
+        return "han"
+    return "latin" if _SCRIPTS["en"].match(character) else "other"

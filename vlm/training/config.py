@@ -73,6 +73,9 @@ class TrainConfig:
 
     A small model is hardly faster with more, and much slower where others use the machine.
     """
+    start_from: Path | None = None
+    """A bundle to go on with, its model, tokenizer and picture transform; `model`, `tokenizer` and
+    `preprocess` are then left out. The optimizer and the schedule start anew."""
     tokenizer: Path = Path("tokenizers/emoji-zh-en")
     """A tokenizer folder."""
     report_every: int = 10

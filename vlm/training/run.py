@@ -14,18 +14,18 @@ from vlm.distributed.groups import world_group
 from vlm.embedder import Embedder
 from vlm.errors import ConfigError
 from vlm.files import write_file
-from vlm.images.transforms import TrainingTransform, evaluation_transform, preprocess_cfg
+from vlm.images.transforms import TrainingTransform, evaluation_transform
 from vlm.losses.bilingual import BilingualLoss
 from vlm.losses.cached import CachedContrast
 from vlm.models.batch_norm import synchronize_batch_norm
-from vlm.models.dual_encoder import DualEncoder, build_dual_encoder, open_clip_model_config
+from vlm.models.dual_encoder import DualEncoder
 from vlm.retrieval.evaluation import evaluate_retrieval
 from vlm.retrieval.pairs import pairs_of_split
-from vlm.text.tokenizer import Tokenizer, load_tokenizer
 from vlm.training.checkpoint import Checkpoints, Progress
 from vlm.training.config import TrainConfig, config_as_yaml
 from vlm.training.optimizer import build_optimizer
 from vlm.training.reporter import Reporter
+from vlm.training.start import Start, build_start
 from vlm.training.trainer import LoopConfig, Trainer
 
 BUNDLE_NAME, CONFIG_NAME = "bundle", "config.yaml"
@@ -53,11 +53,11 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         mixed_precision="bf16" if config.precision == "bf16" else "no",
     )
     _check_run_folder(config.run_folder, resume)
-    tokenizer = load_tokenizer(config.tokenizer)
-    loader = _build_loader(config, tokenizer, accelerator)
-    loss = _build_loss(config)
-    evaluate = _evaluation(config, tokenizer)
-    model, optimizer = _build_model(config, tokenizer, accelerator)
+    start = build_start(config)
+    loader = _build_loader(config, start, accelerator)
+    loss = _build_loss(config, start.encoder.logit_bias is not None)
+    evaluate = _evaluation(config, start)
+    model, optimizer = _prepare(start.encoder, config, accelerator)
     encoder: DualEncoder = accelerator.unwrap_model(model)
     checkpoints = Checkpoints(config.run_folder / "checkpoints", keep=config.checkpoint.keep)
     progress = (checkpoints.load_latest(encoder, optimizer) if resume else None) or Progress(0, 0)
@@ -86,6 +86,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
             checkpoints=checkpoints,
             reporter=reporter,
             evaluate=evaluate,
+            first_new_id=start.first_new_id,
         )
         trainer.fit(progress)
     bundle = config.run_folder / BUNDLE_NAME
@@ -93,10 +94,10 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         save_bundle(
             bundle,
             model=encoder,
-            model_cfg=open_clip_model_config(config.model, tokenizer),
-            preprocess_cfg=preprocess_cfg(config.preprocess, config.model.vision_cfg.image_size),
-            tokenizer=tokenizer,
-            languages=config.captions.languages,
+            model_cfg=start.model_cfg,
+            preprocess_cfg=start.preprocess_cfg,
+            tokenizer=start.tokenizer,
+            languages=tuple(dict.fromkeys((*start.languages, *config.captions.languages))),
         )
     accelerator.end_training()
     return bundle
@@ -109,9 +110,7 @@ def _check_run_folder(folder: Path, resume: bool) -> None:
         )
 
 
-def _build_loader(
-    config: TrainConfig, tokenizer: Tokenizer, accelerator: Accelerator
-) -> TrainingLoader:
+def _build_loader(config: TrainConfig, start: Start, accelerator: Accelerator) -> TrainingLoader:
     samples = ShardedSplit(config.data.folder, config.data.split)
     order = BatchOrder(
         size=len(samples),
@@ -120,9 +119,7 @@ def _build_loader(
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
-    transform = TrainingTransform(
-        config.preprocess, config.augmentation, config.model.vision_cfg.image_size
-    )
+    transform = TrainingTransform(start.preprocess, config.augmentation, start.image_size)
     examples = TrainingExamples(
         samples,
         transform,
@@ -130,21 +127,22 @@ def _build_loader(
         seed=config.seed,
         keep_decoded=config.data.keep_decoded,
     )
-    return TrainingLoader(examples, order, tokenizer, workers=config.data.workers)
+    return TrainingLoader(examples, order, start.tokenizer, workers=config.data.workers)
 
 
-def _build_loss(config: TrainConfig) -> BilingualLoss:
+def _build_loss(config: TrainConfig, has_bias: bool) -> BilingualLoss:
     """Build the loss; a collective operation.
 
     Raises:
         ConfigError: the loss does not go with the model or the captions.
         DistributedError: its groups do not go with the number of processes.
     """
-    loss, languages, bias = config.loss, config.captions.languages, config.model.init_logit_bias
-    if (loss.plan.kind == "sigmoid") != (bias is not None):
+    loss, languages = config.loss, config.captions.languages
+    if (loss.plan.kind == "sigmoid") != has_bias:
         raise ConfigError(
-            f"loss.plan.kind is {loss.plan.kind} and model.init_logit_bias {bias}; expected a "
-            "bias for a sigmoid loss, for example -10, and none for a softmax"
+            f"loss.plan.kind is {loss.plan.kind} and the model has {'a' if has_bias else 'no'} "
+            "bias; expected model.init_logit_bias for a sigmoid loss, for example -10, and none "
+            "for a softmax"
         )
     if loss.text_text_weight and len(languages) != 2:
         raise ConfigError(
@@ -160,11 +158,9 @@ def _build_loss(config: TrainConfig) -> BilingualLoss:
     )
 
 
-def _build_model(
-    config: TrainConfig, tokenizer: Tokenizer, accelerator: Accelerator
+def _prepare(
+    encoder: DualEncoder, config: TrainConfig, accelerator: Accelerator
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    torch.manual_seed(config.seed)
-    encoder = build_dual_encoder(config.model, tokenizer)
     # Batch norm is always over the whole batch, so that a run does not depend on its processes.
     model = synchronize_batch_norm(encoder, world_group(), accelerator.device)
     optimizer = build_optimizer(model, config.optimizer)
@@ -185,20 +181,16 @@ def _loop_config(config: TrainConfig) -> LoopConfig:
     )
 
 
-def _evaluation(
-    config: TrainConfig, tokenizer: Tokenizer
-) -> Callable[[DualEncoder], dict[str, float]]:
+def _evaluation(config: TrainConfig, start: Start) -> Callable[[DualEncoder], dict[str, float]]:
     split, languages = config.evaluation.split, config.captions.languages
-    transform = evaluation_transform(
-        preprocess_cfg(config.preprocess, config.model.vision_cfg.image_size)
-    )
+    transform = evaluation_transform(start.preprocess_cfg)
     # Read before the first step, so that a missing split does not end a run half way.
     asked = config.evaluation.every_steps > 0
     pairs = pairs_of_split(config.data.folder, split, languages=languages) if asked else None
 
     def evaluate(model: DualEncoder) -> dict[str, float]:
         assert pairs is not None
-        scores = evaluate_retrieval(Embedder(model, tokenizer, transform), pairs)
+        scores = evaluate_retrieval(Embedder(model, start.tokenizer, transform), pairs)
         return {f"{split}/{name}": value for name, value in scores.items()}
 
     return evaluate

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from vlm.data.sample import Batch
 from vlm.errors import TrainingError
 from vlm.losses.cached import CachedContrast
 from vlm.models.dual_encoder import DualEncoder, Features
+from vlm.models.growth import only_new_rows
 from vlm.text.caption_ids import text_id
 from vlm.training.checkpoint import Checkpoints, Progress
 from vlm.training.reporter import Reporter
@@ -69,6 +71,8 @@ class Trainer:
     reporter: Reporter
     evaluate: Callable[[DualEncoder], dict[str, float]]
     """Scores the unwrapped model; called on the first rank only."""
+    first_new_id: int | None = None
+    """The first id of a grown vocabulary whose row has not been trained yet."""
 
     def fit(self, progress: Progress) -> None:
         """Train from `progress` to the end of the schedule.
@@ -112,19 +116,20 @@ class Trainer:
             [part.image_ids for part in parts],
             [part.caption_ids for part in parts],
         )
-        gradient_norm = self.accelerator.clip_grad_norm_(
-            self.model.parameters(), self.config.max_gradient_norm
-        )
-        # Gradients are averaged over ranks, so every rank comes to the same decision here.
-        if not torch.isfinite(gradient_norm):
-            raise TrainingError(
-                f"the gradient at step {step} is {gradient_norm.item()} "
-                f"(loss {output.loss.item():.4g}); "
-                "lower optimizer.learning_rate or look at the batch's pictures: "
-                + ", ".join(batch.uids[:3])
+        with self._trained_at(step):
+            gradient_norm = self.accelerator.clip_grad_norm_(
+                self.model.parameters(), self.config.max_gradient_norm
             )
-        logit_scale = self._unwrapped.logit_scale.detach()
-        self.optimizer.step()
+            # Gradients are averaged over ranks, so every rank comes to the same decision here.
+            if not torch.isfinite(gradient_norm):
+                raise TrainingError(
+                    f"the gradient at step {step} is {gradient_norm.item()} "
+                    f"(loss {output.loss.item():.4g}); "
+                    "lower optimizer.learning_rate or look at the batch's pictures: "
+                    + ", ".join(batch.uids[:3])
+                )
+            logit_scale = self._unwrapped.logit_scale.detach()
+            self.optimizer.step()
         self.optimizer.zero_grad()
         self._unwrapped.clamp_logit_scale()
         accuracy = torch.stack([term.accuracy for term in output.terms.values()]).mean()
@@ -136,6 +141,16 @@ class Trainer:
             logit_scale=logit_scale,
             learning_rate=rate,
         )
+
+    def _trained_at(self, step: int) -> AbstractContextManager[None]:
+        """Let the first steps of a grown model change its new rows only."""
+        embedding, steps = self._unwrapped.text.token_embedding, self.config.schedule.new_rows_steps
+        if self.first_new_id is not None and step < steps:
+            return only_new_rows(self.model, embedding, first_new=self.first_new_id)
+        if step == steps and steps > 0:
+            # Else the old rows, which have not moved, would start at the new ones' step count.
+            self.optimizer.state.pop(embedding.weight, None)
+        return nullcontext()
 
     def _encode(
         self,

@@ -1,0 +1,110 @@
+"""CLIP's byte-pair vocabulary, split in Rust into the very ids of open_clip's `SimpleTokenizer`."""
+
+import gzip
+from collections.abc import Iterable
+from itertools import chain, groupby
+from pathlib import Path
+
+import regex
+from open_clip.tokenizer import default_bpe
+from tokenizers import AddedToken, Regex, Tokenizer as RustTokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+
+from vlm.errors import TokenizerError
+from vlm.text.fast_vocabulary import FastVocabulary
+from vlm.text.tokenizer import Tokenizer, TokenizerConfig
+
+BEGIN, END = "<start_of_text>", "<end_of_text>"
+CONTEXT_LENGTH = 77
+
+_MERGES = 49_152 - 256 - 2  # as many of the file's lines as CLIP was trained with
+_END_OF_WORD = "</w>"
+
+# Every code point that can be a letter or a digit: planes 4 to 13 are empty, the last private.
+_CHARACTERS = "".join(
+    map(chr, chain(range(0xD800), range(0xE000, 0x40000), range(0xE0000, 0xF0000)))
+)
+
+
+def clip_tokenizer(merges: Path | None = None) -> Tokenizer:
+    """Return CLIP's tokenizer: 49,408 ids, English text, 77 tokens (Radford et al. 2021, 2.4).
+
+    Args:
+        merges: CLIP's list of merges, gzipped; None for the one that open_clip ships.
+
+    Raises:
+        TokenizerError: the file cannot be read.
+    """
+    path = merges or Path(default_bpe())
+    try:
+        lines = gzip.decompress(path.read_bytes()).decode().split("\n")[1 : _MERGES + 1]
+        pairs = [(left, right) for left, right in map(str.split, lines)]
+        if len(pairs) != _MERGES:
+            raise ValueError(f"it has {len(pairs)} merges, expected {_MERGES}")
+        symbols = _byte_symbols()
+        pieces = [*symbols, *(symbol + _END_OF_WORD for symbol in symbols), *map("".join, pairs)]
+        ids = {piece: index for index, piece in enumerate(pieces)}
+        rust = RustTokenizer(BPE(ids, pairs, end_of_word_suffix=_END_OF_WORD))
+    except Exception as error:  # the library raises nothing more definite
+        raise TokenizerError(f"{path} is no gzipped list of CLIP's merges: {error}") from error
+    rust.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_word_pattern()), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    rust.decoder = decoders.Sequence(
+        [decoders.ByteLevel(), decoders.Replace(_END_OF_WORD, " "), decoders.Strip(" ", 0, 1)]
+    )
+    rust.add_special_tokens([AddedToken(piece, normalized=False) for piece in (BEGIN, END)])
+    config = TokenizerConfig(
+        context_length=CONTEXT_LENGTH,
+        begin_of_text=BEGIN,
+        end_of_text=END,
+        padding="!",  # id 0, which CLIP's batches are filled with
+        cleaning="clip",
+    )
+    return Tokenizer(FastVocabulary(rust.to_str().encode()), config)
+
+
+def _byte_symbols() -> list[str]:
+    """Return the characters that stand for bytes, in the order of CLIP's ids.
+
+    Bytes that Latin-1 prints stand for themselves; the others, which come last, are written as
+    the characters from U+0100 on.
+    """
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    return [chr(byte) for byte in printed] + [chr(0x100 + i) for i in range(256 - len(printed))]
+
+
+def _word_pattern() -> str:
+    """Return the pattern of CLIP's words for the Rust library's regular expressions.
+
+    CLIP's own pattern is read by the package `regex`, which ignores case and knows a newer
+    Unicode. Where it takes a character for something else than the Rust library does, that is
+    written out.
+    """
+    letters, digits = _class(r"\p{L}"), _class(r"\p{N}")
+    # One combining letter, U+0345, is neither in a class nor outside of it when case is ignored.
+    neither = set(_CHARACTERS)
+    for one in (r"\s", r"\p{L}", r"\p{N}", r"[^\s\p{L}\p{N}]"):
+        neither -= set(regex.findall(one, _CHARACTERS, regex.IGNORECASE))
+    return (
+        "<[sſ]tart_of_text>|<end_of_text>|'[sſ]|'t|'re|'ve|'m|'ll|'d"
+        rf"|[{letters}]+|[{digits}]|[^\s{letters}{digits}{_ranges(neither)}]+"
+    )
+
+
+def _class(category: str) -> str:
+    theirs = set(regex.findall(category, _CHARACTERS, regex.IGNORECASE))
+    rust = pre_tokenizers.Split(Regex(f"{category}+"), behavior="removed", invert=True)
+    ours = set("".join(run for run, _ in rust.pre_tokenize_str(_CHARACTERS)))
+    assert ours <= theirs, "the Rust library knows a newer Unicode than the package regex"
+    return category + _ranges(theirs - ours)
+
+
+def _ranges(characters: Iterable[str]) -> str:
+    points = sorted(map(ord, characters))
+    # Numbers in a row have the same distance to their place.
+    runs = [list(run) for _, run in groupby(enumerate(points), lambda pair: pair[1] - pair[0])]
+    return "".join(rf"\x{{{run[0][1]:x}}}-\x{{{run[-1][1]:x}}}" for run in runs)

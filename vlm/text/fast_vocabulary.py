@@ -1,0 +1,278 @@
+"""Vocabularies in the `tokenizer.json` of Hugging Face, run by the Rust library `tokenizers`."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, ClassVar
+
+from tokenizers import AddedToken, Tokenizer as RustTokenizer
+
+from vlm.errors import TokenizerError
+from vlm.text.merging import merged_to
+from vlm.text.vocabulary import NewPiece
+
+FILE_NAME = "tokenizer.json"
+
+_SPACE = "▁"  # the piece of a space, which bytes could not say
+_TEXTS_A_THREAD = 512  # fewer are not worth a thread
+
+
+class FastVocabulary:
+    """Pieces of a `tokenizer.json`: BPE, WordPiece, Unigram or whole words, as the file says.
+
+    What the file says of begin and end markers, truncation and padding is not used. Special
+    pieces that a text happens to spell are read as the characters they are, except where the
+    file keeps them whole like any word, as CLIP's does, or a unigram model has them among its
+    pieces, as XLM-R's does.
+
+    Args:
+        definition: The content of a `tokenizer.json`.
+
+    Raises:
+        TokenizerError: it is none.
+    """
+
+    kind: ClassVar[str] = "tokenizer.json"
+
+    def __init__(self, definition: bytes) -> None:
+        try:
+            self._rust = RustTokenizer.from_buffer(definition)
+        except Exception as error:  # the library raises nothing more definite
+            raise TokenizerError(
+                f"not a tokenizer.json ({len(definition)} bytes): {error}"
+            ) from error
+        self._rust.no_truncation()
+        self._rust.no_padding()
+        self._rust.encode_special_tokens = True
+        self._definition = definition
+        self._special_words = self._find_special_words()
+        highest = max(self._rust.get_vocab(with_added_tokens=True).values(), default=-1)
+        self._size = highest + 1
+        self._unknown_id = self._find_unknown()
+
+    @classmethod
+    def load(cls, folder: Path) -> "FastVocabulary":
+        """Read the `tokenizer.json` of a folder.
+
+        Raises:
+            TokenizerError: it is missing or damaged.
+        """
+        path = folder / FILE_NAME
+        if not path.is_file():
+            raise TokenizerError(f"{path} is missing")
+        return cls(path.read_bytes())
+
+    def __len__(self) -> int:
+        """Return the number of ids."""
+        return self._size
+
+    @property
+    def unknown_id(self) -> int | None:
+        """Id of what the vocabulary cannot say; None where it can say everything."""
+        return self._unknown_id
+
+    @property
+    def special_pieces(self) -> Mapping[str, str]:
+        """Nothing: a `tokenizer.json` does not say which piece has which role."""
+        return {}
+
+    def id_of(self, piece: str) -> int | None:
+        """Return the id of a piece; None if it has none."""
+        token_id: int | None = self._rust.token_to_id(piece)
+        return token_id
+
+    def pieces(self) -> list[str]:
+        """Return every piece by its id; ids that the file leaves out are empty."""
+        pieces = [""] * self._size
+        for piece, token_id in self._rust.get_vocab(with_added_tokens=True).items():
+            pieces[token_id] = piece
+        return pieces
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Split texts into pieces, without begin and end; large batches on every core.
+
+        Raises:
+            TokenizerError: the file has no piece for what is unknown, and a text needs it.
+        """
+        rows = self._encode_on_threads(texts)
+        for index, text in enumerate(texts):
+            if any(special in text for special in self._special_words):
+                rows[index] = self._encode_with_special_words(text)
+        return rows
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Join pieces to a text."""
+        # The library's `Strip` panics on an empty text.
+        return str(self._rust.decode(list(ids), skip_special_tokens=False)) if ids else ""
+
+    def files(self) -> Mapping[str, bytes]:
+        """Return the content of the vocabulary's files by name."""
+        return {FILE_NAME: self._definition}
+
+    def with_pieces(self, new: Sequence[NewPiece]) -> "FastVocabulary":
+        """Return the same vocabulary with pieces added after its last id.
+
+        The new pieces are found first, the longest from the left, wherever they stand in a
+        text; what is between them is split as before. So a text that holds none of them keeps
+        its ids, and a piece has one id wherever it stands in a word.
+
+        Raises:
+            TokenizerError: a piece is there already, or the file leaves out ids.
+        """
+        counts = Counter(piece.text for piece in new)
+        known = [text for text, n in counts.items() if n > 1 or self.id_of(text) is not None]
+        if known:
+            raise TokenizerError(f"pieces are there already or twice: {', '.join(known[:5])}")
+        rust = RustTokenizer.from_buffer(self._definition)
+        normalised = rust.normalizer is not None
+        rust.add_tokens([AddedToken(piece.text, normalized=normalised) for piece in new])
+        if [rust.token_to_id(piece.text) for piece in new] != [
+            *range(len(self), len(self) + len(new))
+        ]:
+            raise TokenizerError("the vocabulary leaves out ids, which new pieces would get")
+        return FastVocabulary(rust.to_str().encode())
+
+    def reduced_to(self, kept: Sequence[int]) -> tuple["FastVocabulary", list[int]]:
+        """Return a vocabulary of some pieces only, in the same order, and the ids it kept.
+
+        Texts of the kept pieces are split as before; only a word that a WordPiece model did not
+        know, because it began with a piece that is gone, may be split now.
+
+        Args:
+            kept: Ids to keep; those that are merged to them, single bytes, with them that of a
+                space, and special pieces are kept as well. In a unigram model it is the worst
+                piece, because what is unknown scores by it.
+
+        Raises:
+            TokenizerError: the model is of a kind that cannot be reduced.
+        """
+        definition = self._record()
+        ids = sorted(self._with_what_they_need(kept, definition))
+        new_id = {old: new for new, old in enumerate(ids)}
+        _reduce(definition["model"], new_id)
+        definition["added_tokens"] = [
+            added | {"id": new_id[added["id"]]}
+            for added in definition["added_tokens"]
+            if added["id"] in new_id
+        ]
+        definition["post_processor"] = None  # it names special pieces by their old ids
+        return FastVocabulary(json.dumps(definition, ensure_ascii=False).encode()), ids
+
+    def _encode_on_threads(self, texts: Sequence[str]) -> list[list[int]]:
+        # The library's own threads are unusable after a fork, and open_clip turns them off.
+        threads = min(os.cpu_count() or 1, len(texts) // _TEXTS_A_THREAD)
+        if threads < 2:
+            return self._encode_batch(texts)
+        size = -(-len(texts) // threads)
+        parts = [texts[start : start + size] for start in range(0, len(texts), size)]
+        with ThreadPoolExecutor(threads) as pool:
+            return list(chain.from_iterable(pool.map(self._encode_batch, parts)))
+
+    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        try:
+            encodings = self._rust.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # the library raises nothing more definite
+            raise TokenizerError(f"the tokenizer cannot split a text: {error}") from error
+        return [encoding.ids for encoding in encodings]
+
+    def _encode_with_special_words(self, text: str) -> list[int]:
+        encoding = self._rust.encode(text, add_special_tokens=False)
+        pieces = zip(encoding.word_ids, encoding.offsets, encoding.ids, strict=True)
+        row: list[int] = []
+        for _, word in groupby(pieces, key=itemgetter(0)):
+            _, offsets, ids = zip(*word, strict=True)
+            special = self._special_words.get(text[offsets[0][0] : offsets[-1][1]])
+            row += ids if special is None else [special]
+        return row
+
+    def _find_unknown(self) -> int | None:
+        model = self._record()["model"]
+        if model["type"] == "Unigram":
+            return None if model.get("byte_fallback") else model.get("unk_id")
+        piece = model.get("unk_token")
+        return None if piece is None else self.id_of(piece)
+
+    def _find_special_words(self) -> dict[str, int]:
+        """Find the ids of the special pieces that are words to the pre-tokenizer."""
+        if self._rust.pre_tokenizer is None:
+            return {}
+        return {
+            token.content: token_id
+            for token_id, token in self._rust.get_added_tokens_decoder().items()
+            if token.special
+            and [word for word, _ in self._rust.pre_tokenizer.pre_tokenize_str(token.content)]
+            == [token.content]
+        }
+
+    def _record(self) -> dict[str, Any]:
+        """Return the file as the library writes it today: older files lack parts of it."""
+        record: dict[str, Any] = json.loads(self._rust.to_str())
+        return record
+
+    def _with_what_they_need(self, kept: Iterable[int], definition: dict[str, Any]) -> set[int]:
+        needed = set(kept) | {a["id"] for a in definition["added_tokens"] if a["special"]}
+        if self.unknown_id is not None:
+            needed.add(self.unknown_id)
+        model = definition["model"]
+        if model["type"] == "Unigram":
+            scores = [score for _, score in model["vocab"]]
+            needed |= {scores.index(min(scores)), model["unk_id"]} - {None}
+            if model["byte_fallback"]:
+                said = (i for i, p in enumerate(self.pieces()) if _is_byte(p) or p == _SPACE)
+                needed.update(said)
+        if model["type"] == "BPE":
+            needed |= _merged_from(needed, model)
+        return needed
+
+
+def _reduce(model: dict[str, Any], new_id: Mapping[int, int]) -> None:
+    """Leave in the `model` of a `tokenizer.json` only the ids that have a new one."""
+    if model["type"] == "Unigram":
+        model["vocab"] = [entry for i, entry in enumerate(model["vocab"]) if i in new_id]
+        if model.get("unk_id") is not None:
+            model["unk_id"] = new_id[model["unk_id"]]
+        return
+    if model["type"] not in ("BPE", "WordPiece", "WordLevel"):
+        raise TokenizerError(f"cannot reduce a vocabulary of the kind {model['type']}")
+    if model["type"] == "BPE" and model.get("continuing_subword_prefix"):
+        raise TokenizerError("cannot reduce byte-pair merges that mark the inside of a word")
+    vocabulary = {piece: new_id[i] for piece, i in model["vocab"].items() if i in new_id}
+    model["vocab"] = vocabulary
+    if model["type"] == "BPE":
+        model["merges"] = [
+            [left, right]
+            for left, right in model["merges"]
+            if left in vocabulary and right in vocabulary and left + right in vocabulary
+        ]
+
+
+def _merged_from(ids: Iterable[int], model: Mapping[str, Any]) -> set[int]:
+    """Return all that BPE merges on its way to `ids`, and the symbols it starts from."""
+    vocabulary: dict[str, int] = model["vocab"]
+    places = {(left, right): place for place, (left, right) in enumerate(model["merges"])}
+    merged = {left + right for left, right in places}
+    # What no merge makes is what texts are first split into, such as bytes.
+    reached = {i for piece, i in vocabulary.items() if piece not in merged}
+    piece_of = {i: piece for piece, i in vocabulary.items()}
+    for piece in merged.intersection(map(piece_of.get, ids)):
+        symbols = _symbols(piece, model.get("end_of_word_suffix") or "")
+        parts = merged_to(symbols, lambda left, right: places.get((left, right)))
+        reached.update(vocabulary[part] for part in parts)
+    return reached
+
+
+def _symbols(piece: str, suffix: str) -> list[str]:
+    """Split a piece into its characters; the last one of a word has the suffix."""
+    if not suffix or not piece.endswith(suffix):
+        return list(piece)
+    word = piece.removesuffix(suffix)
+    return [*word[:-1], word[-1:] + suffix]
+
+
+def _is_byte(piece: str) -> bool:
+    return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")

@@ -1,0 +1,124 @@
+"""Tokenizers as others publish them, read into the contract."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer as RustTokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import WordPiece
+
+from vlm.errors import TokenizerError
+from vlm.text.clip_bpe import clip_tokenizer
+from vlm.text.fast_vocabulary import FILE_NAME, FastVocabulary
+from vlm.text.sentencepiece_vocabulary import SentencePieceVocabulary
+from vlm.text.tokenizer import DESCRIPTION_NAME, Tokenizer, TokenizerConfig, load_tokenizer
+from vlm.text.vocabulary import Vocabulary
+
+_CONTEXT_LENGTH = 77
+_BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def import_tokenizer(source: str, **changes: Any) -> Tokenizer:
+    """Read a tokenizer of any kind that this package knows.
+
+    * `clip`: CLIP's byte-pair vocabulary, as open_clip ships it;
+    * a tokenizer folder of this package;
+    * a `.model` file of SentencePiece, between the model's own begin and end;
+    * a `vocab.txt` of BERT, lower-cased, with each Chinese character by itself: Chinese-CLIP's
+      ids, and its 52 tokens;
+    * a `tokenizer.json`, or a folder with one and the `tokenizer_config.json` that names its
+      begin, end and padding pieces.
+
+    Args:
+        source: One of the above.
+        changes: Fields of `TokenizerConfig` that differ from what the source says.
+
+    Raises:
+        TokenizerError: the source is none of these, or damaged, or a piece has to be named.
+    """
+    path = Path(source)
+    if source == "clip":
+        return _changed(clip_tokenizer(), changes)
+    if (path / DESCRIPTION_NAME).is_file():
+        return _changed(load_tokenizer(path), changes)
+    if (path / FILE_NAME).is_file():
+        path /= FILE_NAME
+    if not path.is_file():
+        raise TokenizerError(
+            f"there is no tokenizer {source}; expected clip, a tokenizer folder, or a file "
+            ".model, vocab.txt or tokenizer.json"
+        )
+    if path.suffix == ".model":
+        model = SentencePieceVocabulary(path.read_bytes())
+        return _described(model, {**model.special_pieces, **changes})
+    if path.suffix == ".json":
+        named = _special_pieces_beside(path)
+        return _described(FastVocabulary(path.read_bytes()), {**named, **changes})
+    if path.suffix == ".txt":
+        config = TokenizerConfig(
+            context_length=52, begin_of_text="[CLS]", end_of_text="[SEP]", padding="[PAD]"
+        )
+        return _changed(Tokenizer(_wordpiece(path), config), changes)
+    raise TokenizerError(f"{path} is no .model, vocab.txt or tokenizer.json")
+
+
+def _changed(tokenizer: Tokenizer, changes: dict[str, Any]) -> Tokenizer:
+    return Tokenizer(tokenizer.vocabulary, replace(tokenizer.config, **changes))
+
+
+def _described(vocabulary: Vocabulary, description: dict[str, Any]) -> Tokenizer:
+    description = {"context_length": _CONTEXT_LENGTH, "begin_of_text": None} | description
+    missing = [role for role in ("end_of_text", "padding") if role not in description]
+    if missing:
+        raise TokenizerError(
+            f"the tokenizer does not say which piece is its {' and which its '.join(missing)}; "
+            f"name it by {' and '.join(f'--{role}' for role in missing)}"
+        )
+    return Tokenizer(vocabulary, TokenizerConfig(**description))
+
+
+def _special_pieces_beside(path: Path) -> dict[str, Any]:
+    """Return what the `tokenizer_config.json` beside a `tokenizer.json` says."""
+    beside = path.with_name("tokenizer_config.json")
+    if not beside.is_file():
+        return {}
+    try:
+        config = dict(json.loads(beside.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise TokenizerError(f"{beside} is not a JSON object: {error}") from error
+    # BERT's kind of tokenizer names its begin `cls` and its end `sep`.
+    roles = {
+        "begin_of_text": config.get("bos_token") or config.get("cls_token"),
+        "end_of_text": config.get("eos_token") or config.get("sep_token"),
+        "padding": config.get("pad_token"),
+        "truncation": config.get("truncation_side"),
+    }
+    named = {
+        role: piece.get("content", piece) if isinstance(piece, dict) else piece
+        for role, piece in roles.items()
+        if piece is not None
+    }
+    longest = config.get("model_max_length")
+    # Where nobody knew, Hugging Face writes a number of thirty digits.
+    return named | ({"context_length": longest} if type(longest) is int and longest < 1e9 else {})
+
+
+def _wordpiece(path: Path) -> FastVocabulary:
+    """Read BERT's list of pieces, one a line, whose ids are their lines."""
+    try:
+        pieces = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{path} is not UTF-8 text: {error.reason}") from error
+    missing = [piece for piece in _BERT_SPECIALS if piece not in pieces]
+    if missing:
+        raise TokenizerError(f"{path} is no vocabulary of BERT: it has no {', '.join(missing)}")
+    ids = {piece: index for index, piece in enumerate(pieces)}
+    rust = RustTokenizer(WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=200))
+    rust.normalizer = normalizers.BertNormalizer(
+        clean_text=True, handle_chinese_chars=True, strip_accents=True, lowercase=True
+    )
+    rust.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    rust.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    rust.add_special_tokens([AddedToken(piece, normalized=False) for piece in _BERT_SPECIALS])
+    return FastVocabulary(rust.to_str().encode())

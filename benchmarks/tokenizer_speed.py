@@ -305,8 +305,11 @@ def main() -> None:
     parser.add_argument("--children", type=int, default=3, help="processes to measure memory in")
     parser.add_argument("--out", type=Path, help="write the JSON to this file as well")
     options = parser.parse_args()
+    import torch
+
     from vlm.text.clip_bpe import clip_tokenizer
 
+    torch.set_num_threads(1)  # more do not speed either up, but spin, which counts as CPU time
     setting = describe_setting("benchmarks/tokenizer_speed.py", threads=os.cpu_count() or 1)
     setting["versions"] |= {each: version(each) for each in ("tokenizers", "ftfy", "regex")}
     found = {

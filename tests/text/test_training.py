@@ -163,7 +163,7 @@ def test_a_word_is_the_same_piece_at_the_start_of_a_word_and_inside_one_if_space
 
 
 def test_separate_spaces_have_a_piece_even_if_no_text_has_one():
-    tokenizer = train(en=EN_WORDS, separate_spaces=True, vocab_size=300)
+    tokenizer = train(en=EN_WORDS, separate_spaces=True, vocab_size=320)
     assert pieces_of(tokenizer, "cat")[0] == "▁"
     assert tokenizer.decode(ids_of(tokenizer, "cat sun")) == "cat sun"
 
@@ -180,8 +180,8 @@ def test_common_pieces_are_as_probable_as_they_are_used(captions, separate_space
         for token, piece in enumerate(pieces)
         if piece.type == 1 and used[token] >= 100
     }
-    assert len(ratio) > 50
-    assert max(ratio.values()) < 4, sorted(ratio.items(), key=lambda item: -item[1])[:5]
+    assert len(ratio) > 20
+    assert max(ratio.values()) < 2, sorted(ratio.items(), key=lambda item: -item[1])[:5]
 
 
 def test_a_word_is_one_piece_with_the_space_before_it_otherwise():

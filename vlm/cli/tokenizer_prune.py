@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 
 from vlm.bundle import is_bundle, load_bundle
 from vlm.cli.text_sources import LANGUAGES, add_text_arguments, read_texts
+from vlm.errors import TokenizerError
 from vlm.files import write_file
 from vlm.text.pruning import prune
 from vlm.text.tokenizer import load_tokenizer
@@ -32,6 +33,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Any) -> None:
     """Prune; print the folder, where `kept_ids.json` has the old id of each new one."""
+    if not any(getattr(options, language) for language in LANGUAGES):
+        raise TokenizerError("give texts by --zh and --en: files or folders of captions")
     bundle = load_bundle(options.source) if is_bundle(options.source) else None
     tokenizer = bundle.tokenizer if bundle else load_tokenizer(options.source)
     texts = chain.from_iterable(read_texts(options, language) for language in LANGUAGES)

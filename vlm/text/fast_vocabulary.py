@@ -19,6 +19,7 @@ from vlm.text.vocabulary import NewPiece
 FILE_NAME = "tokenizer.json"
 
 _SPACE = "▁"  # the piece of a space, which bytes could not say
+_MOST_WORDS = 200_000  # whose ids are kept, some 40 MiB
 _TEXTS_A_THREAD = 512  # fewer are not worth a thread
 
 
@@ -51,6 +52,8 @@ class FastVocabulary:
         self._rust.encode_special_tokens = True
         self._definition = definition
         self._special_words = self._find_special_words()
+        self._drops_spaces = self._is_alike_between_spaces()
+        self._words: dict[str, list[int]] = {}
         highest = max(self._rust.get_vocab(with_added_tokens=True).values(), default=-1)
         self._size = highest + 1
         self._unknown_id = self._find_unknown()
@@ -99,6 +102,30 @@ class FastVocabulary:
         Raises:
             TokenizerError: the file has no piece for what is unknown, and a text needs it.
         """
+        if not self._drops_spaces:
+            return self._encode_whole(texts)
+        # Between spaces English repeats itself; Chinese does not, and has no spaces.
+        english = [text.isascii() for text in texts]
+        words = iter(
+            self._encode_words([t for t, is_so in zip(texts, english, strict=True) if is_so])
+        )
+        others = iter(
+            self._encode_whole([t for t, is_so in zip(texts, english, strict=True) if not is_so])
+        )
+        return [next(words if is_so else others) for is_so in english]
+
+    def _encode_words(self, texts: Sequence[str]) -> list[list[int]]:
+        """Split texts at spaces, and only those words that are new to this process further."""
+        split = [text.split(" ") for text in texts]
+        known = self._words
+        new = list({word for row in split for word in row if word not in known})
+        if len(known) + len(new) > _MOST_WORDS:
+            known = self._words = {}
+            new = list({word for row in split for word in row})
+        known.update(zip(new, self._encode_whole(new), strict=True))
+        return [list(chain.from_iterable([known[word] for word in row])) for row in split]
+
+    def _encode_whole(self, texts: Sequence[str]) -> list[list[int]]:
         rows = self._encode_on_threads(texts)
         for index, text in enumerate(texts):
             if any(special in text for special in self._special_words):
@@ -196,6 +223,17 @@ class FastVocabulary:
             return None if model.get("byte_fallback") else model.get("unk_id")
         piece = model.get("unk_token")
         return None if piece is None else self.id_of(piece)
+
+    def _is_alike_between_spaces(self) -> bool:
+        """Say whether what stands between two spaces has the same pieces in every text."""
+        before = self._rust.pre_tokenizer
+        if before is None or self._rust.normalizer is not None:
+            return False
+        drops = [word for word, _ in before.pre_tokenize_str(" x  y ")] == ["x", "y"]
+        return drops and not any(
+            " " in token.content or token.lstrip or token.rstrip or token.single_word
+            for token in self._rust.get_added_tokens_decoder().values()
+        )
 
     def _find_special_words(self) -> dict[str, int]:
         """Find the ids of the special pieces that are words to the pre-tokenizer."""

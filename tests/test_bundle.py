@@ -23,7 +23,7 @@ from tests.builders import (
 )
 from vlm.bundle import load_bundle, save_bundle
 from vlm.embedder import Embedder
-from vlm.errors import CheckpointError, VlmError
+from vlm.errors import CheckpointError, TokenizerError, VlmError
 from vlm.images.transforms import PreprocessConfig, preprocess_cfg
 from vlm.models.dual_encoder import build_dual_encoder, open_clip_model_config
 
@@ -244,7 +244,7 @@ def test_another_tokenizer_is_refused_with_both_fingerprints(copy, folder, chang
     other.save(copy / "tokenizer")
     own = load_bundle(folder).tokenizer.fingerprint
     said = rf"another tokenizer \({other.fingerprint[:12]}\) .* \({own[:12]}\)"
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(TokenizerError, match=said):
         load_bundle(copy)
 
 

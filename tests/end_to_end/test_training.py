@@ -138,8 +138,11 @@ def test_every_kind_of_loss_trains_on_two_processes(tmp_path, changes):
         ({"model.vision_cfg.timm_model_name": "resnet10"}, "timm has no model 'resnet10'; near"),
         ({"loss.plan.group_size": 2}, "group_size is 2; expected a divisor of the world size, 1"),
         ({"loss.plan.mesh": "[2, 1]"}, "the mesh is 2 x 1; expected rows times columns to be "),
-        ({"loss.plan.kind": "sigmoid"}, "expected a bias for a sigmoid loss, for example -10"),
-        ({"model.init_logit_bias": -10}, "kind is softmax and model.init_logit_bias -10.0"),
+        (
+            {"loss.plan.kind": "sigmoid"},
+            "expected model.init_logit_bias for a sigmoid loss, for example -10",
+        ),
+        ({"model.init_logit_bias": -10}, "kind is softmax and the model has a bias; expected"),
         ({"loss.micro_batches": 0}, "micro_batches is 0; expected at least 1"),
         (
             {"loss.text_text_weight": 0.5, "captions.languages": "[zh]"},

@@ -16,14 +16,9 @@ from vlm.data.manifest import Manifest, read_manifest, write_manifest
 from vlm.data.sample import Sample
 from vlm.data.shards import write_shards
 from vlm.images.transforms import PreprocessConfig, preprocess_cfg
-from vlm.models.dual_encoder import (
-    DualEncoder,
-    ImageTowerConfig,
-    ModelConfig,
-    TextTowerConfig,
-    build_dual_encoder,
-    open_clip_model_config,
-)
+from vlm.models.build import build_from_config, encoder_model_cfg
+from vlm.models.config import ImageTowerConfig, ModelConfig, TextTowerConfig
+from vlm.models.dual_encoder import DualEncoder
 from vlm.text.tokenizer import Tokenizer
 from vlm.text.training import SentencePieceConfig, train_sentencepiece
 
@@ -122,7 +117,7 @@ def tiny_model(tokenizer: Tokenizer, *, seed: int = 0) -> DualEncoder:
     """Build the tiny model with random weights, in evaluation mode; torch's own seed is kept."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return build_dual_encoder(TINY_MODEL, tokenizer).eval()
+        return build_from_config(TINY_MODEL, tokenizer).eval()
 
 
 def tiny_bundle(folder: Path, *, seed: int = 0, context_length: int = 16) -> Path:
@@ -131,7 +126,7 @@ def tiny_bundle(folder: Path, *, seed: int = 0, context_length: int = 16) -> Pat
     save_bundle(
         folder,
         model=tiny_model(tokenizer, seed=seed),
-        model_cfg=open_clip_model_config(TINY_MODEL, tokenizer),
+        model_cfg=encoder_model_cfg(TINY_MODEL, tokenizer),
         preprocess_cfg=preprocess_cfg(PreprocessConfig(), IMAGE_SIZE),
         tokenizer=tokenizer,
         languages=("zh", "en"),

@@ -25,7 +25,9 @@ from vlm.bundle import load_bundle, save_bundle
 from vlm.embedder import Embedder
 from vlm.errors import CheckpointError, TokenizerError, VlmError
 from vlm.images.transforms import PreprocessConfig, preprocess_cfg
-from vlm.models.dual_encoder import build_dual_encoder, open_clip_model_config
+from vlm.models.build import build_encoder, build_from_config, encoder_model_cfg
+from vlm.models.config import ModelConfig
+from vlm.models.multiway_config import MultiwayConfig
 
 WEIGHTS = "open_clip_model.safetensors"
 TEXTS = [text for pair in THINGS for text in pair]
@@ -58,7 +60,7 @@ def save(folder, model, tokenizer, **changes):
     save_bundle(
         folder,
         model=model,
-        model_cfg=open_clip_model_config(TINY_MODEL, tokenizer),
+        model_cfg=encoder_model_cfg(TINY_MODEL, tokenizer),
         preprocess_cfg=preprocess_cfg(PreprocessConfig(**changes), IMAGE_SIZE),
         tokenizer=tokenizer,
         languages=("zh", "en"),
@@ -144,13 +146,13 @@ def test_open_clip_reads_a_bundle_and_gives_the_same_features(folder):
 def test_the_bias_of_a_sigmoid_loss_is_kept_and_open_clip_reads_it(tmp_path):
     tokenizer = tiny_tokenizer()
     config = replace(TINY_MODEL, init_logit_bias=-10.0)
-    model = build_dual_encoder(config, tokenizer)
+    model = build_from_config(config, tokenizer)
     with torch.no_grad():
         model.logit_bias.fill_(-7.5)
     save_bundle(
         tmp_path / "bundle",
         model=model,
-        model_cfg=open_clip_model_config(config, tokenizer),
+        model_cfg=encoder_model_cfg(config, tokenizer),
         preprocess_cfg=preprocess_cfg(PreprocessConfig(), IMAGE_SIZE),
         tokenizer=tokenizer,
         languages=("zh", "en"),
@@ -158,6 +160,93 @@ def test_the_bias_of_a_sigmoid_loss_is_kept_and_open_clip_reads_it(tmp_path):
     assert load_bundle(tmp_path / "bundle").model.logit_bias.item() == -7.5
     theirs, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'bundle'}")
     assert theirs.logit_bias.item() == -7.5
+
+
+MULTIWAY = MultiwayConfig(
+    image_size=IMAGE_SIZE, patch_size=16, width=32, heads=2, ffn_width=64, layers=1, vl_layers=1,
+    embed_dim=24, text_positions=20,
+)  # fmt: skip
+
+
+def save_cfg(folder, cfg, tokenizer, **changes):
+    """Write a bundle of the model that `cfg` describes; return the model."""
+    torch.manual_seed(0)
+    model = build_encoder(cfg).eval()
+    save_bundle(
+        folder,
+        model=model,
+        model_cfg=cfg,
+        preprocess_cfg=preprocess_cfg(PreprocessConfig(), IMAGE_SIZE),
+        tokenizer=tokenizer,
+        languages=("zh", "en"),
+        **changes,
+    )
+    return model
+
+
+@torch.inference_mode()
+def same_features(bundle, model):
+    tokens = bundle.tokenizer.encode(TEXTS)
+    assert bundle.model.encode_text(tokens).equal(model.encode_text(tokens))
+    assert bundle.model.encode_image(pixels(bundle)).equal(model.encode_image(pixels(bundle)))
+
+
+@pytest.mark.usefixtures("no_network")
+def test_multiway_towers_are_described_where_open_clip_does_not_look(tmp_path):
+    tokenizer = tiny_tokenizer()
+    cfg = encoder_model_cfg(ModelConfig(multiway=MULTIWAY), tokenizer)
+    model = save_cfg(tmp_path / "bundle", cfg, tokenizer)
+    bundle = load_bundle(tmp_path / "bundle")
+    same_features(bundle, model)
+    assert bundle.model_cfg == cfg
+    assert not (tmp_path / "bundle/open_clip_config.json").exists()
+    config = json.loads((tmp_path / "bundle/model_config.json").read_text())
+    assert config.keys() == {"model_cfg", "preprocess_cfg"}
+
+
+@pytest.mark.parametrize("damage", ["field", "file"])
+def test_a_damaged_description_of_multiway_towers_is_named(tmp_path, damage):
+    tokenizer = tiny_tokenizer()
+    cfg = encoder_model_cfg(ModelConfig(multiway=MULTIWAY), tokenizer)
+    save_cfg(tmp_path / "bundle", cfg, tokenizer)
+    path = tmp_path / "bundle/model_config.json"
+    if damage == "file":
+        path.write_text("{")
+    else:
+        change_json(path, lambda record: record["model_cfg"]["multiway"].update(heads=5))
+    with pytest.raises(CheckpointError, match=r"model_config\.json"):
+        load_bundle(tmp_path / "bundle")
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_text_tower_of_transformers_needs_no_network_and_keeps_to_open_clips_fields(tmp_path):
+    tokenizer = tiny_tokenizer()
+    bert = {
+        "model_type": "bert", "vocab_size": tokenizer.vocab_size, "hidden_size": 32,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48,
+        "pad_token_id": tokenizer.special_ids.padding,
+    }  # fmt: skip
+    text_cfg = {
+        "hf_model_name": "nobody/no-such-model", "hf_proj_type": "linear",
+        "hf_pooler_type": "cls_last_hidden_state_pooler", "hf_config": bert,
+    }  # fmt: skip
+    vision_cfg = {"image_size": IMAGE_SIZE, "layers": 1, "width": 64, "patch_size": 16}
+    cfg = {"embed_dim": 16, "vision_cfg": vision_cfg, "text_cfg": text_cfg, "custom_text": True}
+    model = save_cfg(tmp_path / "bundle", cfg, tokenizer)
+    bundle = load_bundle(tmp_path / "bundle")
+    same_features(bundle, model)
+    assert bundle.model_cfg == cfg
+    theirs = json.loads((tmp_path / "bundle/open_clip_config.json").read_text())
+    assert "hf_config" not in theirs["model_cfg"]["text_cfg"]
+    assert json.loads((tmp_path / "bundle/vlm.json").read_text())["hf_config"] == bert
+
+
+@pytest.mark.parametrize("widths", [(), (8, 16)])
+def test_the_widths_that_features_were_trained_at_are_kept(tmp_path, widths):
+    tokenizer = tiny_tokenizer()
+    cfg = encoder_model_cfg(TINY_MODEL, tokenizer)
+    save_cfg(tmp_path / "bundle", cfg, tokenizer, truncate_dims=widths)
+    assert load_bundle(tmp_path / "bundle").truncate_dims == widths
 
 
 @pytest.mark.usefixtures("no_network")

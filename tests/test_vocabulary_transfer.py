@@ -16,7 +16,7 @@ from vlm.bundle import load_bundle, save_bundle
 from vlm.data.dataset import ShardedSplit
 from vlm.errors import ConfigError, TokenizerError
 from vlm.images.transforms import PreprocessConfig, preprocess_cfg
-from vlm.models.dual_encoder import build_from_open_clip_config
+from vlm.models.build import build_encoder
 from vlm.text.clip_bpe import clip_tokenizer
 from vlm.text.pruning import prune
 from vlm.text.tokenizer import Tokenizer, load_tokenizer
@@ -44,7 +44,7 @@ def clip():
 def bundle(clip, tmp_path):
     """An English CLIP of open_clip's kind with random weights."""
     torch.manual_seed(0)
-    model = build_from_open_clip_config(MODEL_CFG)
+    model = build_encoder(MODEL_CFG)
     torch.nn.init.normal_(model.text.positional_embedding, std=0.5)  # so that positions matter
     save_bundle(
         tmp_path / "english",

@@ -34,11 +34,13 @@ _HOMES = {
 }
 
 
-def load(folder: str | Path, *, device: str | None = None) -> "Embedder":
+def load(
+    folder: str | Path, *, device: str | None = None, truncate_dim: int | None = None
+) -> "Embedder":
     """Read a bundle; see `vlm.embedder.Embedder.load`."""
     from vlm.embedder import Embedder
 
-    return Embedder.load(folder, device=device)
+    return Embedder.load(folder, device=device, truncate_dim=truncate_dim)
 
 
 def __getattr__(name: str) -> Any:

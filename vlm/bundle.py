@@ -16,13 +16,16 @@ from torch import Tensor
 from vlm.errors import CheckpointError, TokenizerError, VlmError
 from vlm.files import sha256_of, write_folder
 from vlm.images.transforms import evaluation_transform
-from vlm.models.dual_encoder import DualEncoder, build_from_open_clip_config
+from vlm.models.build import build_encoder
+from vlm.models.dual_encoder import DualEncoder
+from vlm.models.multiway import MultiwayEncoder
 from vlm.text.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT_VERSION = 1
 
-# The first two names are open_clip's; its `local-dir:` scheme looks for them.
-_MODEL_CONFIG = "open_clip_config.json"
+# The first and the last name are open_clip's; its `local-dir:` scheme looks for them.
+_OPEN_CLIP_CONFIG = "open_clip_config.json"
+_MODEL_CONFIG = "model_config.json"  # of what open_clip has not
 _WEIGHTS = "open_clip_model.safetensors"
 _TOKENIZER = "tokenizer"
 _DESCRIPTION = "vlm.json"
@@ -33,17 +36,19 @@ _OUR_SCALE, _OPEN_CLIP_SCALE = "log_logit_scale", "logit_scale"
 class Bundle:
     """A trained model with the tokenizer and picture transform it was trained with."""
 
-    model: DualEncoder
+    model: DualEncoder | MultiwayEncoder
     tokenizer: Tokenizer
     transform: Callable[[Image.Image], Float[Tensor, "3 height width"]]
     languages: tuple[str, ...]
     """Languages of the training captions."""
     model_cfg: Mapping[str, Any]
-    """open_clip's description of the model."""
+    """open_clip's description of the model, or that of a multiway one: see `build_encoder`."""
     preprocess_cfg: Mapping[str, Any]
     """open_clip's description of the picture transform."""
     first_new_id: int | None = None
     """The first id whose row of the embedding has not been trained yet; None where all have."""
+    truncate_dims: tuple[int, ...] = ()
+    """Widths at which features cut to their first numbers were trained as well (Matryoshka)."""
     fingerprint: str
     """SHA-256 of the weights; two bundles with one fingerprint give the same embeddings."""
 
@@ -51,28 +56,31 @@ class Bundle:
 def save_bundle(
     folder: Path,
     *,
-    model: DualEncoder,
+    model: DualEncoder | MultiwayEncoder,
     model_cfg: Mapping[str, Any],
     preprocess_cfg: Mapping[str, Any],
     tokenizer: Tokenizer,
     languages: tuple[str, ...],
     first_new_id: int | None = None,
+    truncate_dims: tuple[int, ...] = (),
 ) -> None:
     """Write a bundle, whole or not at all.
 
     Args:
         folder: Where to; a bundle already there is replaced.
         model: The model whose weights are written, as float32.
-        model_cfg: open_clip's description of the model.
+        model_cfg: The description from which `build_encoder` builds the model.
         preprocess_cfg: open_clip's description of the picture transform.
         tokenizer: The tokenizer the model was trained with.
         languages: Languages of the training captions.
         first_new_id: The first id of a grown vocabulary, where its rows are not trained yet.
+        truncate_dims: Smaller widths that features were trained at as well.
     """
     weights = {
         _OPEN_CLIP_SCALE if name == _OUR_SCALE else name: tensor.contiguous().cpu()
         for name, tensor in model.state_dict().items()
     }
+    their_cfg, hf_config = _without_hf_config(model_cfg)
     description = {
         "format": FORMAT_VERSION,
         "vlm": version("vlm"),
@@ -81,11 +89,14 @@ def save_bundle(
             "fingerprint": tokenizer.fingerprint,
             "context_length": tokenizer.context_length,
         },
-    } | ({} if first_new_id is None else {"first_new_id": first_new_id})
+    } | _given(
+        first_new_id=first_new_id, truncate_dims=list(truncate_dims) or None, hf_config=hf_config
+    )
     with write_folder(folder) as temporary:
         save_file(weights, temporary / _WEIGHTS)
-        config = {"model_cfg": dict(model_cfg), "preprocess_cfg": dict(preprocess_cfg)}
-        _write_json(temporary / _MODEL_CONFIG, config)
+        config = {"model_cfg": their_cfg, "preprocess_cfg": dict(preprocess_cfg)}
+        name = _MODEL_CONFIG if "multiway" in model_cfg else _OPEN_CLIP_CONFIG
+        _write_json(temporary / name, config)
         tokenizer.save(temporary / _TOKENIZER)
         _write_json(temporary / _DESCRIPTION, description)
 
@@ -105,12 +116,16 @@ def load_bundle(folder: Path) -> Bundle:
     if not is_bundle(folder):
         raise CheckpointError(f"{folder} is not a bundle: it has no {_DESCRIPTION}")
     description = _read_json(folder / _DESCRIPTION)
-    config = _read_json(folder / _MODEL_CONFIG)
+    ours = (folder / _MODEL_CONFIG).is_file()
+    config_path = folder / (_MODEL_CONFIG if ours else _OPEN_CLIP_CONFIG)
+    config = _read_json(config_path)
     try:
         format_version = description["format"]
         fingerprint = str(description["tokenizer"]["fingerprint"])
         languages = tuple(description["languages"])
-        model_cfg, preprocess_cfg = config["model_cfg"], config["preprocess_cfg"]
+        truncate_dims = tuple(description.get("truncate_dims", ()))
+        model_cfg = _with_hf_config(config["model_cfg"], description.get("hf_config"))
+        preprocess_cfg = config["preprocess_cfg"]
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"the descriptions in {folder} lack {error}") from error
     if format_version != FORMAT_VERSION:
@@ -124,12 +139,11 @@ def load_bundle(folder: Path) -> Bundle:
             f"trained with ({fingerprint[:12]})"
         )
     try:
-        model = build_from_open_clip_config(model_cfg)
+        model = build_encoder(model_cfg)
         transform = evaluation_transform(preprocess_cfg)
     except (VlmError, ValueError, LookupError, TypeError, ArithmeticError, AssertionError) as error:
         raise CheckpointError(
-            f"{folder / _MODEL_CONFIG} describes no model or transform: "
-            f"{type(error).__name__}: {error}"
+            f"{config_path} describes no model or transform: {type(error).__name__}: {error}"
         ) from error
     _load_weights(model, folder / _WEIGHTS)
     return Bundle(
@@ -140,11 +154,35 @@ def load_bundle(folder: Path) -> Bundle:
         model_cfg=model_cfg,
         preprocess_cfg=preprocess_cfg,
         first_new_id=description.get("first_new_id"),
+        truncate_dims=truncate_dims,
         fingerprint=sha256_of(folder / _WEIGHTS),
     )
 
 
-def _load_weights(model: DualEncoder, path: Path) -> None:
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _without_hf_config(
+    model_cfg: Mapping[str, Any],
+) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
+    """Split off what open_clip's description of a text tower of transformers has no place for."""
+    text_cfg = model_cfg.get("text_cfg", {})
+    if "hf_config" not in text_cfg:
+        return dict(model_cfg), None
+    rest = {name: value for name, value in text_cfg.items() if name != "hf_config"}
+    return {**model_cfg, "text_cfg": rest}, text_cfg["hf_config"]
+
+
+def _with_hf_config(
+    model_cfg: Mapping[str, Any], hf_config: Mapping[str, Any] | None
+) -> Mapping[str, Any]:
+    if hf_config is None:
+        return model_cfg
+    return {**model_cfg, "text_cfg": {**model_cfg["text_cfg"], "hf_config": hf_config}}
+
+
+def _load_weights(model: DualEncoder | MultiwayEncoder, path: Path) -> None:
     try:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:

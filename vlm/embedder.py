@@ -6,16 +6,17 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Float32
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from vlm.bundle import load_bundle
 from vlm.errors import VlmError
 from vlm.images.decoding import ImageSource, decode_image
-from vlm.models.dual_encoder import DualEncoder
+from vlm.models.encoder import Encoder
 from vlm.text.tokenizer import Tokenizer
 
 Item = TypeVar("Item")
@@ -25,39 +26,64 @@ class Embedder:
     """Turns pictures and texts into float32 unit vectors whose products are cosines.
 
     Args:
-        model: The dual encoder; it is used as it is, on the device where it lies.
+        model: The encoder; it is used as it is, on the device where it lies.
         tokenizer: The tokenizer it was trained with.
         transform: Maps an RGB picture to the tensor it was trained on.
         fingerprint: Names the weights; embeddings with one fingerprint can be compared.
         languages: Languages of the training captions.
+        matryoshka: Widths below the model's own at which its features were trained as well.
+        truncate_dim: Use only so many first numbers of each feature; None for all.
+
+    Raises:
+        VlmError: the features were not trained at the width asked for.
     """
 
     def __init__(
         self,
-        model: DualEncoder,
+        model: Encoder,
         tokenizer: Tokenizer,
         transform: Callable[[Image.Image], Float[Tensor, "3 height width"]],
         *,
         fingerprint: str = "",
         languages: Sequence[str] = (),
+        matryoshka: Sequence[int] = (),
+        truncate_dim: int | None = None,
     ) -> None:
+        widths = sorted({*matryoshka, model.embed_dim})
+        if truncate_dim is not None and truncate_dim not in widths:
+            raise VlmError(
+                f"truncate_dim is {truncate_dim}; expected {' or '.join(map(str, widths))}, the "
+                "widths at which the model's features were trained"
+            )
+        assert isinstance(model, nn.Module)
         self.model = model
         self.tokenizer = tokenizer
         self.transform = transform
         self.fingerprint = fingerprint
         self.languages = tuple(languages)
+        self.matryoshka = tuple(matryoshka)
+        self.embed_dim = truncate_dim or model.embed_dim
+        """Length of the vectors."""
 
     @classmethod
-    def load(cls, folder: str | Path, *, device: str | torch.device | None = None) -> "Embedder":
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        truncate_dim: int | None = None,
+    ) -> "Embedder":
         """Read a bundle.
 
         Args:
             folder: The bundle, for example `runs/quickstart/bundle`.
             device: Where to run it; a GPU if there is one, else the CPU.
+            truncate_dim: Use only so many first numbers of each feature, one of the widths at
+                which they were trained (Matryoshka); None for all.
 
         Raises:
             CheckpointError: the folder is not a bundle, or it is damaged.
-            VlmError: there is no such device.
+            VlmError: there is no such device, or the features were not trained at that width.
         """
         bundle = load_bundle(Path(folder))
         try:
@@ -70,12 +96,25 @@ class Embedder:
             bundle.transform,
             fingerprint=bundle.fingerprint,
             languages=bundle.languages,
+            matryoshka=bundle.truncate_dims,
+            truncate_dim=truncate_dim,
         )
 
-    @property
-    def embed_dim(self) -> int:
-        """Length of the vectors."""
-        return self.model.embed_dim
+    def truncated(self, dim: int) -> "Embedder":
+        """Return an embedder of the same model whose vectors have `dim` numbers.
+
+        Raises:
+            VlmError: the features were not trained at that width.
+        """
+        return Embedder(
+            self.model,
+            self.tokenizer,
+            self.transform,
+            fingerprint=self.fingerprint,
+            languages=self.languages,
+            matryoshka=self.matryoshka,
+            truncate_dim=dim,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -169,7 +208,15 @@ class Embedder:
             starts: Iterable[int] = range(0, len(items), batch_size)
             if show_progress_bar:
                 starts = tqdm(starts, unit="batch", desc="embedding")
-            rows = [encode(items[start : start + batch_size]).cpu().numpy() for start in starts]
+            rows = [
+                self._cut(encode(items[start : start + batch_size])).cpu().numpy()
+                for start in starts
+            ]
         finally:
             self.model.train(was_training)
         return np.concatenate(rows) if rows else np.zeros((0, self.embed_dim), np.float32)
+
+    def _cut(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch cut"]:
+        if features.shape[1] == self.embed_dim:
+            return features
+        return F.normalize(features[:, : self.embed_dim], dim=-1)

@@ -9,10 +9,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Float
+from open_clip.transformer import TextTransformer
 from torch import Tensor
 
 from vlm.bundle import Bundle, save_bundle
 from vlm.errors import ConfigError, TokenizerError
+from vlm.models.dual_encoder import DualEncoder
 from vlm.models.growth import (
     PositionGrowth,
     grow_positions,
@@ -89,7 +91,7 @@ def grow_bundle(bundle: Bundle, tokenizer: Tokenizer, config: GrowthConfig, out:
             "of the bundle; expected one that was extended from the bundle's"
         )
     length = config.positions or tokenizer.context_length
-    tower = bundle.model.text
+    tower = _text_tower(bundle)
     embedding = tower.token_embedding.weight.detach()
     grown = new_rows(embedding, old, tokenizer, config)
     positions = grow_positions(
@@ -146,7 +148,7 @@ def prune_bundle(bundle: Bundle, tokenizer: Tokenizer, kept: Sequence[int], out:
         kept: The old id of each of its ids, as `vlm.text.pruning.prune` returns them.
         out: The folder to write.
     """
-    shrink_token_embedding(bundle.model.text, kept)
+    shrink_token_embedding(_text_tower(bundle), kept)
     save_bundle(
         out,
         model=bundle.model,
@@ -155,6 +157,13 @@ def prune_bundle(bundle: Bundle, tokenizer: Tokenizer, kept: Sequence[int], out:
         tokenizer=tokenizer,
         languages=bundle.languages,
     )
+
+
+def _text_tower(bundle: Bundle) -> TextTransformer:
+    model = bundle.model
+    if isinstance(model, DualEncoder) and isinstance(model.text, TextTransformer):
+        return model.text
+    raise ConfigError("the model's text tower is not one of open_clip's own; expected one of those")
 
 
 def _translations(pieces: Sequence[str], old: Tokenizer, path: Path | None) -> list[list[int]]:

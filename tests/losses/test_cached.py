@@ -15,16 +15,20 @@ from vlm.errors import ConfigError
 from vlm.losses.bilingual import BilingualLoss
 from vlm.losses.cached import CachedContrast
 from vlm.losses.plan import LossPlan
-from vlm.models.dual_encoder import Features
+from vlm.models.encoder import MAIN
+from vlm.models.pretraining import Encoded, Features
 
 LOCAL, WIDTH, DIM = 6, 5, 4
 LANGUAGES = ("zh", "en")
 
 
 class Model(nn.Module):
-    """A dual encoder with dropout, batch norm and a count of what it encodes."""
+    """A dual encoder with dropout, batch norm and a count of what it encodes.
 
-    def __init__(self, *, dropout=0.0, batch_norm=False, kind="softmax"):
+    With `further` it has a second head, and a loss of another kind on both sides together.
+    """
+
+    def __init__(self, *, dropout=0.0, batch_norm=False, kind="softmax", further=False):
         super().__init__()
         generator = torch.Generator().manual_seed(1)
         image, text = torch.randn(2, WIDTH, DIM, generator=generator, dtype=torch.float64)
@@ -35,6 +39,11 @@ class Model(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.BatchNorm1d(DIM, dtype=torch.float64) if batch_norm else nn.Identity()
         self.encoded = {"images": 0, "texts": 0}
+        self.second = None
+        if further:
+            second = torch.randn(2, WIDTH, DIM, generator=generator, dtype=torch.float64)
+            self.second = nn.Parameter(second)
+            self.second_log_scale = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
 
     def forward(self, images, texts, on_texts=None):
         self.encoded["images"] += images is not None
@@ -45,7 +54,20 @@ class Model(nn.Module):
         if images is not None:
             image = F.normalize(self.norm(self.dropout(images) @ self.image), dim=-1)
         bias = None if self.bias is None else self.bias * 1
-        return Features(image, text, self.log_scale.exp(), bias, sent)
+        heads = {MAIN: Features(image, text, self.log_scale.exp(), bias, sent)}
+        if self.second is None:
+            return Encoded(heads, {})
+        heads["second"] = self.second_head(images, texts, on_texts)
+        if images is None or not texts or not torch.is_grad_enabled():
+            return Encoded(heads, {})
+        told = self.dropout(images) @ self.image - texts["zh"] @ self.text
+        return Encoded(heads, {"told": told.square().sum(1).mean()})
+
+    def second_head(self, images, texts, on_texts):
+        text = {name: F.normalize(x @ self.second[0], dim=-1) for name, x in texts.items()}
+        sent = on_texts(text) if on_texts else None
+        image = None if images is None else F.normalize(images @ self.second[1], dim=-1)
+        return Features(image, text, self.second_log_scale.exp(), None, sent)
 
 
 class Part:
@@ -98,6 +120,17 @@ def assert_all_close(found, expected, tolerance=1e-12):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
+def definition(head, batch):
+    """The mean of both languages' softmax losses of a head."""
+    return sum(
+        softmax_definition(
+            head.image, head.text[name], head.logit_scale,
+            positives=matches(batch.ids.tolist(), batch.caption_ids[name].tolist()),
+        )
+        for name in LANGUAGES
+    ) / 2  # fmt: skip
+
+
 SPLITS = [(6,), (3, 3), (4, 2), (2, 2, 2), (3, 2, 1)]
 
 
@@ -145,17 +178,104 @@ def test_one_process_agrees_with_the_definition(sizes):
     batch = global_batch(LOCAL)
     model, plain = Model(), Model()
     output = run_step(CachedContrast(BilingualLoss(), model), model, batch, sizes)
-    image, text, scale, _, _ = plain(batch.images, batch.texts)
-    expected = sum(
-        softmax_definition(
-            image, text[name], scale,
-            positives=matches(batch.ids.tolist(), batch.caption_ids[name].tolist()),
-        )
-        for name in LANGUAGES
-    ) / 2  # fmt: skip
+    expected = definition(plain(batch.images, batch.texts).heads[MAIN], batch)
     expected.backward()
     assert_all_close([output.loss], [expected.detach()])
     assert_all_close(gradients_of(model), gradients_of(plain))
+
+
+@pytest.mark.parametrize("sizes", SPLITS)
+def test_further_heads_and_other_losses_are_weighed_and_reported_apart(sizes):
+    batch = global_batch(LOCAL)
+    model, plain = Model(further=True), Model(further=True)
+    weights = {"second": 3.0, "told": 0.2}
+    cached = CachedContrast(BilingualLoss(), model, weights=weights)
+    output = run_step(cached, model, batch, sizes)
+    encoded = plain(batch.images, batch.texts)
+    main, second = (definition(head, batch) for head in encoded.heads.values())
+    told = encoded.others["told"]
+    loss = (main + 3 * second) / 4 + 0.2 * told
+    loss.backward()
+    assert_all_close([output.loss], [loss.detach()])
+    parts = {MAIN: main, "second": second, "told": told}
+    assert output.parts.keys() == parts.keys()
+    assert_all_close(output.parts.values(), [part.detach() for part in parts.values()])
+    assert_all_close(gradients_of(model), gradients_of(plain))
+    assert not any(each.requires_grad for each in (output.loss, *output.parts.values()))
+
+
+def test_dropout_leaves_features_alike_where_another_loss_draws_after_them():
+    batch = global_batch(LOCAL)
+    model, plain = (Model(further=True, dropout=0.5) for _ in range(2))
+    torch.manual_seed(3)
+    run_step(CachedContrast(BilingualLoss(), model), model, batch, (2, 2, 2))
+    encoded = []
+    torch.manual_seed(3)
+    for start in (0, 2, 4):
+        part, state = batch.rows(slice(start, start + 2)), torch.get_rng_state()
+        encoded.append(plain(part.images, part.texts))
+        torch.set_rng_state(state)
+        with torch.no_grad():
+            plain(part.images, part.texts)
+    joined = {
+        name: Features(
+            torch.cat([each.heads[name].image for each in encoded]),
+            {key: torch.cat([e.heads[name].text[key] for e in encoded]) for key in LANGUAGES},
+            encoded[-1].heads[name].logit_scale,
+        )
+        for name in encoded[0].heads
+    }
+    loss = sum(definition(head, batch) for head in joined.values()) / 2
+    (loss + sum(each.others["told"] for each in encoded) / 3).backward()
+    assert_all_close(gradients_of(model), gradients_of(plain))
+
+
+@pytest.mark.parametrize("frozen", ["image", "text"])
+def test_another_loss_has_a_frozen_tower_encoded_again(frozen):
+    batch = global_batch(LOCAL)
+    found = []
+    for sizes in ((6,), (2, 2, 2)):
+        model = Model(further=True)
+        getattr(model, frozen).requires_grad_(False)
+        run_step(CachedContrast(BilingualLoss(), model), model, batch, sizes)
+        found.append(gradients_of(model))
+    assert_all_close(*found)
+    assert model.encoded == {"images": 5, "texts": 5}
+
+
+def test_one_pass_adds_the_other_losses_of_its_micro_batches():
+    batch = global_batch(LOCAL)
+    model, plain = Model(further=True), Model(further=True)
+    cached = CachedContrast(BilingualLoss(), model, mode="one_pass", weights={"told": 1e6})
+    output = run_step(cached, model, batch, (4, 2))
+    told = plain(batch.images, batch.texts).others["told"]
+    told.backward()
+    torch.testing.assert_close(output.parts["told"], told.detach())
+    torch.testing.assert_close(model.image.grad / 1e6, plain.image.grad, rtol=1e-4, atol=1e-4)
+
+
+def _further_steps_under_ddp(rank, world):
+    own = slice(rank * LOCAL, (rank + 1) * LOCAL)
+    batch = global_batch(LOCAL * world).rows(own)
+    results = []
+    for sizes in SPLITS:
+        model = Model(further=True)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        cached = CachedContrast(BilingualLoss(), wrapped, no_sync=wrapped.no_sync)
+        run_step(cached, wrapped, batch, sizes)
+        results.append(gradients_of(model))
+    return results
+
+
+@pytest.mark.distributed
+def test_further_heads_and_other_losses_under_ddp_are_those_of_one_process():
+    batch, plain = global_batch(2 * LOCAL), Model(further=True)
+    encoded = plain(batch.images, batch.texts)
+    heads = sum(definition(head, batch) for head in encoded.heads.values()) / 2
+    (heads + encoded.others["told"]).backward()
+    for results in run_in_processes(_further_steps_under_ddp, 2, 2):
+        for gradients in results:
+            assert_all_close(gradients, gradients_of(plain))
 
 
 @pytest.mark.parametrize("sizes", SPLITS[1:])
@@ -170,7 +290,7 @@ def test_dropout_and_the_random_numbers_after_it_are_those_of_a_single_pass(size
     encoded = []
     for size, end in zip(sizes, itertools.accumulate(sizes), strict=True):
         part = batch.rows(slice(end - size, end))
-        encoded.append(plain(part.images, part.texts))
+        encoded.append(plain(part.images, part.texts).heads[MAIN])
     assert torch.equal(after, torch.rand(3))
     BilingualLoss()(
         torch.cat([each.image for each in encoded]),
@@ -237,7 +357,7 @@ def one_pass_definition(batch, sizes, plain):
     bank = []
     for size, end in zip(sizes, itertools.accumulate(sizes), strict=True):
         part = batch.rows(slice(end - size, end))
-        image, text, scale, _, _ = plain(part.images, part.texts)
+        image, text, scale, _, _ = plain(part.images, part.texts).heads[MAIN]
         for name in LANGUAGES:
             images = torch.cat([image, *(b[0] for b in bank)])
             texts = torch.cat([text[name], *(b[1][name] for b in bank)])

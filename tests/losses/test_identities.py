@@ -22,7 +22,8 @@ from vlm.losses.cached import CachedContrast
 from vlm.losses.contrastive import ContrastiveLoss
 from vlm.losses.matches import OwnPairs
 from vlm.losses.plan import LossPlan
-from vlm.models.dual_encoder import Features
+from vlm.models.encoder import MAIN
+from vlm.models.pretraining import Encoded, Features
 
 LOCAL, WIDTH, DIM = 3, 5, 4
 WORLDS = [1, 2, 3, 4, 6]
@@ -127,7 +128,8 @@ def in_micro_batches(towers, inputs, plan, sizes, rank):
 
     def encode(part, *, images=True, texts=True, on_texts=None):
         image, text, scale, bias = towers(*part)
-        return Features(image, {"en": text}, scale, bias if plan.kind == "sigmoid" else None)
+        own_bias = bias if plan.kind == "sigmoid" else None
+        return Encoded({MAIN: Features(image, {"en": text}, scale, own_bias)}, {})
 
     ids = (rank * LOCAL + torch.arange(LOCAL)).split(sizes)
     parts = list(zip(*(each.split(sizes) for each in inputs), strict=True))

@@ -5,12 +5,8 @@ import torch
 
 from tests.builders import TINY_MODEL, tiny_tokenizer
 from vlm.errors import ConfigError
-from vlm.models.dual_encoder import (
-    ImageTowerConfig,
-    build_dual_encoder,
-    build_from_open_clip_config,
-    open_clip_model_config,
-)
+from vlm.models.build import build_encoder, build_from_config, encoder_model_cfg
+from vlm.models.config import ImageTowerConfig
 
 
 @pytest.mark.parametrize(
@@ -19,16 +15,16 @@ from vlm.models.dual_encoder import (
 def test_any_timm_image_model_becomes_a_tower_at_any_size(name):
     tokenizer = tiny_tokenizer()
     tower = ImageTowerConfig(timm_model_name=name, image_size=64)
-    model = build_dual_encoder(replace(TINY_MODEL, vision_cfg=tower), tokenizer).eval()
-    features = model(torch.randn(2, 3, 64, 64), {"zh": tokenizer.encode(["红苹果", "小狗"])})
-    for vectors in (features.image, features.text["zh"]):
+    model = build_from_config(replace(TINY_MODEL, vision_cfg=tower), tokenizer).eval()
+    image = model.encode_image(torch.randn(2, 3, 64, 64))
+    for vectors in (image, model.encode_text(tokenizer.encode(["红苹果", "小狗"]))):
         assert vectors.shape == (2, TINY_MODEL.embed_dim)
         torch.testing.assert_close(vectors.norm(dim=1), torch.ones(2))
-    torch.testing.assert_close(features.logit_scale.item(), 1 / 0.07, rtol=1e-6, atol=0)
+    torch.testing.assert_close(model.logit_scale.item(), 1 / 0.07, rtol=1e-6, atol=0)
 
 
 def test_the_scale_stays_at_most_a_hundred_and_keeps_its_gradient_after_clamping():
-    model = build_dual_encoder(replace(TINY_MODEL, init_logit_scale=100.0), tiny_tokenizer())
+    model = build_from_config(replace(TINY_MODEL, init_logit_scale=100.0), tiny_tokenizer())
     assert 99.99 < model.logit_scale <= 100
     with torch.no_grad():
         model.log_logit_scale += 1
@@ -41,8 +37,8 @@ def test_the_scale_stays_at_most_a_hundred_and_keeps_its_gradient_after_clamping
 
 def test_a_description_for_open_clip_builds_the_same_towers():
     tokenizer = tiny_tokenizer()
-    model = build_dual_encoder(TINY_MODEL, tokenizer)
-    again = build_from_open_clip_config(open_clip_model_config(TINY_MODEL, tokenizer))
+    model = build_from_config(TINY_MODEL, tokenizer)
+    again = build_encoder(encoder_model_cfg(TINY_MODEL, tokenizer))
     assert {k: v.shape for k, v in model.state_dict().items()} == {
         k: v.shape for k, v in again.state_dict().items()
     }
@@ -52,7 +48,7 @@ def test_a_description_for_open_clip_builds_the_same_towers():
 def test_an_unknown_image_model_is_named_with_near_ones():
     tower = ImageTowerConfig(timm_model_name="resnet10x", image_size=32)
     with pytest.raises(ConfigError, match=r"timm has no model 'resnet10x'.*resnet"):
-        build_dual_encoder(replace(TINY_MODEL, vision_cfg=tower), tiny_tokenizer())
+        build_from_config(replace(TINY_MODEL, vision_cfg=tower), tiny_tokenizer())
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, 101.0])

@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser
 
 from tests.builders import tiny_tokenizer
 from vlm.cli import train as train_command
-from vlm.models.dual_encoder import build_dual_encoder
+from vlm.models.build import build_from_config
 from vlm.training.config import TrainConfig, config_as_yaml
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +42,7 @@ def test_training_files_give_their_command_and_result(path):
 def test_training_files_build_their_model(path):
     config = read(path)
     with torch.device("meta"):
-        model = build_dual_encoder(config.model, tiny_tokenizer())
+        model = build_from_config(config.model, tiny_tokenizer())
     assert sum(parameter.numel() for parameter in model.parameters()) > 100_000
 
 

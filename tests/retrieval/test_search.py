@@ -92,14 +92,14 @@ def test_hits_become_plain_records(run_folder, embedder):
 
 def test_an_index_finds_its_bundle(run_folder):
     index = SearchIndex.open(run_folder / "index")
-    index.check_model(Embedder.load(index.bundle, device="cpu"))
+    index.embedder_of(Embedder.load(index.bundle, device="cpu"))
 
 
 def test_a_moved_run_still_finds_its_bundle(run_folder, tmp_path):
     moved = shutil.copytree(run_folder, tmp_path / "else" / "where")
     index = SearchIndex.open(moved / "index")
     assert index.bundle.resolve() == (moved / "bundle").resolve()
-    index.check_model(Embedder.load(index.bundle, device="cpu"))
+    index.embedder_of(Embedder.load(index.bundle, device="cpu"))
 
 
 def test_another_model_is_refused_with_both_fingerprints(run_folder, tmp_path):
@@ -107,7 +107,7 @@ def test_another_model_is_refused_with_both_fingerprints(run_folder, tmp_path):
     other = Embedder.load(tiny_bundle(tmp_path / "other", seed=1, context_length=32), device="cpu")
     said = rf"another model \({index.fingerprint[:12]}\) .* \({other.fingerprint[:12]}\)"
     with pytest.raises(SearchIndexError, match=said):
-        index.check_model(other)
+        index.embedder_of(other)
 
 
 @pytest.mark.parametrize("name", ["image.index", "metadata.parquet"])

@@ -11,6 +11,8 @@ from itertools import product
 
 import pytest
 from tokenizers import (
+    AddedToken,
+    Regex,
     Tokenizer as RustTokenizer,
     decoders,
     models,
@@ -107,6 +109,30 @@ def test_ids_are_the_librarys_own(rust, vocabulary, captions):
     expected = [rust.encode(text, add_special_tokens=False).ids for text in texts]
     assert vocabulary.encode(texts) == expected
     assert len({piece for row in expected for piece in row}) > 300
+
+
+def test_spans_are_where_the_pieces_stand_in_the_text(vocabulary, captions):
+    texts = [*captions[::7], "", "  two  spaces ", "Case", "a\nb"]
+    ids, spans = vocabulary.encode(texts), vocabulary.spans(texts)
+    assert [*map(len, spans)] == [*map(len, ids)]
+    said = 0
+    for text, row, places in zip(texts, ids, spans, strict=True):
+        for token_id, (start, end) in zip(row, places, strict=True):
+            piece = vocabulary.decode([token_id]).removeprefix("##").strip()
+            # A space before the text, or a part of a character, says nothing that can be compared.
+            if piece and "\ufffd" not in piece and token_id != vocabulary.unknown_id:
+                assert text[start:end].strip().casefold() == piece.casefold()
+                said += 1
+    assert said > 100
+
+
+def test_a_special_word_has_one_span():
+    rust = RustTokenizer(models.BPE({c: i for i, c in enumerate("a<e>")}, []))
+    rust.pre_tokenizer = pre_tokenizers.Split(Regex(r"<e>|\S"), behavior="removed", invert=True)
+    rust.add_special_tokens([AddedToken("<e>", normalized=False)])
+    vocabulary = vocabulary_of(rust)
+    assert vocabulary.encode(["a <e>a"]) == [[0, 4, 0]]
+    assert vocabulary.spans(["a <e>a", "a"]) == [[(0, 1), (2, 5), (5, 6)], [(0, 1)]]
 
 
 def test_pieces_are_numbered_without_gaps(rust, vocabulary):

@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+import unicodedata
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -88,6 +89,27 @@ def hand_made(pieces, *, model_type: str, **types: int) -> SentencePieceVocabula
 def test_ids_are_sentencepieces_own(vocabulary, processor):
     texts = [*captions(), *TEXTS, UNSEEN, "", "  two  spaces ", "Ｗｉｄｔｈ", "a\nb"]
     assert vocabulary.encode(texts) == [processor.encode(text) for text in texts]
+
+
+def test_spans_are_where_the_pieces_stand_in_the_text(vocabulary, processor):
+    texts = [*captions(), UNSEEN, "", "  two  spaces ", "Ｗｉｄｔｈ", "a\nb"]
+    for text, row, spans in zip(
+        texts, vocabulary.encode(texts), vocabulary.spans(texts), strict=True
+    ):
+        assert len(spans) == len(row)
+        for token_id, (start, end) in zip(row, spans, strict=True):
+            if not processor.is_byte(token_id) and not processor.is_unknown(token_id):
+                piece = processor.id_to_piece(token_id).replace("▁", " ").strip()
+                said = unicodedata.normalize("NFKC", text[start:end]).strip()
+                # A piece of nothing but the space before a text stands where what follows does.
+                assert said == piece or (piece == "" and start == len(text) - len(text.lstrip()))
+
+
+def test_pieces_of_one_character_stand_where_it_does():
+    vocabulary = SentencePieceVocabulary(train(model_type="unigram", byte_fallback=True))
+    (spans,) = vocabulary.spans(["a🦄㎏"])
+    assert spans[-6:-2] == [(1, 2)] * 4
+    assert spans[-2:] == [(2, 3)] * 2
 
 
 def test_ids_stand_between_the_models_markers(model, processor):

@@ -10,6 +10,7 @@ from vlm.errors import TrainingError
 from vlm.images.transforms import AugmentationConfig, PreprocessConfig, TrainingTransform
 from vlm.losses.bilingual import BilingualLoss
 from vlm.losses.cached import CachedContrast
+from vlm.models.pretraining import PretrainingModel
 from vlm.text.tokenizer import TokenBatch
 from vlm.training.checkpoint import Checkpoints, Progress
 from vlm.training.optimizer import OptimizerConfig, build_optimizer
@@ -26,7 +27,7 @@ def fit(
     """Train the tiny model on twelve samples; return it."""
     tokenizer = tiny_tokenizer()
     accelerator = Accelerator(cpu=True)
-    model = tiny_model(tokenizer)
+    model = PretrainingModel(tiny_model(tokenizer))
     optimizer = build_optimizer(model, OptimizerConfig())
     model, optimizer = accelerator.prepare(model, optimizer)
     samples = ShardedSplit(write_split(folder / "data", make_samples(12)), "train")
@@ -56,7 +57,7 @@ def fit(
             evaluate=evaluated or (lambda encoder: {"val/score": 0.5}),
         )
         trainer.fit(progress)
-    return model
+    return model.encoder
 
 
 def test_reports_evaluates_and_saves_when_due_and_at_the_end(tmp_path):

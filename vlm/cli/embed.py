@@ -18,6 +18,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--split", type=str, default="test_style", help="split of the data folder")
     parser.add_argument("--out", type=Path, required=True, help="new folder for the embeddings")
     parser.add_argument("--device", type=str | None, default=None, help="such as cpu or cuda:0")
+    parser.add_argument(
+        "--truncate_dim", type=int | None, default=None,
+        help="use the first so many numbers of each vector, where they were trained so",
+    )  # fmt: skip
 
 
 def run(options: Any) -> None:
@@ -29,6 +33,8 @@ def run(options: Any) -> None:
         if options.images
         else pictures_in_split(options.data, options.split)
     )
-    embedder = Embedder.load(options.bundle, device=options.device)
+    embedder = Embedder.load(
+        options.bundle, device=options.device, truncate_dim=options.truncate_dim
+    )
     write_embeddings(embedder, pictures, options.out, bundle=options.bundle)
     print(options.out)

@@ -25,13 +25,19 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="conditions on samples, such as source=noto group!=flags",
     )  # fmt: skip
     parser.add_argument("--device", type=str | None, default=None, help="such as cpu or cuda:0")
+    parser.add_argument(
+        "--truncate_dim", type=int | None, default=None,
+        help="use the first so many numbers of each vector, where they were trained so",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--out", type=Path | None, default=None, help="also write the JSON here")
 
 
 def run(options: Any) -> None:
     """Score the bundle; print a table or JSON."""
-    embedder = Embedder.load(options.bundle, device=options.device)
+    embedder = Embedder.load(
+        options.bundle, device=options.device, truncate_dim=options.truncate_dim
+    )
     pairs = pairs_of_split(
         options.data,
         options.split,

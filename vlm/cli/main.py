@@ -26,6 +26,7 @@ VERBS = {
     ("tokenizer", "extend"): ("vlm.cli.tokenizer_extend", "add Chinese pieces to a tokenizer"),
     ("tokenizer", "train"): ("vlm.cli.tokenizer_train", "train a bilingual tokenizer"),
     ("tokenizer", "prune"): ("vlm.cli.tokenizer_prune", "keep only the pieces that texts use"),
+    ("convert",): ("vlm.cli.convert", "read or write other projects' checkpoints"),
     ("grow",): ("vlm.cli.grow", "let a model read an extended tokenizer and longer texts"),
     ("data", "emoji"): ("vlm.cli.data_emoji", "rebuild the emoji pictures from their sources"),
     ("data", "index"): ("vlm.cli.data_index", "write the manifest of your own shards"),

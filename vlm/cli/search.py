@@ -33,8 +33,9 @@ def run(options: Any) -> None:
     if (options.text is None) == (options.image is None):
         raise VlmError("vlm search needs either --text TEXT or --image FILE")
     index = SearchIndex.open(options.index)
-    embedder = Embedder.load(options.bundle or index.bundle, device=options.device)
-    index.check_model(embedder)
+    embedder = index.embedder_of(
+        Embedder.load(options.bundle or index.bundle, device=options.device)
+    )
     if options.image:
         query = embedder.encode_image([options.image])
     else:

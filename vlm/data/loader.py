@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -19,8 +19,10 @@ from vlm.data.order import epoch_order
 from vlm.data.sample import Batch, Sample
 from vlm.errors import ConfigError
 from vlm.images.decoding import decode_image
+from vlm.images.masking import draw_patches
 from vlm.images.transforms import TrainingTransform
 from vlm.text.caption_ids import NO_CAPTION, text_id
+from vlm.text.masking import word_mask
 from vlm.text.tokenizer import Tokenizer
 
 
@@ -43,6 +45,18 @@ class CaptionConfig:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class MaskPlan:
+    """What of each example masked modelling hides."""
+
+    text_share: float = 0.0
+    """Share in [0, 1] of a caption's tokens, whole words; 0 hides none."""
+    image_share: float = 0.0
+    """Share in [0, 1) of a picture's patches; 0 hides none."""
+    grid: tuple[int, int] = (1, 1)
+    """Rows and columns of a picture's patches."""
+
+
 class ExampleKey(NamedTuple):
     """Names one example: everything random about it follows from the key and the seed."""
 
@@ -60,12 +74,14 @@ class Example:
     image_id: int
     captions: Mapping[str, str]
     """By language, and by `second_of` it where a second caption is read."""
+    seed: int
+    """Decides what of it is hidden."""
 
 
 class TrainingExamples(Dataset[Example]):
     """Samples with a caption chosen for each language and their picture augmented.
 
-    Caption choice and augmentation are a function of (seed, epoch, uid).
+    Caption choice, augmentation and what is hidden are a function of (seed, epoch, uid).
 
     Args:
         samples: The split to read.
@@ -108,7 +124,9 @@ class TrainingExamples(Dataset[Example]):
                 for language in self.captions.languages
             }
         image = self.transform(self._picture(key.place, sample), rng)
-        return Example(sample.uid, image, text_id(sample.concept), captions)
+        return Example(
+            sample.uid, image, text_id(sample.concept), captions, seed=rng.getrandbits(63)
+        )
 
     def _picture(self, place: int, sample: Sample) -> Image.Image:
         if place in self._decoded:
@@ -135,21 +153,45 @@ def choose_caption(sample: Sample, language: str, main_share: float, rng: random
     return rng.choice(others)
 
 
-def collate(examples: Sequence[Example], *, tokenizer: Tokenizer) -> Batch:
+def collate(
+    examples: Sequence[Example], *, tokenizer: Tokenizer, masks: MaskPlan | None = None
+) -> Batch:
     """Stack examples; the texts of a language are padded to the longest of them."""
+    masks = masks or MaskPlan()
     captions = {
         language: [example.captions[language] for example in examples]
         for language in examples[0].captions
     }
+    tokens = {language: tokenizer.encode(texts) for language, texts in captions.items()}
     return Batch(
         images=torch.stack([example.image for example in examples]),
-        texts={language: tokenizer.encode(texts) for language, texts in captions.items()},
+        texts=tokens,
         image_ids=torch.tensor([example.image_id for example in examples]),
         caption_ids={
             language: torch.tensor([text_id(text) if text else NO_CAPTION for text in texts])
             for language, texts in captions.items()
         },
         uids=tuple(example.uid for example in examples),
+        hidden_words={
+            language: word_mask(
+                tokenizer,
+                texts,
+                tokens[language],
+                masks.text_share,
+                [random.Random(f"{example.seed}/{language}") for example in examples],
+            )
+            for language, texts in captions.items()
+            if masks.text_share
+        },
+        hidden_patches=_draw_patches(examples, masks) if masks.image_share else None,
+    )
+
+
+def _draw_patches(examples: Sequence[Example], masks: MaskPlan) -> Bool[Tensor, "batch patches"]:
+    # Each by its own seed, so that a batch in parts hides what the whole one does.
+    seeded = [torch.Generator().manual_seed(example.seed) for example in examples]
+    return torch.cat(
+        [draw_patches(1, masks.grid, share=masks.image_share, generator=each) for each in seeded]
     )
 
 
@@ -210,15 +252,23 @@ class TrainingLoader:
         order: Which of them this rank reads, and when.
         tokenizer: Turns the chosen captions into ids.
         workers: Processes that decode and augment; 0 does it in this process.
+        masks: What masked modelling hides.
     """
 
     def __init__(
-        self, examples: TrainingExamples, order: BatchOrder, tokenizer: Tokenizer, *, workers: int
+        self,
+        examples: TrainingExamples,
+        order: BatchOrder,
+        tokenizer: Tokenizer,
+        *,
+        workers: int,
+        masks: MaskPlan | None = None,
     ) -> None:
         self.examples = examples
         self.order = order
         self.tokenizer = tokenizer
         self.workers = workers
+        self.masks = masks
 
     def read(self, *, first_sample: int, last_sample: int) -> Iterator[Batch]:
         """Give the batches between two positions of the endless sequence of samples."""
@@ -226,7 +276,7 @@ class TrainingLoader:
             self.examples,
             batch_sampler=self.order.batches(first_sample=first_sample, last_sample=last_sample),
             num_workers=self.workers,
-            collate_fn=partial(collate, tokenizer=self.tokenizer),
+            collate_fn=partial(collate, tokenizer=self.tokenizer, masks=self.masks),
             pin_memory=torch.cuda.is_available(),
         )
         return iter(loader)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from vlm.text.tokenizer import TokenBatch
@@ -42,32 +42,44 @@ class Batch:
     caption_ids: Mapping[str, Int64[Tensor, " batch"]]
     """Per language, equal where two captions are the same text; `NO_CAPTION` where missing."""
     uids: tuple[str, ...]
+    hidden_words: Mapping[str, Bool[Tensor, "batch length"]] = field(default_factory=dict)
+    """Per language, true at tokens that masked modelling hides; empty where it hides none."""
+    hidden_patches: Bool[Tensor, "batch patches"] | None = None
+    """True at patches, row by row, that masked modelling hides; None where it hides none."""
 
     def to(self, device: torch.device) -> "Batch":
         """Return the same batch with its tensors on `device`."""
+        patches = self.hidden_patches
         return Batch(
             images=self.images.to(device, non_blocking=True),
             texts={language: tokens.to(device) for language, tokens in self.texts.items()},
             image_ids=self.image_ids.to(device),
             caption_ids={language: ids.to(device) for language, ids in self.caption_ids.items()},
             uids=self.uids,
+            hidden_words={
+                language: mask.to(device) for language, mask in self.hidden_words.items()
+            },
+            hidden_patches=None if patches is None else patches.to(device),
         )
 
     def split(self, number: int) -> list["Batch"]:
         """Return the batch in at most so many parts of about equal size, for micro-batches."""
         size = -(-len(self.image_ids) // number)
         return [
-            Batch(
-                images=self.images[rows],
-                texts={
-                    language: TokenBatch(tokens.ids[rows], tokens.mask[rows])
-                    for language, tokens in self.texts.items()
-                },
-                image_ids=self.image_ids[rows],
-                caption_ids={language: ids[rows] for language, ids in self.caption_ids.items()},
-                uids=self.uids[rows],
-            )
-            for rows in (
-                slice(start, start + size) for start in range(0, len(self.image_ids), size)
-            )
+            self._part(slice(start, start + size)) for start in range(0, len(self.image_ids), size)
         ]
+
+    def _part(self, rows: slice) -> "Batch":
+        patches = self.hidden_patches
+        return Batch(
+            images=self.images[rows],
+            texts={
+                language: TokenBatch(tokens.ids[rows], tokens.mask[rows])
+                for language, tokens in self.texts.items()
+            },
+            image_ids=self.image_ids[rows],
+            caption_ids={language: ids[rows] for language, ids in self.caption_ids.items()},
+            uids=self.uids[rows],
+            hidden_words={language: mask[rows] for language, mask in self.hidden_words.items()},
+            hidden_patches=None if patches is None else patches[rows],
+        )

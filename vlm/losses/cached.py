@@ -1,8 +1,10 @@
 """Contrastive training steps over micro-batches, whose samples all contrast with each other."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
+from types import MappingProxyType
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Int64
@@ -10,16 +12,20 @@ from torch import Tensor, nn
 
 from vlm.errors import ConfigError
 from vlm.losses.bilingual import Bank, BilingualLoss, BilingualOutput
+from vlm.losses.contrastive import ContrastiveOutput
 
 Part = TypeVar("Part")
 Part_contra = TypeVar("Part_contra", contravariant=True)
 
 Accumulation = Literal["exact", "one_pass"]
 
+_Pairs = list[tuple[Tensor, Tensor]]
+"""What is differentiated, with the gradient that reaches it."""
+
 
 @runtime_checkable
-class EncodedPart(Protocol):
-    """What an encoder gives for a micro-batch."""
+class Head(Protocol):
+    """Features of a micro-batch in one space, which contrast with each other."""
 
     @property
     def image(self) -> Tensor | None:
@@ -40,6 +46,30 @@ class EncodedPart(Protocol):
     @property
     def logit_bias(self) -> Tensor | None:
         """Added to every scaled similarity; None for a softmax."""
+
+
+@runtime_checkable
+class EncodedPart(Protocol):
+    """What an encoder gives for a micro-batch."""
+
+    @property
+    def heads(self) -> Mapping[str, Head]:
+        """One or more heads by name; the first is the model's own."""
+
+    @property
+    def others(self) -> Mapping[str, Tensor]:
+        """Losses of other kinds, means over the micro-batch; none where no graph is kept."""
+
+
+class StepOutput(NamedTuple):
+    """What one step measured; nothing in it has a graph."""
+
+    loss: Tensor
+    """The weighted mean of the heads' losses, and the weighted sum of the others."""
+    parts: dict[str, Tensor]
+    """The loss of each head and each of the others, before weighting."""
+    terms: dict[str, ContrastiveOutput]
+    """The contrastive terms of the first head."""
 
 
 @runtime_checkable
@@ -74,9 +104,10 @@ class CachedContrast(Generic[Part]):
     With one micro-batch both are the plain step, whose texts travel behind the image tower.
 
     Args:
-        loss: The loss; every rank runs the same steps.
+        loss: The loss of a head; every rank runs the same steps.
         model: Whose buffers the second encoding must leave alone.
         mode: `exact` or `one_pass`.
+        weights: Of heads and other losses by name; 1 where it is not named.
         backward: Differentiates a loss, scaling it where the precision asks for that.
         no_sync: A context in which backward passes leave gradients unaveraged over ranks.
 
@@ -90,6 +121,7 @@ class CachedContrast(Generic[Part]):
         model: nn.Module,
         *,
         mode: Accumulation = "exact",
+        weights: Mapping[str, float] | None = None,
         backward: Callable[[Tensor], None] = torch.Tensor.backward,
         no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
@@ -99,6 +131,7 @@ class CachedContrast(Generic[Part]):
                 "for every rank must weigh a micro-batch alike"
             )
         self.loss, self.model, self.mode = loss, model, mode
+        self.weights = dict(weights or {})
         self.backward, self.no_sync = backward, no_sync
 
     def step(
@@ -107,7 +140,7 @@ class CachedContrast(Generic[Part]):
         parts: Sequence[Part],
         image_ids: Sequence[Int64[Tensor, " _"]],
         caption_ids: Sequence[Mapping[str, Int64[Tensor, " _"]]],
-    ) -> BilingualOutput:
+    ) -> StepOutput:
         """Add the gradients of one step to the model's parameters.
 
         Args:
@@ -117,11 +150,13 @@ class CachedContrast(Generic[Part]):
             caption_ids: Of each, as the loss takes them.
 
         Returns:
-            The loss, detached; in mode `one_pass` the terms are those of the last micro-batch.
+            The losses; in mode `one_pass` the terms are those of the last micro-batch.
         """
         if len(parts) == 1:
             encoded = encode(parts[0], on_texts=self.loss.send_texts)
-            return self._contrast(encoded, encoded.sent, image_ids[0], caption_ids[0])
+            outputs = self._contrast(encoded, image_ids[0], caption_ids[0])
+            self.backward(self._mean(outputs) + self._sum(encoded.others))
+            return self._output(outputs, encoded.others)
         if self.mode == "one_pass":
             return self._one_pass(encode, parts, image_ids, caption_ids)
         return self._exact(encode, parts, image_ids, caption_ids)
@@ -129,20 +164,35 @@ class CachedContrast(Generic[Part]):
     def _contrast(
         self,
         encoded: EncodedPart,
-        texts: Any,
         image_ids: Tensor,
         caption_ids: Mapping[str, Tensor],
-        bank: Bank | None = None,
-        weight: float = 1.0,
-    ) -> BilingualOutput:
-        """Compute the loss and differentiate it."""
-        assert encoded.image is not None
-        output = self.loss(
-            encoded.image, texts, encoded.logit_scale, image_ids, caption_ids,
-            encoded.logit_bias, bank,
-        )  # fmt: skip
-        self.backward(output.loss * weight)
-        return BilingualOutput(output.loss.detach(), output.terms)
+        banks: Mapping[str, Bank] | None = None,
+    ) -> dict[str, BilingualOutput]:
+        """Compute the loss of every head."""
+        outputs = {}
+        for name, head in encoded.heads.items():
+            assert head.image is not None
+            outputs[name] = self.loss(
+                head.image, head.text if head.sent is None else head.sent, head.logit_scale,
+                image_ids, caption_ids, head.logit_bias, None if banks is None else banks[name],
+            )  # fmt: skip
+        return outputs
+
+    def _mean(self, outputs: Mapping[str, BilingualOutput]) -> Tensor:
+        weights = {name: self.weights.get(name, 1.0) for name in outputs}
+        total = sum(weights.values())
+        return torch.stack([weights[name] / total * outputs[name].loss for name in outputs]).sum()
+
+    def _sum(self, others: Mapping[str, Tensor]) -> Tensor | float:
+        return sum((self.weights.get(name, 1.0) * loss for name, loss in others.items()), 0.0)
+
+    def _output(
+        self, outputs: Mapping[str, BilingualOutput], others: Mapping[str, Tensor]
+    ) -> StepOutput:
+        parts = {name: output.loss.detach() for name, output in outputs.items()}
+        others = {name: loss.detach() for name, loss in others.items()}
+        loss = self._mean(outputs).detach() + self._sum(others)
+        return StepOutput(loss, parts | others, next(iter(outputs.values())).terms)
 
     def _one_pass(
         self,
@@ -150,19 +200,24 @@ class CachedContrast(Generic[Part]):
         parts: Sequence[Part],
         image_ids: Sequence[Tensor],
         caption_ids: Sequence[Mapping[str, Tensor]],
-    ) -> BilingualOutput:
-        bank: Bank = {}
-        total = torch.zeros((), device=image_ids[0].device)
-        samples = sum(map(len, image_ids))
+    ) -> StepOutput:
+        banks: dict[str, Bank] = defaultdict(dict)
+        steps = []
+        shares = [len(ids) / sum(map(len, image_ids)) for ids in image_ids]
         for k, part in enumerate(parts):
-            weight = len(image_ids[k]) / samples
             with self.no_sync() if k < len(parts) - 1 else nullcontext():
                 encoded = encode(part, on_texts=self.loss.send_texts)
-                output = self._contrast(
-                    encoded, encoded.sent, image_ids[k], caption_ids[k], bank, weight
-                )
-            total = total + weight * output.loss
-        return BilingualOutput(total, output.terms)
+                outputs = self._contrast(encoded, image_ids[k], caption_ids[k], banks)
+                self.backward(shares[k] * (self._mean(outputs) + self._sum(encoded.others)))
+            steps.append(self._output(outputs, encoded.others))
+        return StepOutput(
+            _weighted([each.loss for each in steps], shares),
+            {
+                name: _weighted([each.parts[name] for each in steps], shares)
+                for name in steps[0].parts
+            },
+            steps[-1].terms,
+        )
 
     def _exact(
         self,
@@ -170,31 +225,50 @@ class CachedContrast(Generic[Part]):
         parts: Sequence[Part],
         image_ids: Sequence[Tensor],
         caption_ids: Sequence[Mapping[str, Tensor]],
-    ) -> BilingualOutput:
+    ) -> StepOutput:
         encoded, states = self._encode_all(encode, parts)
         leaves = _Leaves(encoded)
         ids = {name: torch.cat([each[name] for each in caption_ids]) for name in caption_ids[0]}
-        output = self._contrast(leaves, leaves.text, torch.cat(list(image_ids)), ids)
-        gradients = leaves.gradients([len(each) for each in image_ids])
+        outputs = self._contrast(leaves, torch.cat(list(image_ids)), ids)
+        self.backward(self._mean(outputs))
+        sizes = [len(each) for each in image_ids]
+        gradients = leaves.gradients(sizes)
         after = _RandomState(image_ids[0].device)
         buffers = [buffer.clone() for buffer in self.model.buffers()]
+        others = [encoded[-1].others] * len(parts)
         with self.no_sync():
-            gradients[-1].push(encoded[-1])
+            gradients[-1].push(encoded[-1], self._gradients_of(others[-1], sizes[-1] / sum(sizes)))
         del encoded
         for k, part in enumerate(parts[:-1]):
             states[k].restore()
             is_last = k == len(parts) - 2
             # The averaging over ranks begins with a backward pass that reaches every parameter.
             with nullcontext() if is_last else self.no_sync():
+                both = bool(others[-1])  # other losses need both sides
                 again = encode(
-                    part, images=gradients[k].image is not None, texts=bool(gradients[k].text)
-                )
-                gradients[k].push(again, leaves if is_last else None)
+                    part, images=both or gradients[k].asks_images,
+                    texts=both or gradients[k].asks_texts,
+                )  # fmt: skip
+                others[k] = again.others
+                of_others = self._gradients_of(again.others, sizes[k] / sum(sizes))
+                gradients[k].push(again, of_others, leaves if is_last else None)
         with torch.no_grad():
             for buffer, value in zip(self.model.buffers(), buffers, strict=True):
                 buffer.copy_(value)
         after.restore()
-        return output
+        shares = [size / sum(sizes) for size in sizes]
+        means = {
+            name: _weighted([each[name].detach() for each in others], shares) for name in others[0]
+        }
+        return self._output(outputs, means)
+
+    def _gradients_of(self, others: Mapping[str, Tensor], share: float) -> _Pairs:
+        """Return the other losses that have a graph, each with its gradient."""
+        return [
+            (loss, torch.full_like(loss, share * self.weights.get(name, 1.0)))
+            for name, loss in others.items()
+            if loss.requires_grad
+        ]
 
     def _encode_all(
         self, encode: Encoder[Part], parts: Sequence[Part]
@@ -210,25 +284,46 @@ class CachedContrast(Generic[Part]):
         return encoded, states
 
 
-class _Leaves:
-    """The features of all micro-batches as tensors of their own, whose gradients are collected."""
+def _weighted(losses: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    return torch.stack([share * loss for share, loss in zip(shares, losses, strict=True)]).sum()
+
+
+class _Leaf:
+    """The features of a head of all micro-batches as tensors whose gradients are collected."""
 
     sent = None
 
-    def __init__(self, encoded: Sequence[EncodedPart]) -> None:
-        last = encoded[-1]
-        images = [each.image for each in encoded if each.image is not None]
+    def __init__(self, heads: Sequence[Head]) -> None:
+        last = heads[-1]
+        images = [each.image for each in heads if each.image is not None]
         self.image: Tensor | None = _leaf(images)
-        self.text = {name: _leaf([each.text[name] for each in encoded]) for name in last.text}
+        self.text = {name: _leaf([each.text[name] for each in heads]) for name in last.text}
         self.logit_scale = _leaf([last.logit_scale])
         self.logit_bias = None if last.logit_bias is None else _leaf([last.logit_bias])
 
+
+class _Leaves:
+    """The heads of all micro-batches joined."""
+
+    others: Mapping[str, Tensor] = MappingProxyType({})
+
+    def __init__(self, encoded: Sequence[EncodedPart]) -> None:
+        self.heads = {
+            name: _Leaf([each.heads[name] for each in encoded]) for name in encoded[-1].heads
+        }
+
     def gradients(self, sizes: Sequence[int]) -> list["_Gradients"]:
         """Return the gradients of each micro-batch's features."""
-        text = {name: _split(leaf.grad, sizes) for name, leaf in self.text.items()}
-        image = _split(None if self.image is None else self.image.grad, sizes)
+        images, texts = {}, {}
+        for name, leaf in self.heads.items():
+            images[name] = _split(None if leaf.image is None else leaf.image.grad, sizes)
+            for language, text in leaf.text.items():
+                texts[name, language] = _split(text.grad, sizes)
         return [
-            _Gradients(image[k], {name: parts[k] for name, parts in text.items()})
+            _Gradients(
+                {name: each[k] for name, each in images.items()},
+                {name: each[k] for name, each in texts.items()},
+            )
             for k in range(len(sizes))
         ]
 
@@ -246,23 +341,54 @@ def _leaf(tensors: Sequence[Tensor]) -> Tensor:
 class _Gradients:
     """Gradients of the features of one micro-batch; None where a tower needs none."""
 
-    def __init__(self, image: Tensor | None, text: Mapping[str, Tensor | None]) -> None:
-        self.image = image
-        self.text = {name: each for name, each in text.items() if each is not None}
+    def __init__(
+        self,
+        images: Mapping[str, Tensor | None],
+        texts: Mapping[tuple[str, str], Tensor | None],
+    ) -> None:
+        self.images = {name: each for name, each in images.items() if each is not None}
+        self.texts = {name: each for name, each in texts.items() if each is not None}
 
-    def push(self, encoded: EncodedPart, scalars: _Leaves | None = None) -> None:
-        """Differentiate the encoder, with the scale and bias where their gradients are given."""
-        pairs = [(encoded.text[name], gradient) for name, gradient in self.text.items()]
-        if encoded.image is not None and self.image is not None:
-            pairs.append((encoded.image, self.image))
+    @property
+    def asks_images(self) -> bool:
+        """Whether the pictures have to be encoded once more."""
+        return bool(self.images)
+
+    @property
+    def asks_texts(self) -> bool:
+        """Whether the texts have to be encoded once more."""
+        return bool(self.texts)
+
+    def push(
+        self,
+        encoded: EncodedPart,
+        of_others: _Pairs,
+        scalars: _Leaves | None = None,
+    ) -> None:
+        """Differentiate the encoder, with the scales and biases where their gradients are given."""
+        pairs = list(of_others)
+        pairs += [(encoded.heads[name].text[language], gradient)
+                  for (name, language), gradient in self.texts.items()]  # fmt: skip
+        for name, gradient in self.images.items():
+            image = encoded.heads[name].image
+            if image is not None:
+                pairs.append((image, gradient))
         if scalars is not None:
-            for own, leaf in (
-                (encoded.logit_scale, scalars.logit_scale),
-                (encoded.logit_bias, scalars.logit_bias),
-            ):
-                if own is not None and leaf is not None and leaf.grad is not None:
-                    pairs.append((own, leaf.grad))
+            pairs += _scalar_gradients(encoded.heads, scalars.heads)
         torch.autograd.backward([each for each, _ in pairs], [gradient for _, gradient in pairs])
+
+
+def _scalar_gradients(
+    heads: Mapping[str, Head], leaves: Mapping[str, _Leaf]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    for name, head in heads.items():
+        leaf = leaves[name]
+        for own, joined in (
+            (head.logit_scale, leaf.logit_scale),
+            (head.logit_bias, leaf.logit_bias),
+        ):
+            if own is not None and joined is not None and joined.grad is not None:
+                yield own, joined.grad
 
 
 class _RandomState:

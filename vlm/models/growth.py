@@ -12,7 +12,7 @@ from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
 from vlm.errors import ConfigError, TokenizerError
-from vlm.models.text_tower import check_text_tower
+from vlm.models.text_tower import check_reads_to_end_of_text
 
 KEPT_POSITIONS = 20
 """Positions that short captions have trained well (Zhang et al. 2024, "Long-CLIP")."""
@@ -232,7 +232,7 @@ def grow_text_tower(
     Raises:
         ConfigError: the tower is not one that `encode_tokens` can run.
     """
-    check_text_tower(tower)
+    check_reads_to_end_of_text(tower)
     weight = tower.token_embedding.weight.detach()
     _replace_token_embedding(tower, torch.cat([weight, new_rows.detach().to(weight)]))
     if positions is None:
@@ -259,7 +259,7 @@ def shrink_token_embedding(tower: TextTransformer, kept: Sequence[int]) -> None:
         ConfigError: the tower is not one that `encode_tokens` can run.
         TokenizerError: an id is not in the vocabulary, or the id that the tower pools at goes.
     """
-    check_text_tower(tower)
+    check_reads_to_end_of_text(tower)
     weight = tower.token_embedding.weight.detach()
     _check_ids(kept, len(weight), "the kept ids hold")
     if tower.pool_type == "eos":

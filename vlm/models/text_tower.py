@@ -1,36 +1,66 @@
-"""open_clip's text transformer run on padded batches of any length."""
+"""open_clip's text towers run on padded batches of any length."""
+
+from typing import TypeAlias
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from open_clip.hf_model import HFTextEncoder
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlm.errors import ConfigError
+from vlm.models import hugging_face_tower
 from vlm.text.tokenizer import TokenBatch
 
+TextTower: TypeAlias = TextTransformer | HFTextEncoder
 
-def check_text_tower(tower: TextTransformer) -> None:
+Replacement: TypeAlias = tuple[Bool[Tensor, "batch length"], Float[Tensor, " width"]]
+"""Where true, the vector takes the place of a token's embedding."""
+
+_AT_END_OF_TEXT = ("eos", "argmax")
+
+
+def check_text_tower(tower: TextTower) -> None:
     """Refuse a tower that `encode_tokens` would run wrongly.
 
     Raises:
-        ConfigError: the transformer is not causal or does not pool at the end of text.
+        ConfigError: it gives no one vector a text, or open_clip's adapter cannot run it.
     """
-    pools_at_end = tower.pool_type in ("eos", "argmax") and tower.cls_emb is None
-    if tower.attn_mask is None or not pools_at_end:
+    if isinstance(tower, HFTextEncoder):
+        hugging_face_tower.check(tower)
+    elif tower.pool_type == "none" and tower.cls_emb is None:
         raise ConfigError(
-            f"the text tower pools by {tower.pool_type!r}; "
+            "the text tower pools by 'none', which leaves a vector a token; "
+            "expected 'eos', 'argmax', 'last' or 'first'"
+        )
+
+
+def check_reads_to_end_of_text(tower: TextTower) -> None:
+    """Refuse a tower whose features depend on more than a text's tokens in their order.
+
+    Raises:
+        ConfigError: it is not open_clip's causal transformer pooled at the end of text.
+    """
+    if isinstance(tower, HFTextEncoder) or not _stops_at_end_of_text(tower):
+        kind = "a Hugging Face model" if isinstance(tower, HFTextEncoder) else tower.pool_type
+        raise ConfigError(
+            f"the text tower pools by {kind!r}; "
             "expected a causal transformer pooled at the end of text"
         )
 
 
-def encode_tokens(tower: TextTransformer, tokens: TokenBatch) -> Float[Tensor, "batch dim"]:
-    """Return one feature a text, not normalised.
+def encode_tokens(tower: TextTower, tokens: TokenBatch) -> Float[Tensor, "batch dim"]:
+    """Return one feature a text, not normalised: that of open_clip on the full context.
 
     open_clip's own forward pass needs every batch padded to the full context, and finds the end
     of text by an id. This one takes batches padded to their longest text and pools where the
-    mask ends. The features are the same: in a causal transformer nothing after a token changes it.
+    mask ends. In a causal transformer nothing after a token changes it. One that sees its
+    padding gets it back.
     """
+    if isinstance(tower, HFTextEncoder) or not _stops_at_end_of_text(tower):
+        return token_states(tower, tokens)[0]
     length = tokens.ids.shape[1]
     causal_mask = tower.attn_mask[:length, :length]
     states = tower.token_embedding(tokens.ids) + tower.positional_embedding[:length]
@@ -41,17 +71,146 @@ def encode_tokens(tower: TextTransformer, tokens: TokenBatch) -> Float[Tensor, "
         pooled = _last_block_at_end_of_text(last, states, tokens)
     else:  # open_clip's blocks with scaled or normalised attention
         pooled = _at_end_of_text(_run_block(tower, last, states, causal_mask), tokens)
-    features: Tensor = tower.ln_final(pooled) @ tower.text_projection
+    return _projected(tower, tower.ln_final(pooled))
+
+
+def token_states(
+    tower: TextTower, tokens: TokenBatch, replaced: Replacement | None = None
+) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch length width"]]:
+    """Return one feature a text, not normalised, and the last states of its tokens.
+
+    Args:
+        tower: A tower that `check_text_tower` lets pass.
+        tokens: Padded texts.
+        replaced: Embeddings of tokens to put a vector in the place of.
+
+    Returns:
+        Features as of `encode_tokens`, and states after the tower's last normalisation.
+    """
+    if isinstance(tower, HFTextEncoder):
+        return hugging_face_tower.run(tower, tokens, replaced)
+    length = tokens.ids.shape[1]
+    ids = _ids_that_count(tower, tokens)
+    states = tower.token_embedding(ids)
+    if replaced is not None:
+        where = F.pad(replaced[0], (0, ids.shape[1] - length))
+        states = torch.where(where[:, :, None], replaced[1].to(states.dtype), states)
+    positions = tower.positional_embedding
+    if tower.cls_emb is not None:  # CoCa's class token comes last, at the last position
+        states = torch.cat([states, tower.cls_emb.expand(len(ids), 1, -1)], dim=1)
+        positions = torch.cat([positions[: ids.shape[1]], positions[-1:]])
+    states = states + positions[: states.shape[1]]
+    mask = _attention_mask(tower, ids)
+    for block in tower.transformer.resblocks:
+        states = _run_block(tower, block, states, mask)
+    states = tower.ln_final(states)
+    return _projected(tower, _pooled(tower, states, tokens)), states[:, :length]
+
+
+def token_embedding(tower: TextTower) -> nn.Embedding:
+    """Return the rows of the vocabulary."""
+    if isinstance(tower, HFTextEncoder):
+        return hugging_face_tower.token_embedding(tower)
+    embedding: nn.Embedding = tower.token_embedding
+    return embedding
+
+
+def feature_width(tower: TextTower) -> int:
+    """Return the width of the features."""
+    unprojected = isinstance(tower, TextTransformer) and tower.text_projection is None
+    return int(tower.width if unprojected else tower.output_dim)
+
+
+def set_text_checkpointing(tower: TextTower, enable: bool) -> None:
+    """Compute a block's activations again in the backward pass, or do not."""
+    if isinstance(tower, HFTextEncoder):
+        hugging_face_tower.set_checkpointing(tower, enable)
+    else:
+        tower.set_grad_checkpointing(enable)
+
+
+def text_groups(tower: TextTower) -> list[list[nn.Parameter]]:
+    """Return the parameters: embeddings, blocks, the last with its norm, and the projection."""
+    if isinstance(tower, HFTextEncoder):
+        return hugging_face_tower.groups(tower)
+    embeddings = [*tower.token_embedding.parameters(), tower.positional_embedding]
+    if tower.cls_emb is not None:
+        embeddings.append(tower.cls_emb)
+    blocks = [list(block.parameters()) for block in tower.transformer.resblocks]
+    blocks[-1] += tower.ln_final.parameters()
+    projection = tower.text_projection
+    if projection is None:
+        return [embeddings, *blocks]
+    single = isinstance(projection, nn.Parameter)
+    return [embeddings, *blocks, [projection] if single else list(projection.parameters())]
+
+
+def _stops_at_end_of_text(tower: TextTransformer) -> bool:
+    pools_at_end = tower.pool_type in _AT_END_OF_TEXT and tower.cls_emb is None
+    return tower.attn_mask is not None and pools_at_end
+
+
+def _ids_that_count(tower: TextTransformer, tokens: TokenBatch) -> Int64[Tensor, "batch seen"]:
+    """Return the ids of all positions that features depend on, with the tower's own padding."""
+    ids = tokens.ids.masked_fill(~tokens.mask, tower.pad_id)
+    length = ids.shape[1]
+    if tower.cls_emb is not None:
+        # By open_clip's mask the class token sees the first padding after a text too.
+        needed = min(length + 1, tower.context_length)
+    elif tower.pool_type == "last" or (tower.attn_mask is None and not tower.use_pad_mask):
+        needed = tower.context_length
+    else:
+        needed = length
+    return F.pad(ids, (0, max(0, needed - length)), value=tower.pad_id)
+
+
+def _attention_mask(tower: TextTransformer, ids: Int64[Tensor, "batch seen"]) -> Tensor | None:
+    """Return what is added to attention logits, as open_clip masks the same ids.
+
+    With a class token the mask of the keys is shifted by one, as open_clip's is and CoCa's
+    published weights need it, unless the tower has `correct_cls_mask`.
+    """
+    length = ids.shape[1] + (tower.cls_emb is not None)
+    causal: Tensor | None = tower.attn_mask
+    causal = None if causal is None else causal[:length, :length]
+    if tower.cls_emb is None and not tower.use_pad_mask:
+        return causal
+    seen = ids != tower.pad_id
+    if tower.cls_emb is not None:
+        always = seen.new_ones(len(seen), 1)
+        seen = torch.cat([seen, always] if tower.correct_cls_mask else [always, seen], dim=1)
+    keys = torch.zeros(seen.shape, dtype=tower.positional_embedding.dtype, device=seen.device)
+    keys = keys.masked_fill(~seen, float("-inf"))[:, None].expand(-1, length, -1)
+    mask = keys if causal is None else keys + causal
+    return mask.repeat_interleave(tower.heads, dim=0)
+
+
+def _pooled(
+    tower: TextTransformer, states: Float[Tensor, "batch seen width"], tokens: TokenBatch
+) -> Float[Tensor, "batch width"]:
+    if tower.cls_emb is not None or tower.pool_type == "last":
+        return states[:, -1]
+    return states[:, 0] if tower.pool_type == "first" else _at_end_of_text(states, tokens)
+
+
+def _projected(
+    tower: TextTransformer, pooled: Float[Tensor, "batch width"]
+) -> Float[Tensor, "batch dim"]:
+    projection = tower.text_projection
+    if projection is None:
+        return pooled
+    linear = isinstance(projection, nn.Linear)
+    features: Tensor = projection(pooled) if linear else pooled @ projection
     return features
 
 
 def _run_block(
-    tower: TextTransformer, block: nn.Module, states: Tensor, causal_mask: Tensor
+    tower: TextTransformer, block: nn.Module, states: Tensor, mask: Tensor | None
 ) -> Tensor:
     if tower.transformer.grad_checkpointing and torch.is_grad_enabled():
-        output: Tensor = checkpoint(block, states, attn_mask=causal_mask, use_reentrant=False)
+        output: Tensor = checkpoint(block, states, attn_mask=mask, use_reentrant=False)
     else:
-        output = block(states, attn_mask=causal_mask)
+        output = block(states, attn_mask=mask)
     return output
 
 

@@ -83,8 +83,8 @@ class SearchIndex:
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise SearchIndexError(f"the index {folder} cannot be read: {error}") from error
 
-    def check_model(self, embedder: Embedder) -> None:
-        """Refuse a model whose vectors cannot be compared with the index.
+    def embedder_of(self, embedder: Embedder) -> Embedder:
+        """Return the embedder at the width of the index's vectors.
 
         Raises:
             SearchIndexError: the index was made by another model.
@@ -94,6 +94,7 @@ class SearchIndex:
                 f"the index was made by another model ({self.fingerprint[:12]}) than the one "
                 f"given ({embedder.fingerprint[:12]})"
             )
+        return embedder.truncated(self.index.dim)
 
     def search(self, query: Float32[np.ndarray, "1 dim"], k: int) -> list[Hit]:
         """Return the `k` pictures nearest to one query vector."""

@@ -1,13 +1,21 @@
 """CLIP's byte-pair vocabulary, split in Rust into the very ids of open_clip's `SimpleTokenizer`."""
 
 import gzip
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, groupby
 from pathlib import Path
 
 import regex
 from open_clip.tokenizer import default_bpe
-from tokenizers import AddedToken, Regex, Tokenizer as RustTokenizer, decoders, pre_tokenizers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer as RustTokenizer,
+    decoders,
+    normalizers,
+    pre_tokenizers,
+)
 from tokenizers.models import BPE
 
 from vlm.errors import TokenizerError
@@ -44,19 +52,9 @@ def clip_tokenizer(merges: Path | None = None) -> Tokenizer:
         symbols = _byte_symbols()
         pieces = [*symbols, *(symbol + _END_OF_WORD for symbol in symbols), *map("".join, pairs)]
         ids = {piece: index for index, piece in enumerate(pieces)}
-        rust = RustTokenizer(BPE(ids, pairs, end_of_word_suffix=_END_OF_WORD))
+        rust = _byte_pairs(ids, pairs, (BEGIN, END), _word_pattern())
     except Exception as error:  # the library raises nothing more definite
         raise TokenizerError(f"{path} is no gzipped list of CLIP's merges: {error}") from error
-    rust.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_word_pattern()), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    rust.decoder = decoders.Sequence(
-        [decoders.ByteLevel(), decoders.Replace(_END_OF_WORD, " "), decoders.Strip(" ", 0, 1)]
-    )
-    rust.add_special_tokens([AddedToken(piece, normalized=False) for piece in (BEGIN, END)])
     config = TokenizerConfig(
         context_length=CONTEXT_LENGTH,
         begin_of_text=BEGIN,
@@ -65,6 +63,65 @@ def clip_tokenizer(merges: Path | None = None) -> Tokenizer:
         cleaning="clip",
     )
     return Tokenizer(FastVocabulary(rust.to_str().encode()), config)
+
+
+def published_clip_vocabulary(
+    ids: Mapping[str, int], merges: str, added: Mapping[str, int], *, begin: str, end: str
+) -> FastVocabulary:
+    """Return CLIP's vocabulary from the files that Hugging Face's older tokenizers have.
+
+    Texts are lower-cased and composed, as transformers 5 does it with such files; encodings are
+    not mended, as OpenAI's program and transformers' slow tokenizers did.
+
+    Args:
+        ids: The content of `vocab.json`.
+        merges: The content of `merges.txt`: a comment, then a pair a line.
+        added: The content of `added_tokens.json`: pieces that are found before any word is split.
+        begin: Piece that opens every text.
+        end: Piece that closes it.
+
+    Raises:
+        TokenizerError: the files do not fit each other.
+    """
+    lines = [line for line in merges.split("\n") if line and not line.startswith("#version")]
+    try:
+        new = sorted((i, piece) for piece, i in added.items() if ids.get(piece) != i)
+        pairs = [(left, right) for left, right in map(str.split, lines)]
+        whole = "|".join(map(re.escape, (begin, end)))
+        words = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+        rust = _byte_pairs(ids, pairs, (begin, end), f"{whole}|{words}")
+    except Exception as error:  # the library raises nothing more definite
+        raise TokenizerError(f"the merges do not fit the vocabulary: {error}") from error
+    rust.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    rust.add_tokens([AddedToken(piece, normalized=True) for _, piece in new])
+    misplaced = [piece for i, piece in [*new, (ids.get(end), end)] if rust.token_to_id(piece) != i]
+    if misplaced:
+        raise TokenizerError(
+            f"{len(misplaced)} pieces do not have the ids that they are given ({misplaced[0]!r})"
+        )
+    return FastVocabulary(rust.to_str().encode())
+
+
+def _byte_pairs(
+    ids: Mapping[str, int],
+    pairs: Sequence[tuple[str, str]],
+    specials: tuple[str, str],
+    words: str,
+) -> RustTokenizer:
+    rust = RustTokenizer(BPE(dict(ids), list(pairs), end_of_word_suffix=_END_OF_WORD))
+    rust.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(words), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    rust.decoder = decoders.Sequence(
+        [decoders.ByteLevel(), decoders.Replace(_END_OF_WORD, " "), decoders.Strip(" ", 0, 1)]
+    )
+    rust.add_special_tokens([AddedToken(piece, normalized=False) for piece in specials])
+    return rust
 
 
 def _byte_symbols() -> list[str]:

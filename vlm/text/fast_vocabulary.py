@@ -3,14 +3,14 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tokenizers import AddedToken, Tokenizer as RustTokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer as RustTokenizer
 
 from vlm.errors import TokenizerError
 from vlm.text.merging import merged_to
@@ -129,7 +129,19 @@ class FastVocabulary:
         rows = self._encode_on_threads(texts)
         for index, text in enumerate(texts):
             if any(special in text for special in self._special_words):
-                rows[index] = self._encode_with_special_words(text)
+                rows[index] = [token_id for token_id, _ in self._with_special_words(text)]
+        return rows
+
+    def spans(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
+        """Return where in its text each piece stands, before the file's normaliser changes it.
+
+        Raises:
+            TokenizerError: as `encode`.
+        """
+        rows = [encoding.offsets for encoding in self._encodings(self._rust.encode_batch, texts)]
+        for index, text in enumerate(texts):
+            if any(special in text for special in self._special_words):
+                rows[index] = [span for _, span in self._with_special_words(text)]
         return rows
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -201,20 +213,27 @@ class FastVocabulary:
             return list(chain.from_iterable(pool.map(self._encode_batch, parts)))
 
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        try:
-            encodings = self._rust.encode_batch_fast(list(texts), add_special_tokens=False)
-        except Exception as error:  # the library raises nothing more definite
-            raise TokenizerError(f"the tokenizer cannot split a text: {error}") from error
+        encodings = self._encodings(self._rust.encode_batch_fast, texts)
         return [encoding.ids for encoding in encodings]
 
-    def _encode_with_special_words(self, text: str) -> list[int]:
+    def _encodings(
+        self, encode_batch: Callable[..., list[Encoding]], texts: Sequence[str]
+    ) -> list[Encoding]:
+        try:
+            return encode_batch(list(texts), add_special_tokens=False)
+        except Exception as error:  # the library raises nothing more definite
+            raise TokenizerError(f"the tokenizer cannot split a text: {error}") from error
+
+    def _with_special_words(self, text: str) -> list[tuple[int, tuple[int, int]]]:
+        """Return the ids of a text and their spans, special pieces that are words as one."""
         encoding = self._rust.encode(text, add_special_tokens=False)
         pieces = zip(encoding.word_ids, encoding.offsets, encoding.ids, strict=True)
-        row: list[int] = []
+        row: list[tuple[int, tuple[int, int]]] = []
         for _, word in groupby(pieces, key=itemgetter(0)):
             _, offsets, ids = zip(*word, strict=True)
-            special = self._special_words.get(text[offsets[0][0] : offsets[-1][1]])
-            row += ids if special is None else [special]
+            whole = (offsets[0][0], offsets[-1][1])
+            special = self._special_words.get(text[slice(*whole)])
+            row += zip(ids, offsets, strict=True) if special is None else [(special, whole)]
         return row
 
     def _find_unknown(self) -> int | None:

@@ -9,13 +9,19 @@ from tokenizers import AddedToken, Tokenizer as RustTokenizer, decoders, normali
 from tokenizers.models import WordPiece
 
 from vlm.errors import TokenizerError
-from vlm.text.clip_bpe import clip_tokenizer
+from vlm.text.clip_bpe import clip_tokenizer, published_clip_vocabulary
 from vlm.text.fast_vocabulary import FILE_NAME, FastVocabulary
 from vlm.text.sentencepiece_vocabulary import SentencePieceVocabulary
 from vlm.text.tokenizer import DESCRIPTION_NAME, Tokenizer, TokenizerConfig, load_tokenizer
 from vlm.text.vocabulary import Vocabulary
 
 _CONTEXT_LENGTH = 77
+_MERGES = "merges.txt"
+_CLIP_SPECIALS = {
+    "begin_of_text": "<|startoftext|>",
+    "end_of_text": "<|endoftext|>",
+    "padding": "<|endoftext|>",
+}
 _BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -28,7 +34,9 @@ def import_tokenizer(source: str, **changes: Any) -> Tokenizer:
     * a `vocab.txt` of BERT, lower-cased, with each Chinese character by itself: Chinese-CLIP's
       ids, and its 52 tokens;
     * a `tokenizer.json`, or a folder with one and the `tokenizer_config.json` that names its
-      begin, end and padding pieces.
+      begin, end and padding pieces;
+    * a folder of Hugging Face's older kind: CLIP's `vocab.json` and `merges.txt`, perhaps with
+      `added_tokens.json`, as Taiyi's CLIP has it, or BERT's `vocab.txt`.
 
     Args:
         source: One of the above.
@@ -42,8 +50,9 @@ def import_tokenizer(source: str, **changes: Any) -> Tokenizer:
         return _changed(clip_tokenizer(), changes)
     if (path / DESCRIPTION_NAME).is_file():
         return _changed(load_tokenizer(path), changes)
-    if (path / FILE_NAME).is_file():
-        path /= FILE_NAME
+    if (path / _MERGES).is_file() and not (path / FILE_NAME).is_file():
+        return _published_clip(path, changes)
+    path = next((path / name for name in (FILE_NAME, "vocab.txt") if (path / name).is_file()), path)
     if not path.is_file():
         raise TokenizerError(
             f"there is no tokenizer {source}; expected clip, a tokenizer folder, or a file "
@@ -61,6 +70,24 @@ def import_tokenizer(source: str, **changes: Any) -> Tokenizer:
         )
         return _changed(Tokenizer(_wordpiece(path), config), changes)
     raise TokenizerError(f"{path} is no .model, vocab.txt or tokenizer.json")
+
+
+def _published_clip(folder: Path, changes: dict[str, Any]) -> Tokenizer:
+    """Read CLIP's vocabulary as Hugging Face has it, and what it was extended by."""
+    named = _CLIP_SPECIALS | _special_pieces_beside(folder / _MERGES)
+    files = [folder / name for name in ("vocab.json", "added_tokens.json")]
+    try:
+        ids, added = (
+            dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+            for file in files
+        )
+        merges = (folder / _MERGES).read_text(encoding="utf-8")
+    except (ValueError, TypeError) as error:
+        raise TokenizerError(f"{folder} holds no vocabulary of CLIP: {error}") from error
+    vocabulary = published_clip_vocabulary(
+        ids, merges, added, begin=named["begin_of_text"], end=named["end_of_text"]
+    )
+    return _described(vocabulary, {**named, **changes})
 
 
 def _changed(tokenizer: Tokenizer, changes: dict[str, Any]) -> Tokenizer:

@@ -91,6 +91,11 @@ class SentencePieceVocabulary:
         rows: list[list[int]] = self._processor.encode(list(texts), out_type=int)
         return rows
 
+    def spans(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
+        """Return where in its text each piece stands, before SentencePiece normalises the text."""
+        encodings = self._processor.encode(list(texts), return_type="offset_mapping")
+        return [_filled(encoding["offsets"]) for encoding in encodings]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Join pieces to a text."""
         return str(self._processor.decode(list(ids)))
@@ -173,3 +178,12 @@ class SentencePieceVocabulary:
                 parts = [*piece.piece, *merged_to(piece.piece, place_of)]
                 reached.update(id_and_score[part][0] for part in parts if part in id_and_score)
         return reached
+
+
+def _filled(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Widen empty spans: of the pieces of one character, the library lets the last have it."""
+    filled: list[tuple[int, int]] = []
+    for start, end in reversed(spans):
+        shared = start == end and filled and filled[-1][0] == start
+        filled.append(filled[-1] if shared else (start, end))
+    return filled[::-1]

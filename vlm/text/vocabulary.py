@@ -42,6 +42,12 @@ class Vocabulary(Protocol):
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Split texts into pieces, without begin and end."""
 
+    def spans(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
+        """Return where in its text each piece of `encode` stands: its start, and past its end.
+
+        Pieces of one character, such as bytes, all stand where the character does.
+        """
+
     def decode(self, ids: Sequence[int]) -> str:
         """Join pieces to a text."""
 

@@ -11,7 +11,9 @@ from vlm.data.loader import CaptionConfig
 from vlm.errors import ConfigError
 from vlm.images.transforms import AugmentationConfig, PreprocessConfig
 from vlm.losses.bilingual import LossConfig
-from vlm.models.dual_encoder import ModelConfig
+from vlm.models.config import ModelConfig
+from vlm.training.adaptation import AdaptationConfig
+from vlm.training.objectives import ObjectivesConfig
 from vlm.training.optimizer import OptimizerConfig
 from vlm.training.schedule import ScheduleConfig
 
@@ -86,6 +88,8 @@ class TrainConfig:
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
+    adapt: AdaptationConfig = field(default_factory=AdaptationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

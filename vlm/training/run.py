@@ -18,11 +18,15 @@ from vlm.images.transforms import TrainingTransform, evaluation_transform
 from vlm.losses.bilingual import BilingualLoss
 from vlm.losses.cached import CachedContrast
 from vlm.models.batch_norm import synchronize_batch_norm
-from vlm.models.dual_encoder import DualEncoder
+from vlm.models.encoder import Encoder
+from vlm.models.lora import without_lora
+from vlm.models.pretraining import PretrainingModel
 from vlm.retrieval.evaluation import evaluate_retrieval
 from vlm.retrieval.pairs import pairs_of_split
+from vlm.training.adaptation import adapt
 from vlm.training.checkpoint import Checkpoints, Progress
 from vlm.training.config import TrainConfig, config_as_yaml
+from vlm.training.objectives import build_pretraining_model, loss_weights, mask_plan
 from vlm.training.optimizer import build_optimizer
 from vlm.training.reporter import Reporter
 from vlm.training.start import Start, build_start
@@ -57,10 +61,10 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     loader = _build_loader(config, start, accelerator)
     loss = _build_loss(config, start.encoder.logit_bias is not None)
     evaluate = _evaluation(config, start)
-    model, optimizer = _prepare(start.encoder, config, accelerator)
-    encoder: DualEncoder = accelerator.unwrap_model(model)
+    model, optimizer = _prepare(_build_model(config, start), config, accelerator)
+    trained: PretrainingModel = accelerator.unwrap_model(model)
     checkpoints = Checkpoints(config.run_folder / "checkpoints", keep=config.checkpoint.keep)
-    progress = (checkpoints.load_latest(encoder, optimizer) if resume else None) or Progress(0, 0)
+    progress = (checkpoints.load_latest(trained, optimizer) if resume else None) or Progress(0, 0)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_file(config.run_folder / CONFIG_NAME, config_as_yaml(config).encode())
@@ -79,6 +83,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
                 loss,
                 model,
                 mode=config.loss.accumulation,
+                weights=loss_weights(config.objectives),
                 backward=accelerator.backward,
                 no_sync=lambda: accelerator.no_sync(model),
             ),
@@ -93,11 +98,12 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     if accelerator.is_main_process:
         save_bundle(
             bundle,
-            model=encoder,
+            model=without_lora(start.encoder),
             model_cfg=start.model_cfg,
             preprocess_cfg=start.preprocess_cfg,
             tokenizer=start.tokenizer,
             languages=tuple(dict.fromkeys((*start.languages, *config.captions.languages))),
+            truncate_dims=config.objectives.matryoshka,
         )
     accelerator.end_training()
     return bundle
@@ -127,7 +133,13 @@ def _build_loader(config: TrainConfig, start: Start, accelerator: Accelerator) -
         seed=config.seed,
         keep_decoded=config.data.keep_decoded,
     )
-    return TrainingLoader(examples, order, start.tokenizer, workers=config.data.workers)
+    return TrainingLoader(
+        examples,
+        order,
+        start.tokenizer,
+        workers=config.data.workers,
+        masks=mask_plan(config.objectives.masked, start.encoder),
+    )
 
 
 def _build_loss(config: TrainConfig, has_bias: bool) -> BilingualLoss:
@@ -158,11 +170,24 @@ def _build_loss(config: TrainConfig, has_bias: bool) -> BilingualLoss:
     )
 
 
+def _build_model(config: TrainConfig, start: Start) -> PretrainingModel:
+    adapt(start.encoder, config.adapt)
+    languages = config.captions.languages
+    return build_pretraining_model(
+        start.encoder,
+        config.objectives,
+        languages={
+            name: language for language in languages for name in (language, second_of(language))
+        },
+        preprocess_cfg=start.preprocess_cfg,
+    )
+
+
 def _prepare(
-    encoder: DualEncoder, config: TrainConfig, accelerator: Accelerator
+    model: nn.Module, config: TrainConfig, accelerator: Accelerator
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     # Batch norm is always over the whole batch, so that a run does not depend on its processes.
-    model = synchronize_batch_norm(encoder, world_group(), accelerator.device)
+    model = synchronize_batch_norm(model, world_group(), accelerator.device)
     optimizer = build_optimizer(model, config.optimizer)
     prepared: tuple[nn.Module, torch.optim.Optimizer] = accelerator.prepare(model, optimizer)
     return prepared
@@ -181,14 +206,14 @@ def _loop_config(config: TrainConfig) -> LoopConfig:
     )
 
 
-def _evaluation(config: TrainConfig, start: Start) -> Callable[[DualEncoder], dict[str, float]]:
+def _evaluation(config: TrainConfig, start: Start) -> Callable[[Encoder], dict[str, float]]:
     split, languages = config.evaluation.split, config.captions.languages
     transform = evaluation_transform(start.preprocess_cfg)
     # Read before the first step, so that a missing split does not end a run half way.
     asked = config.evaluation.every_steps > 0
     pairs = pairs_of_split(config.data.folder, split, languages=languages) if asked else None
 
-    def evaluate(model: DualEncoder) -> dict[str, float]:
+    def evaluate(model: Encoder) -> dict[str, float]:
         assert pairs is not None
         scores = evaluate_retrieval(Embedder(model, start.tokenizer, transform), pairs)
         return {f"{split}/{name}": value for name, value in scores.items()}

@@ -9,7 +9,7 @@ import torch
 from vlm.bundle import load_bundle
 from vlm.errors import ConfigError
 from vlm.images.transforms import PreprocessConfig, preprocess_cfg
-from vlm.models.dual_encoder import DualEncoder, build_dual_encoder, open_clip_model_config
+from vlm.models.build import AnyEncoder, build_from_config, encoder_model_cfg, image_size
 from vlm.text.tokenizer import Tokenizer, load_tokenizer
 from vlm.training.config import TrainConfig
 
@@ -18,10 +18,10 @@ from vlm.training.config import TrainConfig
 class Start:
     """A model before its first step, and what it reads by."""
 
-    encoder: DualEncoder
+    encoder: AnyEncoder
     tokenizer: Tokenizer
     model_cfg: Mapping[str, Any]
-    """open_clip's description of the model."""
+    """The model's description, from which `build_encoder` builds it."""
     preprocess: PreprocessConfig
     image_size: int
     """Side of the model's pictures, in pixels."""
@@ -56,12 +56,13 @@ def build_start(config: TrainConfig) -> Start:
 def _from_config(config: TrainConfig) -> Start:
     tokenizer = load_tokenizer(config.tokenizer)
     torch.manual_seed(config.seed)
+    model_cfg = encoder_model_cfg(config.model, tokenizer)
     return Start(
-        encoder=build_dual_encoder(config.model, tokenizer),
+        encoder=build_from_config(config.model, tokenizer),
         tokenizer=tokenizer,
-        model_cfg=open_clip_model_config(config.model, tokenizer),
+        model_cfg=model_cfg,
         preprocess=config.preprocess,
-        image_size=config.model.vision_cfg.image_size,
+        image_size=image_size(model_cfg),
     )
 
 

@@ -14,8 +14,10 @@ from vlm.data.loader import TrainingLoader
 from vlm.data.sample import Batch
 from vlm.errors import TrainingError
 from vlm.losses.cached import CachedContrast
-from vlm.models.dual_encoder import DualEncoder, Features
+from vlm.models.encoder import MAIN, Encoder
 from vlm.models.growth import only_new_rows
+from vlm.models.masked import Hidden
+from vlm.models.pretraining import Encoded, PretrainingModel
 from vlm.text.caption_ids import text_id
 from vlm.training.checkpoint import Checkpoints, Progress
 from vlm.training.reporter import Reporter
@@ -42,6 +44,8 @@ class StepResult:
 
     loss: Tensor
     """The loss of the global batch."""
+    parts: Mapping[str, Tensor]
+    """What it is made of, by head and objective, where it has more than one part."""
     accuracy: Tensor
     """Share of pictures and texts whose most similar candidate in the batch is right."""
     candidates: int
@@ -60,7 +64,7 @@ class Trainer:
     accelerator: Accelerator
     """Devices, processes and mixed precision."""
     model: nn.Module
-    """The `DualEncoder` as the accelerator prepared it."""
+    """The `PretrainingModel` as the accelerator prepared it."""
     optimizer: torch.optim.Optimizer
     """As the accelerator prepared it."""
     contrast: CachedContrast[Batch]
@@ -69,8 +73,8 @@ class Trainer:
     """This rank's batches."""
     checkpoints: Checkpoints
     reporter: Reporter
-    evaluate: Callable[[DualEncoder], dict[str, float]]
-    """Scores the unwrapped model; called on the first rank only."""
+    evaluate: Callable[[Encoder], dict[str, float]]
+    """Scores the encoder; called on the first rank only."""
     first_new_id: int | None = None
     """The first id of a grown vocabulary whose row has not been trained yet."""
 
@@ -128,13 +132,18 @@ class Trainer:
                     "lower optimizer.learning_rate or look at the batch's pictures: "
                     + ", ".join(batch.uids[:3])
                 )
-            logit_scale = self._unwrapped.logit_scale.detach()
+            logit_scale = self._encoder.logit_scales[MAIN].detach()
             self.optimizer.step()
         self.optimizer.zero_grad()
-        self._unwrapped.clamp_logit_scale()
+        self._encoder.clamp_logit_scale()
         accuracy = torch.stack([term.accuracy for term in output.terms.values()]).mean()
+        of_loss = output.parts if len(output.parts) > 1 else {}
         return StepResult(
             loss=self.accelerator.reduce(output.loss, reduction="mean"),
+            parts={
+                name: self.accelerator.reduce(part, reduction="mean")
+                for name, part in of_loss.items()
+            },
             accuracy=self.accelerator.reduce(accuracy, reduction="mean"),
             candidates=max(term.candidates for term in output.terms.values()),
             gradient_norm=gradient_norm,
@@ -144,7 +153,7 @@ class Trainer:
 
     def _trained_at(self, step: int) -> AbstractContextManager[None]:
         """Let the first steps of a grown model change its new rows only."""
-        embedding, steps = self._unwrapped.text.token_embedding, self.config.schedule.new_rows_steps
+        embedding, steps = self._encoder.token_embedding, self.config.schedule.new_rows_steps
         if self.first_new_id is not None and step < steps:
             return only_new_rows(self.model, embedding, first_new=self.first_new_id)
         if step == steps and steps > 0:
@@ -159,22 +168,28 @@ class Trainer:
         images: bool = True,
         texts: bool = True,
         on_texts: Callable[[Mapping[str, Tensor]], Any] | None = None,
-    ) -> Features:
-        features: Features = self.model(
-            part.images if images else None, part.texts if texts else {}, on_texts
+    ) -> Encoded:
+        hidden = Hidden(part.hidden_words, part.hidden_patches)
+        encoded: Encoded = self.model(
+            part.images if images else None, part.texts if texts else {}, on_texts, hidden
         )
-        return features
+        return encoded
 
     @property
-    def _unwrapped(self) -> DualEncoder:
-        model: DualEncoder = self.accelerator.unwrap_model(self.model)
+    def _unwrapped(self) -> PretrainingModel:
+        model: PretrainingModel = self.accelerator.unwrap_model(self.model)
         return model
+
+    @property
+    def _encoder(self) -> Encoder:
+        return self._unwrapped.encoder
 
     def _report(self, step: int, result: StepResult, *, samples_per_s: float) -> None:
         self.reporter.record(
             step,
             {
                 "loss": result.loss.item(),
+                **{f"loss/{name}": part.item() for name, part in result.parts.items()},
                 "accuracy": result.accuracy.item(),
                 "candidates": result.candidates,
                 "gradient_norm": result.gradient_norm.item(),
@@ -186,7 +201,7 @@ class Trainer:
 
     def _evaluate(self, step: int) -> None:
         if self.accelerator.is_main_process:
-            self.reporter.record(step, self.evaluate(self._unwrapped))
+            self.reporter.record(step, self.evaluate(self._encoder))
         self.accelerator.wait_for_everyone()
 
     def _save(self, progress: Progress) -> None:

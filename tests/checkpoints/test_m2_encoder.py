@@ -1,0 +1,172 @@
+"""M2-Encoder's checkpoints become bundles and come back, name by name."""
+
+import io
+
+import pytest
+import sentencepiece
+import torch
+
+from tests.builders import THING_TEXTS
+from tests.checkpoints.sources import TEXTS, disturb, pixels
+from vlm.bundle import load_bundle
+from vlm.checkpoints.conversion import convert
+from vlm.checkpoints.export import export
+from vlm.checkpoints.m2_encoder import multiway_config
+from vlm.checkpoints.recipe import ConversionConfig
+from vlm.errors import CheckpointError, ConfigError
+from vlm.models.multiway import MultiwayEncoder
+from vlm.models.multiway_config import MultiwayConfig, is_held, released_tensors
+
+SIZES = MultiwayConfig(
+    image_size=32, patch_size=8, width=128, heads=2, ffn_width=256, layers=2, vl_layers=1,
+    embed_dim=48, text_positions=70,
+)  # fmt: skip
+ENDS = ["<|endoftext|>", "[SEP]", "[CLS]", "[MASK]", "[UNK]"]
+BLANKS = [f"<|blank_{length}|>" for length in range(2, 11)]
+
+
+@pytest.fixture(scope="module")
+def glm(tmp_path_factory):
+    """A vocabulary with GLM's special pieces, small."""
+    buffer = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(THING_TEXTS["zh"] + THING_TEXTS["en"]), model_writer=buffer,
+        model_type="bpe", vocab_size=220, user_defined_symbols=ENDS + BLANKS,
+        hard_vocab_limit=False, remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("glm") / "sp.model"
+    path.write_bytes(buffer.getvalue())
+    return path
+
+
+def released(glm, config=SIZES):
+    """Return tensors under every name of a released checkpoint."""
+    vocabulary = len(sentencepiece.SentencePieceProcessor(model_file=str(glm)))
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: 0.1 * torch.randn(shape, generator=generator)
+        for name, shape in released_tensors(config, vocabulary).items()
+    }
+
+
+def test_the_sizes_follow_from_the_shapes(glm):
+    assert multiway_config(released(glm)) == SIZES
+
+
+@pytest.mark.parametrize(
+    ("width", "heads", "layers"), [(768, 12, 9), (1024, 16, 21), (4096, 32, 21)]
+)
+def test_the_published_sizes_follow_from_the_shapes(width, heads, layers):
+    published = MultiwayConfig(
+        width=width, heads=heads, ffn_width=4 * width, layers=layers, embed_dim=min(width, 1024)
+    )
+    shapes = released_tensors(published, 115_244)
+    assert multiway_config({n: torch.empty(s, device="meta") for n, s in shapes.items()}) == (
+        published
+    )
+
+
+@pytest.mark.parametrize("key", ["state_dict", "module", "model", None])
+def test_a_checkpoint_round_trips_name_by_name(glm, tmp_path, key):
+    theirs = released(glm)
+    stored = {f"_forward_module.{name}": tensor for name, tensor in theirs.items()}
+    stored["_forward_module.visual_tokenizer.codebook.weight"] = torch.zeros(4, 4)
+    torch.save({key: stored} if key else stored, tmp_path / "m2.ckpt")
+    config = ConversionConfig(tokenizer=str(glm))
+    said = convert(tmp_path / "m2.ckpt", tmp_path / "bundle", config)
+    held = {name for name in theirs if is_held(name)}
+    dropped = {"visual_tokenizer.codebook.weight", *theirs} - held
+    assert f"left out {len(dropped)} tensors on purpose" in said[1]
+    assert all(name in said[1] for name in dropped)
+
+    bundle = load_bundle(tmp_path / "bundle")
+    said = export(bundle, tmp_path / "back.ckpt", "m2")
+    back = torch.load(tmp_path / "back.ckpt", weights_only=True)["state_dict"]
+    assert back.keys() == held
+    assert all(back[name].equal(theirs[name]) for name in held)
+    assert all(name in said[0] for name in theirs.keys() - held)
+    again = ConversionConfig(tokenizer=str(glm))
+    convert(tmp_path / "back.ckpt", tmp_path / "twice", again)
+    assert load_bundle(tmp_path / "twice").fingerprint == bundle.fingerprint
+
+
+@torch.inference_mode()
+def test_the_bundle_is_the_model_with_those_tensors(glm, tmp_path):
+    theirs = released(glm)
+    vocabulary = len(theirs["backbone.text_embed.weight"])
+    model = disturb(MultiwayEncoder(SIZES, vocab_size=vocabulary))
+    names = {"log_logit_scale": "logit_vl_scale", "log_unimodal_logit_scale": "logit_scale"}
+    model.load_state_dict({n: theirs[names.get(n, n)] for n in model.state_dict()})
+    torch.save(theirs, tmp_path / "m2.ckpt")
+    convert(tmp_path / "m2.ckpt", tmp_path / "bundle", ConversionConfig(tokenizer=str(glm)))
+    bundle = load_bundle(tmp_path / "bundle")
+    tokens = bundle.tokenizer.encode(TEXTS)
+    assert bundle.model.encode_text(tokens).equal(model.encode_text(tokens))
+    assert bundle.model.encode_image(pixels(bundle)).equal(model.encode_image(pixels(bundle)))
+    assert not (tmp_path / "bundle/open_clip_config.json").exists()
+    assert bundle.preprocess_cfg["resize_mode"] == "squash"
+    assert bundle.preprocess_cfg["mean"] == [0.5, 0.5, 0.5]
+    assert bundle.languages == ("zh", "en")
+
+
+def test_texts_stand_between_glms_pieces_and_lose_their_head(glm, tmp_path):
+    torch.save(released(glm), tmp_path / "m2.ckpt")
+    convert(tmp_path / "m2.ckpt", tmp_path / "bundle", ConversionConfig(tokenizer=str(glm)))
+    tokenizer = load_bundle(tmp_path / "bundle").tokenizer
+    model = sentencepiece.SentencePieceProcessor(model_file=str(glm))
+    text = "red apple " * 40 + "blue  sea"
+    rows = tokenizer.encode([text, "blue  sea"])
+    assert rows.ids.shape[1] == 52
+    begin, end = (model.piece_to_id(piece) for piece in ("[CLS]", "<|endoftext|>"))
+    pieces = model.encode(text.replace("  ", "<|blank_2|>"))
+    assert rows.ids[0].tolist() == [begin, *pieces[-50:], end]
+    short = model.encode("blue<|blank_2|>sea")
+    padding = [end] * (52 - len(short) - 2)
+    assert rows.ids[1].tolist() == [begin, *short, end, *padding]
+
+
+@torch.inference_mode()
+def test_positions_are_interpolated_for_another_picture_size(glm, tmp_path):
+    theirs = released(glm)
+    torch.save(theirs, tmp_path / "m2.ckpt")
+    config = ConversionConfig(tokenizer=str(glm), image_size=48)
+    convert(tmp_path / "m2.ckpt", tmp_path / "bundle", config)
+    bundle = load_bundle(tmp_path / "bundle")
+    assert bundle.model.grid_size == (6, 6)
+    assert bundle.model.encode_image(pixels(bundle)).shape == (3, 48)
+    assert bundle.preprocess_cfg["size"] == 48
+    name = "backbone.encoder.embed_positions.A.weight"
+    old, new = theirs[name], bundle.model.state_dict()[name]
+    assert new.shape == (39, 128)
+    assert new[:3].equal(old[:3])
+    torch.testing.assert_close(new[3], old[3])  # the first new patch lies in the first old one
+
+
+def test_a_picture_size_that_patches_do_not_fill_is_refused(glm, tmp_path):
+    torch.save(released(glm), tmp_path / "m2.ckpt")
+    config = ConversionConfig(tokenizer=str(glm), image_size=47)
+    with pytest.raises(ConfigError, match="expected a multiple of patch_size"):
+        convert(tmp_path / "m2.ckpt", tmp_path / "bundle", config)
+
+
+def test_a_checkpoint_asks_for_its_tokenizer(glm, tmp_path):
+    torch.save(released(glm), tmp_path / "m2.ckpt")
+    with pytest.raises(CheckpointError, match=r"name its sp\.model by --tokenizer"):
+        convert(tmp_path / "m2.ckpt", tmp_path / "bundle", ConversionConfig())
+
+
+def test_an_unexpected_or_missing_tensor_is_named(glm, tmp_path):
+    theirs = released(glm) | {"decoder.weight": torch.zeros(1)}
+    del theirs["logit_vl_scale"]
+    torch.save(theirs, tmp_path / "m2.ckpt")
+    with pytest.raises(CheckpointError, match=r"\(logit_vl_scale\), .* \(decoder\.weight\)"):
+        convert(tmp_path / "m2.ckpt", tmp_path / "bundle", ConversionConfig(tokenizer=str(glm)))
+
+
+@pytest.mark.parametrize("target", ["open_clip", "hf", "chinese-clip"])
+def test_other_formats_cannot_express_multiway_towers(glm, tmp_path, target):
+    torch.save(released(glm), tmp_path / "m2.ckpt")
+    config = ConversionConfig(tokenizer=str(glm))
+    with pytest.raises(CheckpointError, match="cannot express multiway towers"):
+        convert(tmp_path / "m2.ckpt", tmp_path / "out", config, target=target)
+    assert not (tmp_path / "out").exists()

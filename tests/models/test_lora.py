@@ -1,0 +1,115 @@
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from tests.builders import IMAGE_SIZE, tiny_model, tiny_tokenizer
+from tests.models.test_pretraining import TINY_MULTIWAY
+from vlm.errors import ConfigError
+from vlm.models.build import build_from_config
+from vlm.models.lora import add_lora, without_lora
+
+TEXTS = ["red apple", "小狗", "a picture of a hot soup"]
+
+
+def encoder_of(kind, tokenizer):
+    if kind == "two towers":
+        return tiny_model(tokenizer)
+    torch.manual_seed(0)
+    return build_from_config(TINY_MULTIWAY, tokenizer).eval()
+
+
+def features(encoder, tokenizer):
+    images = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(3))
+    return encoder.encode_text(tokenizer.encode(TEXTS)), encoder.encode_image(images)
+
+
+def train(encoder, tokenizer):
+    trained = [p for p in encoder.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1.0)
+    target = torch.randn(encoder.embed_dim, generator=torch.Generator().manual_seed(4))
+    for _ in range(3):
+        sum((each @ target).sum() for each in features(encoder, tokenizer)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("kind", ["two towers", "multiway"])
+def test_adapters_change_nothing_at_first_and_merge_into_plain_weights(kind):
+    tokenizer = tiny_tokenizer()
+    encoder = encoder_of(kind, tokenizer)
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    plain = features(encoder, tokenizer)
+    add_lora(encoder, encoder.text_groups(), rank=2, alpha=4)
+    for one, other in zip(features(encoder, tokenizer), plain, strict=True):
+        assert torch.equal(one, other)
+    train(encoder, tokenizer)
+    trained = features(encoder, tokenizer)
+    assert (trained[0] - plain[0]).abs().max() > 0.01
+    merged = without_lora(encoder)
+    for one, other in zip(features(merged, tokenizer), trained, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+    assert merged.state_dict().keys() == before.keys()
+    assert any("lora" in name for name in encoder.state_dict())
+
+
+def test_the_adapted_towers_own_weights_stay_and_other_parameters_train():
+    tokenizer = tiny_tokenizer()
+    encoder = tiny_model(tokenizer)
+    own = {id(parameter): parameter.detach().clone() for parameter in encoder.text.parameters()}
+    image = encoder.visual.head.proj.weight.detach().clone()
+    add_lora(encoder, encoder.text_groups(), rank=2, alpha=4)
+    assert encoder.log_logit_scale.requires_grad
+    train(encoder, tokenizer)
+    kept = [p for p in encoder.text.parameters() if id(p) in own]
+    assert kept
+    assert all(torch.equal(p, own[id(p)]) for p in kept)
+    assert not torch.equal(encoder.visual.head.proj.weight, image)
+
+
+def test_a_product_of_rank_two_is_added_to_each_matrix():
+    tokenizer = tiny_tokenizer()
+    encoder = tiny_model(tokenizer)
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    add_lora(encoder, encoder.text_groups(), rank=2, alpha=4)
+    train(encoder, tokenizer)
+    after = without_lora(encoder).state_dict()
+    changed = {
+        name: torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-3).item()
+        for name in before
+        if name.startswith("text.") and not torch.equal(after[name], before[name])
+    }
+    block = "text.transformer.resblocks.0"
+    assert changed == dict.fromkeys(
+        [
+            f"{block}.attn.in_proj_weight",
+            f"{block}.attn.out_proj.weight",
+            f"{block}.mlp.c_fc.weight",
+            f"{block}.mlp.c_proj.weight",
+        ],
+        2,
+    )
+
+
+def test_a_model_without_adapters_is_returned_as_it_is():
+    model = nn.Sequential(nn.Linear(2, 2))
+    assert without_lora(model) is model
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(0, 4), (2, 0)])
+def test_a_rank_or_scale_below_one_is_refused(rank, alpha):
+    with pytest.raises(ConfigError, match=f"rank is {rank} and alpha {alpha}"):
+        add_lora(nn.Linear(2, 2), [], rank=rank, alpha=alpha)
+
+
+def test_towers_without_matrices_are_refused():
+    norm = nn.LayerNorm(3)
+    with pytest.raises(ConfigError, match="no linear layer"):
+        add_lora(norm, [list(norm.parameters())], rank=2, alpha=4)
+
+
+def test_without_the_library_it_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ConfigError, match=r"pip install 'vlm\[lora\]'"):
+        add_lora(nn.Linear(2, 2), [], rank=2, alpha=4)

@@ -1,0 +1,168 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.builders import (
+    IMAGE_SIZE,
+    TINY_MODEL,
+    make_samples,
+    tiny_bundle,
+    tiny_model,
+    tiny_tokenizer,
+    write_split,
+)
+from tests.models.test_pretraining import TINY_MULTIWAY
+from vlm.data.loader import MaskPlan
+from vlm.embedder import Embedder
+from vlm.errors import ConfigError, VlmError
+from vlm.images.transforms import PreprocessConfig, preprocess_cfg
+from vlm.losses.bilingual import LossConfig
+from vlm.models.masked import MaskedConfig
+from vlm.training.adaptation import AdaptationConfig
+from vlm.training.config import CheckpointConfig, DataConfig, TrainConfig
+from vlm.training.objectives import ObjectivesConfig, build_pretraining_model, mask_plan
+from vlm.training.run import train
+from vlm.training.schedule import ScheduleConfig
+
+LANGUAGES = {"zh": "zh", "en": "en"}
+BOTH = MaskedConfig(cmlm_weight=0.5, cmim_weight=2.0, image_share=0.6, decoder_layers=1)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_split(tmp_path_factory.mktemp("objectives") / "data", make_samples(12))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
+    tiny_tokenizer().save(folder)
+    return folder
+
+
+def config(data, tokenizer, run_folder, **changes):
+    settings = {
+        "run_folder": run_folder,
+        "tokenizer": tokenizer,
+        "model": TINY_MODEL,
+        "data": DataConfig(folder=data, batch_size=6, workers=0),
+        "schedule": ScheduleConfig(steps=4, warmup_steps=1),
+        "checkpoint": CheckpointConfig(every_steps=0),
+        "report_every": 1,
+    }
+    return TrainConfig(**(settings | changes))
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("model", [TINY_MODEL, TINY_MULTIWAY], ids=["two towers", "multiway"])
+def test_every_objective_is_trained_reported_apart_and_left_out_of_the_bundle(
+    data, tokenizer, tmp_path, model
+):
+    objectives = ObjectivesConfig(
+        masked=BOTH, matryoshka=(8,), language_embeddings=True, unimodal_weight=0.5
+    )
+    folder = tmp_path / "run"
+    bundle = train(config(data, tokenizer, folder, model=model, objectives=objectives))
+    heads = {"main": 1.0, "main 8": 1.0}
+    heads |= {"unimodal": 0.5} if model is TINY_MULTIWAY else {}
+    for record in records(folder):
+        of_heads = sum(weight * record[f"loss/{name}"] for name, weight in heads.items())
+        expected = of_heads / sum(heads.values())
+        expected += 0.5 * record["loss/cmlm"] + 2.0 * record["loss/cmim"]
+        assert record["loss"] == pytest.approx(expected, rel=1e-5)
+    names = load_file(bundle / "open_clip_model.safetensors").keys()
+    assert not any("decoder" in name or "masked" in name or "encoder." in name[:8] for name in names)
+    whole, cut = (Embedder.load(bundle, truncate_dim=dim) for dim in (None, 8))
+    vectors = whole.encode_text(["red apple"])[:, :8]
+    found = cut.encode_text(["red apple"])
+    torch.testing.assert_close(
+        torch.from_numpy(found), torch.nn.functional.normalize(torch.from_numpy(vectors), dim=1)
+    )
+    with pytest.raises(VlmError, match="truncate_dim is 9; expected 8 or"):
+        whole.truncated(9)
+
+
+@pytest.mark.parametrize("model", [TINY_MODEL, TINY_MULTIWAY], ids=["two towers", "multiway"])
+def test_micro_batches_give_the_losses_of_one_batch(data, tokenizer, tmp_path, model):
+    """The masks of a sample follow from the seed and the sample, and not from its batch."""
+    found = []
+    for parts in (1, 2):
+        folder = tmp_path / f"run{parts}"
+        settings = {
+            "model": model,
+            "loss": LossConfig(micro_batches=parts),
+            "objectives": ObjectivesConfig(masked=BOTH),
+            "adapt": AdaptationConfig(lock_image=0),  # no batch norm over parts
+        }
+        train(config(data, tokenizer, folder, **settings))
+        found.append(records(folder)[0])
+    for name in ("loss/main", "loss/cmim"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-4)
+
+
+def test_a_run_with_adapters_and_objectives_resumes_to_the_same_bundle(data, tokenizer, tmp_path):
+    settings = {
+        "objectives": ObjectivesConfig(masked=BOTH, language_embeddings=True),
+        "adapt": AdaptationConfig(lora_rank=2, lora_towers=("text",)),
+        "checkpoint": CheckpointConfig(every_steps=2, keep=9),
+    }
+    whole = train(config(data, tokenizer, tmp_path / "whole", **settings))
+    cut = config(data, tokenizer, tmp_path / "cut", **settings)
+    train(cut)
+    last = tmp_path / "cut/checkpoints/step-00000004"
+    for file in last.iterdir():
+        file.unlink()
+    last.rmdir()
+    resumed = train(cut, resume=True)
+    first, second = (load_file(b / "open_clip_model.safetensors") for b in (whole, resumed))
+    assert first.keys() == second.keys()
+    assert not any("lora" in name for name in first)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_teachers_states_are_what_hidden_patches_are_recovered_as(tmp_path):
+    teacher = tiny_bundle(tmp_path / "teacher", seed=5)
+    tokenizer = tiny_tokenizer()
+    encoder = tiny_model(tokenizer)
+    masked = MaskedConfig(cmim_weight=1.0, teacher=teacher, decoder_layers=1)
+    model = build_pretraining_model(
+        encoder,
+        ObjectivesConfig(masked=masked),
+        languages=LANGUAGES,
+        preprocess_cfg=preprocess_cfg(PreprocessConfig(), IMAGE_SIZE),
+    )
+    images = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE)
+    expected = tiny_model(tokenizer, seed=5).image_states(images).tokens
+    torch.testing.assert_close(model.teacher(images), expected)
+    assert not any("teacher" in name for name in model.state_dict())
+
+
+def test_a_teacher_of_other_pictures_is_refused(tmp_path):
+    masked = MaskedConfig(cmim_weight=1.0, teacher=tiny_bundle(tmp_path / "teacher"))
+    with pytest.raises(ConfigError, match="teacher reads pictures of another kind: size 32 for 64"):
+        build_pretraining_model(
+            tiny_model(tiny_tokenizer()),
+            ObjectivesConfig(masked=masked),
+            languages=LANGUAGES,
+            preprocess_cfg=preprocess_cfg(PreprocessConfig(), 64),
+        )
+
+
+def test_a_share_that_hides_no_patch_is_refused():
+    masked = MaskedConfig(cmim_weight=1.0, image_share=0.4)
+    with pytest.raises(ConfigError, match="0.4 of 1 patches, which is none"):
+        mask_plan(masked, tiny_model(tiny_tokenizer()))
+
+
+def test_only_what_is_trained_is_hidden():
+    encoder = tiny_model(tiny_tokenizer())
+    assert mask_plan(MaskedConfig(), encoder) == MaskPlan()
+    words = mask_plan(MaskedConfig(cmlm_weight=1.0, text_share=0.3), encoder)
+    assert words == MaskPlan(text_share=0.3)
+    both = mask_plan(BOTH, encoder)
+    assert both == MaskPlan(text_share=0.5, image_share=0.6, grid=(1, 1))

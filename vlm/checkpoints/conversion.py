@@ -1,0 +1,162 @@
+"""A source of any kind to a bundle, perhaps with more ids, and from there to a format again."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from vlm.bundle import is_bundle, load_bundle, save_bundle
+from vlm.checkpoints import chinese_clip, hugging_face, m2_encoder, open_clip
+from vlm.checkpoints.accounting import gather
+from vlm.checkpoints.export import Format, export
+from vlm.checkpoints.reading import in_float32, read_tensors
+from vlm.checkpoints.recipe import ConversionConfig, Recipe
+from vlm.errors import CheckpointError
+from vlm.models.build import build_encoder
+from vlm.models.dual_encoder import DualEncoder
+from vlm.text.tokenizer import load_tokenizer
+from vlm.vocabulary_transfer import GrowthConfig, grow_bundle
+
+_KINDS = (
+    (chinese_clip.is_chinese_clip, chinese_clip.read_chinese_clip),
+    (m2_encoder.is_m2_encoder, m2_encoder.read_m2_encoder),
+    (open_clip.is_open_clip, open_clip.read_open_clip_file),
+)
+"""What a weights file can be, by the names in it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extension:
+    """What a model is taught to read besides (Taiyi-Diffusion-XL, Wu et al. 2024)."""
+
+    tokenizer: Path
+    """Folder of a tokenizer that was extended from the source's."""
+    growth: GrowthConfig
+    """How new rows and positions start."""
+
+
+def convert(
+    source: Path,
+    out: Path,
+    config: ConversionConfig,
+    *,
+    extension: Extension | None = None,
+    target: Format | None = None,
+) -> list[str]:
+    """Write a checkpoint or a bundle as a bundle, or in another project's format.
+
+    Args:
+        source: A bundle, a weights file, or a folder of open_clip or transformers.
+        out: What to write: a folder, or a file where the format is one.
+        config: What the source leaves open.
+        extension: More ids and positions for the model, where asked for.
+        target: Another project's format; none is a bundle.
+
+    Returns:
+        Sentences on what was done: what the source was, and what was left out on purpose.
+
+    Raises:
+        CheckpointError: the source is none that is known, or not whole, or leaves more open; or
+            the model cannot be extended or expressed as asked.
+        TokenizerError: a tokenizer cannot be read, or is no extension.
+    """
+    if out.resolve() == source.resolve():
+        raise CheckpointError(f"{out} is the source itself; expected another place")
+    if is_bundle(source) and config != ConversionConfig():
+        raise CheckpointError(f"{source} is a bundle, which leaves nothing open")
+    if is_bundle(source) and extension is None and target is None:
+        raise CheckpointError(f"{source} is a bundle already; expected --extend or --format")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    said: list[str] = []
+    # On the same disk as the result, because these are as large.
+    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+        bundle = source
+        if not is_bundle(source):
+            bundle = Path(scratch, "bundle") if extension or target else out
+            said += to_bundle(source, bundle, config)
+        if extension is not None:
+            grown = Path(scratch, "grown") if target else out
+            _extend(bundle, grown, extension)
+            bundle = grown
+        if target is not None:
+            said += export(load_bundle(bundle), out, target)
+    return said
+
+
+def to_bundle(source: Path, out: Path, config: ConversionConfig) -> list[str]:
+    """Write the bundle of another project's checkpoint.
+
+    Args:
+        source: A weights file, or a folder of open_clip or transformers.
+        out: The folder to write.
+        config: What the source leaves open.
+
+    Returns:
+        Sentences on what the source was, and what was left out on purpose.
+
+    Raises:
+        CheckpointError: the source is none that is known, or not whole, or leaves more open.
+        TokenizerError: its tokenizer cannot be read.
+    """
+    recipe = understand(source, config)
+    # Without storage for weights that would be replaced at once.
+    with torch.device("meta"):
+        model = build_encoder(recipe.model_cfg)
+    ours, dropped = gather(
+        in_float32(recipe.tensors),
+        model.state_dict(),
+        recipe.origin_of,
+        allowed=recipe.allowed,
+    )
+    model.load_state_dict(ours, assign=True)
+    save_bundle(
+        out,
+        model=model,
+        model_cfg=recipe.model_cfg,
+        preprocess_cfg=recipe.preprocess_cfg,
+        tokenizer=recipe.tokenizer,
+        languages=recipe.languages,
+    )
+    left_out = f"left out {len(dropped)} tensors on purpose: {', '.join(dropped)}"
+    return [f"{source} is {recipe.kind}", *([left_out] if dropped else [])]
+
+
+def understand(source: Path, config: ConversionConfig) -> Recipe:
+    """Find out what a source is, by what it holds.
+
+    Raises:
+        CheckpointError: it is none that is known, or leaves something open.
+    """
+    if source.is_dir():
+        if (source / open_clip.CONFIG).is_file():
+            return open_clip.read_open_clip_folder(source, config)
+        if hugging_face.is_hugging_face(source):
+            return hugging_face.read_hugging_face(source, config)
+        raise CheckpointError(
+            f"{source} is no folder that is known; expected a bundle, one of open_clip (with "
+            f"{open_clip.CONFIG}), or one of transformers' CLIPModel or ChineseCLIPModel"
+        )
+    tensors = read_tensors(source)
+    for is_one, read in _KINDS:
+        if is_one(tensors):
+            return read(tensors, config)
+    raise CheckpointError(
+        f"the tensors in {source} are of no model that is known ({', '.join(list(tensors)[:3])}, "
+        "...); expected those of open_clip, Chinese-CLIP or M2-Encoder"
+    )
+
+
+def _extend(folder: Path, out: Path, extension: Extension) -> None:
+    bundle = load_bundle(folder)
+    if not isinstance(bundle.model, DualEncoder) or "hf_config" in bundle.model_cfg["text_cfg"]:
+        raise CheckpointError(
+            "the model cannot be extended; expected a text transformer of open_clip's kind"
+        )
+    rows, ids = bundle.model.token_embedding.num_embeddings, bundle.tokenizer.vocab_size
+    if rows != ids:
+        raise CheckpointError(
+            f"the model has {rows} rows and its tokenizer {ids} ids; expected as many, so that "
+            "new ids follow"
+        )
+    grow_bundle(bundle, load_tokenizer(extension.tokenizer), extension.growth, out)

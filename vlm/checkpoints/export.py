@@ -1,0 +1,190 @@
+"""Bundles in the formats of other projects, where those can express the model."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import open_clip
+import torch
+from safetensors.torch import save_file
+
+from vlm.bundle import Bundle, save_bundle
+from vlm.checkpoints import chinese_clip, clip_names, hugging_face, m2_encoder
+from vlm.checkpoints.accounting import scatter
+from vlm.checkpoints.comparing import differences
+from vlm.checkpoints.hugging_face_files import (
+    model_config,
+    preprocessor_config,
+    tokenizer_files,
+)
+from vlm.checkpoints.reading import Tensors
+from vlm.errors import CheckpointError
+from vlm.files import write_file, write_folder
+from vlm.models.dual_encoder import DualEncoder
+from vlm.models.multiway import MultiwayEncoder
+from vlm.models.multiway_config import MultiwayConfig, released_tensors
+
+_TEXT_TOWER = "text_tower"  # the folder of a text tower's own configuration
+
+Format = Literal["open_clip", "chinese-clip", "hf", "m2"]
+
+
+def export(bundle: Bundle, out: Path, target: Format) -> list[str]:
+    """Write a bundle in another project's format.
+
+    Args:
+        bundle: What to write.
+        out: The folder for `open_clip` and `hf`, the file for `chinese-clip` and `m2`.
+        target: `open_clip`: a folder for `local-dir:`. `chinese-clip`: a file of `cn_clip`. `hf`:
+            a folder of transformers' `CLIPModel` or `ChineseCLIPModel`. `m2`: M2-Encoder's file.
+
+    Returns:
+        Sentences on what the target has to do without.
+
+    Raises:
+        CheckpointError: the format cannot express the model, its pictures or its tokenizer.
+    """
+    return _WRITERS[target](bundle, out)
+
+
+def _to_open_clip(bundle: Bundle, out: Path) -> list[str]:
+    _dual(bundle, "open_clip")
+    cfg = dict(bundle.model_cfg)
+    hf_config = cfg["text_cfg"].get("hf_config")
+    if hf_config is not None:
+        # open_clip looks the sizes up by a name; a folder's needs no network.
+        cfg["text_cfg"] = {**cfg["text_cfg"], "hf_model_name": str((out / _TEXT_TOWER).resolve())}
+    _check_open_clip(bundle, cfg)
+    save_bundle(
+        out,
+        model=bundle.model,
+        model_cfg=cfg,
+        preprocess_cfg=bundle.preprocess_cfg,
+        tokenizer=bundle.tokenizer,
+        languages=bundle.languages,
+        first_new_id=bundle.first_new_id,
+        truncate_dims=bundle.truncate_dims,
+    )
+    if hf_config is None:
+        return []
+    write_file(out / _TEXT_TOWER / "config.json", json.dumps(dict(hf_config)).encode())
+    return ["the description names the folder's place: convert again rather than move it"]
+
+
+def _check_open_clip(bundle: Bundle, cfg: Mapping[str, Any]) -> None:
+    """Refuse what open_clip would build otherwise; a tower of transformers it leaves to those."""
+    hf_config = cfg["text_cfg"].get("hf_config")
+    try:
+        with torch.device("meta"), TemporaryDirectory() as folder:
+            text = {name: value for name, value in cfg["text_cfg"].items() if name != "hf_config"}
+            if hf_config is not None:
+                (Path(folder) / "config.json").write_text(json.dumps(dict(hf_config)))
+                text |= {"hf_model_name": folder, "hf_model_pretrained": False}
+            vision = {**cfg["vision_cfg"], "timm_model_pretrained": False}
+            theirs = open_clip.CustomTextCLIP(
+                cfg["embed_dim"], vision, text, init_logit_bias=cfg.get("init_logit_bias")
+            )
+    except (TypeError, RuntimeError, AssertionError, ValueError, OSError) as error:
+        raise CheckpointError(f"open_clip cannot build the model: {error}") from error
+    expected = {name: tensor.shape for name, tensor in theirs.state_dict().items()}
+    held = bundle.model.state_dict().items()
+    found = {name.replace("log_logit_scale", "logit_scale"): tensor.shape for name, tensor in held}
+    wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+    if wrong:
+        raise CheckpointError(
+            f"open_clip builds another model of this description: {len(wrong)} tensors differ "
+            f"({', '.join(wrong[:3])})"
+        )
+
+
+def _to_chinese_clip(bundle: Bundle, out: Path) -> list[str]:
+    model = _dual(bundle, "Chinese-CLIP")
+    _bert(bundle, "Chinese-CLIP")
+    theirs = scatter(model.state_dict(), chinese_clip.origin_of)
+    try:
+        again = chinese_clip.chinese_clip_model_cfg(theirs)
+    except CheckpointError as error:
+        raise CheckpointError(f"Chinese-CLIP cannot express the model: {error}") from error
+    _same(bundle, again, "Chinese-CLIP")
+    _save_torch({f"module.{name}": tensor for name, tensor in theirs.items()}, out)
+    return ["the file holds no tokenizer and no picture transform; cn_clip has its own"]
+
+
+def _to_hugging_face(bundle: Bundle, out: Path) -> list[str]:
+    model = _dual(bundle, "transformers")
+    record = model_config(bundle.model_cfg, bundle.tokenizer)
+    _same(bundle, hugging_face.hugging_face_model_cfg(record, bundle.tokenizer), "transformers")
+    preprocessor = preprocessor_config(bundle.preprocess_cfg, record["model_type"])
+    files, notes = tokenizer_files(bundle.tokenizer)
+    weights = scatter(model.state_dict(), clip_names.origin_of)
+    with write_folder(out) as temporary:
+        save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+        for name, content in (
+            (hugging_face.CONFIG, record),
+            (hugging_face.PREPROCESSOR, preprocessor),
+        ):
+            (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for name, data in files.items():
+            (temporary / name).write_bytes(data)
+    return notes
+
+
+def _to_m2(bundle: Bundle, out: Path) -> list[str]:
+    model = bundle.model
+    if not isinstance(model, MultiwayEncoder):
+        raise CheckpointError("M2-Encoder's format holds multiway towers; the bundle has two apart")
+    if model.logit_bias is not None:
+        raise CheckpointError("M2-Encoder's format has no bias of a sigmoid loss")
+    theirs = scatter(model.state_dict(), m2_encoder.origin_of)
+    config = MultiwayConfig(**asdict(model.config))
+    absent = sorted(
+        released_tensors(config, model.token_embedding.num_embeddings).keys() - theirs.keys()
+    )
+    _save_torch(theirs, out)
+    return [
+        f"left out {len(absent)} tensors that released checkpoints have and nothing reads: "
+        f"{', '.join(absent)}",
+        "the file holds no tokenizer and no picture transform",
+    ]
+
+
+_WRITERS: Mapping[Format, Callable[[Bundle, Path], list[str]]] = {
+    "open_clip": _to_open_clip,
+    "chinese-clip": _to_chinese_clip,
+    "hf": _to_hugging_face,
+    "m2": _to_m2,
+}
+
+
+def _dual(bundle: Bundle, target: str) -> DualEncoder:
+    if not isinstance(bundle.model, DualEncoder):
+        raise CheckpointError(f"{target} cannot express multiway towers; expected --format m2")
+    return bundle.model
+
+
+def _bert(bundle: Bundle, target: str) -> None:
+    kind = bundle.model_cfg["text_cfg"].get("hf_config", {}).get("model_type")
+    if kind != "bert":
+        raise CheckpointError(
+            f"{target} has BERT's text tower; the bundle's is {kind or 'a text transformer'}"
+        )
+
+
+def _same(bundle: Bundle, again: Mapping[str, Any], target: str) -> None:
+    """Refuse a model that would be read back as another one."""
+    differing = differences(bundle.model_cfg, again)
+    if differing:
+        raise CheckpointError(f"{target} cannot express the model's {', '.join(differing)}")
+
+
+def _save_torch(tensors: Tensors, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        torch.save({"state_dict": tensors}, partial)
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)

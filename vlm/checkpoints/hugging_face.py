@@ -1,0 +1,196 @@
+"""Folders of transformers' `CLIPModel` and `ChineseCLIPModel`, as `save_pretrained` writes them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vlm.checkpoints import chinese_clip, clip_names
+from vlm.checkpoints.reading import find_weights, read_json, read_tensors
+from vlm.checkpoints.recipe import ConversionConfig, Recipe, languages_of, read_tokenizer
+from vlm.errors import CheckpointError
+from vlm.images.transforms import PreprocessConfig, preprocess_cfg
+from vlm.text.tokenizer import Tokenizer
+
+CONFIG = "config.json"
+PREPROCESSOR = "preprocessor_config.json"
+CLIP, CHINESE_CLIP = "clip", "chinese_clip"
+RESAMPLING = {2: "bilinear", 3: "bicubic"}
+"""PIL's numbers, which the files have."""
+
+_EPS = 1e-5  # torch's own
+_ARGMAX = 2  # `eos_token_id` of configurations from before pooling went by it
+
+# What `config.json` leaves out where it is the default.
+_VISION: Mapping[str, Any] = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "image_size": 224, "patch_size": 32,
+    "hidden_act": "quick_gelu", "layer_norm_eps": _EPS,
+}  # fmt: skip
+_TEXT: Mapping[str, Mapping[str, Any]] = {
+    CLIP: {
+        "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
+        "num_attention_heads": 8, "max_position_embeddings": 77, "vocab_size": 49408,
+        "hidden_act": "quick_gelu", "layer_norm_eps": _EPS, "eos_token_id": 49407,
+    },
+    CHINESE_CLIP: {
+        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+        "num_attention_heads": 12, "max_position_embeddings": 512, "vocab_size": 30522,
+        "hidden_act": "gelu", "layer_norm_eps": 1e-12, "type_vocab_size": 2, "pad_token_id": 0,
+    },
+}  # fmt: skip
+
+
+def is_hugging_face(folder: Path) -> bool:
+    """Tell whether a folder holds one of the two models."""
+    path = folder / CONFIG
+    return path.is_file() and read_json(path).get("model_type") in (CLIP, CHINESE_CLIP)
+
+
+def read_hugging_face(folder: Path, config: ConversionConfig) -> Recipe:
+    """Understand a folder of transformers; Taiyi's CLIP is one with more ids and positions.
+
+    Raises:
+        CheckpointError: a part is missing, or says what open_clip's towers cannot do.
+    """
+    record = read_json(folder / CONFIG)
+    kind = record["model_type"]
+    text = _part(record, "text", _TEXT[kind])
+    positions = text["max_position_embeddings"]
+    tokenizer = read_tokenizer(
+        config,
+        str(folder),
+        rows=text["vocab_size"],
+        positions=positions,
+        context_length=chinese_clip.CONTEXT_LENGTH if kind == CHINESE_CLIP else positions,
+    )
+    model_cfg = hugging_face_model_cfg(record, tokenizer)
+    image_size = model_cfg["vision_cfg"]["image_size"]
+    preprocess = config.preprocess or read_preprocessing(folder, image_size)
+    names = "ChineseCLIPModel" if kind == CHINESE_CLIP else "CLIPModel"
+    languages = ("zh",) if kind == CHINESE_CLIP else languages_of(tokenizer)
+    return Recipe(
+        kind=f"a folder of transformers' {names}",
+        tensors=read_tensors(find_weights(folder)),
+        origin_of=clip_names.origin_of,
+        allowed=clip_names.ALLOWED,
+        model_cfg=model_cfg,
+        preprocess_cfg=preprocess_cfg(preprocess, image_size),
+        tokenizer=tokenizer,
+        languages=config.languages or languages,
+    )
+
+
+def hugging_face_model_cfg(record: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return open_clip's description of the model that a `config.json` describes.
+
+    Raises:
+        CheckpointError: open_clip's towers cannot be that model.
+    """
+    kind = record["model_type"]
+    vision, text = _part(record, "vision", _VISION), _part(record, "text", _TEXT[kind])
+    return {
+        "embed_dim": record.get("projection_dim", 512),
+        "vision_cfg": _sizes(vision)
+        | {
+            "image_size": vision["image_size"],
+            "patch_size": vision["patch_size"],
+            "head_width": vision["hidden_size"] // vision["num_attention_heads"],
+        },
+        "text_cfg": _bert_cfg(text) if kind == CHINESE_CLIP else _clip_text_cfg(text, tokenizer),
+        "custom_text": True,
+        "quick_gelu": _quick_gelu(vision, text, kind),
+    }
+
+
+def read_preprocessing(folder: Path, image_size: int) -> PreprocessConfig:
+    """Read how a folder's pictures become tensors.
+
+    Raises:
+        CheckpointError: the folder does not say it, or says what open_clip's transform cannot do.
+    """
+    path = folder / PREPROCESSOR
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} does not say how pictures become tensors: it has no {PREPROCESSOR}; "
+            "expected it, or --preprocess.mean, .std, .interpolation and .resize_mode"
+        )
+    record = read_json(path)
+    try:
+        mean, std = map(float, record["image_mean"]), map(float, record["image_std"])
+        interpolation = RESAMPLING[record["resample"]]
+        size, crop = record["size"], record.get("crop_size", record["size"])
+    except KeyError as error:
+        raise CheckpointError(f"{path} lacks {error}, or it is not one of CLIP's") from error
+    mode = _resize_mode(size, crop, crops=record.get("do_center_crop", True), side=image_size)
+    if mode is None:
+        raise CheckpointError(
+            f"{path} resizes to {size} and crops to {crop}; expected pictures of {image_size} "
+            "pixels a side, either cut or squashed"
+        )
+    return PreprocessConfig(
+        mean=_three(mean), std=_three(std), interpolation=interpolation, resize_mode=mode
+    )
+
+
+def _three(values: Any) -> tuple[float, float, float]:
+    red, green, blue = values
+    return red, green, blue
+
+
+def _resize_mode(size: Any, crop: Any, *, crops: bool, side: int) -> str | None:
+    square = {"height": side, "width": side}
+    if size == square and (not crops or crop in (side, square)):
+        return "squash"
+    shortest = size in (side, {"shortest_edge": side})
+    return "shortest" if shortest and crops and crop in (side, square, size) else None
+
+
+def _part(record: Mapping[str, Any], name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tower's configuration; older files say it, or parts of it, twice."""
+    said = record.get(f"{name}_config") or {}, record.get(f"{name}_config_dict") or {}
+    return {**defaults, **said[0], **said[1]}
+
+
+def _sizes(part: Mapping[str, Any]) -> dict[str, Any]:
+    width, eps = part["hidden_size"], part["layer_norm_eps"]
+    sizes = {
+        "width": width,
+        "layers": part["num_hidden_layers"],
+        "mlp_ratio": part["intermediate_size"] / width,
+    }
+    return sizes | ({} if eps == _EPS else {"norm_kwargs": {"eps": eps}})
+
+
+def _clip_text_cfg(text: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    end = tokenizer.special_ids.end_of_text
+    if text["eos_token_id"] not in (_ARGMAX, end):
+        raise CheckpointError(
+            f"the text tower pools at id {text['eos_token_id']} and the tokenizer ends texts "
+            f"with id {end}; expected the tokenizer that the model was trained with"
+        )
+    return _sizes(text) | {
+        "context_length": text["max_position_embeddings"],
+        "vocab_size": text["vocab_size"],
+        "heads": text["num_attention_heads"],
+        "pad_id": tokenizer.special_ids.padding,
+        # Not by the highest id, which Chinese pieces after the end of text would be.
+        "pool_type": "eos",
+        "eos_id": end,
+    }
+
+
+def _bert_cfg(text: Mapping[str, Any]) -> dict[str, Any]:
+    bert = {name: text[name] for name in _TEXT[CHINESE_CLIP]} | {"model_type": "bert"}
+    return chinese_clip.text_cfg(bert)
+
+
+def _quick_gelu(vision: Mapping[str, Any], text: Mapping[str, Any], kind: str) -> bool:
+    # BERT's activation is in its own configuration.
+    towers = (vision,) if kind == CHINESE_CLIP else (vision, text)
+    found = {tower["hidden_act"] for tower in towers}
+    if found not in ({"quick_gelu"}, {"gelu"}):
+        raise CheckpointError(
+            f"the towers' hidden_act is {' and '.join(sorted(found))}; expected quick_gelu or "
+            "gelu, the same for both"
+        )
+    return found == {"quick_gelu"}

@@ -1,0 +1,114 @@
+"""M2-Encoder's released checkpoints (Guo et al. 2024), whose sizes are known by their shapes."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from math import isqrt
+from typing import Any
+
+from torch import Tensor
+
+from vlm.checkpoints.accounting import Origin
+from vlm.checkpoints.image_towers import count_layers
+from vlm.checkpoints.reading import Tensors
+from vlm.checkpoints.recipe import ConversionConfig, Recipe, read_tokenizer
+from vlm.errors import CheckpointError
+from vlm.images.transforms import PreprocessConfig, preprocess_cfg
+from vlm.models.multiway import resized_image_positions
+from vlm.models.multiway_config import POSITION_OFFSET, TEMPERATURES, MultiwayConfig
+
+CONTEXT_LENGTH = 52
+"""Tokens of the longest caption that the published models were trained on."""
+ALLOWED = (r"visual_tokenizer\..*", r"norm\..*", r"pooler\..*", r"backbone_vl\..*\.B\..*")
+"""What no feature needs: targets of training, an unused head, the texts' branch of shared layers.
+
+Texts go through the shared layers by the pictures' branch.
+"""
+
+_ROWS = "backbone.text_embed.weight"
+_POSITIONS = "backbone.encoder.embed_positions.A.weight"
+_HEAD_WIDTH = {4096: 128}  # the 10B model's; 64 in the others
+_CLASS_TOKEN = 1
+
+
+def is_m2_encoder(tensors: Mapping[str, Tensor]) -> bool:
+    """Tell whether tensors have the names of M2-Encoder."""
+    return _ROWS in tensors and "itc_vl_image_proj.fc.weight" in tensors
+
+
+def origin_of(name: str) -> Origin:
+    """Return where one of our tensors is in M2-Encoder's files."""
+    return Origin((TEMPERATURES.get(name, name),))
+
+
+def read_m2_encoder(tensors: Tensors, config: ConversionConfig) -> Recipe:
+    """Understand an M2-Encoder checkpoint, of the three published sizes or any other.
+
+    Raises:
+        CheckpointError: a size cannot be told, or there is no tokenizer.
+    """
+    towers = multiway_config(tensors)
+    if config.tokenizer is None:
+        raise CheckpointError(
+            "an M2-Encoder checkpoint holds no tokenizer; name its sp.model by --tokenizer"
+        )
+    vocabulary = len(tensors[_ROWS])
+    tokenizer = read_tokenizer(
+        config,
+        config.tokenizer,
+        rows=vocabulary,
+        positions=towers.context_length,
+        context_length=CONTEXT_LENGTH,
+        sentencepiece=GLM,
+    )
+    if config.image_size not in (None, towers.image_size):
+        towers = MultiwayConfig(**asdict(towers) | {"image_size": config.image_size})
+        positions = resized_image_positions(tensors[_POSITIONS], towers.grid_size)
+        tensors = tensors | {_POSITIONS: positions}
+    # M2-Encoder squashes pictures, and brings their values to [-1, 1].
+    half = (0.5, 0.5, 0.5)
+    preprocess = config.preprocess or PreprocessConfig(mean=half, std=half, resize_mode="squash")
+    return Recipe(
+        kind="an M2-Encoder checkpoint",
+        tensors=tensors,
+        origin_of=origin_of,
+        allowed=ALLOWED,
+        model_cfg={"multiway": asdict(towers), "vocab_size": vocabulary},
+        preprocess_cfg=preprocess_cfg(preprocess, towers.image_size),
+        tokenizer=tokenizer,
+        languages=config.languages or ("zh", "en"),
+    )
+
+
+GLM: Mapping[str, Any] = {
+    "begin_of_text": "[CLS]",
+    "end_of_text": "<|endoftext|>",
+    "padding": "<|endoftext|>",
+    "truncation": "left",
+    "cleaning": "glm",
+    "context_length": CONTEXT_LENGTH,
+}
+"""What is around the pieces of GLM's `sp.model`, which does not say it itself."""
+
+
+def multiway_config(tensors: Mapping[str, Tensor]) -> MultiwayConfig:
+    """Return the sizes of the towers that have these tensors.
+
+    Raises:
+        CheckpointError: a tensor that tells a size is missing.
+    """
+    try:
+        width, _, patch, _ = tensors["backbone.vision_embed.proj.weight"].shape
+        patches = len(tensors[_POSITIONS]) - POSITION_OFFSET - _CLASS_TOKEN
+        return MultiwayConfig(
+            image_size=patch * isqrt(patches),
+            patch_size=patch,
+            width=width,
+            heads=width // _HEAD_WIDTH.get(width, 64),
+            ffn_width=len(tensors["backbone.encoder.layers.0.ffn.A.fc1.bias"]),
+            layers=count_layers(tensors, r"backbone\.encoder\.layers\.(\d+)\."),
+            vl_layers=count_layers(tensors, r"backbone_vl\.layers\.(\d+)\."),
+            embed_dim=len(tensors["itc_vl_image_proj.fc.weight"]),
+            text_positions=len(tensors["backbone.encoder.embed_positions.B.weight"]),
+        )
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"the towers' size is not known: {error} is missing") from error

@@ -1,0 +1,100 @@
+"""`Recipe`: what reading a source finds out, and `ConversionConfig`: what its user has to say."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vlm.checkpoints.accounting import OriginOf
+from vlm.checkpoints.reading import Tensors
+from vlm.errors import CheckpointError
+from vlm.images.transforms import PreprocessConfig
+from vlm.text.importing import import_tokenizer
+from vlm.text.tokenizer import Tokenizer
+from vlm.text.words import is_han
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionConfig:
+    """What a source may leave open."""
+
+    model: str | None = None
+    """For a weights file of open_clip: the model's name there, such as `ViT-B-32`."""
+    tokenizer: str | None = None
+    """`clip`, a tokenizer folder, or a `.model`, `vocab.txt` or `tokenizer.json` file; none is the
+    source's own."""
+    preprocess: PreprocessConfig | None = None
+    """How pictures become tensors, where the source does not say it or it shall be otherwise."""
+    hf_config: Path | None = None
+    """For a text tower of transformers: its `config.json`, or the folder that has it."""
+    image_size: int | None = None
+    """For M2-Encoder: another side of the pictures, whose positions are interpolated."""
+    context_length: int | None = None
+    """Longest text in tokens, where it shall be shorter than the model's."""
+    languages: tuple[str, ...] | None = None
+    """Languages of the training captions, where the source's kind does not tell."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A source that has been understood: all that a bundle needs."""
+
+    kind: str
+    """What the source is, for people."""
+    tensors: Tensors
+    """The source's tensors by its own names."""
+    origin_of: OriginOf
+    """Which of them makes which of ours."""
+    allowed: tuple[str, ...]
+    """Patterns of names that are dropped on purpose."""
+    model_cfg: Mapping[str, Any]
+    preprocess_cfg: Mapping[str, Any]
+    tokenizer: Tokenizer
+    languages: tuple[str, ...]
+
+
+def languages_of(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Return Chinese and English where CLIP's vocabulary has Chinese pieces, else English."""
+    has_chinese = any(is_han(piece[:1]) for piece in tokenizer.vocabulary.pieces() if piece)
+    return ("zh", "en") if has_chinese else ("en",)
+
+
+def read_tokenizer(
+    config: ConversionConfig,
+    own: str,
+    *,
+    rows: int,
+    positions: int,
+    context_length: int,
+    sentencepiece: Mapping[str, Any] | None = None,
+) -> Tokenizer:
+    """Read the tokenizer that was named, or else the source's own.
+
+    Args:
+        config: Names a tokenizer and a context length, or neither.
+        own: The source's own tokenizer, as `import_tokenizer` takes it.
+        rows: Ids that the model has.
+        positions: Tokens that the model can read.
+        context_length: Longest text in tokens by the source's own tokenizer.
+        sentencepiece: What is around the pieces of a `.model` file, where the kind of source
+            says it.
+
+    Raises:
+        CheckpointError: it has more ids than the model, or the context is longer.
+        TokenizerError: it cannot be read.
+    """
+    source = config.tokenizer or own
+    changes = sentencepiece if sentencepiece and source.endswith(".model") else {}
+    tokenizer = import_tokenizer(source, **changes)
+    if tokenizer.vocab_size > rows:
+        raise CheckpointError(
+            f"the tokenizer has {tokenizer.vocab_size} ids and the model {rows} rows; expected "
+            "the tokenizer that the model was trained with"
+        )
+    if config.context_length is not None and config.context_length > positions:
+        raise CheckpointError(
+            f"the context length is {config.context_length}; the model has {positions} positions"
+        )
+    said = tokenizer.context_length if config.tokenizer else context_length
+    length = config.context_length or min(said, positions)
+    return Tokenizer(tokenizer.vocabulary, replace(tokenizer.config, context_length=length))

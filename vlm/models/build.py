@@ -1,0 +1,152 @@
+"""Which model a configuration or a bundle describes, and how it is built."""
+
+import copy
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import open_clip
+
+from vlm.errors import ConfigError
+from vlm.models.config import ModelConfig
+from vlm.models.dual_encoder import DualEncoder
+from vlm.models.hugging_face_tower import read_hf_config
+from vlm.models.multiway import MultiwayEncoder
+from vlm.models.multiway_config import MultiwayConfig
+from vlm.models.open_clip_towers import build_towers
+from vlm.text.tokenizer import Tokenizer
+
+AnyEncoder = DualEncoder | MultiwayEncoder
+"""What a description is built into."""
+
+# open_clip's name of the side that is assumed where a config has none.
+_DEFAULT_IMAGE_SIZE = 224
+
+
+def encoder_model_cfg(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the description from which `build_encoder` builds a configured model.
+
+    It is the `model_cfg` with which open_clip builds the same model, or for a multiway one
+    `{"multiway": its sizes, "vocab_size": ..., "init_logit_scale": the logarithm}`.
+
+    Raises:
+        ConfigError: open_clip has no model of the name, the configuration of its text model is
+            not on this machine, or a multiway model has too few positions for the tokenizer.
+    """
+    scale = {"init_logit_scale": math.log(config.init_logit_scale)}
+    bias = config.init_logit_bias
+    scale |= {} if bias is None else {"init_logit_bias": bias}
+    if config.multiway is not None:
+        positions = config.multiway.context_length
+        if tokenizer.context_length > positions:
+            raise ConfigError(
+                f"multiway has positions for {positions} tokens; "
+                f"expected at least the tokenizer's context, {tokenizer.context_length}"
+            )
+        sizes = asdict(config.multiway)
+        return {"multiway": sizes, "vocab_size": tokenizer.vocab_size} | scale
+    if config.open_clip is None:
+        towers: dict[str, Any] = {
+            "embed_dim": config.embed_dim,
+            "vision_cfg": asdict(config.vision_cfg),
+            "text_cfg": asdict(config.text_cfg),
+        }
+    else:
+        towers = _zoo_towers(config.open_clip)
+    text_cfg = _with_tokenizer(towers["text_cfg"], tokenizer)
+    return towers | {"text_cfg": text_cfg, "custom_text": True} | scale
+
+
+def build_from_config(config: ModelConfig, tokenizer: Tokenizer) -> AnyEncoder:
+    """Build an untrained model that reads `tokenizer`'s ids.
+
+    Raises:
+        ConfigError: the towers cannot be built as configured.
+    """
+    return _build(encoder_model_cfg(config, tokenizer))
+
+
+def build_encoder(model_cfg: Mapping[str, Any]) -> AnyEncoder:
+    """Build the model that a description tells of, with random weights and without the network.
+
+    Args:
+        model_cfg: As `encoder_model_cfg` returns it, or any `model_cfg` of open_clip's. Scale
+            and bias are single numbers here, whatever its `nonscalar_logit_scale` says.
+
+    Raises:
+        ConfigError: it is not one that can be built and run.
+    """
+    if "multiway" in model_cfg:
+        return _build(model_cfg)
+    vision_cfg = {**model_cfg["vision_cfg"], "timm_model_pretrained": False}
+    return _build({**model_cfg, "vision_cfg": vision_cfg})
+
+
+def image_size(model_cfg: Mapping[str, Any]) -> int:
+    """Return the side, in pixels, of the square pictures that a described model reads.
+
+    Raises:
+        ConfigError: they are not square.
+    """
+    cfg = model_cfg.get("multiway") or model_cfg["vision_cfg"]
+    size = cfg.get("image_size", _DEFAULT_IMAGE_SIZE)
+    sides = {size} if isinstance(size, int) else set(size)
+    if len(sides) != 1:
+        raise ConfigError(f"the model's pictures are of size {size}; expected squares")
+    return int(sides.pop())
+
+
+def _build(model_cfg: Mapping[str, Any]) -> AnyEncoder:
+    init_logit_scale = math.exp(model_cfg.get("init_logit_scale", math.log(1 / 0.07)))
+    init_logit_bias = model_cfg.get("init_logit_bias")
+    if "multiway" in model_cfg:
+        return MultiwayEncoder(
+            MultiwayConfig(**model_cfg["multiway"]),
+            vocab_size=model_cfg["vocab_size"],
+            init_logit_scale=init_logit_scale,
+            init_logit_bias=init_logit_bias,
+        )
+    return DualEncoder(
+        *build_towers(model_cfg),
+        init_logit_scale=init_logit_scale,
+        init_logit_bias=init_logit_bias,
+    )
+
+
+def _zoo_towers(name: str) -> dict[str, Any]:
+    names = open_clip.list_models()
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=3)
+        raise ConfigError(
+            f"open_clip has no model {name!r}"
+            + (f"; near it are {', '.join(close)}" if close else "")
+        )
+    described = copy.deepcopy(open_clip.get_model_config(name))
+    kept = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")
+    towers = {key: described[key] for key in kept if key in described}
+    for side in ("vision_cfg", "text_cfg"):
+        # CoCa's towers give tokens to its decoder, which is not here.
+        towers[side] = {k: v for k, v in towers[side].items() if k != "output_tokens"}
+    return towers
+
+
+def _with_tokenizer(text_cfg: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return a text config with the tokenizer's sizes and special ids in the place of its own."""
+    foreign = ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs")
+    text_cfg = {name: value for name, value in text_cfg.items() if name not in foreign}
+    special = tokenizer.special_ids
+    text_cfg |= {"vocab_size": tokenizer.vocab_size, "context_length": tokenizer.context_length}
+    if "hf_model_name" in text_cfg:
+        hf_config = read_hf_config(text_cfg["hf_model_name"])
+        hf_config |= {"vocab_size": tokenizer.vocab_size, "pad_token_id": special.padding}
+        # RoBERTa and its kin count positions from the padding's id.
+        needed = tokenizer.context_length + special.padding + 1
+        if "max_position_embeddings" in hf_config:
+            hf_config["max_position_embeddings"] = max(hf_config["max_position_embeddings"], needed)
+        return text_cfg | {"hf_config": hf_config, "hf_model_pretrained": False}
+    text_cfg |= {"pad_id": special.padding, "eos_id": special.end_of_text}
+    # The highest id is the end of text in CLIP's own vocabulary only.
+    pool_type = text_cfg.get("pool_type", "argmax")
+    return text_cfg | {"pool_type": "eos" if pool_type == "argmax" else pool_type}

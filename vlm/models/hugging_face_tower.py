@@ -1,0 +1,163 @@
+"""open_clip's adapter to text models of transformers: built without the network, and run."""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from open_clip.hf_configs import arch_dict
+from open_clip.hf_model import HFTextEncoder
+from torch import Tensor, nn
+
+from vlm.errors import ConfigError
+from vlm.text.tokenizer import TokenBatch
+
+_POOLERS = ("mean_pooler", "cls_pooler", "cls_last_hidden_state_pooler")
+
+# What says where a configuration came from, or would run code or change the weights' type.
+_NOT_KEPT = ("_name_or_path", "transformers_version", "auto_map", "dtype", "torch_dtype")
+
+
+def read_hf_config(name: str) -> dict[str, Any]:
+    """Return the configuration of a text model that is on this machine, as a dict.
+
+    Args:
+        name: A repository on Hugging Face that is cached, or a folder.
+
+    Raises:
+        ConfigError: it is not there, or transformers is not installed.
+    """
+    _require_transformers()
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"the configuration of the text model {name!r} is not on this machine; expected it "
+            f"in text_cfg's hf_config, or in the cache: `hf download {name} config.json`"
+        ) from error
+    return _plain(config.to_dict())
+
+
+def write_hf_config(hf_config: Mapping[str, Any], folder: Path) -> None:
+    """Write a configuration where open_clip's adapter can read it instead of downloading one.
+
+    Raises:
+        ConfigError: open_clip has no adapter to such a model, or transformers is not installed.
+    """
+    _require_transformers()
+    from transformers import CONFIG_MAPPING
+
+    kind = hf_config.get("model_type")
+    if kind not in arch_dict or kind not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"hf_config describes a text model of type {kind!r}; "
+            f"expected one of {', '.join(arch_dict)}"
+        )
+    text = json.dumps(_plain(hf_config))
+    (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def hf_config_of(tower: HFTextEncoder) -> dict[str, Any]:
+    """Return the configuration of a tower's model, from which `write_hf_config` goes on."""
+    return _plain(tower.config.to_dict())
+
+
+def temporary_folder() -> "tempfile.TemporaryDirectory[str]":
+    """Return a folder that is gone when its `with` block ends."""
+    return tempfile.TemporaryDirectory(prefix="vlm-hf-config-")
+
+
+def check(tower: HFTextEncoder) -> None:
+    """Refuse a tower that open_clip builds and cannot run.
+
+    Raises:
+        ConfigError: it pools in an unknown way, or its features have not the common width.
+    """
+    pooler = next((name for name in _POOLERS if _snake(tower.pooler) == name), None)
+    if pooler is None:
+        raise ConfigError(
+            f"the text tower pools by {_snake(tower.pooler)!r}, which open_clip cannot run; "
+            f"expected one of {', '.join(_POOLERS)}"
+        )
+    if not hasattr(tower, "proj"):
+        raise ConfigError(
+            f"the text model has states of another width than embed_dim, {tower.output_dim}; "
+            "expected hf_proj_type linear or mlp"
+        )
+
+
+def run(
+    tower: HFTextEncoder,
+    tokens: TokenBatch,
+    replaced: tuple[Bool[Tensor, "batch length"], Float[Tensor, " width"]] | None = None,
+) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch length width"]]:
+    """Return one feature a text, not normalised, and the last states of its tokens."""
+    mask = tokens.mask.long()
+    # Some models count positions by this id.
+    ids = tokens.ids.masked_fill(~tokens.mask, tower.config.pad_token_id)
+    if replaced is None:
+        output = tower.transformer(input_ids=ids, attention_mask=mask)
+    else:
+        where, vector = replaced
+        embeddings = token_embedding(tower)(ids)
+        embeddings = torch.where(where[:, :, None], vector.to(embeddings.dtype), embeddings)
+        output = tower.transformer(inputs_embeds=embeddings, attention_mask=mask)
+    return tower.proj(tower.pooler(output, mask)), output.last_hidden_state
+
+
+def token_embedding(tower: HFTextEncoder) -> nn.Embedding:
+    """Return the rows of the vocabulary."""
+    embedding: nn.Embedding = tower.transformer.get_input_embeddings()
+    return embedding
+
+
+def groups(tower: HFTextEncoder) -> list[list[nn.Parameter]]:
+    """Return the parameters: embeddings, blocks, the last with what follows, the projection."""
+    stack, blocks = next(
+        (name, module)
+        for name, module in tower.transformer.named_modules()
+        if isinstance(module, nn.ModuleList)
+    )
+    before: list[nn.Parameter] = []
+    after: list[nn.Parameter] = []
+    seen_blocks = False
+    for name, parameter in tower.transformer.named_parameters():
+        inside = name.startswith(f"{stack}.")
+        seen_blocks |= inside
+        if not inside:
+            (after if seen_blocks else before).append(parameter)
+    layers = [list(block.parameters()) for block in blocks]
+    layers[-1] += after
+    projection = list(tower.proj.parameters())
+    return [before, *layers] + ([projection] if projection else [])
+
+
+def set_checkpointing(tower: HFTextEncoder, enable: bool) -> None:
+    """Compute a block's activations again in the backward pass, or do not."""
+    if enable:
+        tower.transformer.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        tower.transformer.activation_checkpointing_disable()
+
+
+def _snake(module: nn.Module) -> str:
+    name = type(module).__name__
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
+
+
+def _plain(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in hf_config.items() if name not in _NOT_KEPT}
+
+
+def _require_transformers() -> None:
+    if find_spec("transformers") is None:
+        raise ConfigError(
+            "the text tower is a model of transformers, which is not installed; "
+            "expected `pip install 'vlm[hf]'`"
+        )

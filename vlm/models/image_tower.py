@@ -1,0 +1,252 @@
+"""open_clip's image towers: the states of patches, patches left out, and groups of parameters."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import isqrt
+from typing import NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import (
+    PatchDropout,
+    ResidualAttentionBlock,
+    VisionTransformer,
+)
+from timm.layers.patch_dropout import (
+    PatchDropout as TimmPatchDropout,
+    PatchDropoutWithIndices,
+)
+from timm.models import group_parameters
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+from torch import Tensor, nn
+
+from vlm.errors import ConfigError
+
+ImageTower: TypeAlias = VisionTransformer | ModifiedResNet | TimmModel
+
+_DROPOUTS = (PatchDropout, TimmPatchDropout, PatchDropoutWithIndices)
+
+
+class PatchLayout(NamedTuple):
+    """What `image_states` gives of a picture."""
+
+    grid: tuple[int, int]
+    """Rows and columns of patches."""
+    width: int
+    """Width of a patch's state."""
+
+
+def check_image_tower(visual: ImageTower) -> None:
+    """Refuse a tower whose features are not one vector a picture.
+
+    Raises:
+        ConfigError: it has open_clip's unfinished pooling, or none.
+    """
+    if not isinstance(visual, VisionTransformer):
+        return
+    if getattr(visual, "attn_pool_contrastive", None) is not None or visual.pool_type == "none":
+        raise ConfigError(
+            "the image tower pools to more than one vector a picture; "
+            "expected pool_type tok or avg, and attentional_pool true or false"
+        )
+
+
+def patch_layout(visual: ImageTower) -> PatchLayout:
+    """Return how many patches a tower's picture has, and how wide their states are.
+
+    A timm model is run on one picture of zeros, because no attribute tells it for all of them.
+
+    Raises:
+        ConfigError: the model has no states of patches.
+    """
+    if isinstance(visual, VisionTransformer):
+        return PatchLayout(tuple(visual.grid_size), int(visual.transformer.width))
+    if isinstance(visual, ModifiedResNet):
+        side = visual.image_size // 32  # as its pooling has positions for
+        return PatchLayout((side, side), int(visual.attnpool.k_proj.in_features))
+    like = next(visual.parameters())
+    picture = torch.zeros(1, 3, *visual.image_size, dtype=like.dtype, device=like.device)
+    with _in_evaluation(visual), torch.no_grad():
+        output = _timm_states(visual, picture)
+    if output.ndim == 4:
+        rows, columns, width = _channels_last(visual.trunk, output).shape[1:]
+        return PatchLayout((rows, columns), width)
+    count, width = _timm_patches(visual.trunk, output).shape[1:]
+    return PatchLayout(_timm_grid(visual, count), width)
+
+
+def states_of(
+    visual: ImageTower, images: Float[Tensor, "batch 3 height width"]
+) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch patches states"]]:
+    """Return the features of pictures, not normalised, and the states of all their patches.
+
+    In one pass, whose features are those of the tower itself without patch dropout. States are
+    taken after the tower's last normalisation: of open_clip's transformer before the projection,
+    or as its attentional pooling reads them; of a convolutional tower before the pooling.
+
+    Raises:
+        ConfigError: the tower has no states of patches.
+    """
+    with _every_patch(visual):
+        if isinstance(visual, TimmModel):
+            output = _timm_states(visual, images)
+            features: Tensor = visual.head(visual.trunk.forward_head(output))
+            return features, _timm_patches(visual.trunk, output)
+        if isinstance(visual, ModifiedResNet):
+            maps = visual.stem(images)
+            for layer in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
+                maps = layer(maps)
+            return visual.attnpool(maps), maps.flatten(2).transpose(1, 2)
+        states = visual.transformer(visual._embeds(images))
+        norm = visual.ln_post if visual.attn_pool is None else visual.attn_pool.ln_k
+        pooled, _ = visual._pool(states)
+        return pooled @ visual.proj, norm(states[:, 1:])
+
+
+def hide_patches(
+    images: Float[Tensor, "batch 3 height width"],
+    hidden: Bool[Tensor, "batch patches"],
+    grid: tuple[int, int],
+) -> Float[Tensor, "batch 3 height width"]:
+    """Give the pixels of hidden patches the mean colour, which is 0 in normalised pictures.
+
+    Args:
+        images: Normalised pictures.
+        hidden: True at the patches to hide, row by row.
+        grid: Rows and columns of patches. Pixels that are left over on the right and below,
+            where the grid does not divide the picture, belong to the last ones.
+    """
+    blank = hidden.view(len(images), *grid)
+    for axis, size in enumerate(images.shape[2:], start=1):
+        cells = blank.shape[axis]
+        pixels = torch.arange(size, device=hidden.device) // max(1, size // cells)
+        blank = blank.index_select(axis, pixels.clamp(max=cells - 1))
+    return images.masked_fill(blank[:, None], 0)
+
+
+def set_patch_dropout(visual: ImageTower, share: float) -> None:
+    """Leave out a share of a picture's patches in training (FLIP, Li et al. 2023, section 3).
+
+    Raises:
+        ConfigError: the share is out of range, or the tower has no patches to leave out.
+    """
+    if not 0 <= share < 1:
+        raise ConfigError(f"the share of patches left out is {share}; expected it in [0, 1)")
+    trunk = getattr(visual, "trunk", None)
+    if isinstance(visual, VisionTransformer):
+        visual.patch_dropout = PatchDropout(share)
+    elif isinstance(trunk, TimmVisionTransformer | Eva):
+        kind = PatchDropoutWithIndices if isinstance(trunk, Eva) else TimmPatchDropout
+        trunk.patch_drop = kind(share, num_prefix_tokens=trunk.num_prefix_tokens)
+    elif share:
+        raise ConfigError(
+            f"the image tower, {type(trunk or visual).__name__}, has no patches to leave out; "
+            "expected a vision transformer, or patch dropout of 0"
+        )
+
+
+def set_image_checkpointing(visual: ImageTower, enable: bool) -> None:
+    """Compute a block's activations again in the backward pass, or do not.
+
+    Raises:
+        ConfigError: the tower cannot.
+    """
+    try:
+        if isinstance(visual, VisionTransformer):
+            blocks = visual.transformer.resblocks
+            assert not enable or all(isinstance(each, ResidualAttentionBlock) for each in blocks)
+            visual.set_grad_checkpointing(enable)
+        elif isinstance(visual, TimmModel):
+            visual.trunk.set_grad_checkpointing(enable)
+        else:
+            assert not enable
+    except (AssertionError, AttributeError) as error:
+        if enable:
+            raise ConfigError("the image tower has no gradient checkpointing") from error
+
+
+def image_groups(visual: ImageTower) -> list[list[nn.Parameter]]:
+    """Return the parameters from the input to the output: embeddings or stem, blocks, head.
+
+    The groups of open_clip's transformer are those of its `lock`; those of timm's models are
+    their own, with the projection of open_clip's adapter after them.
+
+    Raises:
+        ConfigError: the model of timm does not group its parameters.
+    """
+    if isinstance(visual, VisionTransformer):
+        embeddings = [visual.class_embedding, visual.positional_embedding]
+        embeddings += [*visual.conv1.parameters(), *visual.ln_pre.parameters()]
+        blocks = [list(block.parameters()) for block in visual.transformer.resblocks]
+        blocks[-1] += visual.ln_post.parameters()
+        if visual.attn_pool is not None:
+            blocks[-1] += visual.attn_pool.parameters()
+        return [embeddings, *blocks, [visual.proj]]
+    if isinstance(visual, ModifiedResNet):
+        stages = [visual.layer1, visual.layer2, visual.layer3, visual.layer4, visual.attnpool]
+        groups = [list(stage.parameters()) for stage in stages]
+        later = {id(parameter) for group in groups for parameter in group}
+        return [[each for each in visual.parameters() if id(each) not in later], *groups]
+    if not hasattr(visual.trunk, "group_matcher"):
+        raise ConfigError(f"timm's {type(visual.trunk).__name__} does not group its parameters")
+    by_depth = group_parameters(visual.trunk, visual.trunk.group_matcher(), return_values=True)
+    head = list(visual.head.parameters())
+    return [by_depth[depth] for depth in sorted(by_depth)] + ([head] if head else [])
+
+
+def _timm_states(visual: TimmModel, images: Tensor) -> Tensor:
+    trunk = visual.trunk
+    states = trunk.forward_features(images) if hasattr(trunk, "forward_head") else None
+    if not isinstance(states, Tensor) or states.ndim not in (3, 4):
+        raise ConfigError(f"timm's {type(trunk).__name__} gives no states of patches")
+    return states
+
+
+def _timm_patches(trunk: nn.Module, states: Tensor) -> Float[Tensor, "batch patches width"]:
+    if states.ndim == 4:
+        return _channels_last(trunk, states).flatten(1, 2)
+    return states[:, getattr(trunk, "num_prefix_tokens", 0) :]
+
+
+def _channels_last(trunk: nn.Module, maps: Tensor) -> Tensor:
+    return maps if getattr(trunk, "output_fmt", "NCHW") == "NHWC" else maps.permute(0, 2, 3, 1)
+
+
+def _timm_grid(visual: TimmModel, count: int) -> tuple[int, int]:
+    grid = getattr(getattr(visual.trunk, "patch_embed", None), "grid_size", None)
+    if grid is not None and grid[0] * grid[1] == count:
+        return (int(grid[0]), int(grid[1]))
+    side = isqrt(count)
+    if side * side != count or visual.image_size[0] != visual.image_size[1]:
+        raise ConfigError(
+            f"timm's {type(visual.trunk).__name__} gives {count} states, which are no grid of "
+            f"patches on a picture of {visual.image_size}"
+        )
+    return (side, side)
+
+
+@contextmanager
+def _every_patch(visual: ImageTower) -> Iterator[None]:
+    dropouts = [module for module in visual.modules() if isinstance(module, _DROPOUTS)]
+    shares = [dropout.prob for dropout in dropouts]
+    for dropout in dropouts:
+        dropout.prob = 0.0
+    try:
+        yield
+    finally:
+        for dropout, share in zip(dropouts, shares, strict=True):
+            dropout.prob = share
+
+
+@contextmanager
+def _in_evaluation(visual: ImageTower) -> Iterator[None]:
+    training = [module for module in visual.modules() if module.training]
+    visual.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,275 @@
+"""Masked words told from the picture, hidden patches from the text: fine-grained objectives.
+
+Cross-modal masked language and image modelling, CMLM and CMIM, of M2-Encoder (Guo et al. 2024),
+which follow SyCoCa (Ma et al. 2024). Each has a decoder that only training needs.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vlm.errors import ConfigError
+from vlm.models.cross_decoder import CrossDecoder
+from vlm.models.encoder import Encoder, States
+from vlm.text.tokenizer import TokenBatch
+
+CMLM = "cmlm"
+"""Name of the loss of masked words."""
+
+CMIM = "cmim"
+"""Name of the loss of hidden patches."""
+
+_ROWS_AT_ONCE = 4096  # of logits over the vocabulary that are kept for the backward pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedConfig:
+    """What is masked, how it is told, and what the losses weigh beside the contrastive one."""
+
+    cmlm_weight: float = 0.0
+    """Weight of masked words, M2-Encoder's beta, at least 0; 0 switches them off."""
+    cmim_weight: float = 0.0
+    """Weight of hidden patches, M2-Encoder's alpha, at least 0; 0 switches them off."""
+    text_share: float = 0.5
+    """Share in (0, 1] of a text's tokens to mask, by the word; `mvlm_prob` of M2-Encoder's code."""
+    image_share: float = 0.4
+    """Share in (0, 1) of a picture's patches to hide; M2-Encoder's code has 80 of 196."""
+    decoder_layers: int = 2
+    """Layers of each decoder, at least 1."""
+    decoder_width: int | None = None
+    """Width of both decoders; None for that of the states they read."""
+    decoder_heads: int | None = None
+    """Attention heads, which divide the width; None for one for every 64 of it."""
+    teacher: Path | None = None
+    """Bundle whose image tower says what hidden patches are to be; None for their pixels."""
+
+    def __post_init__(self) -> None:
+        for name in ("cmlm_weight", "cmim_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 0")
+        if not 0 < self.text_share <= 1:
+            raise ConfigError(f"text_share is {self.text_share}; expected more than 0, at most 1")
+        if not 0 < self.image_share < 1:
+            raise ConfigError(
+                f"image_share is {self.image_share}; expected more than 0, less than 1"
+            )
+        for name in ("decoder_layers", "decoder_width", "decoder_heads"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ConfigError(f"{name} is {number}; expected at least 1")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weights of the losses that are on, by their names."""
+        weights = {CMLM: self.cmlm_weight, CMIM: self.cmim_weight}
+        return {name: weight for name, weight in weights.items() if weight > 0}
+
+
+class Hidden(NamedTuple):
+    """What is hidden of a batch."""
+
+    words: Mapping[str, Bool[Tensor, "batch length"]]
+    """True at masked tokens, by language; read where words are masked."""
+    patches: Bool[Tensor, "batch patches"] | None = None
+    """True at hidden patches, row by row; None where none are."""
+
+
+class MaskedModelling(nn.Module):
+    """The decoders and heads of CMLM and CMIM, as far as they are on; no part of a bundle.
+
+    Args:
+        config: The settings; a weight at least is above 0.
+        encoder: The model to train, for its sizes only.
+        image_size: Height and width of the pictures in pixels, or both in one.
+        teacher_width: Width of the teacher's patch states; None without a teacher.
+
+    Raises:
+        ConfigError: no loss is on, or the pictures cannot be divided into the encoder's patches.
+    """
+
+    def __init__(
+        self,
+        config: MaskedConfig,
+        encoder: Encoder,
+        *,
+        image_size: int | tuple[int, int],
+        teacher_width: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not config.weights:
+            raise ConfigError("cmlm_weight and cmim_weight are 0; expected one of them above 0")
+        self.names = tuple(config.weights)
+        self.pixels = teacher_width is None
+        image_width, text_width = encoder.image_width, encoder.text_width
+        sizes = {"width": config.decoder_width, "heads": config.decoder_heads}
+        if CMLM in self.names:
+            embedding = encoder.token_embedding.weight
+            self.mask_vector = nn.Parameter(torch.empty(embedding.shape[1]).normal_(std=0.02))
+            self.image_to_text = CrossDecoder(
+                text_width, image_width, layers=config.decoder_layers, **sizes
+            )
+            self.word_head = _WordHead(self.image_to_text.width, *embedding.shape)
+        if CMIM in self.names:
+            self.text_to_image = CrossDecoder(
+                image_width, text_width, layers=config.decoder_layers, **sizes
+            )
+            size = (image_size, image_size) if isinstance(image_size, int) else image_size
+            numbers = teacher_width or 3 * math.prod(_cell(size, encoder.grid_size))
+            self.patch_head = nn.Linear(self.text_to_image.width, numbers)
+
+    @property
+    def hides_patches(self) -> bool:
+        """Whether patches are hidden."""
+        return CMIM in self.names
+
+    def forward(
+        self,
+        encoder: Encoder,
+        images: Float[Tensor, "batch 3 height width"],
+        image_states: States,
+        texts: Mapping[str, TokenBatch],
+        text_states: Mapping[str, States],
+        hidden: Hidden,
+        teacher_tokens: Float[Tensor, "batch patches teacher_width"] | None = None,
+    ) -> dict[str, Float[Tensor, ""]]:
+        """Encode texts without their words, pictures without patches, and tell what is missing.
+
+        Where nothing is hidden a loss is 0, with gradients of 0.
+
+        Args:
+            encoder: The model that gave the states; its other passes are made here.
+            images: Normalised pictures.
+            image_states: Their states, nothing hidden.
+            texts: One or more captions of each picture, by language.
+            text_states: Their states, nothing masked.
+            hidden: What is to be hidden.
+            teacher_tokens: The teacher's patch states, where there is one.
+
+        Returns:
+            Means over all masked words (cross-entropy) and all hidden patches, not weighted.
+
+        Raises:
+            ConfigError: pictures, or a teacher's states, do not have the sizes agreed on.
+        """
+        losses = {}
+        if CMLM in self.names:
+            losses[CMLM] = self._words_loss(encoder, image_states, texts, hidden.words)
+        if CMIM in self.names:
+            assert hidden.patches is not None
+            target = patch_pixels(images, encoder.grid_size) if self.pixels else teacher_tokens
+            assert target is not None
+            states = encoder.image_states(images, hidden=hidden.patches)
+            losses[CMIM] = self._patches_loss(states, text_states, hidden.patches, target)
+        return losses
+
+    def _words_loss(
+        self,
+        encoder: Encoder,
+        image_states: States,
+        texts: Mapping[str, TokenBatch],
+        words: Mapping[str, Tensor],
+    ) -> Float[Tensor, ""]:
+        told, ids = [], []
+        for language, tokens in texts.items():
+            mask = words[language]
+            states = encoder.text_states(tokens, replaced=(mask, self.mask_vector))
+            decoded = self.image_to_text(states.tokens, image_states.tokens, query_mask=states.mask)
+            told.append(decoded[mask])
+            ids.append(tokens.ids[mask])
+        rows = encoder.token_embedding.weight
+        total: Tensor = self.word_head(torch.cat(told), torch.cat(ids), rows)
+        return total / max(1, sum(map(len, ids)))
+
+    def _patches_loss(
+        self,
+        states: States,
+        text_states: Mapping[str, States],
+        patches: Bool[Tensor, "batch patches"],
+        target: Float[Tensor, "batch target_patches numbers"],
+    ) -> Float[Tensor, ""]:
+        expected = (patches.shape[1], self.patch_head.out_features)
+        if target.shape[1:] != expected:
+            raise ConfigError(
+                f"pictures have {target.shape[1]} patches of {target.shape[2]} numbers to tell; "
+                f"expected {expected[0]} of {expected[1]}"
+            )
+        texts = text_states.values()
+        decoded = self.text_to_image(
+            states.tokens,
+            torch.cat([text.tokens for text in texts], dim=1),
+            key_mask=torch.cat([_mask_of(text) for text in texts], dim=1),
+        )
+        told = self.patch_head(decoded[patches]).float()
+        # He et al. 2022, section 3: each patch by its own mean and deviation; Baevski et al. 2022
+        # (data2vec), section 3, for a teacher's states.
+        truth = F.layer_norm(target.detach()[patches].float(), target.shape[2:], eps=1e-6)
+        distance = F.mse_loss if self.pixels else F.smooth_l1_loss
+        total: Tensor = distance(told, truth, reduction="sum")
+        return total / max(1, truth.numel())
+
+
+class _WordHead(nn.Module):
+    """BERT's head: a layer, then products with the rows of the vocabulary, and a bias a piece."""
+
+    def __init__(self, width: int, vocab_size: int, embedding_width: int) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(
+            nn.Linear(width, embedding_width), nn.GELU(), nn.LayerNorm(embedding_width)
+        )
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(
+        self,
+        states: Float[Tensor, "words width"],
+        ids: Int64[Tensor, " words"],
+        rows: Float[Tensor, "vocabulary embedding_width"],
+    ) -> Float[Tensor, ""]:
+        """Return the sum of the words' cross-entropies."""
+        states = self.layer(states)
+        if len(states) <= _ROWS_AT_ONCE:
+            return self._loss(states, ids, rows)
+        parts = zip(
+            torch.split(states, _ROWS_AT_ONCE), torch.split(ids, _ROWS_AT_ONCE), strict=True
+        )
+        # Logits of a large vocabulary outweigh all else: they are computed again when needed.
+        losses = [checkpoint(self._loss, *part, rows, use_reentrant=False) for part in parts]
+        return torch.stack(losses).sum()
+
+    def _loss(self, states: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(states, rows, self.bias).float(), ids, reduction="sum")
+
+
+def patch_pixels(
+    images: Float[Tensor, "batch 3 height width"], grid: tuple[int, int]
+) -> Float[Tensor, "batch patches numbers"]:
+    """Return the pixels of each cell of a grid over pictures, row by row.
+
+    Raises:
+        ConfigError: the grid does not divide the pictures.
+    """
+    height, width = _cell((images.shape[2], images.shape[3]), grid)
+    cells = images.reshape(len(images), 3, grid[0], height, grid[1], width)
+    return cells.permute(0, 2, 4, 1, 3, 5).reshape(len(images), grid[0] * grid[1], -1)
+
+
+def _cell(size: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
+    if size[0] % grid[0] or size[1] % grid[1]:
+        raise ConfigError(
+            f"pictures of {size[0]} x {size[1]} pixels cannot be divided into the "
+            f"{grid[0]} x {grid[1]} patches of the image tower, which masked pixels need"
+        )
+    return size[0] // grid[0], size[1] // grid[1]
+
+
+def _mask_of(states: States) -> Bool[Tensor, "batch length"]:
+    if states.mask is not None:
+        return states.mask
+    return torch.ones(states.tokens.shape[:2], dtype=torch.bool, device=states.tokens.device)

@@ -1,0 +1,186 @@
+"""The model of a training run: an encoder, and what is trained with it and then left out."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vlm.errors import ConfigError
+from vlm.models.encoder import MAIN, UNIMODAL, Encoder
+from vlm.models.language_embeddings import LanguageEmbeddings
+from vlm.models.locking import keep_locked_statistics
+from vlm.models.masked import Hidden, MaskedModelling
+from vlm.text.tokenizer import TokenBatch
+
+
+class Features(NamedTuple):
+    """A batch in the space of one head."""
+
+    image: Float[Tensor, "batch dim"] | None
+    """Unit vectors, float32; None where no pictures were given."""
+    text: dict[str, Float[Tensor, "batch dim"]]
+    """Unit vectors by language, float32."""
+    logit_scale: Float[Tensor, ""]
+    """The inverse temperature, at most `MAX_LOGIT_SCALE`."""
+    logit_bias: Float[Tensor, ""] | None = None
+    """The bias of a sigmoid loss's logits, where the model has one."""
+    sent: Any = None
+    """What the receiver of the text features has returned."""
+
+
+class Encoded(NamedTuple):
+    """What a training step needs of a batch."""
+
+    heads: dict[str, Features]
+    """By head, the model's own first."""
+    others: dict[str, Float[Tensor, ""]]
+    """Losses of masked modelling; none without a graph."""
+
+
+class PretrainingModel(nn.Module):
+    """An encoder with the parts that only training has; every rank's forward pass is one call.
+
+    Args:
+        encoder: The model that a bundle keeps.
+        masked: Masked modelling of words and patches, if any.
+        languages: Vectors that are added to the texts' features by language, if any.
+        matryoshka: Widths below `embed_dim`: the first so many numbers of a feature are a head of
+            their own (Kusupati et al. 2022, "Matryoshka Representation Learning", section 3).
+        unimodal: Whether a second head that the encoder has is trained.
+        teacher: Gives the patch states that hidden patches are to be recovered as; frozen, and
+            no part of this module.
+
+    Raises:
+        ConfigError: a width is not in [1, embed_dim).
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        *,
+        masked: MaskedModelling | None = None,
+        languages: LanguageEmbeddings | None = None,
+        matryoshka: Sequence[int] = (),
+        unimodal: bool = True,
+        teacher: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        assert isinstance(encoder, nn.Module)
+        wrong = [width for width in matryoshka if not 0 < width < encoder.embed_dim]
+        if wrong:
+            raise ConfigError(
+                f"matryoshka has the width {wrong[0]}; expected 1 to {encoder.embed_dim - 1}, "
+                "below the width of the features"
+            )
+        self.encoder = encoder
+        self.masked = masked
+        self.languages = languages
+        self.matryoshka = tuple(matryoshka)
+        self.unimodal = unimodal
+        self.teacher = teacher
+        hides_patches = masked is not None and masked.hides_patches
+        for parameter in encoder.untrained_parameters(unimodal=unimodal, patches=hides_patches):
+            # Wrappers that average gradients over ranks wait for those of all others.
+            parameter.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "PretrainingModel":
+        """Set the mode of all modules; batch norms of locked towers keep their statistics."""
+        super().train(mode)
+        keep_locked_statistics(self)
+        return self
+
+    def forward(
+        self,
+        images: Float[Tensor, "batch 3 height width"] | None,
+        texts: Mapping[str, TokenBatch],
+        on_texts: Callable[[Mapping[str, Tensor]], Any] | None = None,
+        hidden: Hidden | None = None,
+    ) -> Encoded:
+        """Encode a batch's captions in every language, then its pictures.
+
+        Args:
+            images: Normalised pictures, or None.
+            texts: Captions by language; none at all is possible.
+            on_texts: Called with the text features of each head before the pictures are encoded,
+                so that they can travel meanwhile; the head carries what it returns.
+            hidden: What masked modelling hides; it takes part where both sides are given and
+                gradients are asked for.
+        """
+        masks = torch.is_grad_enabled() and self.masked is not None and hidden is not None
+        if images is None or not texts or not masks:
+            return self._contrasted(images, texts, on_texts)
+        assert self.masked is not None
+        assert hidden is not None
+        text_states = {name: self.encoder.text_states(tokens) for name, tokens in texts.items()}
+        text = {name: self._heads(each.features, name) for name, each in text_states.items()}
+        sent = self._sent(text, on_texts)
+        image_states = self.encoder.image_states(images)
+        heads = self._joined(self._heads(image_states.features), text, sent)
+        target = None if self.teacher is None else self.teacher(images)
+        others = self.masked(self.encoder, images, image_states, texts, text_states, hidden, target)
+        return Encoded(heads, others)
+
+    def _contrasted(
+        self,
+        images: Tensor | None,
+        texts: Mapping[str, TokenBatch],
+        on_texts: Callable[[Mapping[str, Tensor]], Any] | None,
+    ) -> Encoded:
+        """Encode without the states that masked modelling reads, which is quicker."""
+        text = {
+            name: self._heads(self.encoder.text_features(tokens), name)
+            for name, tokens in texts.items()
+        }
+        sent = self._sent(text, on_texts)
+        image = {} if images is None else self._heads(self.encoder.image_features(images))
+        return Encoded(self._joined(image, text, sent), {})
+
+    def _sent(
+        self,
+        text: Mapping[str, Mapping[str, Tensor]],
+        on_texts: Callable[[Mapping[str, Tensor]], Any] | None,
+    ) -> dict[str, Any]:
+        if on_texts is None:
+            return {}
+        return {
+            head: on_texts({name: features[head] for name, features in text.items()})
+            for head in self._head_names()
+        }
+
+    def _joined(
+        self,
+        image: Mapping[str, Tensor],
+        text: Mapping[str, Mapping[str, Tensor]],
+        sent: Mapping[str, Any],
+    ) -> dict[str, Features]:
+        scales, bias = self.encoder.logit_scales, self.encoder.logit_bias
+        return {
+            head: Features(
+                image=image.get(head),
+                text={name: features[head] for name, features in text.items()},
+                logit_scale=scales[UNIMODAL if head == UNIMODAL else MAIN],
+                # Not the parameter itself, which wrappers of the module may not see leave it.
+                logit_bias=None if bias is None else bias * 1,
+                sent=sent.get(head),
+            )
+            for head in self._head_names()
+        }
+
+    def _head_names(self) -> tuple[str, ...]:
+        second = [UNIMODAL] if self.unimodal and UNIMODAL in self.encoder.logit_scales else []
+        return (MAIN, *(f"{MAIN} {width}" for width in self.matryoshka), *second)
+
+    def _heads(
+        self, features: Mapping[str, Tensor], language: str | None = None
+    ) -> dict[str, Float[Tensor, "batch dim"]]:
+        """Return the unit vectors of every head of features that are not normalised yet."""
+        main = features[MAIN]
+        if language is not None and self.languages is not None:
+            main = self.languages(main, language)
+        heads = {MAIN: main} | {f"{MAIN} {width}": main[:, :width] for width in self.matryoshka}
+        if UNIMODAL in self._head_names():
+            heads[UNIMODAL] = features[UNIMODAL]
+        return {name: F.normalize(each.float(), dim=-1) for name, each in heads.items()}

@@ -1,0 +1,133 @@
+"""What a run trains beside the contrast of its features: masked modelling and further heads."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vlm.bundle import Bundle, load_bundle
+from vlm.data.loader import MaskPlan
+from vlm.errors import ConfigError
+from vlm.models.encoder import UNIMODAL, Encoder
+from vlm.models.language_embeddings import LanguageEmbeddings
+from vlm.models.masked import CMIM, CMLM, MaskedConfig, MaskedModelling
+from vlm.models.pretraining import PretrainingModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectivesConfig:
+    """The losses of a run beside the contrastive loss of its main head."""
+
+    masked: MaskedConfig = field(default_factory=MaskedConfig)
+    """Masked modelling of words and patches."""
+    unimodal_weight: float = 1.0
+    """Weight of the second contrastive head of a multiway model beside the main one's; 0 leaves
+    it out."""
+    matryoshka: tuple[int, ...] = ()
+    """Widths below that of the features, each trained as a head of its own on the first numbers of
+    a feature, so that `truncate_dim` may cut features there."""
+    language_embeddings: bool = False
+    """Add a learned vector for the language to the texts' features, in training only (LangSAMP)."""
+
+
+class Teacher:
+    """A frozen model whose patch states hidden patches are to be recovered as.
+
+    Args:
+        bundle: The model's bundle.
+        preprocess_cfg: How the pictures to come were made.
+
+    Raises:
+        ConfigError: it was trained on pictures of another size or normalisation.
+    """
+
+    def __init__(self, bundle: Bundle, preprocess_cfg: Mapping[str, Any]) -> None:
+        wrong = [
+            f"{name} {bundle.preprocess_cfg[name]} for {preprocess_cfg[name]}"
+            for name in ("size", "mean", "std")
+            if np.any(np.not_equal(bundle.preprocess_cfg[name], preprocess_cfg[name]))
+        ]
+        if wrong:
+            raise ConfigError(
+                f"the teacher reads pictures of another kind: {', '.join(wrong)}; expected one "
+                "trained on pictures like the run's"
+            )
+        self.model = bundle.model
+        self.width = bundle.model.image_width
+
+    @torch.no_grad()
+    def __call__(
+        self, images: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch patches states"]:
+        """Return the states of pictures' patches."""
+        return self.model.to(images.device).image_states(images).tokens
+
+
+def build_pretraining_model(
+    encoder: Encoder,
+    config: ObjectivesConfig,
+    *,
+    languages: Mapping[str, str],
+    preprocess_cfg: Mapping[str, Any],
+) -> PretrainingModel:
+    """Put the parts that only training has around an encoder.
+
+    Args:
+        encoder: The model.
+        config: What is trained.
+        languages: The language of each name under which batches have captions.
+        preprocess_cfg: open_clip's description of the pictures.
+
+    Raises:
+        ConfigError: the parts do not fit the encoder.
+        CheckpointError: the teacher is no bundle.
+    """
+    masked, teacher = None, None
+    if config.masked.weights:
+        if config.masked.teacher is not None:
+            teacher = Teacher(load_bundle(config.masked.teacher), preprocess_cfg)
+        size = preprocess_cfg["size"]
+        masked = MaskedModelling(
+            config.masked,
+            encoder,
+            image_size=size if isinstance(size, int) else tuple(size),
+            teacher_width=None if teacher is None else teacher.width,
+        )
+    embeddings = LanguageEmbeddings(languages, encoder.embed_dim)
+    return PretrainingModel(
+        encoder,
+        masked=masked,
+        languages=embeddings if config.language_embeddings else None,
+        matryoshka=config.matryoshka,
+        unimodal=config.unimodal_weight > 0,
+        teacher=teacher,
+    )
+
+
+def loss_weights(config: ObjectivesConfig) -> dict[str, float]:
+    """Return the weight of each head and of each other loss by its name."""
+    return {UNIMODAL: config.unimodal_weight, **config.masked.weights}
+
+
+def mask_plan(config: MaskedConfig, encoder: Encoder) -> MaskPlan:
+    """Return what of each example the loader hides.
+
+    Raises:
+        ConfigError: the share of patches comes to none of them.
+    """
+    rows, columns = encoder.grid_size if CMIM in config.weights else (1, 1)
+    hidden = round(config.image_share * rows * columns)
+    if CMIM in config.weights and not hidden:
+        raise ConfigError(
+            f"image_share is {config.image_share} of {rows * columns} patches, which is none; "
+            "expected a share that hides at least one"
+        )
+    return MaskPlan(
+        text_share=config.text_share if CMLM in config.weights else 0.0,
+        image_share=config.image_share if CMIM in config.weights else 0.0,
+        grid=(rows, columns),
+    )

@@ -41,13 +41,12 @@ class OpenClipContrast:
         import torch
 
         encoded = encode(parts[0])
-        losses = [
-            self.loss(encoded.image, text, encoded.logit_scale) for text in encoded.text.values()
-        ]
+        head = next(iter(encoded.heads.values()))
+        losses = [self.loss(head.image, text, head.logit_scale) for text in head.text.values()]
         loss = torch.stack(losses).mean()
         self.backward(loss)
-        seen = SimpleNamespace(accuracy=torch.zeros(()), candidates=self.world * len(encoded.image))
-        return SimpleNamespace(loss=loss.detach(), terms={"image-text": seen})
+        seen = SimpleNamespace(accuracy=torch.zeros(()), candidates=self.world * len(head.image))
+        return SimpleNamespace(loss=loss.detach(), parts={}, terms={"image-text": seen})
 
 
 def train_child(arguments: Sequence[str]) -> None:

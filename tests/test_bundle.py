@@ -391,7 +391,7 @@ def test_weights_of_another_vocabulary_are_refused(copy):
     [
         ("vision_cfg", "timm_model_name", "no_such_model", "timm has no model 'no_such_model'"),
         ("text_cfg", "no_such_field", 1, "the towers cannot be built"),
-        ("text_cfg", "pool_type", "last", "the text tower pools by 'last'"),
+        ("text_cfg", "pool_type", "none", "the text tower pools by 'none'"),
         ("text_cfg", "heads", 0, "describes no model"),
     ],
     ids=["unknown image tower", "unknown field", "another pooling", "no heads"],

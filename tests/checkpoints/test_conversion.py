@@ -140,3 +140,9 @@ def test_a_source_cannot_be_its_own_result(english):
     with pytest.raises(CheckpointError, match="is the source itself"):
         convert(english, english, ConversionConfig())
     assert (english / "open_clip_pytorch_model.bin").is_file()
+
+
+def test_an_option_that_a_kind_has_not_is_refused(english, tmp_path):
+    config = ConversionConfig(model="ViT-B-32", image_size=48)
+    with pytest.raises(CheckpointError, match="kind that has no --model and no --image_size"):
+        convert(english, tmp_path / "bundle", config)

@@ -13,6 +13,7 @@ from vlm.data.loader import (
     BatchOrder,
     CaptionConfig,
     ExampleKey,
+    MaskPlan,
     TrainingExamples,
     TrainingLoader,
     choose_caption,
@@ -323,3 +324,62 @@ def test_a_batch_that_ranks_cannot_share_is_refused_with_both_numbers(batch, wor
 def test_captions_that_cannot_be_chosen_are_refused(fields):
     with pytest.raises(ConfigError, match=r"at least one language and a share in \[0, 1\]"):
         CaptionConfig(**fields)
+
+
+MASKS = MaskPlan(text_share=0.5, image_share=0.25, grid=(2, 4))
+
+
+def masked(samples, tokenizer, masks=MASKS, *, seed=0, second=False):
+    examples = examples_of(samples, seed=seed, second=second)
+    keys = [ExampleKey(0, place) for place in range(6)]
+    return [
+        collate([examples[key] for key in part], tokenizer=tokenizer, masks=masks)
+        for part in (keys, keys[:2], keys[2:])
+    ]
+
+
+def test_what_is_hidden_of_a_sample_does_not_depend_on_its_batch(samples, tokenizer):
+    whole, *parts = masked(samples, tokenizer)
+    assert torch.equal(whole.hidden_patches, torch.cat([part.hidden_patches for part in parts]))
+    for language, mask in whole.hidden_words.items():
+        assert mask.shape == whole.texts[language].ids.shape
+        split = [row for part in parts for row in part.hidden_words[language]]
+        for one, other in zip(mask, split, strict=True):
+            assert one.nonzero().tolist() == other.nonzero().tolist()
+
+
+def test_so_many_patches_of_each_picture_are_hidden_and_of_each_text_some_tokens(
+    samples, tokenizer
+):
+    batch = masked(samples, tokenizer)[0]
+    assert batch.hidden_patches.shape == (6, 8)
+    assert batch.hidden_patches.sum(dim=1).tolist() == [2] * 6
+    for language, mask in batch.hidden_words.items():
+        tokens = batch.texts[language]
+        assert mask.any(dim=1).all()
+        assert not (mask & ~tokens.mask).any()
+
+
+def test_another_seed_hides_something_else(samples, tokenizer):
+    one, other = (masked(samples, tokenizer, seed=seed)[0] for seed in (0, 1))
+    assert not torch.equal(one.hidden_patches, other.hidden_patches)
+
+
+def test_second_captions_are_not_masked_and_nothing_is_without_a_share(samples, tokenizer):
+    batch = masked(samples, tokenizer, second=True)[0]
+    assert set(batch.texts) == {"zh", "en", "zh second", "en second"}
+    assert set(batch.hidden_words) == {"zh", "en"}
+    bare = masked(samples, tokenizer, MaskPlan())[0]
+    assert bare.hidden_words == {}
+    assert bare.hidden_patches is None
+
+
+def test_parts_of_a_batch_keep_what_is_hidden_of_their_samples(samples, tokenizer):
+    batch = masked(samples, tokenizer)[0]
+    parts = batch.split(3)
+    assert torch.equal(torch.cat([part.hidden_patches for part in parts]), batch.hidden_patches)
+    for language, mask in batch.hidden_words.items():
+        assert torch.equal(torch.cat([part.hidden_words[language] for part in parts]), mask)
+    moved = batch.to(torch.device("cpu"))
+    assert torch.equal(moved.hidden_patches, batch.hidden_patches)
+    assert moved.hidden_words.keys() == batch.hidden_words.keys()

@@ -7,6 +7,7 @@ from tests.builders import TINY_MODEL, tiny_tokenizer
 from vlm.errors import ConfigError
 from vlm.models.build import build_encoder, build_from_config, encoder_model_cfg
 from vlm.models.config import ImageTowerConfig
+from vlm.models.encoder import MAIN, Encoder
 
 
 @pytest.mark.parametrize(
@@ -55,3 +56,32 @@ def test_an_unknown_image_model_is_named_with_near_ones():
 def test_a_scale_out_of_range_is_refused(scale):
     with pytest.raises(ConfigError, match="init_logit_scale"):
         replace(TINY_MODEL, init_logit_scale=scale)
+
+
+def test_states_bring_the_features_that_are_normalised_to_unit_vectors():
+    tokenizer = tiny_tokenizer()
+    model = build_from_config(TINY_MODEL, tokenizer).eval()
+    assert isinstance(model, Encoder)
+    images, tokens = torch.randn(2, 3, 32, 32), tokenizer.encode(["红苹果", "a small dog"])
+    for states, features, unit in (
+        (model.image_states(images), model.image_features(images), model.encode_image(images)),
+        (model.text_states(tokens), model.text_features(tokens), model.encode_text(tokens)),
+    ):
+        torch.testing.assert_close(states.features, features)
+        normalised = torch.nn.functional.normalize(features[MAIN], dim=1)
+        torch.testing.assert_close(normalised, unit)
+    assert model.logit_scales == {MAIN: model.logit_scale}
+
+
+def test_a_hidden_patch_is_not_seen():
+    model = build_from_config(TINY_MODEL, tiny_tokenizer()).eval()
+    rows, columns = model.grid_size
+    hidden = torch.zeros(1, rows * columns, dtype=torch.bool)
+    hidden[0, 0] = True
+    images = torch.randn(1, 3, 32, 32)
+    blank = images.clone()
+    blank[:, :, : 32 // rows, : 32 // columns] = 0
+    found, expected = model.image_states(images, hidden), model.image_states(blank)
+    torch.testing.assert_close(found.tokens, expected.tokens)
+    torch.testing.assert_close(found.features, expected.features)
+    assert found.mask is None

@@ -11,6 +11,7 @@ from vlm.models.image_tower import (
     check_image_tower,
     hide_patches,
     image_groups,
+    memory_format_of,
     patch_layout,
     set_image_checkpointing,
     set_patch_dropout,
@@ -259,3 +260,9 @@ def test_a_model_of_timm_without_states_of_patches_is_named():
     visual.trunk.forward_features = lambda images: [images]
     with pytest.raises(ConfigError, match="timm's ResNet gives no states of patches"):
         patch_layout(visual)
+
+
+def test_channels_are_innermost_except_where_training_on_a_cpu_would_break():
+    assert memory_format_of(image_tower(KINDS["test_resnet"])) == torch.channels_last
+    fastvit = image_tower({"timm_model_name": "fastvit_t8", "image_size": SIZE})
+    assert memory_format_of(fastvit) == torch.contiguous_format

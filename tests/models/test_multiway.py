@@ -4,7 +4,7 @@ from math import sqrt
 import pytest
 import torch
 
-from tests.support.naive_multiway import naive_image, naive_text
+from tests.support.naive_multiway import NaiveMultiway
 from vlm.errors import ConfigError
 from vlm.models.encoder import MAIN, UNIMODAL, Encoder
 from vlm.models.multiway import MultiwayEncoder, resized_image_positions
@@ -76,17 +76,13 @@ def assert_same_gradients(found, expected):
 
 
 def expected_of(kind, model):
-    weights = dict(model.named_parameters())
+    naive, tokens = NaiveMultiway(model.config, dict(model.named_parameters())), texts()
     if kind == "image":
-        each = [naive_image(image, weights) for image in pictures()]
+        each = [naive.image(image) for image in pictures()]
     else:
-        tokens = texts()
-        each = [
-            naive_text(ids[mask], weights)
-            for ids, mask in zip(tokens.ids, tokens.mask, strict=True)
-        ]
+        each = [naive.text(ids[mask]) for ids, mask in zip(tokens.ids, tokens.mask, strict=True)]
     main, unimodal, states = zip(*each, strict=True)
-    return torch.stack(main), torch.stack(unimodal), states
+    return torch.stack(main), torch.stack(unimodal), torch.cat(states)
 
 
 @pytest.mark.parametrize("kind", ["image", "text"])
@@ -108,9 +104,9 @@ def test_states_are_those_of_a_plain_reading_of_the_forward_pass(kind):
     torch.testing.assert_close(states.features[MAIN], main, rtol=0, atol=1e-6)
     torch.testing.assert_close(states.features[UNIMODAL], unimodal, rtol=0, atol=1e-6)
     found = states.tokens.flatten(0, 1) if kind == "image" else states.tokens[states.mask]
-    torch.testing.assert_close(found, torch.cat(tokens), rtol=0, atol=1e-6)
+    torch.testing.assert_close(found, tokens, rtol=0, atol=1e-6)
     mixed = gradients(model, states.features[MAIN], states.features[UNIMODAL], found)
-    assert_same_gradients(mixed, gradients(model, main, unimodal, torch.cat(tokens)))
+    assert_same_gradients(mixed, gradients(model, main, unimodal, tokens))
 
 
 def test_encodings_are_float32_unit_vectors_of_the_main_head():

@@ -157,9 +157,7 @@ def test_every_parameter_that_trains_gets_a_gradient(tokenizer, batch, kind, uni
     for head in encoded.heads.values():
         loss = loss + head.logit_scale * sum((head.image @ t.T).sum() for t in head.text.values())
     loss.backward()
-    without = [
-        name for name, p in model.named_parameters() if p.requires_grad and p.grad is None
-    ]
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert without == []
     locked = [name for name, p in model.named_parameters() if not p.requires_grad]
     assert len(locked) == (kind == "multiway") * (3 * (not unimodal) + (not cmim))

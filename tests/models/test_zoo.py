@@ -90,6 +90,7 @@ def state_of(model):
     return {name.replace("logit_scale", "log_logit_scale"): t for name, t in kept.items()}
 
 
+@pytest.mark.slow  # all together
 @pytest.mark.parametrize("name", open_clip.list_models())
 def test_every_model_builds_with_the_weights_that_open_clip_gives_it(name, tmp_path):
     config = zoo_config(name)

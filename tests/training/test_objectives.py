@@ -76,7 +76,9 @@ def test_every_objective_is_trained_reported_apart_and_left_out_of_the_bundle(
         expected += 0.5 * record["loss/cmlm"] + 2.0 * record["loss/cmim"]
         assert record["loss"] == pytest.approx(expected, rel=1e-5)
     names = load_file(bundle / "open_clip_model.safetensors").keys()
-    assert not any("decoder" in name or "masked" in name or "encoder." in name[:8] for name in names)
+    assert not any(
+        "decoder" in name or "masked" in name or "encoder." in name[:8] for name in names
+    )
     whole, cut = (Embedder.load(bundle, truncate_dim=dim) for dim in (None, 8))
     vectors = whole.encode_text(["red apple"])[:, :8]
     found = cut.encode_text(["red apple"])

@@ -1,5 +1,6 @@
 """A source of any kind to a bundle, perhaps with more ids, and from there to a format again."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,11 +20,13 @@ from vlm.text.tokenizer import load_tokenizer
 from vlm.vocabulary_transfer import GrowthConfig, grow_bundle
 
 _KINDS = (
-    (chinese_clip.is_chinese_clip, chinese_clip.read_chinese_clip),
-    (m2_encoder.is_m2_encoder, m2_encoder.read_m2_encoder),
-    (open_clip.is_open_clip, open_clip.read_open_clip_file),
+    (chinese_clip.is_chinese_clip, chinese_clip.read_chinese_clip, ()),
+    (m2_encoder.is_m2_encoder, m2_encoder.read_m2_encoder, ("image_size",)),
+    (open_clip.is_open_clip, open_clip.read_open_clip_file, ("model", "hf_config")),
 )
-"""What a weights file can be, by the names in it."""
+"""What a weights file can be, by the names in it, and which options only that kind has."""
+
+_SPECIFIC = ("model", "hf_config", "image_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,21 +133,31 @@ def understand(source: Path, config: ConversionConfig) -> Recipe:
     """
     if source.is_dir():
         if (source / open_clip.CONFIG).is_file():
+            _check_options(config, ("hf_config",), source)
             return open_clip.read_open_clip_folder(source, config)
         if hugging_face.is_hugging_face(source):
+            _check_options(config, (), source)
             return hugging_face.read_hugging_face(source, config)
         raise CheckpointError(
             f"{source} is no folder that is known; expected a bundle, one of open_clip (with "
             f"{open_clip.CONFIG}), or one of transformers' CLIPModel or ChineseCLIPModel"
         )
     tensors = read_tensors(source)
-    for is_one, read in _KINDS:
+    for is_one, read, options in _KINDS:
         if is_one(tensors):
+            _check_options(config, options, source)
             return read(tensors, config)
     raise CheckpointError(
         f"the tensors in {source} are of no model that is known ({', '.join(list(tensors)[:3])}, "
         "...); expected those of open_clip, Chinese-CLIP or M2-Encoder"
     )
+
+
+def _check_options(config: ConversionConfig, known: Sequence[str], source: Path) -> None:
+    """Refuse what would be passed over in silence."""
+    unused = [n for n in _SPECIFIC if n not in known and getattr(config, n) is not None]
+    if unused:
+        raise CheckpointError(f"{source} is of a kind that has no --{' and no --'.join(unused)}")
 
 
 def _extend(folder: Path, out: Path, extension: Extension) -> None:

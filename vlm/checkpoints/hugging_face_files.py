@@ -105,9 +105,7 @@ def tokenizer_files(tokenizer: Tokenizer) -> tuple[dict[str, bytes], list[str]]:
     begin, end = config.begin_of_text, config.end_of_text
     around = [piece for piece in (begin, end) if piece is not None]
     rust.post_processor = processors.TemplateProcessing(
-        single=" ".join(
-            f"{piece}:0" if piece in around else piece for piece in _template(begin, end)
-        ),
+        single=[*around[:-1], "$A", end],
         special_tokens=[(piece, rust.token_to_id(piece)) for piece in around],
     )
     settings = {
@@ -124,10 +122,6 @@ def tokenizer_files(tokenizer: Tokenizer) -> tuple[dict[str, bytes], list[str]]:
         FILE_NAME: rust.to_str().encode(),
         "tokenizer_config.json": (json.dumps(given, indent=2, ensure_ascii=False) + "\n").encode(),
     }, notes if config.cleaning == "clip" else []
-
-
-def _template(begin: str | None, end: str) -> list[str]:
-    return [*([] if begin is None else [begin]), "$A", end]
 
 
 def _clip_text(text: Mapping[str, Any], tokenizer: Tokenizer, act: str) -> dict[str, Any]:

@@ -26,6 +26,9 @@ from vlm.text.masking import word_mask
 from vlm.text.tokenizer import Tokenizer
 
 
+_SECOND = " second"
+
+
 @dataclass(frozen=True, kw_only=True)
 class CaptionConfig:
     """Which captions of a sample a training step reads."""
@@ -50,7 +53,7 @@ class MaskPlan:
     """What of each example masked modelling hides."""
 
     text_share: float = 0.0
-    """Share in [0, 1] of a caption's tokens, whole words; 0 hides none."""
+    """Share in [0, 1] of a main caption's tokens, whole words; 0 hides none."""
     image_share: float = 0.0
     """Share in [0, 1) of a picture's patches; 0 hides none."""
     grid: tuple[int, int] = (1, 1)
@@ -139,7 +142,12 @@ class TrainingExamples(Dataset[Example]):
 
 def second_of(language: str) -> str:
     """Return the name under which a language's second captions go through a batch and the loss."""
-    return f"{language} second"
+    return f"{language}{_SECOND}"
+
+
+def is_second(name: str) -> bool:
+    """Say whether a name is that of a language's second captions."""
+    return name.endswith(_SECOND)
 
 
 def choose_caption(sample: Sample, language: str, main_share: float, rng: random.Random) -> str:
@@ -181,7 +189,7 @@ def collate(
                 [random.Random(f"{example.seed}/{language}") for example in examples],
             )
             for language, texts in captions.items()
-            if masks.text_share
+            if masks.text_share and not is_second(language)
         },
         hidden_patches=_draw_patches(examples, masks) if masks.image_share else None,
     )

@@ -100,7 +100,8 @@ def image_size(model_cfg: Mapping[str, Any]) -> int:
 
 def _build(model_cfg: Mapping[str, Any]) -> AnyEncoder:
     init_logit_scale = math.exp(model_cfg.get("init_logit_scale", math.log(1 / 0.07)))
-    init_logit_bias = model_cfg.get("init_logit_bias")
+    bias = model_cfg.get("init_logit_bias")
+    init_logit_bias = None if bias is None else float(bias)
     if "multiway" in model_cfg:
         return MultiwayEncoder(
             MultiwayConfig(**model_cfg["multiway"]),

@@ -38,7 +38,8 @@ class DualEncoder(nn.Module):
         init_logit_bias: float | None = None,
     ) -> None:
         super().__init__()
-        self.visual = visual.to(memory_format=torch.channels_last)
+        self._memory_format = image_tower.memory_format_of(visual)
+        self.visual = visual.to(memory_format=self._memory_format)
         self.text = text
         self.log_logit_scale = nn.Parameter(torch.tensor(math.log(init_logit_scale)))
         self.logit_bias = (
@@ -99,7 +100,7 @@ class DualEncoder(nn.Module):
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> dict[str, Float[Tensor, "batch dim"]]:
         """Return the features of pictures by head, float32 and not normalised."""
-        return {MAIN: self.visual(_channels_innermost(images)).float()}
+        return {MAIN: self.visual(images.contiguous(memory_format=self._memory_format)).float()}
 
     def text_features(self, tokens: TokenBatch) -> dict[str, Float[Tensor, "batch dim"]]:
         """Return the features of texts by head, float32 and not normalised."""
@@ -124,7 +125,8 @@ class DualEncoder(nn.Module):
         """
         if hidden is not None:
             images = image_tower.hide_patches(images, hidden, self.grid_size)
-        features, patches = image_tower.states_of(self.visual, _channels_innermost(images))
+        images = images.contiguous(memory_format=self._memory_format)
+        features, patches = image_tower.states_of(self.visual, images)
         return States(features={MAIN: features.float()}, tokens=patches, mask=None)
 
     def text_states(self, tokens: TokenBatch, replaced: Replacement | None = None) -> States:
@@ -179,8 +181,3 @@ class DualEncoder(nn.Module):
     def text_groups(self) -> list[list[nn.Parameter]]:
         """Return the text side's parameters from the input to the output, a list a stage."""
         return text_tower.text_groups(self.text)
-
-
-def _channels_innermost(images: Tensor) -> Tensor:
-    # Convolutions run up to half as fast again so.
-    return images.contiguous(memory_format=torch.channels_last)

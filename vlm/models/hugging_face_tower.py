@@ -140,10 +140,13 @@ def groups(tower: HFTextEncoder) -> list[list[nn.Parameter]]:
 
 def set_checkpointing(tower: HFTextEncoder, enable: bool) -> None:
     """Compute a block's activations again in the backward pass, or do not."""
+    model = tower.transformer
+    # Versions of transformers 5 differ in the name.
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     if enable:
-        tower.transformer.activation_checkpointing_enable({"use_reentrant": False})
+        getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
     else:
-        tower.transformer.activation_checkpointing_disable()
+        getattr(model, f"{kind}_checkpointing_disable")()
 
 
 def _snake(module: nn.Module) -> str:

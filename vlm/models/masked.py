@@ -77,7 +77,7 @@ class Hidden(NamedTuple):
     """What is hidden of a batch."""
 
     words: Mapping[str, Bool[Tensor, "batch length"]]
-    """True at masked tokens, by language; read where words are masked."""
+    """True at masked tokens, by the names of the texts that are masked."""
     patches: Bool[Tensor, "batch patches"] | None = None
     """True at hidden patches, row by row; None where none are."""
 
@@ -178,8 +178,8 @@ class MaskedModelling(nn.Module):
         words: Mapping[str, Tensor],
     ) -> Float[Tensor, ""]:
         told, ids = [], []
-        for language, tokens in texts.items():
-            mask = words[language]
+        for language in (name for name in texts if name in words):
+            tokens, mask = texts[language], words[language]
             states = encoder.text_states(tokens, replaced=(mask, self.mask_vector))
             decoded = self.image_to_text(states.tokens, image_states.tokens, query_mask=states.mask)
             told.append(decoded[mask])

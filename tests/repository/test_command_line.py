@@ -5,6 +5,7 @@ from importlib import import_module
 import pytest
 from jsonargparse import ArgumentParser
 
+from vlm.checkpoints.recipe import ConversionConfig
 from vlm.cli.main import VERBS, main
 from vlm.text.tokenizer import TokenizerConfig
 from vlm.text.training import SentencePieceConfig
@@ -16,8 +17,9 @@ TEXTS = {"zh", "en", "column", "split"}
 PINNED = {
     "quickstart": TRAIN | {"out"},
     "train": TRAIN | {"resume"},
-    "eval retrieval": {"data", "split", "languages", "where", "device", "json", "out"},
-    "embed": {"images", "data", "split", "out", "device"},
+    "eval retrieval": {"data", "split", "languages", "where", "device", "json", "out"}
+    | {"truncate_dim"},
+    "embed": {"images", "data", "split", "out", "device", "truncate_dim"},
     "index": {"out"},
     "search": {"text", "image", "k", "bundle", "device", "json"},
     "tokenizer report": TEXTS | {"limit", "json", "plot"},
@@ -28,6 +30,8 @@ PINNED = {
     | {*SentencePieceConfig.__dataclass_fields__}
     | {"zh_lists", "en_lists", "traditional", "unique", "out"},
     "tokenizer prune": TEXTS | {"fewest_uses", "out"},
+    "convert": {*ConversionConfig.__dataclass_fields__, *GrowthConfig.__dataclass_fields__}
+    | {"to", "format", "extend"},
     "grow": {*GrowthConfig.__dataclass_fields__, "tokenizer", "out"},
     "data emoji": {"out", "cache"},
     "data index": set(),
@@ -56,10 +60,9 @@ def test_verbs_and_their_options_are_pinned():
 
 def test_training_fields_are_pinned():
     assert sorted(TrainConfig.__dataclass_fields__) == [
-        "augmentation", "captions", "checkpoint", "cpu_threads", "data", "evaluation",
-        "loss", "model", "optimizer", "precision", "preprocess", "report_every", "run_folder",
-        "schedule", "seed",
-        "start_from", "tokenizer",
+        "adapt", "augmentation", "captions", "checkpoint", "cpu_threads", "data", "evaluation",
+        "loss", "model", "objectives", "optimizer", "precision", "preprocess", "report_every",
+        "run_folder", "schedule", "seed", "start_from", "tokenizer",
     ]  # fmt: skip
 
 

@@ -157,7 +157,7 @@ def test_a_teacher_of_other_pictures_is_refused(tmp_path):
 
 def test_a_share_that_hides_no_patch_is_refused():
     masked = MaskedConfig(cmim_weight=1.0, image_share=0.4)
-    with pytest.raises(ConfigError, match="0.4 of 1 patches, which is none"):
+    with pytest.raises(ConfigError, match=r"0\.4 of 1 patches, which is none"):
         mask_plan(masked, tiny_model(tiny_tokenizer()))
 
 

@@ -25,7 +25,6 @@ from vlm.text.caption_ids import NO_CAPTION, text_id
 from vlm.text.masking import word_mask
 from vlm.text.tokenizer import Tokenizer
 
-
 _SECOND = " second"
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from vlm.bundle import save_bundle
 from vlm.data.dataset import ShardedSplit
 from vlm.data.loader import BatchOrder, TrainingExamples, TrainingLoader, second_of
+from vlm.data.sample import Batch
 from vlm.distributed.groups import world_group
 from vlm.embedder import Embedder
 from vlm.errors import ConfigError
@@ -79,14 +80,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
             accelerator=accelerator,
             model=model,
             optimizer=optimizer,
-            contrast=CachedContrast(
-                loss,
-                model,
-                mode=config.loss.accumulation,
-                weights=loss_weights(config.objectives),
-                backward=accelerator.backward,
-                no_sync=lambda: accelerator.no_sync(model),
-            ),
+            contrast=_build_contrast(config, loss, model, accelerator),
             loader=loader,
             checkpoints=checkpoints,
             reporter=reporter,
@@ -96,17 +90,21 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         trainer.fit(progress)
     bundle = config.run_folder / BUNDLE_NAME
     if accelerator.is_main_process:
-        save_bundle(
-            bundle,
-            model=without_lora(start.encoder),
-            model_cfg=start.model_cfg,
-            preprocess_cfg=start.preprocess_cfg,
-            tokenizer=start.tokenizer,
-            languages=tuple(dict.fromkeys((*start.languages, *config.captions.languages))),
-            truncate_dims=config.objectives.matryoshka,
-        )
+        _save(config, start, bundle)
     accelerator.end_training()
     return bundle
+
+
+def _save(config: TrainConfig, start: Start, bundle: Path) -> None:
+    save_bundle(
+        bundle,
+        model=without_lora(start.encoder),
+        model_cfg=start.model_cfg,
+        preprocess_cfg=start.preprocess_cfg,
+        tokenizer=start.tokenizer,
+        languages=tuple(dict.fromkeys((*start.languages, *config.captions.languages))),
+        truncate_dims=config.objectives.matryoshka,
+    )
 
 
 def _check_run_folder(folder: Path, resume: bool) -> None:
@@ -167,6 +165,19 @@ def _build_loss(config: TrainConfig, has_bias: bool) -> BilingualLoss:
         together=loss.captions == "together",
         text_pair=(languages[0], languages[1]) if loss.text_text_weight else None,
         text_pair_weight=loss.text_text_weight,
+    )
+
+
+def _build_contrast(
+    config: TrainConfig, loss: BilingualLoss, model: nn.Module, accelerator: Accelerator
+) -> CachedContrast[Batch]:
+    return CachedContrast(
+        loss,
+        model,
+        mode=config.loss.accumulation,
+        weights=loss_weights(config.objectives),
+        backward=accelerator.backward,
+        no_sync=lambda: accelerator.no_sync(model),
     )
 
 

@@ -113,6 +113,15 @@ def test_a_grown_bundle_says_where_its_new_ids_begin(bundle, tmp_path):
     assert load_bundle(tmp_path / "english").first_new_id is None
 
 
+def test_widths_that_features_were_trained_at_are_kept(bundle, clip, tmp_path):
+    trained = replace(bundle, truncate_dims=(8,))
+    grow_bundle(trained, CLIP_ZH, GrowthConfig(init="mean"), tmp_path / "grown")
+    assert load_bundle(tmp_path / "grown").truncate_dims == (8,)
+    smaller, kept = prune(clip, ENGLISH)
+    prune_bundle(load_bundle(tmp_path / "english"), smaller, kept, tmp_path / "plain")
+    assert load_bundle(tmp_path / "plain").truncate_dims == ()
+
+
 def rows_by_piece(embedding, clip, **settings):
     grown = new_rows(embedding, clip, CLIP_ZH, GrowthConfig(**settings))
     pieces = CLIP_ZH.vocabulary.pieces()[OLD:]

@@ -106,6 +106,7 @@ def grow_bundle(bundle: Bundle, tokenizer: Tokenizer, config: GrowthConfig, out:
         tokenizer=_with_context_length(tokenizer, length),
         languages=bundle.languages,
         first_new_id=old.vocab_size,
+        truncate_dims=bundle.truncate_dims,
     )
     return grown
 
@@ -156,6 +157,7 @@ def prune_bundle(bundle: Bundle, tokenizer: Tokenizer, kept: Sequence[int], out:
         preprocess_cfg=bundle.preprocess_cfg,
         tokenizer=tokenizer,
         languages=bundle.languages,
+        truncate_dims=bundle.truncate_dims,
     )
 
 

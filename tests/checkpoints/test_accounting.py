@@ -75,5 +75,5 @@ def test_a_part_of_another_shape_is_named(name, tensor, said):
 
 def test_many_names_are_counted_and_the_first_shown():
     many = {f"n{number:02}": torch.zeros(1) for number in range(40)}
-    with pytest.raises(CheckpointError, match=r"40 unexpected \(n00; n01; n02; n03; n04, \.\.\.\)"):
+    with pytest.raises(CheckpointError, match=r"40 unexpected \(n00; n01; n02, \.\.\.\)"):
         take(THEIRS | many)

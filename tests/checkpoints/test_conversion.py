@@ -142,6 +142,12 @@ def test_a_source_cannot_be_its_own_result(english):
     assert (english / "open_clip_pytorch_model.bin").is_file()
 
 
+def test_a_result_under_a_file_is_refused(english, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"cannot write .*: File exists"):
+        convert(english, tmp_path / "file" / "bundle", ConversionConfig())
+
+
 def test_an_option_that_a_kind_has_not_is_refused(english, tmp_path):
     config = ConversionConfig(model="ViT-B-32", image_size=48)
     with pytest.raises(CheckpointError, match="kind that has no --model and no --image_size"):

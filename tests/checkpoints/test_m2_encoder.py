@@ -1,6 +1,7 @@
 """M2-Encoder's checkpoints become bundles and come back, name by name."""
 
 import io
+from dataclasses import replace
 
 import pytest
 import sentencepiece
@@ -13,7 +14,7 @@ from vlm.checkpoints.conversion import convert
 from vlm.checkpoints.export import export
 from vlm.checkpoints.m2_encoder import multiway_config
 from vlm.checkpoints.recipe import ConversionConfig
-from vlm.errors import CheckpointError, ConfigError
+from vlm.errors import CheckpointError, ConfigError, TokenizerError
 from vlm.models.multiway import MultiwayEncoder
 from vlm.models.multiway_config import MultiwayConfig, is_held, released_tensors
 
@@ -88,6 +89,33 @@ def test_a_checkpoint_round_trips_name_by_name(glm, tmp_path, key):
     again = ConversionConfig(tokenizer=str(glm))
     convert(tmp_path / "back.ckpt", tmp_path / "twice", again)
     assert load_bundle(tmp_path / "twice").fingerprint == bundle.fingerprint
+
+
+def test_heads_that_no_shape_tells_are_not_written(glm, tmp_path):
+    config = ConversionConfig(tokenizer=str(glm))
+    torch.save(released(glm), tmp_path / "m2.ckpt")
+    convert(tmp_path / "m2.ckpt", tmp_path / "bundle", config)
+    bundle = load_bundle(tmp_path / "bundle")
+    bundle.model.config = replace(SIZES, heads=4)
+    with pytest.raises(CheckpointError, match="cannot express 4 attention heads of a width of 128"):
+        export(bundle, tmp_path / "back.ckpt", "m2")
+    assert not (tmp_path / "back.ckpt").exists()
+
+
+def test_a_folder_is_no_place_for_a_file(glm, tmp_path):
+    torch.save(released(glm), tmp_path / "m2.ckpt")
+    config = ConversionConfig(tokenizer=str(glm))
+    convert(tmp_path / "m2.ckpt", tmp_path / "bundle", config)
+    with pytest.raises(CheckpointError, match="is a folder; expected a file to write"):
+        export(load_bundle(tmp_path / "bundle"), tmp_path, "m2")
+
+
+@pytest.mark.parametrize("length", [0, 1, -1])
+def test_a_context_too_short_for_any_text_is_refused(glm, tmp_path, length):
+    torch.save(released(glm), tmp_path / "m2.ckpt")
+    config = ConversionConfig(tokenizer=str(glm), context_length=length)
+    with pytest.raises(TokenizerError, match=f"context_length is {length}; expected"):
+        convert(tmp_path / "m2.ckpt", tmp_path / "bundle", config)
 
 
 @torch.inference_mode()

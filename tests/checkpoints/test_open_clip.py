@@ -8,6 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from tests.checkpoints.sources import TEXTS, close, disturb, pixels
 from vlm.bundle import load_bundle
@@ -188,7 +193,7 @@ def test_another_model_than_the_files_is_refused_by_its_tensors(tmp_path):
     ("model", "said"),
     [
         ("ViT-H-14-quickgelu", "published checkpoints of ViT-H-14-quickgelu differ in it"),
-        ("vit", "published checkpoints of vit are none"),
+        ("vit", "published checkpoints of vit do not exist"),
     ],
 )
 @pytest.mark.usefixtures("zoo")
@@ -219,6 +224,14 @@ def test_a_folder_that_leaves_something_open_is_refused(tmp_path, lacking):
         convert(tmp_path, tmp_path / "bundle", ConversionConfig())
 
 
+@pytest.mark.usefixtures("zoo")
+def test_a_text_tower_of_open_clips_own_has_no_other_configuration(tmp_path):
+    path = saved(tmp_path, build("vit").state_dict())
+    config = ConversionConfig(model="vit", preprocess=PreprocessConfig(), hf_config=tmp_path)
+    with pytest.raises(CheckpointError, match="own text tower; expected no --hf_config"):
+        convert(path, tmp_path / "bundle", config)
+
+
 def test_a_foreign_tokenizer_is_asked_for(tmp_path):
     cfg = VIT | {"text_cfg": TEXT | {"hf_tokenizer_name": "timm/ViT-B-16-SigLIP"}}
     record = {"model_cfg": cfg, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
@@ -226,6 +239,55 @@ def test_a_foreign_tokenizer_is_asked_for(tmp_path):
     torch.save({"logit_scale": torch.zeros(())}, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="SigLIP; name its files by --tokenizer"):
         convert(tmp_path, tmp_path / "bundle", ConversionConfig())
+
+
+SIGLIP_TEXT = TEXT | {
+    "context_length": 12,
+    "vocab_size": 9,
+    "no_causal_mask": True,
+    "pool_type": "last",
+    "hf_tokenizer_name": "timm/ViT-B-16-SigLIP",
+}
+WORDS = ("<unk>", "<pad>", "</s>", "a", "sleeping", "cat", "A", "cat!", "[CLS]")
+
+
+def folder_with_a_tokenizer_of_transformers(folder, **kwargs):
+    """Make a folder of open_clip's whose tower sees its padding; return its model."""
+    rust = RustTokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    rust.pre_tokenizer = WhitespaceSplit()
+    rust.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=rust, unk_token="<unk>", pad_token="<pad>", eos_token="</s>",
+        sep_token="</s>",
+    )  # fmt: skip
+    fast.save_pretrained(folder)
+    text = SIGLIP_TEXT | ({"tokenizer_kwargs": kwargs} if kwargs else {})
+    record = {
+        "model_cfg": VIT | {"text_cfg": text, "custom_text": True},
+        "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3},
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps(record))
+    torch.manual_seed(0)
+    model = disturb(open_clip.CustomTextCLIP(VIT["embed_dim"], VISION, text))
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return model
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"clean": "canonicalize"}, {"clean": "lower"}, {"strip_sep_token": True}],
+    ids=["as it is", "canonical", "in lower case", "without its end"],
+)
+def test_a_tower_that_sees_its_padding_reads_as_in_open_clip(tmp_path, kwargs):
+    folder = tmp_path / "folder"
+    model = folder_with_a_tokenizer_of_transformers(folder, **kwargs)
+    said = convert(folder, tmp_path / "bundle", ConversionConfig())
+    assert said[0].endswith("is an open_clip checkpoint")
+    bundle = load_bundle(tmp_path / "bundle")
+    texts = ["a sleeping cat", "A cat!", "A  sleeping &amp; a cat", "sleeping"]
+    ids = open_clip.get_tokenizer(f"local-dir:{folder}")(texts)
+    close(bundle.model.encode_text(bundle.tokenizer.encode(texts)), model.encode_text(ids))
 
 
 @pytest.mark.usefixtures("zoo")

@@ -52,6 +52,13 @@ def test_a_pickle_that_calls_itself_safetensors_is_refused(tmp_path):
         read_tensors(tmp_path / "x.safetensors")
 
 
+@pytest.mark.parametrize("content", [b"", b"hello"])
+def test_what_is_no_weights_file_is_said_to_be_none(tmp_path, content):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match="neither safetensors nor a file of torch's"):
+        read_tensors(tmp_path / "x.pt")
+
+
 def test_the_files_of_an_index_are_read_together(tmp_path):
     names = list(TENSORS)
     for number, name in enumerate(names):

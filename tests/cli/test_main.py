@@ -142,9 +142,11 @@ def test_an_unknown_key_in_a_file_is_answered_with_the_nearest(
     [
         (["train", "--data.batch_size", "many"], ["data.batch_size", "int", "many"]),
         (["train", "--precision", "fp8"], ["precision", "'fp32', 'bf16'", "fp8"]),
+        (["train", "--adapt.lock_text", "all"], ["lock_text", "Expected a <class 'int'>. Got"]),
+        (["train", "--model.multiway.layers", "many"], ["multiway", "layers", "int", "many"]),
         (["search", "index", "--text", "cat", "--k", "all"], ["k", "int", "all"]),
     ],
-    ids=["a number", "a choice", "another verb"],
+    ids=["a number", "a choice", "a number or none", "a part", "another verb"],
 )
 def test_a_value_of_the_wrong_type_is_named_with_its_key(capsys, words, parts):
     said = complaint(capsys, *words)
@@ -164,8 +166,13 @@ def test_a_value_of_the_wrong_type_in_a_file_is_named_with_its_key(capsys, an_em
         (["train", "--preprocess.interpolation", "magic"], "expected bicubic or bilinear"),
         (["train", "--captions.main_share", "3"], "a share in [0, 1]"),
         (["train", "--checkpoint.keep", "0"], "expected at least 0 and at least 1"),
+        (["train", "--model.multiway.layers", "0"], "layers is 0; expected an integer"),
+        (
+            ["convert", "x", "--to", "y", "--preprocess.std", "[0,1,1]"],
+            "std is (0.0, 1.0, 1.0); expected",
+        ),
     ],
-    ids=["interpolation", "share", "checkpoints"],
+    ids=["interpolation", "share", "checkpoints", "a part", "a part of a conversion"],
 )
 def test_a_value_out_of_its_range_is_answered_with_the_range(capsys, words, said):
     assert said in complaint(capsys, *words)

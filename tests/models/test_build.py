@@ -15,6 +15,7 @@ from vlm.models.dual_encoder import DualEncoder
 from vlm.models.encoder import Encoder
 from vlm.models.multiway import MultiwayEncoder
 from vlm.models.multiway_config import MultiwayConfig
+from vlm.text.tokenizer import Tokenizer
 
 TINY_MULTIWAY = MultiwayConfig(
     image_size=IMAGE_SIZE,
@@ -107,6 +108,19 @@ def test_a_multiway_model_with_too_few_positions_for_the_tokenizer_is_refused():
     config = ModelConfig(multiway=TINY_MULTIWAY)
     with pytest.raises(ConfigError, match=r"positions for 18 tokens; expected at least .* 24"):
         encoder_model_cfg(config, tiny_tokenizer(context_length=24))
+
+
+def test_a_multiway_model_needs_a_piece_that_begins_every_text():
+    tokenizer = tiny_tokenizer()
+    plain = Tokenizer(tokenizer.vocabulary, replace(tokenizer.config, begin_of_text=None))
+    with pytest.raises(ConfigError, match="begins every text with the same piece"):
+        encoder_model_cfg(ModelConfig(multiway=TINY_MULTIWAY), plain)
+
+
+def test_pictures_that_the_patches_of_a_timm_transformer_do_not_fill_are_refused():
+    tower = replace(TINY_MODEL.vision_cfg, timm_model_name="test_vit", image_size=40)
+    with pytest.raises(ConfigError, match=r"image_size is 40; expected a multiple of .*, 16"):
+        build_from_config(replace(TINY_MODEL, vision_cfg=tower), tiny_tokenizer())
 
 
 def test_scale_and_bias_are_single_numbers_whatever_open_clip_made_them():

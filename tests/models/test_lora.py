@@ -6,7 +6,10 @@ from torch import nn
 
 from tests.builders import IMAGE_SIZE, tiny_model, tiny_tokenizer
 from tests.models.test_pretraining import TINY_MULTIWAY
+from tests.support.processes import run_in_processes
+from vlm.distributed.groups import world_group
 from vlm.errors import ConfigError
+from vlm.models.batch_norm import synchronize_batch_norm
 from vlm.models.build import build_from_config
 from vlm.models.lora import add_lora, without_lora
 
@@ -90,6 +93,21 @@ def test_a_product_of_rank_two_is_added_to_each_matrix():
         ],
         2,
     )
+
+
+def _merge_on_a_rank(rank):
+    tokenizer = tiny_tokenizer()
+    model = synchronize_batch_norm(tiny_model(tokenizer), world_group(), torch.device("cpu"))
+    add_lora(model, model.text_groups(), rank=2, alpha=2)
+    tokens = tokenizer.encode(["red apple"])
+    merged = without_lora(model.eval())
+    assert not any("lora" in name for name in merged.state_dict())
+    return (merged.encode_text(tokens) - model.encode_text(tokens)).abs().max()
+
+
+@pytest.mark.distributed
+def test_a_model_whose_batch_norms_span_ranks_is_merged_too():
+    assert max(run_in_processes(_merge_on_a_rank, 2)) < 1e-6
 
 
 def test_a_model_without_adapters_is_returned_as_it_is():

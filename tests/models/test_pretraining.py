@@ -107,6 +107,11 @@ def test_a_matryoshka_width_outside_the_features_is_refused(tokenizer, width):
         PretrainingModel(tiny_model(tokenizer), matryoshka=[width])
 
 
+def test_a_matryoshka_width_that_is_named_twice_is_refused(tokenizer):
+    with pytest.raises(ConfigError, match=r"matryoshka is \[8, 8\]; expected each width once"):
+        PretrainingModel(tiny_model(tokenizer), matryoshka=[8, 8])
+
+
 def test_a_language_is_added_to_its_texts_alone(tokenizer, batch):
     encoder = tiny_model(tokenizer)
     languages = LanguageEmbeddings({"zh": "zh", "zh second": "zh", "en": "en"}, encoder.embed_dim)
@@ -167,3 +172,21 @@ def test_a_sigmoid_models_bias_reaches_every_head(tokenizer, batch):
     encoder = build_from_config(replace(TINY_MODEL, init_logit_bias=-10.0), tokenizer)
     heads = PretrainingModel(encoder, matryoshka=[8])(*batch).heads
     assert [head.logit_bias.item() for head in heads.values()] == [-10.0, -10.0]
+
+
+def test_features_without_a_graph_draw_the_random_numbers_of_those_with_one(tokenizer, batch):
+    """Micro-batches are encoded twice, and stochastic depth must leave out the same layers."""
+    towers = replace(TINY_MULTIWAY.multiway, layers=3, vl_layers=3, drop_path=0.5)
+    torch.manual_seed(0)
+    encoder = build_from_config(replace(TINY_MULTIWAY, multiway=towers), tokenizer)
+    config = MaskedConfig(cmlm_weight=1.0, cmim_weight=1.0, decoder_layers=1)
+    masked = MaskedModelling(config, encoder, image_size=IMAGE_SIZE)
+    model = PretrainingModel(encoder, masked=masked).train()
+    found = []
+    for graph in (True, False):
+        torch.manual_seed(7)
+        with torch.set_grad_enabled(graph):
+            found.append(model(*batch, hidden=hidden(encoder, batch[1])).heads[MAIN])
+    assert torch.equal(found[0].image.detach(), found[1].image)
+    for language in batch[1]:
+        assert torch.equal(found[0].text[language].detach(), found[1].text[language])

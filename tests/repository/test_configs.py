@@ -10,10 +10,12 @@ from jsonargparse import ArgumentParser
 from tests.builders import tiny_tokenizer
 from vlm.cli import train as train_command
 from vlm.models.build import build_from_config
+from vlm.models.config import ModelConfig
 from vlm.training.config import TrainConfig, config_as_yaml
 
 ROOT = Path(__file__).parents[2]
 ALL = sorted((ROOT / "configs").rglob("*.yaml"))
+MODEL = sorted((ROOT / "configs/model").glob("*.yaml"))
 TRAIN = sorted((ROOT / "configs/train").glob("*.yaml"))
 
 
@@ -68,10 +70,17 @@ def test_a_file_states_only_what_differs_from_the_defaults(path):
     assert not list(repeated(yaml.safe_load(path.read_text()), defaults))
 
 
-def test_model_files_are_used_by_a_training_file():
-    used = {
-        (ROOT / "configs/train" / named).resolve()
-        for path in TRAIN
-        if (named := yaml.safe_load(path.read_text()).get("model"))  # or its start_from brings one
-    }
-    assert used == {path.resolve() for path in (ROOT / "configs/model").glob("*.yaml")}
+@pytest.mark.parametrize("path", MODEL, ids=lambda path: path.name)
+def test_model_files_build(path):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(ModelConfig, as_group=False)
+    options = parser.instantiate(parser.parse_object(yaml.safe_load(path.read_text())))
+    config = ModelConfig(**vars(options))
+    with torch.device("meta"):
+        model = build_from_config(config, tiny_tokenizer())
+    assert sum(parameter.numel() for parameter in model.parameters()) > 100_000
+
+
+def test_model_files_are_named_by_a_training_file():
+    said = "".join(path.read_text() for path in TRAIN)
+    assert [path.name for path in MODEL if path.name not in said] == []

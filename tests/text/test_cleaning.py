@@ -6,7 +6,11 @@ import sys
 import unicodedata
 
 import pytest
-from open_clip.tokenizer import _clean_lower as open_clips_cleaning
+from open_clip.tokenizer import (
+    _clean_canonicalize,
+    _clean_lower as open_clips_cleaning,
+    _clean_whitespace,
+)
 
 from vlm.text.cleaning import (
     _PLAIN,
@@ -135,3 +139,20 @@ def test_a_word_has_a_space_before_it_and_chinese_has_none(text, cleaned):
     assert space_words(text) == CLEANING["words"](text) == cleaned
     assert space_words(cleaned) == cleaned
     assert RESTORING["words"](cleaned) == " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"), [("whitespace", _clean_whitespace), ("canonicalize", _clean_canonicalize)]
+)
+def test_cleanings_for_tokenizers_of_transformers_are_open_clips(name, theirs):
+    pick = random.Random(1)
+    parts = (*NASTY, *"!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~", "A cat", " 一只猫 ")
+    texts = ["".join(pick.choices(parts, k=pick.randrange(12))) for _ in range(4000)]
+    texts += [f"a{character}B_{character}." for character in PLAIN[::7]]
+    assert [text for text in texts if CLEANING[name](text) != theirs(text)] == []
+
+
+def test_a_canonical_text_has_no_ascii_punctuation_and_no_capitals():
+    assert (
+        CLEANING["canonicalize"]("A snake_case, “Cat”!  一只猫，&amp;") == "a snake case cat 一只猫"
+    )

@@ -99,6 +99,36 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         checkpoints.load_latest(model, torch.optim.AdamW(model.parameters()))
 
 
+def locked(count):
+    """The model whose first parameters are locked, as a run with a locked tower builds it."""
+    model, _ = build()
+    for parameter in list(model.parameters())[:count]:
+        parameter.requires_grad_(False)
+    return model, build_optimizer(model, OptimizerConfig(learning_rate=0.01))
+
+
+def test_what_was_trained_and_is_locked_now_belongs_to_another_configuration(tmp_path):
+    model, optimizer = build()
+    train(model, optimizer, range(2))
+    Checkpoints(tmp_path, keep=2).save(model, optimizer, Progress(2, 16))
+    with pytest.raises(CheckpointError, match=r"it has trained 0\.weight, which is not trained"):
+        Checkpoints(tmp_path, keep=2).load_latest(*locked(1))
+
+
+def test_what_was_locked_and_is_trained_now_starts_without_moments(tmp_path):
+    model, optimizer = locked(2)
+    train(model, optimizer, range(2))
+    Checkpoints(tmp_path, keep=2).save(model, optimizer, Progress(2, 16))
+    resumed, resumed_optimizer = build()
+    Checkpoints(tmp_path, keep=2).load_latest(resumed, resumed_optimizer)
+    pairs = dict(zip(model.named_parameters(), resumed.parameters(), strict=True))
+    for (name, before), after in pairs.items():
+        found, expected = resumed_optimizer.state.get(after), optimizer.state.get(before)
+        assert (found is None) == (expected is None) == name.startswith("0."), name
+        if found is not None:
+            assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
 def test_nothing_in_a_checkpoint_is_pickled(tmp_path):
     Checkpoints(tmp_path, keep=2).save(*build(), Progress(1, 8))
     names = sorted(path.name for path in (tmp_path / "step-00000001").iterdir())

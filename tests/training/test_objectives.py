@@ -1,11 +1,14 @@
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
 
 from tests.builders import (
     IMAGE_SIZE,
+    THINGS,
     TINY_MODEL,
     make_samples,
     tiny_bundle,
@@ -14,15 +17,25 @@ from tests.builders import (
     write_split,
 )
 from tests.models.test_pretraining import TINY_MULTIWAY
+from tests.support.processes import run_in_processes
 from vlm.data.loader import MaskPlan
+from vlm.data.sample import Batch
 from vlm.embedder import Embedder
 from vlm.errors import ConfigError, VlmError
+from vlm.images.masking import draw_patches
 from vlm.images.transforms import PreprocessConfig, preprocess_cfg
-from vlm.losses.bilingual import LossConfig
-from vlm.models.masked import MaskedConfig
+from vlm.losses.bilingual import BilingualLoss, LossConfig
+from vlm.losses.cached import CachedContrast
+from vlm.models.build import build_from_config
+from vlm.models.masked import Hidden, MaskedConfig
 from vlm.training.adaptation import AdaptationConfig
 from vlm.training.config import CheckpointConfig, DataConfig, TrainConfig
-from vlm.training.objectives import ObjectivesConfig, build_pretraining_model, mask_plan
+from vlm.training.objectives import (
+    ObjectivesConfig,
+    build_pretraining_model,
+    loss_weights,
+    mask_plan,
+)
 from vlm.training.run import train
 from vlm.training.schedule import ScheduleConfig
 
@@ -155,6 +168,34 @@ def test_a_teacher_of_other_pictures_is_refused(tmp_path):
         )
 
 
+def test_a_teacher_of_other_patches_is_refused(tmp_path):
+    masked = MaskedConfig(cmim_weight=1.0, teacher=tiny_bundle(tmp_path / "teacher"))
+    with pytest.raises(ConfigError, match="teacher has 1 x 1 patches; expected the model's 2 x 2"):
+        build_pretraining_model(
+            build_from_config(TINY_MULTIWAY, tiny_tokenizer()),
+            ObjectivesConfig(masked=masked),
+            languages=LANGUAGES,
+            preprocess_cfg=preprocess_cfg(PreprocessConfig(), IMAGE_SIZE),
+        )
+
+
+def test_a_teacher_is_not_read_where_no_patches_are_hidden(tmp_path):
+    masked = MaskedConfig(cmlm_weight=1.0, teacher=tmp_path / "none", decoder_layers=1)
+    model = build_pretraining_model(
+        tiny_model(tiny_tokenizer()),
+        ObjectivesConfig(masked=masked),
+        languages=LANGUAGES,
+        preprocess_cfg=preprocess_cfg(PreprocessConfig(), IMAGE_SIZE),
+    )
+    assert model.teacher is None
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("inf"), float("nan")])
+def test_a_weight_of_the_second_head_below_zero_is_refused(weight):
+    with pytest.raises(ConfigError, match=r"unimodal_weight is .*; expected at least 0"):
+        ObjectivesConfig(unimodal_weight=weight)
+
+
 def test_a_share_that_hides_no_patch_is_refused():
     masked = MaskedConfig(cmim_weight=1.0, image_share=0.4)
     with pytest.raises(ConfigError, match=r"0\.4 of 1 patches, which is none"):
@@ -168,3 +209,71 @@ def test_only_what_is_trained_is_hidden():
     assert words == MaskPlan(text_share=0.3)
     both = mask_plan(BOTH, encoder)
     assert both == MaskPlan(text_share=0.5, image_share=0.6, grid=(1, 1))
+
+
+def test_dropped_patches_do_not_go_with_masked_modelling(data, tokenizer, tmp_path):
+    settings = {"objectives": ObjectivesConfig(masked=BOTH), "model": TINY_MULTIWAY}
+    adapted = AdaptationConfig(patch_dropout=0.5)
+    with pytest.raises(ConfigError, match="masked modelling reads every patch"):
+        train(config(data, tokenizer, tmp_path / "run", adapt=adapted, **settings))
+
+
+def _gradients(rank, world, parts):
+    """Return the gradients of this rank's step in which no words are masked."""
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    encoder = build_from_config(TINY_MULTIWAY, tokenizer)
+    masked = MaskedConfig(cmim_weight=2.0, decoder_layers=1)
+    objectives = ObjectivesConfig(
+        masked=masked, matryoshka=(8,), language_embeddings=True, unimodal_weight=0.5
+    )
+    model = build_pretraining_model(
+        encoder,
+        objectives,
+        languages=LANGUAGES,
+        preprocess_cfg=preprocess_cfg(PreprocessConfig(), IMAGE_SIZE),
+    ).double()
+    wrapped = DistributedDataParallel(model) if world > 1 else model
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(12, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator, dtype=torch.float64)
+    patches = draw_patches(12, encoder.grid_size, share=0.5, generator=generator)
+    texts = [tokenizer.encode([pair[side] for pair in THINGS]) for side in (1, 0)]
+    ids = torch.arange(12) + 1
+    whole = Batch(
+        images=images,
+        texts=dict(zip(LANGUAGES, texts, strict=True)),
+        image_ids=ids,
+        caption_ids={"zh": ids + 100, "en": ids + 200},
+        uids=tuple(map(str, range(12))),
+        hidden_patches=patches,
+    )
+    batches = whole.split(world)[rank].split(parts)
+
+    def encode(part, *, images=True, texts=True, on_texts=None):
+        hidden = Hidden({}, part.hidden_patches)
+        return wrapped(
+            part.images if images else None, part.texts if texts else {}, on_texts, hidden
+        )
+
+    contrast = CachedContrast(
+        BilingualLoss(text_pair=("zh", "en"), text_pair_weight=0.3),
+        model,
+        weights=loss_weights(objectives),
+        no_sync=wrapped.no_sync if world > 1 else nullcontext,
+    )
+    contrast.step(encode, batches, [b.image_ids for b in batches], [b.caption_ids for b in batches])
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("world", "parts"), [(1, 3), (2, 1), (2, 3)])
+def test_ranks_and_micro_batches_give_the_gradients_of_one_batch(world, parts):
+    """All but those of masked words, whose loss is a mean over a rank's or a part's own."""
+    expected = _gradients(0, 1, 1)
+    assert all(gradient is not None for gradient in expected.values())
+    if world == 1:
+        found = [_gradients(0, 1, parts)]
+    else:
+        found = run_in_processes(_gradients, world, world, parts)
+    for gradients in found:  # features are float32
+        torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-6)

@@ -10,7 +10,7 @@ from torch import Tensor
 from vlm.checkpoints.reading import Tensors
 from vlm.errors import CheckpointError
 
-_SHOWN = 5  # names of each kind in an error
+_SHOWN = 3  # names of each kind in an error
 
 
 @dataclass(frozen=True)

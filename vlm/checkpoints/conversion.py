@@ -70,7 +70,10 @@ def convert(
         raise CheckpointError(f"{source} is a bundle, which leaves nothing open")
     if is_bundle(source) and extension is None and target is None:
         raise CheckpointError(f"{source} is a bundle already; expected --extend or --format")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {out}: {error.strerror}") from error
     said: list[str] = []
     # On the same disk as the result, because these are as large.
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -25,7 +24,7 @@ from vlm.errors import CheckpointError
 from vlm.files import write_file, write_folder
 from vlm.models.dual_encoder import DualEncoder
 from vlm.models.multiway import MultiwayEncoder
-from vlm.models.multiway_config import MultiwayConfig, released_tensors
+from vlm.models.multiway_config import released_tensors
 
 _TEXT_TOWER = "text_tower"  # the folder of a text tower's own configuration
 
@@ -139,9 +138,15 @@ def _to_m2(bundle: Bundle, out: Path) -> list[str]:
     if model.logit_bias is not None:
         raise CheckpointError("M2-Encoder's format has no bias of a sigmoid loss")
     theirs = scatter(model.state_dict(), m2_encoder.origin_of)
-    config = MultiwayConfig(**asdict(model.config))
+    # A file tells sizes by shapes alone, and no shape tells the heads.
+    read = m2_encoder.multiway_config(theirs)
+    if read.heads != model.config.heads:
+        raise CheckpointError(
+            f"M2-Encoder's format cannot express {model.config.heads} attention heads of a width "
+            f"of {read.width}, which it reads as {read.heads}"
+        )
     absent = sorted(
-        released_tensors(config, model.token_embedding.num_embeddings).keys() - theirs.keys()
+        released_tensors(read, model.token_embedding.num_embeddings).keys() - theirs.keys()
     )
     _save_torch(theirs, out)
     return [
@@ -181,6 +186,8 @@ def _same(bundle: Bundle, again: Mapping[str, Any], target: str) -> None:
 
 
 def _save_torch(tensors: Tensors, out: Path) -> None:
+    if out.is_dir():
+        raise CheckpointError(f"{out} is a folder; expected a file to write")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
     try:

@@ -103,7 +103,7 @@ def multiway_config(tensors: Mapping[str, Tensor]) -> MultiwayConfig:
             image_size=patch * isqrt(patches),
             patch_size=patch,
             width=width,
-            heads=width // _HEAD_WIDTH.get(width, 64),
+            heads=max(1, width // _HEAD_WIDTH.get(width, 64)),
             ffn_width=len(tensors["backbone.encoder.layers.0.ffn.A.fc1.bias"]),
             layers=count_layers(tensors, r"backbone\.encoder\.layers\.(\d+)\."),
             vl_layers=count_layers(tensors, r"backbone_vl\.layers\.(\d+)\."),

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,19 @@ from vlm.checkpoints.recipe import ConversionConfig, Recipe, languages_of, read_
 from vlm.errors import CheckpointError, ConfigError
 from vlm.images.transforms import PreprocessConfig, preprocess_cfg
 from vlm.models.hugging_face_tower import read_hf_config
+from vlm.text.tokenizer import Tokenizer
 
 CONFIG = "open_clip_config.json"
 
 _ALLOWED = (r"text_decoder\..*", r".*\.position_ids", r"(text\.)?attn_mask")
 """CoCa's caption decoder, which no feature needs, and what older versions stored needlessly."""
+
+_CLEANING: Mapping[str, Any] = {
+    "whitespace": "whitespace",
+    "lower": "clip",
+    "canonicalize": "canonicalize",
+}
+"""Our names of what open_clip calls the cleaning of a text."""
 
 _PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 _DEFAULT_CONTEXT, _DEFAULT_VOCABULARY = 77, 49_408
@@ -80,7 +88,9 @@ def read_open_clip_folder(folder: Path, config: ConversionConfig) -> Recipe:
         known = asdict(PreprocessCfg(size=image_size))
         picture = known | {name: said[name] for name in said if name in known} | pictures
     tensors = read_tensors(find_weights(folder))
-    own = str(folder) if (folder / "tokenizer.json").is_file() else None
+    # Without a name open_clip takes its own tokenizer, whatever files lie there.
+    named = (folder / "tokenizer.json").is_file() and model_cfg["text_cfg"].get("hf_tokenizer_name")
+    own = str(folder) if named else None
     return _recipe(tensors, model_cfg, picture, config, own_tokenizer=own)
 
 
@@ -119,6 +129,9 @@ def _recipe(
         positions=bert.get("max_position_embeddings", context_length),
         context_length=context_length,
     )
+    if text.get("hf_tokenizer_name"):
+        tokenizer = _as_read_by_open_clip(tokenizer, text)
+        text |= {} if bert else {"pad_id": tokenizer.special_ids.padding}  # which towers may see
     # Vectors of one in some models.
     scalars = {name: tensors[name] for name in ("logit_scale", "logit_bias") if name in tensors}
     tensors = tensors | {n: t.reshape(()) for n, t in scalars.items() if t.numel() == 1}
@@ -134,6 +147,15 @@ def _recipe(
     )
 
 
+def _as_read_by_open_clip(tokenizer: Tokenizer, text: Mapping[str, Any]) -> Tokenizer:
+    """Return a tokenizer of transformers with what open_clip does before and after it."""
+    said = text.get("tokenizer_kwargs") or {}
+    config = replace(tokenizer.config, cleaning=_CLEANING[said.get("clean", "whitespace")])
+    if said.get("strip_sep_token"):  # id 0 takes the place of its end of text
+        config = replace(config, end_of_text=tokenizer.vocabulary.pieces()[0])
+    return Tokenizer(tokenizer.vocabulary, config)
+
+
 def _described(model_cfg: Mapping[str, Any], config: ConversionConfig) -> dict[str, Any]:
     """Return the description of the dual encoder in a model: without decoder, text tower apart."""
     cfg = deepcopy(dict(model_cfg)) | {"custom_text": True}
@@ -142,6 +164,11 @@ def _described(model_cfg: Mapping[str, Any], config: ConversionConfig) -> dict[s
     for tower in ("vision_cfg", "text_cfg"):
         cfg[tower].pop("output_tokens", None)  # for CoCa's decoder
     text = cfg["text_cfg"]
+    if config.hf_config is not None and not text.get("hf_model_name"):
+        raise CheckpointError(
+            "the model has open_clip's own text tower; expected no --hf_config, which is for one "
+            "of transformers"
+        )
     if text.get("hf_model_name"):
         text["hf_model_pretrained"] = False
         if "hf_config" not in text:
@@ -175,7 +202,7 @@ def _published_preprocessing(model: str) -> PreprocessConfig:
     published = [get_pretrained_cfg(model, tag) for tag in list_pretrained_tags_by_model(model)]
     ways = {tuple((name, one.get(name)) for name in _PREPROCESSING) for one in published}
     if len(ways) != 1:
-        found = "differ in it" if ways else "are none"
+        found = "differ in it" if ways else "do not exist"
         raise CheckpointError(
             f"a weights file does not say how pictures become tensors, and published checkpoints "
             f"of {model} {found}; say it by --preprocess.mean, .std, .interpolation, .resize_mode"

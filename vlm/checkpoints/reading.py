@@ -128,15 +128,11 @@ def _read_torch(path: Path) -> Tensors:
         raise CheckpointError(
             f"{path} is refused: its pickle wants to run {what}; expected tensors only"
         ) from error
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        TypeError,
-        SafetensorError,
-    ) as error:
+    except (EOFError, KeyError) as error:  # whose text is empty, or a byte's number
+        raise CheckpointError(
+            f"cannot read the weights {path}: it is neither safetensors nor a file of torch's"
+        ) from error
+    except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"cannot read the weights {path}: {error}") from error
     return _unwrapped(content, path)
 

@@ -96,5 +96,6 @@ def read_tokenizer(
             f"the context length is {config.context_length}; the model has {positions} positions"
         )
     said = tokenizer.context_length if config.tokenizer else context_length
-    length = config.context_length or min(said, positions)
+    asked = config.context_length
+    length = min(said, positions) if asked is None else asked
     return Tokenizer(tokenizer.vocabulary, replace(tokenizer.config, context_length=length))

@@ -34,6 +34,11 @@ VERBS = {
 }
 """Every verb with the module that runs it: `add_arguments(parser)` and `run(options)`."""
 
+_OPTIONAL = re.compile(
+    r"Does not validate against any of the Union subtypes\s+"
+    r"Subtypes: \[[^,]*, <class 'NoneType'>\].*",
+    re.DOTALL,
+)
 _UNKNOWN_KEY = re.compile(r"(?:does not accept option|unrecognized arguments:|Option) '?([\w.-]+)")
 
 
@@ -84,10 +89,10 @@ def _run(words: Sequence[str]) -> int:
     module.add_arguments(parser)
     try:
         options = parser.instantiate(parser.parse_args(list(words[len(verb) :])))
-    except ArgumentError as error:
-        raise VlmError(_explain(str(error), parser)) from error
     except UnicodeDecodeError as error:
         raise VlmError(f"a configuration file is not UTF-8 text: {error.reason}") from error
+    except (ArgumentError, ValueError) as error:
+        raise VlmError(_explain(_own_message(error), parser)) from error
     module.run(options)
     return 0
 
@@ -119,6 +124,23 @@ def _unknown_verb(words: Sequence[str]) -> str:
     if near:
         return f"there is no verb {asked!r}; did you mean `vlm {near[0]}`?"
     return f"there is no verb {asked!r}; expected one of {', '.join(family or known)}"
+
+
+def _own_message(error: BaseException) -> str:
+    """Return what our check said, or the parser, of a setting that may also be left out.
+
+    Of such a setting the parser says at length that it is not `null` either.
+    """
+    message, causes = str(error), []
+    while error.__cause__ is not None:
+        error = error.__cause__
+        causes.append(error)
+    ours = [str(cause) for cause in causes if isinstance(cause, VlmError)]
+    if ours:
+        return ours[0]
+    wrapped = _OPTIONAL.search(message)
+    plain = [str(cause) for cause in causes if not _OPTIONAL.search(str(cause))]
+    return message[: wrapped.start()] + plain[0] if wrapped and plain else message
 
 
 def _explain(message: str, parser: ArgumentParser) -> str:

@@ -40,7 +40,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--cleaning",
-        type=Literal["none", "lower", "clip", "glm", "words"] | None,
+        type=Literal["none", "lower", "clip", "glm", "words", "whitespace", "canonicalize"] | None,
         default=None,
         help="what is done to a text first",
     )

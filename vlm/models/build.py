@@ -33,7 +33,8 @@ def encoder_model_cfg(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, An
 
     Raises:
         ConfigError: open_clip has no model of the name, the configuration of its text model is
-            not on this machine, or a multiway model has too few positions for the tokenizer.
+            not on this machine, or the tokenizer's texts are too long for a multiway model or
+            have no piece that begins them.
     """
     scale = {"init_logit_scale": math.log(config.init_logit_scale)}
     bias = config.init_logit_bias
@@ -44,6 +45,11 @@ def encoder_model_cfg(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, An
             raise ConfigError(
                 f"multiway has positions for {positions} tokens; "
                 f"expected at least the tokenizer's context, {tokenizer.context_length}"
+            )
+        if tokenizer.special_ids.begin_of_text is None:
+            raise ConfigError(
+                "multiway takes a text's feature from its first token; expected a tokenizer that "
+                "begins every text with the same piece"
             )
         sizes = asdict(config.multiway)
         return {"multiway": sizes, "vocab_size": tokenizer.vocab_size} | scale
@@ -122,7 +128,7 @@ def _zoo_towers(name: str) -> dict[str, Any]:
         close = difflib.get_close_matches(name, names, n=3)
         raise ConfigError(
             f"open_clip has no model {name!r}"
-            + (f"; near it are {', '.join(close)}" if close else "")
+            + (f"; near it are {', '.join(close)}" if close else "; expected one of its zoo")
         )
     described = copy.deepcopy(open_clip.get_model_config(name))
     kept = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, TypeVar
 
+import torch.distributed as dist
 from torch import nn
 
+from vlm.distributed.groups import RankGroup
 from vlm.errors import ConfigError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -56,7 +58,7 @@ def without_lora(model: Model) -> Model:
     """
     if not any(_is_adapter(module) for module in model.modules()):
         return model
-    model = deepcopy(model)
+    model = deepcopy(model, memo=_communicators(model))
     done: list[str] = []
     for name, module in list(model.named_modules()):
         # Attention merges the adapter of its output by itself.
@@ -76,6 +78,13 @@ def _adaptable(model: nn.Module, parameters: set[nn.Parameter]) -> list[str]:
             if weight in parameters:
                 names.append(name)
     return names
+
+
+def _communicators(model: nn.Module) -> dict[int, Any]:
+    """Return what batch norms over several ranks hold and no copy can have anew, by identity."""
+    held = [value for module in model.modules() for value in vars(module).values()]
+    held += [value.process_group for value in held if isinstance(value, RankGroup)]
+    return {id(value): value for value in held if isinstance(value, dist.ProcessGroup)}
 
 
 def _is_adapter(module: nn.Module) -> bool:

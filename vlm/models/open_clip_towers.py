@@ -8,6 +8,7 @@ from typing import Any
 import open_clip
 import timm
 from open_clip.timm_model import TimmModel
+from timm.layers.patch_embed import PatchEmbed
 from torch import nn
 
 from vlm.errors import ConfigError
@@ -77,6 +78,19 @@ def _check_timm_name(name: str) -> None:
         )
 
 
+def _check_patches(trunk: nn.Module) -> None:
+    """Refuse a picture that the patches of a resized transformer of timm's do not fill."""
+    patches = getattr(trunk, "patch_embed", None)
+    if not isinstance(patches, PatchEmbed) or patches.strict_img_size or patches.dynamic_img_pad:
+        return
+    height, width = patches.img_size or patches.patch_size
+    if height % patches.patch_size[0] or width % patches.patch_size[1]:
+        raise ConfigError(
+            f"image_size is {height}; expected a multiple of the image tower's patches, "
+            f"{patches.patch_size[0]}"
+        )
+
+
 def _fit_timm_tower(visual: TimmModel, vision_cfg: Mapping[str, Any]) -> None:
     """Mend what open_clip's adapter leaves wrong for some of timm's models.
 
@@ -86,6 +100,7 @@ def _fit_timm_tower(visual: TimmModel, vision_cfg: Mapping[str, Any]) -> None:
     trunk = visual.trunk
     if hasattr(trunk, "set_input_size") and "image_size" in vision_cfg:
         trunk.set_input_size(vision_cfg["image_size"])
+        _check_patches(trunk)
     projection = getattr(visual.head, "proj", None)
     width = getattr(trunk, "head_hidden_size", None)
     if isinstance(projection, nn.Linear) and width not in (None, projection.in_features):

@@ -54,7 +54,7 @@ class PretrainingModel(nn.Module):
             no part of this module.
 
     Raises:
-        ConfigError: a width is not in [1, embed_dim).
+        ConfigError: a width is not in [1, embed_dim), or named twice.
     """
 
     def __init__(
@@ -75,6 +75,8 @@ class PretrainingModel(nn.Module):
                 f"matryoshka has the width {wrong[0]}; expected 1 to {encoder.embed_dim - 1}, "
                 "below the width of the features"
             )
+        if len(set(matryoshka)) < len(matryoshka):
+            raise ConfigError(f"matryoshka is {list(matryoshka)}; expected each width once")
         self.encoder = encoder
         self.masked = masked
         self.languages = languages
@@ -109,16 +111,17 @@ class PretrainingModel(nn.Module):
             hidden: What masked modelling hides; it takes part where both sides are given and
                 gradients are asked for.
         """
-        masks = torch.is_grad_enabled() and self.masked is not None and hidden is not None
-        if images is None or not texts or not masks:
+        if images is None or not texts or self.masked is None or hidden is None:
             return self._contrasted(images, texts, on_texts)
-        assert self.masked is not None
-        assert hidden is not None
         text_states = {name: self.encoder.text_states(tokens) for name, tokens in texts.items()}
         text = {name: self._heads(each.features, name) for name, each in text_states.items()}
         sent = self._sent(text, on_texts)
         image_states = self.encoder.image_states(images)
         heads = self._joined(self._heads(image_states.features), text, sent)
+        if not torch.is_grad_enabled():
+            # The states were needed even so: another way to the same features would draw other
+            # random numbers than the pass that is differentiated.
+            return Encoded(heads, {})
         target = None if self.teacher is None else self.teacher(images)
         others = self.masked(self.encoder, images, image_states, texts, text_states, hidden, target)
         return Encoded(heads, others)

@@ -2,6 +2,7 @@
 
 import html
 import re
+import string
 from collections.abc import Callable, Mapping
 
 import ftfy
@@ -20,6 +21,8 @@ _PLAIN = re.compile(
 
 _NARROW = {0x3000: " "} | {wide: chr(wide - 0xFEE0) for wide in range(0xFF01, 0xFF5F)}
 
+_NO_PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
+
 
 def clean_clip(text: str) -> str:
     """Clean as CLIP's own tokenizer does: mended encoding, no HTML entities, one space, lower case.
@@ -28,11 +31,29 @@ def clean_clip(text: str) -> str:
     `str.lower` (Radford et al. 2021, the released `SimpleTokenizer`), an order of magnitude
     sooner for most texts in English and Chinese.
     """
+    return clean_whitespace(text).lower()
+
+
+def clean_whitespace(text: str) -> str:
+    """Mend the encoding, resolve HTML entities and write white space as one space, case kept.
+
+    What open_clip does before a tokenizer of transformers.
+    """
+    return " ".join(_mended(text).split())
+
+
+def canonicalize(text: str) -> str:
+    """Clean as SigLIP's tokenizers do: mended, without ASCII punctuation, in lower case.
+
+    Zhai et al. 2023 ("Sigmoid loss for language image pre-training"), as open_clip does it.
+    """
+    return " ".join(_mended(text).translate(_NO_PUNCTUATION).lower().split())
+
+
+def _mended(text: str) -> str:
     if _PLAIN.fullmatch(text):
-        text = text.translate(_NARROW)
-    else:
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
+        return text.translate(_NARROW)
+    return html.unescape(html.unescape(ftfy.fix_text(text)))
 
 
 _SPACES = re.compile(" {2,}")
@@ -77,6 +98,8 @@ CLEANING: Mapping[str, Callable[[str], str]] = {
     "clip": clean_clip,
     "glm": mark_spaces,
     "words": space_words,
+    "whitespace": clean_whitespace,
+    "canonicalize": canonicalize,
 }
 """By its name in a tokenizer's description."""
 

@@ -60,7 +60,9 @@ class TokenizerConfig:
     """Piece that fills a text up to the length of its batch; it may be the end-of-text piece."""
     truncation: Literal["right", "left"] = "right"
     """Which side of a text that is too long is lost."""
-    cleaning: Literal["none", "lower", "clip", "glm", "words"] = "none"
+    cleaning: Literal["none", "lower", "clip", "glm", "words", "whitespace", "canonicalize"] = (
+        "none"
+    )
     """What is done to a text first: see `vlm.text.cleaning`."""
 
     def __post_init__(self) -> None:

@@ -40,14 +40,15 @@ def adapt(encoder: Encoder, config: AdaptationConfig) -> None:
     assert isinstance(encoder, nn.Module)
     if config.lora_rank and not config.lora_towers:
         raise ConfigError("adapt.lora_towers names no tower; expected image, text or both")
-    groups = {"image": encoder.image_groups(), "text": encoder.text_groups()}
+    # Asked for when they are needed: not every tower can tell them.
+    groups = {"image": encoder.image_groups, "text": encoder.text_groups}
     for side, unlocked in (("image", config.lock_image), ("text", config.lock_text)):
         if unlocked is not None:
-            lock(groups[side], unlocked=unlocked, side=side)
+            lock(groups[side](), unlocked=unlocked, side=side)
     if config.patch_dropout:
         encoder.set_patch_dropout(config.patch_dropout)
     if config.grad_checkpointing:
         encoder.set_grad_checkpointing(True)
     if config.lora_rank:
-        adapted = [group for side in config.lora_towers for group in groups[side]]
+        adapted = [group for side in config.lora_towers for group in groups[side]()]
         add_lora(encoder, adapted, rank=config.lora_rank, alpha=config.lora_alpha)

@@ -5,6 +5,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -43,7 +44,7 @@ class Checkpoints:
         """Write a checkpoint; older ones are removed only once it is complete."""
         with write_folder(self.folder / f"step-{progress.step:08d}") as temporary:
             save_file(_on_cpu(model.state_dict()), temporary / _MODEL)
-            save_file(_on_cpu(_optimizer_tensors(optimizer)), temporary / _OPTIMIZER)
+            save_file(_on_cpu(_optimizer_tensors(model, optimizer)), temporary / _OPTIMIZER)
             hashes = {name: sha256_of(temporary / name) for name in (_MODEL, _OPTIMIZER)}
             state = {"step": progress.step, "samples": progress.samples, "sha256": hashes}
             (temporary / _STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
@@ -63,9 +64,9 @@ class Checkpoints:
         progress = _verify(folder)
         try:
             model.load_state_dict(load_file(folder / _MODEL))
-            _restore_optimizer(optimizer, load_file(folder / _OPTIMIZER))
+            _restore_optimizer(model, optimizer, load_file(folder / _OPTIMIZER))
         except (RuntimeError, KeyError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            reason = shorten(str(error), width=200, placeholder=" ...")  # of one line
             raise CheckpointError(f"{folder} belongs to another configuration: {reason}") from error
         return progress
 
@@ -97,20 +98,35 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Name AdamW's tensors `PARAMETER.KEY`; its other settings come from the configuration."""
+    names: dict[Tensor, str] = {each: name for name, each in model.named_parameters()}
     return {
-        f"{index}.{key}": value
-        for index, slots in optimizer.state_dict()["state"].items()
+        f"{names[parameter]}.{key}": value
+        for parameter, slots in optimizer.state.items()
         for key, value in slots.items()
     }
 
 
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def _restore_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
+    """Give each parameter its own moments again; one that was not trained so far has none yet.
+
+    Raises:
+        ValueError: there are moments of what is not trained, or of another shape.
+    """
+    places = {
+        parameter: place
+        for place, parameter in enumerate(p for g in optimizer.param_groups for p in g["params"])
+    }
+    trained = {name: each for name, each in model.named_parameters() if each in places}
     slots: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        index, key = name.split(".", 1)
-        slots.setdefault(int(index), {})[key] = tensor
+    for full_name, tensor in tensors.items():
+        name, key = full_name.rsplit(".", 1)
+        if name not in trained or tensor.shape not in (trained[name].shape, torch.Size()):
+            raise ValueError(f"it has trained {name}, which is not trained here")
+        slots.setdefault(places[trained[name]], {})[key] = tensor
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": slots, "param_groups": groups})
     # The fused step walks a parameter and its moments side by side in memory, so moments must lie

@@ -1,5 +1,6 @@
 """What a run trains beside the contrast of its features: masked modelling and further heads."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,10 @@ class ObjectivesConfig:
     a feature, so that `truncate_dim` may cut features there."""
     language_embeddings: bool = False
     """Add a learned vector for the language to the texts' features, in training only (LangSAMP)."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.unimodal_weight < math.inf:
+            raise ConfigError(f"unimodal_weight is {self.unimodal_weight}; expected at least 0")
 
 
 class Teacher:
@@ -88,8 +93,14 @@ def build_pretraining_model(
     """
     masked, teacher = None, None
     if config.masked.weights:
-        if config.masked.teacher is not None:
+        if config.masked.teacher is not None and CMIM in config.masked.weights:
             teacher = Teacher(load_bundle(config.masked.teacher), preprocess_cfg)
+            if teacher.model.grid_size != encoder.grid_size:
+                theirs, ours = teacher.model.grid_size, encoder.grid_size
+                raise ConfigError(
+                    f"the teacher has {theirs[0]} x {theirs[1]} patches; expected the model's "
+                    f"{ours[0]} x {ours[1]}"
+                )
         size = preprocess_cfg["size"]
         masked = MaskedModelling(
             config.masked,
@@ -111,6 +122,19 @@ def build_pretraining_model(
 def loss_weights(config: ObjectivesConfig) -> dict[str, float]:
     """Return the weight of each head and of each other loss by its name."""
     return {UNIMODAL: config.unimodal_weight, **config.masked.weights}
+
+
+def check_patches(config: ObjectivesConfig, patch_dropout: float) -> None:
+    """Refuse to leave patches out where masked modelling reads the states of all.
+
+    Raises:
+        ConfigError: both are asked for.
+    """
+    if config.masked.weights and patch_dropout:
+        raise ConfigError(
+            f"adapt.patch_dropout is {patch_dropout}, but masked modelling reads every patch; "
+            "expected 0, or no cmlm_weight and cmim_weight"
+        )
 
 
 def mask_plan(config: MaskedConfig, encoder: Encoder) -> MaskPlan:

@@ -27,7 +27,12 @@ from vlm.retrieval.pairs import pairs_of_split
 from vlm.training.adaptation import adapt
 from vlm.training.checkpoint import Checkpoints, Progress
 from vlm.training.config import TrainConfig, config_as_yaml
-from vlm.training.objectives import build_pretraining_model, loss_weights, mask_plan
+from vlm.training.objectives import (
+    build_pretraining_model,
+    check_patches,
+    loss_weights,
+    mask_plan,
+)
 from vlm.training.optimizer import build_optimizer
 from vlm.training.reporter import Reporter
 from vlm.training.start import Start, build_start
@@ -182,6 +187,7 @@ def _build_contrast(
 
 
 def _build_model(config: TrainConfig, start: Start) -> PretrainingModel:
+    check_patches(config.objectives, config.adapt.patch_dropout)
     adapt(start.encoder, config.adapt)
     languages = config.captions.languages
     return build_pretraining_model(

@@ -48,7 +48,7 @@ def build_start(config: TrainConfig) -> Start:
     if config.schedule.new_rows_steps and start.first_new_id is None:
         raise ConfigError(
             f"schedule.new_rows_steps is {config.schedule.new_rows_steps}, but the model has no "
-            "new rows; expected start_from a bundle that `vlm grow` wrote"
+            "new rows; expected start_from a bundle of `vlm grow` or `vlm convert --extend`"
         )
     return start
 

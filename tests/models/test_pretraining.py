@@ -190,3 +190,17 @@ def test_features_without_a_graph_draw_the_random_numbers_of_those_with_one(toke
     assert torch.equal(found[0].image.detach(), found[1].image)
     for language in batch[1]:
         assert torch.equal(found[0].text[language].detach(), found[1].text[language])
+
+
+def test_pictures_with_hidden_patches_leave_running_statistics_alone(tokenizer, batch):
+    found = []
+    for cmim in (0.0, 1.0):
+        encoder = tiny_model(tokenizer)
+        config = MaskedConfig(cmlm_weight=1.0, cmim_weight=cmim, decoder_layers=1)
+        masked = MaskedModelling(config, encoder, image_size=IMAGE_SIZE)
+        model = PretrainingModel(encoder, masked=masked).train()
+        model(*batch, hidden=hidden(encoder, batch[1]))
+        found.append({n: b for n, b in encoder.named_buffers() if n.endswith(("mean", "var"))})
+    assert found[0]
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name

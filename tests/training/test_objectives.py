@@ -196,6 +196,17 @@ def test_a_weight_of_the_second_head_below_zero_is_refused(weight):
         ObjectivesConfig(unimodal_weight=weight)
 
 
+def test_patch_dropout_beside_masked_modelling_is_refused(data, tokenizer, tmp_path):
+    settings = {
+        "model": TINY_MULTIWAY,
+        "objectives": ObjectivesConfig(masked=BOTH),
+        "adapt": AdaptationConfig(patch_dropout=0.5),
+    }
+    with pytest.raises(ConfigError, match=r"patch_dropout is 0\.5, but masked modelling reads"):
+        train(config(data, tokenizer, tmp_path / "run", **settings))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_share_that_hides_no_patch_is_refused():
     masked = MaskedConfig(cmim_weight=1.0, image_share=0.4)
     with pytest.raises(ConfigError, match=r"0\.4 of 1 patches, which is none"):

@@ -1,8 +1,12 @@
 """Batch normalisation over the pictures of all ranks, on any device."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from vlm.distributed.gather import sum_over
 from vlm.distributed.groups import RankGroup
@@ -29,6 +33,23 @@ def synchronize_batch_norm(model: nn.Module, group: RankGroup, device: torch.dev
             if isinstance(child, nn.BatchNorm2d):
                 setattr(parent, name, GroupBatchNorm2d(child, group))
     return model
+
+
+@contextmanager
+def kept_statistics(model: nn.Module) -> Iterator[None]:
+    """Leave the running statistics of a model's batch norms alone while it is run.
+
+    For passes over pictures of another kind than evaluation's. Batches are normalised as ever.
+    """
+    norms = [each for each in model.modules() if isinstance(each, _BatchNorm | GroupBatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 class GroupBatchNorm2d(nn.Module):

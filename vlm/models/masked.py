@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlm.errors import ConfigError
+from vlm.models.batch_norm import kept_statistics
 from vlm.models.cross_decoder import CrossDecoder
 from vlm.models.encoder import Encoder, States
 from vlm.text.tokenizer import TokenBatch
@@ -166,7 +167,9 @@ class MaskedModelling(nn.Module):
             assert hidden.patches is not None
             target = patch_pixels(images, encoder.grid_size) if self.pixels else teacher_tokens
             assert target is not None
-            states = encoder.image_states(images, hidden=hidden.patches)
+            assert isinstance(encoder, nn.Module)
+            with kept_statistics(encoder):  # evaluation sees whole pictures
+                states = encoder.image_states(images, hidden=hidden.patches)
             losses[CMIM] = self._patches_loss(states, text_states, hidden.patches, target)
         return losses
 

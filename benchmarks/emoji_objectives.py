@@ -55,6 +55,15 @@ def train(flags: Sequence[str], folder: Path, *, steps: int, seed: int) -> float
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
+def step_seconds(flags: Sequence[str], folder: Path, *, seed: int) -> float:
+    """Return the processor seconds of a step, from the difference of two short runs."""
+    times = [
+        train(flags, folder.with_name(f"{folder.name}-{steps}"), steps=steps, seed=seed)
+        for steps in (SHORT, SHORTER)
+    ]
+    return (times[0] - times[1]) / (SHORT - SHORTER)
+
+
 def last_parts(folder: Path) -> dict[str, float]:
     """Return the parts of the loss in a run's last record."""
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
@@ -91,18 +100,23 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cmlm_weight", type=float, default=0.2)
     parser.add_argument("--cmim_weight", type=float, default=0.2)
+    parser.add_argument(
+        "--itc_steps", type=int, nargs="+", default=[],
+        help="only the contrast, for so many steps each: what the same steps without more reach",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, help="write the JSON to this file as well")
     options = parser.parse_args()
     setting = describe_setting("benchmarks/emoji_objectives.py", threads=1)
     runs: dict[str, dict[str, Any]] = {}
+    asked: dict[str, tuple[list[str], int | None]] = {
+        name: (flags, None) for name, flags in variants(options).items()
+    }
+    if options.itc_steps:
+        asked = {f"ITC, {steps} steps": ([], steps) for steps in options.itc_steps}
     with tempfile.TemporaryDirectory(prefix="emoji_objectives_") as folder:
-        for number, (name, flags) in enumerate(variants(options).items()):
-            times = [
-                train(flags, Path(folder, f"{steps}-{number}"), steps=steps, seed=options.seed)
-                for steps in (SHORT, SHORTER)
-            ]
-            a_step = (times[0] - times[1]) / (SHORT - SHORTER)
-            steps = round(options.seconds / a_step)
+        for number, (name, (flags, fixed)) in enumerate(asked.items()):
+            a_step = step_seconds(flags, Path(folder, f"short-{number}"), seed=options.seed)
+            steps = fixed or round(options.seconds / a_step)
             run_folder = Path(folder, f"run-{number}")
             seconds = train(flags, run_folder, steps=steps, seed=options.seed)
             measured = {"seconds_a_step": a_step, "steps": steps, "seconds": seconds}

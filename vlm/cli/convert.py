@@ -20,7 +20,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="a bundle, a weights file of open_clip, Chinese-CLIP or M2-Encoder, or a folder of "
         "open_clip or of transformers' CLIPModel or ChineseCLIPModel",
     )
-    parser.add_argument("--to", type=Path, required=True, help="what to write")
+    parser.add_argument("--to", type=Path, required=True, help="folder or file to write")
     parser.add_argument(
         "--format",
         type=Literal["bundle", "open_clip", "chinese-clip", "hf", "m2"],

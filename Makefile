@@ -12,8 +12,8 @@ $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; sys.exit(None if sys.version_info >= (3, 11) else "vlm needs Python 3.11 or newer, found " + v + "; name one with `make PYTHON=...`")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	# Chinese-CLIP, whose ids the tests compare with, pins versions of long ago.
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps cn_clip==1.6.0
+	# Chinese-CLIP and CLIP_benchmark, which the tests compare with, pin versions of long ago.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps cn_clip==1.6.0 clip-benchmark==1.6.2
 	@touch $@
 
 quickstart: install  ## train, score and index a bilingual model on real pictures (minutes)

@@ -13,8 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vlm.calibration import Calibration, calibration_from_record
 from vlm.errors import CheckpointError, TokenizerError, VlmError
-from vlm.files import sha256_of, write_folder
+from vlm.files import sha256_of, write_file, write_folder
 from vlm.images.transforms import evaluation_transform
 from vlm.models.build import build_encoder
 from vlm.models.dual_encoder import DualEncoder
@@ -49,6 +50,8 @@ class Bundle:
     """The first id whose row of the embedding has not been trained yet; None where all have."""
     truncate_dims: tuple[int, ...] = ()
     """Widths at which features cut to their first numbers were trained as well (Matryoshka)."""
+    calibration: Calibration | None = None
+    """What the cosine of a text and a picture says of a match; None where it was not fitted."""
     fingerprint: str
     """SHA-256 of the weights; two bundles with one fingerprint give the same embeddings."""
 
@@ -146,6 +149,7 @@ def load_bundle(folder: Path) -> Bundle:
             f"{config_path} describes no model or transform: {type(error).__name__}: {error}"
         ) from error
     _load_weights(model, folder / _WEIGHTS)
+    weights_fingerprint = sha256_of(folder / _WEIGHTS)
     return Bundle(
         model=model.eval(),
         tokenizer=tokenizer,
@@ -155,8 +159,41 @@ def load_bundle(folder: Path) -> Bundle:
         preprocess_cfg=preprocess_cfg,
         first_new_id=description.get("first_new_id"),
         truncate_dims=truncate_dims,
-        fingerprint=sha256_of(folder / _WEIGHTS),
+        calibration=_calibration_of(folder, description, weights_fingerprint),
+        fingerprint=weights_fingerprint,
     )
+
+
+def store_calibration(folder: Path, calibration: Calibration) -> None:
+    """Write a calibration into a bundle, in the place of one that may be there.
+
+    Raises:
+        CheckpointError: the folder is no bundle, or the calibration is of other weights.
+    """
+    if not is_bundle(folder):
+        raise CheckpointError(f"{folder} is not a bundle: it has no {_DESCRIPTION}")
+    description = _read_json(folder / _DESCRIPTION) | {"calibration": calibration.record()}
+    _calibration_of(folder, description, sha256_of(folder / _WEIGHTS))
+    content = json.dumps(description, indent=2) + "\n"
+    write_file(folder / _DESCRIPTION, content.encode())
+
+
+def _calibration_of(
+    folder: Path, description: Mapping[str, Any], fingerprint: str
+) -> Calibration | None:
+    record = description.get("calibration")
+    if record is None:
+        return None
+    try:
+        calibration = calibration_from_record(record)
+    except VlmError as error:
+        raise CheckpointError(f"cannot read {folder / _DESCRIPTION}: {error}") from error
+    if calibration.fingerprint != fingerprint:
+        raise CheckpointError(
+            f"the calibration of {folder} is of other weights ({calibration.fingerprint[:12]}) "
+            f"than its own ({fingerprint[:12]})"
+        )
+    return calibration
 
 
 def _given(**values: Any) -> dict[str, Any]:

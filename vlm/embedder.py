@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vlm.bundle import load_bundle
+from vlm.bundle import Bundle, load_bundle
+from vlm.calibration import Calibration
 from vlm.errors import VlmError
 from vlm.images.decoding import ImageSource, decode_image
 from vlm.models.encoder import Encoder
@@ -33,6 +34,7 @@ class Embedder:
         languages: Languages of the training captions.
         matryoshka: Widths below the model's own at which its features were trained as well.
         truncate_dim: Use only so many first numbers of each feature; None for all.
+        calibration: What the cosine of a text and a picture says of a match, where fitted.
 
     Raises:
         VlmError: the features were not trained at the width asked for.
@@ -48,6 +50,7 @@ class Embedder:
         languages: Sequence[str] = (),
         matryoshka: Sequence[int] = (),
         truncate_dim: int | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         widths = sorted({*matryoshka, model.embed_dim})
         if truncate_dim is not None and truncate_dim not in widths:
@@ -62,6 +65,7 @@ class Embedder:
         self.fingerprint = fingerprint
         self.languages = tuple(languages)
         self.matryoshka = tuple(matryoshka)
+        self.calibration = calibration
         self.embed_dim = truncate_dim or model.embed_dim
         """Length of the vectors."""
 
@@ -85,7 +89,21 @@ class Embedder:
             CheckpointError: the folder is not a bundle, or it is damaged.
             VlmError: there is no such device, or the features were not trained at that width.
         """
-        bundle = load_bundle(Path(folder))
+        return cls.of_bundle(load_bundle(Path(folder)), device=device, truncate_dim=truncate_dim)
+
+    @classmethod
+    def of_bundle(
+        cls,
+        bundle: Bundle,
+        *,
+        device: str | torch.device | None = None,
+        truncate_dim: int | None = None,
+    ) -> "Embedder":
+        """Use a bundle that has been read; its model moves to the device.
+
+        Raises:
+            VlmError: there is no such device, or the features were not trained at that width.
+        """
         try:
             model = bundle.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         except (RuntimeError, AssertionError) as error:
@@ -98,6 +116,7 @@ class Embedder:
             languages=bundle.languages,
             matryoshka=bundle.truncate_dims,
             truncate_dim=truncate_dim,
+            calibration=bundle.calibration,
         )
 
     def truncated(self, dim: int) -> "Embedder":
@@ -114,6 +133,7 @@ class Embedder:
             languages=self.languages,
             matryoshka=self.matryoshka,
             truncate_dim=dim,
+            calibration=self.calibration,
         )
 
     @property
@@ -184,6 +204,36 @@ class Embedder:
         """Return the cosine of every query with every candidate, in [-1, 1]."""
         cosines: NDArray[np.float32] = queries @ candidates.T
         return cosines
+
+    def match_probability(
+        self,
+        queries: Float32[np.ndarray, "queries dim"],
+        candidates: Float32[np.ndarray, "candidates dim"],
+        *,
+        prior: float | None = None,
+    ) -> Float32[np.ndarray, "queries candidates"]:
+        """Return the probability in [0, 1] that a text and a picture match, for every pair.
+
+        Args:
+            queries: Vectors of texts, or of pictures.
+            candidates: Vectors of the other kind; the map was fitted on pairs of both kinds.
+            prior: Share of matching pairs among those asked about; None for the one that the
+                bundle was calibrated for.
+
+        Raises:
+            VlmError: the bundle is not calibrated, or at another width; or the prior is no share.
+        """
+        if self.calibration is None:
+            raise VlmError(
+                "the bundle is not calibrated; `vlm eval calibrate BUNDLE` fits and stores what "
+                "its cosines say of a match"
+            )
+        if self.calibration.dim != self.embed_dim:
+            raise VlmError(
+                f"the bundle is calibrated for vectors of {self.calibration.dim} numbers, not of "
+                f"{self.embed_dim}; calibrate it with --truncate_dim {self.embed_dim}"
+            )
+        return self.calibration.probability(self.similarity(queries, candidates), prior=prior)
 
     def _pixels(self, images: Sequence[str | ImageSource]) -> Float[Tensor, "images 3 h w"]:
         sources = (Path(image) if isinstance(image, str) else image for image in images)

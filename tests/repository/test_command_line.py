@@ -7,6 +7,7 @@ from jsonargparse import ArgumentParser
 
 from vlm.checkpoints.recipe import ConversionConfig
 from vlm.cli.main import VERBS, main
+from vlm.retrieval.calibration import CalibrationPlan
 from vlm.text.tokenizer import TokenizerConfig
 from vlm.text.training import SentencePieceConfig
 from vlm.training.config import TrainConfig
@@ -18,7 +19,12 @@ PINNED = {
     "quickstart": TRAIN | {"out"},
     "train": TRAIN | {"resume"},
     "eval retrieval": {"data", "split", "languages", "where", "device", "json", "out"}
-    | {"truncate_dim"},
+    | {"truncate_dim", "duplicates", "images", "lower_case", "allowed_share"},
+    "eval classification": {"data", "split", "label", "where", "images", "classes", "templates"}
+    | {"languages", "device", "truncate_dim", "json", "out"},
+    "eval table": {"published", "mixed", "json"},
+    "eval calibrate": {"data", "split", "languages", "where", "device", "truncate_dim", "json"}
+    | {*CalibrationPlan.__dataclass_fields__},
     "embed": {"images", "data", "split", "out", "device", "truncate_dim"},
     "index": {"out"},
     "search": {"text", "image", "k", "bundle", "device", "json"},

@@ -1,12 +1,18 @@
 """Scores equal a brute force over the whole similarity matrix, in both directions."""
 
+import json
+
 import numpy as np
 import pytest
 
 from tests.builders import make_sample, make_samples
 from vlm.embedder import Embedder
 from vlm.errors import VlmError
-from vlm.retrieval.evaluation import evaluate_retrieval, format_scores
+from vlm.retrieval.evaluation import (
+    evaluate_retrieval,
+    evaluate_with_protocol,
+    format_scores,
+)
 from vlm.retrieval.pairs import RetrievalPairs, Texts, pairs_of_split
 
 
@@ -77,7 +83,7 @@ def test_recalls_equal_brute_force(seed, levels):
         }
         assert {key: scores[key] for key in expected} == pytest.approx(expected)
         assert scores[f"{language}/mean_recall"] == pytest.approx(np.mean(list(expected.values())))
-    assert len(scores) == 14
+    assert len(scores) == 14 + 8  # and medians and reciprocal means of both directions
 
 
 def test_cutoffs_are_those_asked_for():
@@ -104,7 +110,10 @@ def test_a_model_that_scores_all_alike_finds_nothing():
     embedder = TableEmbedder(dict.fromkeys([*images, *names], same))
     matches = np.stack([np.arange(30)] * 2, axis=1)
     pairs = RetrievalPairs(images=images, texts={"en": Texts(texts=names, matches=matches)})
-    assert set(evaluate_retrieval(embedder, pairs).values()) == {0.0}
+    scores = evaluate_retrieval(embedder, pairs)
+    assert {value for name, value in scores.items() if "recall" in name} == {0.0}
+    assert scores["en/text_to_image/median_rank"] == 30
+    assert scores["en/image_to_text/mrr"] == pytest.approx(1 / 30)
 
 
 def test_a_real_model_is_scored_like_its_similarity_matrix(embedder, data_folder):
@@ -143,3 +152,18 @@ def test_scores_become_a_table():
         "| val       | en       | text to image | 0.100 | 0.500 | 0.300 |",
         "| val       | en       | image to text | 0.000 | 0.400 | 0.200 |",
     ]
+
+
+def test_an_evaluation_says_what_was_asked_and_how_it_was_read(embedder, data_folder):
+    pairs = pairs_of_split(data_folder, "test", languages=["zh", "en"])
+    transform = {"size": 32}
+    evaluation = evaluate_with_protocol(embedder, pairs, transform=transform)
+    assert evaluation.scores == evaluate_retrieval(embedder, pairs)
+    assert evaluation.questions.keys() == {"zh", "en"}
+    question = evaluation.questions["zh"]
+    assert (question.images, question.captions) == (24, 12)
+    assert question.captions_per_image == (1, 1.0, 1)
+    record = json.loads(json.dumps(evaluation.as_record()))
+    assert record["questions"]["zh"]["fingerprint"] == question.fingerprint
+    assert record["reading"]["model"] == embedder.fingerprint
+    assert record["reading"]["transform"] == transform

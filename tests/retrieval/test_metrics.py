@@ -5,7 +5,16 @@ import math
 import numpy as np
 import pytest
 
-from vlm.retrieval.metrics import NOT_FOUND, first_correct_ranks, mean_recall, recall_at
+from vlm.errors import VlmError
+from vlm.retrieval.metrics import (
+    NOT_FOUND,
+    cross_lingual_agreement,
+    first_correct_ranks,
+    mean_recall,
+    mean_reciprocal_rank,
+    median_rank,
+    recall_at,
+)
 
 
 def brute_force_rank(scores, correct):
@@ -112,3 +121,42 @@ def test_recall_is_the_share_of_queries_found_among_the_first(k, expected):
 
 def test_mean_recall_is_the_plain_mean():
     assert mean_recall([0.1, 0.2, 0.6]) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expected"),
+    [
+        ([3], 3),
+        ([9, 1, 2], 2),
+        ([1, 4], 2.5),
+        ([1, 2, NOT_FOUND], 2),
+        ([2, NOT_FOUND], math.inf),
+        ([NOT_FOUND, NOT_FOUND, NOT_FOUND], math.inf),
+    ],
+    ids=str,
+)
+def test_median_rank_is_infinite_where_half_of_the_queries_have_no_answer(ranks, expected):
+    assert median_rank(np.array(ranks)) == expected
+
+
+def test_reciprocal_ranks_are_averaged_and_a_query_without_an_answer_brings_nothing():
+    assert mean_reciprocal_rank(np.array([1, 2, 4, NOT_FOUND])) == (1 + 1 / 2 + 1 / 4) / 4
+    assert mean_reciprocal_rank(np.array([NOT_FOUND])) == 0
+
+
+def test_agreement_counts_equal_first_pictures_and_pairs_that_are_both_found():
+    first = np.array([5, 1, 2, 2]), np.array([1, 3, 10, NOT_FOUND])
+    second = np.array([5, 1, 2, 0]), np.array([1, 11, 2, 1])
+    assert cross_lingual_agreement(first, second, cutoffs=[1, 10, 100]) == {
+        "same_picture": 0.75,
+        "both@1": 0.25,
+        "both@10": 0.5,
+        "both@100": 0.75,
+    }
+
+
+@pytest.mark.parametrize("counts", [(2, 2, 2, 3), (2, 2, 3, 3), (0, 0, 0, 0)], ids=str)
+def test_captions_without_their_translations_are_refused(counts):
+    arrays = [np.ones(count, np.int64) for count in counts]
+    with pytest.raises(VlmError, match=f"found {counts[0]} and {counts[2]} pictures"):
+        cross_lingual_agreement(tuple(arrays[:2]), tuple(arrays[2:]), cutoffs=[1])

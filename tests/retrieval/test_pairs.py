@@ -1,11 +1,14 @@
 """A benchmark asks once for each concept and knows all its pictures."""
 
+import json
+
 import numpy as np
 import pytest
 
 from tests.builders import THINGS, encoded, make_sample, make_samples, picture, write_split
+from vlm.data.benchmarks.opening import open_benchmark
 from vlm.errors import DataError
-from vlm.retrieval.pairs import pairs_of_split, parse_condition
+from vlm.retrieval.pairs import pairs_of_benchmark, pairs_of_split, parse_condition
 
 
 def pairs_of(folder, samples, *, languages=("zh", "en"), where=()):
@@ -92,3 +95,35 @@ def test_matches_are_whole_numbers_in_pairs(data_folder):
     matches = pairs_of_split(data_folder, "test", languages=["en"]).texts["en"].matches
     assert matches.dtype == np.int64
     assert matches.shape == (24, 2)
+
+
+def benchmark(tmp_path):
+    lines = [
+        {"image": "0.png", "caption": ["A Cat", "“the same”"]},
+        {"image": "1.png", "caption": ["“the same”"]},
+    ]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for number in range(2):
+        (tmp_path / f"{number}.png").write_bytes(encoded(picture(number)))
+    return open_benchmark(tmp_path / "test.jsonl")
+
+
+def test_a_benchmarks_files_become_questions(tmp_path):
+    pairs = pairs_of_benchmark(benchmark(tmp_path))
+    texts = pairs.texts["en"]
+    assert list(texts.texts) == ["A Cat", "“the same”", "“the same”"]
+    assert texts.matches.tolist() == [[0, 0], [1, 0], [2, 1]]
+    assert len(pairs.images) == 2
+    assert pairs.duplicates == "by id"
+
+
+def test_equal_captions_may_be_right_by_their_string_and_captions_lowered(tmp_path):
+    pairs = pairs_of_benchmark(benchmark(tmp_path), duplicates="by string", lower_case=True)
+    assert list(pairs.texts["en"].texts) == ["a cat", '"the same"', '"the same"']
+    assert pairs.texts["en"].matches.tolist() == [[0, 0], [1, 0], [1, 1], [2, 0], [2, 1]]
+    assert "lower case" in pairs.cleaning
+
+
+def test_a_language_that_a_benchmark_has_not_is_refused(tmp_path):
+    with pytest.raises(DataError, match="captions in en; expected zh as well"):
+        pairs_of_benchmark(benchmark(tmp_path), languages=["zh"])

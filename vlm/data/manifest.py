@@ -41,6 +41,11 @@ class Manifest:
         return self.splits[split]
 
 
+def is_data_folder(folder: Path) -> bool:
+    """Tell whether a path is a folder with a manifest."""
+    return (folder / MANIFEST_NAME).is_file()
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read a data folder's manifest.
 

@@ -81,7 +81,7 @@ def open_shard(folder: Path, entry: ShardEntry) -> Shard:
         raise DataError(
             f"shard {path} is damaged: {path.stat().st_size} bytes, the manifest says {entry.bytes}"
         )
-    packed = _map_file(path)
+    packed = map_file(path)
     found = hashlib.sha256(packed).hexdigest()
     if found != entry.sha256:
         raise DataError(
@@ -97,7 +97,7 @@ def open_shard(folder: Path, entry: ShardEntry) -> Shard:
 
 def describe_shard(path: Path) -> ShardEntry:
     """Return the manifest entry of a shard as it is now, after reading its index."""
-    packed = _map_file(path)
+    packed = map_file(path)
     return _entry(path.name, packed, samples=len(_index_shard(path, packed)))
 
 
@@ -159,7 +159,8 @@ def _check_uids(samples: Iterable[Sample]) -> Iterator[Sample]:
         yield sample
 
 
-def _map_file(path: Path) -> bytes | mmap.mmap:
+def map_file(path: Path) -> bytes | mmap.mmap:
+    """Return a file's bytes without reading them before they are looked at."""
     with path.open("rb") as file:
         empty = path.stat().st_size == 0  # an empty file cannot be mapped
         return b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -243,7 +244,7 @@ def _index_shard(path: Path, packed: bytes | mmap.mmap) -> Shard:
     """
     try:
         content = gzip.decompress(packed) if path.name.endswith(".gz") else packed
-        spans = _spans_by_key(content)
+        spans = spans_by_key(content)
     except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"shard {path} cannot be read: {error}") from error
     members = []
@@ -256,7 +257,12 @@ def _index_shard(path: Path, packed: bytes | mmap.mmap) -> Shard:
     return Shard(path, content, members)
 
 
-def _spans_by_key(content: bytes | mmap.mmap) -> dict[str, dict[str, tuple[int, int]]]:
+def spans_by_key(content: bytes | mmap.mmap) -> dict[str, dict[str, tuple[int, int]]]:
+    """Return where a tar's members lie, by key and extension: the first byte, and how many.
+
+    Raises:
+        tarfile.ReadError: the tar is damaged, or has a member twice.
+    """
     spans: dict[str, dict[str, tuple[int, int]]] = {}
     for member in _tar_members(content):
         key, extension = base_plus_ext(member.name)

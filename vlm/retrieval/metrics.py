@@ -1,10 +1,12 @@
-"""Retrieval metrics as pure functions of what a search returned."""
+"""Retrieval metrics as pure functions of ranks, or of what a search returned."""
 
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from numpy.typing import NDArray
+
+from vlm.errors import VlmError
 
 NOT_FOUND = np.iinfo(np.int64).max
 """Rank of a query none of whose correct answers is among its hits."""
@@ -47,3 +49,46 @@ def recall_at(ranks: Int[np.ndarray, " queries"], k: int) -> float:
 def mean_recall(recalls: Sequence[float]) -> float:
     """Return the mean of recalls at several `k`, and of both directions where given."""
     return float(np.mean(recalls))
+
+
+def median_rank(ranks: Int[np.ndarray, " queries"]) -> float:
+    """Return the median of the ranks, at least 1; infinite where half have no correct answer."""
+    return float(np.median(np.where(ranks == NOT_FOUND, np.inf, ranks)))
+
+
+def mean_reciprocal_rank(ranks: Int[np.ndarray, " queries"]) -> float:
+    """Return the mean of 1 / rank (MRR), in [0, 1]; a query without a correct answer brings 0."""
+    return float(np.where(ranks == NOT_FOUND, 0, 1 / ranks).mean())
+
+
+def cross_lingual_agreement(
+    first: tuple[Shaped[np.ndarray, " pictures"], Int[np.ndarray, " ranks"]],
+    second: tuple[Shaped[np.ndarray, " second_pictures"], Int[np.ndarray, " second_ranks"]],
+    *,
+    cutoffs: Sequence[int],
+) -> dict[str, float]:
+    """Return how often a caption and its translation find the same picture.
+
+    Args:
+        first: Of the captions in one language, the picture that each finds first and the rank of
+            its best correct one.
+        second: The same of their translations, in the same order.
+        cutoffs: Numbers `k` of at least 1.
+
+    Returns:
+        Shares in [0, 1] of the pairs of captions: `same_picture`, for which both find the same
+        picture first, right or wrong; and for each `k` `both@k`, for which both have a correct
+        picture among their first `k`.
+
+    Raises:
+        VlmError: there are no captions, or not as many translations.
+    """
+    counts = [len(of_one) for language in (first, second) for of_one in language]
+    if min(counts) < 1 or len(set(counts)) > 1:
+        raise VlmError(
+            f"found {counts[0]} and {counts[2]} pictures with {counts[1]} and {counts[3]} ranks "
+            "of captions and their translations; expected as many of each, and at least one"
+        )
+    shares = {"same_picture": float((first[0] == second[0]).mean())}
+    worse = np.maximum(first[1], second[1])
+    return shares | {f"both@{k}": recall_at(worse, k) for k in cutoffs}

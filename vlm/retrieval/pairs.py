@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from vlm.data.benchmarks.benchmark import Benchmark, DuplicatePolicy, correct_pairs
 from vlm.data.dataset import ShardedSplit
 from vlm.data.sample import Sample
 from vlm.errors import DataError
+from vlm.images.decoding import ImageSource
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,10 +28,14 @@ class Texts:
 class RetrievalPairs:
     """A retrieval benchmark."""
 
-    images: Sequence[bytes]
-    """Encoded pictures."""
+    images: Sequence[ImageSource]
+    """Encoded pictures, or where they lie."""
     texts: Mapping[str, Texts]
     """The texts by language code."""
+    duplicates: DuplicatePolicy = "by id"
+    """Which pictures are right where several have the same text."""
+    cleaning: str = "none"
+    """What was done to the texts."""
 
 
 def pairs_of_split(
@@ -60,7 +66,56 @@ def pairs_of_split(
             f"the split {split!r} of {folder} has no sample with a caption in "
             f"{' or '.join(languages)}" + (f" where {' and '.join(where)}" if where else "")
         )
-    return RetrievalPairs(images=[sample.image for sample in samples], texts=texts)
+    return RetrievalPairs(
+        images=[sample.image for sample in samples], texts=texts, duplicates="by string"
+    )
+
+
+def pairs_of_benchmark(
+    benchmark: Benchmark,
+    *,
+    duplicates: DuplicatePolicy = "by id",
+    lower_case: bool = False,
+    languages: Sequence[str] = (),
+) -> RetrievalPairs:
+    """Make the questions of a benchmark's files.
+
+    Args:
+        benchmark: The pictures and captions.
+        duplicates: Which pictures are right where several have the same caption.
+        lower_case: Whether captions are brought to lower case first, as Chinese-CLIP's and
+            M2-Encoder's evaluations do, which also write “ and ” as plain quotation marks.
+        languages: The languages to ask in; none for all.
+
+    Raises:
+        DataError: the benchmark has no captions in a language that is asked for.
+    """
+    missing = [language for language in languages if language not in benchmark.captions]
+    if missing:
+        raise DataError(
+            f"{benchmark.name} has captions in {', '.join(benchmark.captions)}; expected "
+            f"{', '.join(missing)} as well"
+        )
+    texts = {
+        language: Texts(
+            texts=[_lowered(text) for text in captions.texts] if lower_case else captions.texts,
+            matches=correct_pairs(captions, duplicates),
+        )
+        for language, captions in benchmark.captions.items()
+        if not languages or language in languages
+    }
+    cleaning = [benchmark.cleaning] if benchmark.cleaning != "none" else []
+    cleaning += ["lower case, plain quotation marks"] if lower_case else []
+    return RetrievalPairs(
+        images=benchmark.images,
+        texts=texts,
+        duplicates=duplicates,
+        cleaning="; ".join(cleaning) or "none",
+    )
+
+
+def _lowered(text: str) -> str:
+    return text.lower().replace("“", '"').replace("”", '"')
 
 
 def parse_condition(text: str) -> Callable[[Sample], bool]:

@@ -1,0 +1,98 @@
+"""Pictures have the class that a label or their folder says; what has none is counted."""
+
+import pytest
+
+from tests.builders import encoded, make_sample, make_samples, picture, write_split
+from vlm.classification.dataset import (
+    class_folders,
+    pictures_in_class_folders,
+    pictures_of_split,
+)
+from vlm.errors import DataError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    samples = [*make_samples(7), make_sample(7, labels={}), make_sample(8, source="photo")]
+    return write_split(tmp_path / "data", samples, split="test")
+
+
+def test_samples_have_the_class_of_their_label(folder):
+    pictures = pictures_of_split(folder, "test", label="group", class_ids=["odd", "even"])
+    assert pictures.labels.tolist() == [1, 0, 1, 0, 1, 0, 1, 1]
+    assert pictures.left_out == 1
+    assert pictures.images[2] == make_sample(2).image
+
+
+def test_conditions_leave_samples_out_uncounted(folder):
+    pictures = pictures_of_split(
+        folder, "test", label="group", class_ids=["odd", "even"],
+        conditions=[lambda sample: sample.source == "photo"],
+    )  # fmt: skip
+    assert (pictures.labels.tolist(), pictures.left_out) == ([1], 0)
+
+
+def test_a_label_without_a_name_is_refused(folder):
+    with pytest.raises(DataError, match=r"has the group 'even'; expected one of the 1 that have"):
+        pictures_of_split(folder, "test", label="group", class_ids=["odd"])
+
+
+@pytest.mark.parametrize(
+    ("label", "conditions"), [("colour", []), ("group", [lambda sample: False])], ids=str
+)
+def test_nothing_to_classify_is_refused(folder, label, conditions):
+    with pytest.raises(DataError, match=f"none of the samples .* has the label '{label}'"):
+        pictures_of_split(
+            folder, "test", label=label, class_ids=["odd", "even"], conditions=conditions
+        )
+
+
+@pytest.fixture
+def images(tmp_path):
+    for number, name in enumerate(["b/2.png", "b/1.JPEG", "a/deep/3.webp", "c/4.jpg"]):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        suffix = {"jpg": "jpeg"}.get(path.suffix[1:], path.suffix[1:]).upper()
+        path.write_bytes(encoded(picture(number), suffix))
+    (tmp_path / "images" / "a" / "notes.txt").touch()
+    (tmp_path / "images" / "readme.txt").touch()
+    (tmp_path / "images" / ".cache").mkdir()
+    return tmp_path / "images"
+
+
+def test_pictures_in_folders_have_the_class_of_their_folder(images):
+    assert class_folders(images) == ["a", "b", "c"]
+    pictures = pictures_in_class_folders(images, ["c", "none", "b", "a"])
+    assert pictures.images == [
+        images / "c/4.jpg", images / "b/1.JPEG", images / "b/2.png", images / "a/deep/3.webp",
+    ]  # fmt: skip
+    assert pictures.labels.tolist() == [0, 2, 2, 3]
+    assert pictures.left_out == 1
+
+
+def test_the_order_of_folders_is_torchvisions(images):
+    from torchvision.datasets import ImageFolder
+
+    theirs = ImageFolder(
+        str(images), is_valid_file=lambda path: not path.endswith(".txt"), allow_empty=True
+    )
+    ours = pictures_in_class_folders(images, class_folders(images))
+    assert [name for name in theirs.classes if name != ".cache"] == class_folders(images)
+    assert [path for path, _ in theirs.samples] == [str(path) for path in ours.images]
+
+
+def test_the_fingerprint_tells_pictures_and_labels_apart(images):
+    first = pictures_in_class_folders(images, ["a", "b", "c"]).fingerprint()
+    assert pictures_in_class_folders(images, ["a", "b", "c"]).fingerprint() == first
+    assert pictures_in_class_folders(images, ["a", "c", "b"]).fingerprint() != first
+    (images / "c/4.jpg").write_bytes(b"other")
+    assert pictures_in_class_folders(images, ["a", "b", "c"]).fingerprint() != first
+
+
+def test_folders_without_classes_or_pictures_are_refused(images):
+    with pytest.raises(DataError, match="is not a folder; expected one with a folder for each"):
+        class_folders(images / "gone")
+    with pytest.raises(DataError, match="holds no folders; expected one for each class"):
+        class_folders(images / "b")
+    with pytest.raises(DataError, match=r"the class folders in .* hold no picture"):
+        pictures_in_class_folders(images, ["none"])

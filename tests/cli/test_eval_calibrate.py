@@ -1,0 +1,48 @@
+"""`vlm eval calibrate` stores in a bundle what its embedder then offers, end to end."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.builders import THINGS, encoded, make_samples, picture, tiny_bundle, write_split
+from vlm.cli.main import main
+from vlm.embedder import Embedder
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    return tiny_bundle(tmp_path / "bundle", context_length=32)
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_split(tmp_path / "data", make_samples(24), split="val")
+
+
+def test_a_bundle_learns_what_its_cosines_mean(capsys, bundle, data):
+    words = ["eval", "calibrate", str(bundle), "--data", str(data), "--precision", "0.4"]
+    assert main([*words, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    stored = json.loads((bundle / "vlm.json").read_text(encoding="utf-8"))["calibration"]
+    assert record["calibration"] == stored
+    assert (stored["precision"], stored["prior"], stored["dim"]) == (0.4, 0.5, 32)
+    assert stored["fitted_on"]["split"] == "val"
+    assert set(record["checked"]) == {"zh", "en", "all"}
+    embedder = Embedder.load(bundle, device="cpu")
+    texts = embedder.encode_text([zh for _, zh in THINGS])
+    images = embedder.encode_image([encoded(picture(number)) for number in range(12)])
+    expected = np.interp(texts @ images.T, stored["cosines"], stored["probabilities"])
+    np.testing.assert_allclose(embedder.match_probability(texts, images), expected, atol=1e-6)
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert f"from the cosine {stored['threshold']:.4f} on match with a precision of 0.4" in out
+    assert [line.split("|")[1].strip() for line in out.splitlines()[-3:]] == ["zh", "en", "all"]
+
+
+def test_a_precision_out_of_reach_leaves_the_bundle_alone(capsys, bundle, data):
+    before = (bundle / "vlm.json").read_bytes()
+    words = ["eval", "calibrate", str(bundle), "--data", str(data), "--prior", "0.001"]
+    assert main([*words, "--precision", "0.9999"]) == 2
+    assert "no cosine reaches the precision 0.9999" in capsys.readouterr().err.splitlines()[-1]
+    assert (bundle / "vlm.json").read_bytes() == before

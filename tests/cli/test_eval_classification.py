@@ -1,0 +1,131 @@
+"""`vlm eval classification` scores labelled samples and folders of classes, end to end."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.builders import THINGS, encoded, make_sample, picture, tiny_bundle, write_split
+from vlm.cli.main import main
+from vlm.embedder import Embedder
+
+NAMES = {
+    "groups": {"even": {"en": "even", "zh": "双数"}, "odd": {"en": "odd", "zh": "单数；奇数"}},
+    "classes": {f"thing-{n}": {"en": en, "zh": zh} for n, (en, zh) in enumerate(THINGS)},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return tiny_bundle(tmp_path_factory.mktemp("run") / "bundle", context_length=32)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    samples = [
+        make_sample(n, labels={"group": ("even", "odd")[n % 2], "class": f"thing-{n % 12}"})
+        for n in range(24)
+    ] + [make_sample(24, labels={"group": "even"})]
+    folder = write_split(tmp_path_factory.mktemp("data"), samples, split="test")
+    (folder / "classes.json").write_text(json.dumps(NAMES, ensure_ascii=False), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    for number in range(12):
+        path = folder / f"n{number % 6}" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(encoded(picture(number)))
+    return folder
+
+
+def run(capsys, *words, code=0):
+    found = main(["eval", "classification", *map(str, words)])
+    out, err = capsys.readouterr()
+    assert found == code, err
+    return out if code == 0 else err
+
+
+def test_labels_are_scored_in_both_languages(capsys, bundle, data, tmp_path):
+    out = run(
+        capsys, bundle, "--data", data, "--split", "test", "--out", tmp_path / "out", "--json"
+    )
+    record = json.loads(out)
+    assert out == (tmp_path / "out" / "classification.json").read_text(encoding="utf-8")
+    embedder = Embedder.load(bundle, device="cpu")
+    pictures = embedder.encode_image([encoded(picture(number)) for number in range(24)])
+    assert list(record["scores"]) == ["zh", "en"]
+    for language, found in record["scores"].items():
+        assert np.sum(found["confusion"]) == 24
+        assert np.trace(found["confusion"]) / 24 == pytest.approx(found["top1"])
+        assert found["mean_class_recall"] == pytest.approx(
+            np.mean(list(found["class_recall"].values()))
+        )
+        assert list(found["class_recall"]) == list(NAMES["classes"])
+        with Image.open(tmp_path / "out" / f"confusion_{language}.png") as image:
+            image.load()
+    assert record["baselines"]["random"]["top1"] == pytest.approx(1 / 12)
+    protocol = record["protocol"]
+    assert (protocol["pictures"], protocol["left_out"], protocol["classes"]) == (24, 1, 12)
+    assert protocol["bundle"] == embedder.fingerprint
+    assert protocol["names"]["zh"][0] == ["红苹果"]
+    names = run(
+        capsys, bundle, "--data", data, "--split", "test", "--templates", "name", "--json",
+        "--languages", "en",
+    )  # fmt: skip
+    texts = embedder.encode_text([en for en, _ in THINGS])
+    expected = ((pictures @ texts.T).argmax(axis=1) == np.arange(24) % 12).mean()
+    assert json.loads(names)["scores"]["en"]["top1"] == pytest.approx(expected)
+
+
+def test_another_label_and_conditions_give_a_table(capsys, bundle, data):
+    out = run(
+        capsys, bundle, "--data", data, "--split", "test", "--label", "group",
+        "--where", "source=drawing", "--templates", "drawings",
+    )  # fmt: skip
+    lines = out.splitlines()
+    assert lines[0] == "13 pictures of 2 of 2 classes; 0 left out"
+    assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == [
+        "names", "top-1", "top-5", "mean per class",
+    ]  # fmt: skip
+    assert [line.split("|")[1].strip() for line in lines[4:]] == ["zh", "en", "random", "majority"]
+    assert lines[7].split() == ["|", "majority", "|", "0.538", "|", "-", "|", "0.500", "|"]
+
+
+def test_folders_of_classes_are_scored(capsys, bundle, images, tmp_path):
+    (tmp_path / "en.txt").write_text("".join(f"{en}\n" for en, _ in THINGS[:6]))
+    (tmp_path / "zh.json").write_text(json.dumps([zh for _, zh in THINGS[:6]]))
+    both = [f"zh={tmp_path / 'zh.json'}", f"en={tmp_path / 'en.txt'}"]
+    out = json.loads(run(capsys, bundle, "--images", images, "--classes", *both, "--json"))
+    assert (out["protocol"]["pictures"], out["protocol"]["classes"]) == (12, 6)
+    one = run(
+        capsys, bundle, "--images", images, "--classes", tmp_path / "en.txt",
+        "--languages", "en", "--json",
+    )  # fmt: skip
+    assert json.loads(one)["scores"]["en"] == out["scores"]["en"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--split", "test", "--label", "colour"], "expected those of the label 'colour'"),
+        (["--split", "gone"], "gone"),
+        (["--split", "test", "--languages", "fr"], "no list for the language 'fr'"),
+        (["--split", "test", "--templates", "photos"], "there are no templates 'photos'"),
+        (["--split", "test", "--where", "source"], "'source' is not a condition"),
+        (["--split", "test", "--where", "source=x"], "none of the samples"),
+    ],
+)
+def test_mistakes_are_said_in_one_line(capsys, bundle, data, words, said):
+    err = run(capsys, bundle, "--data", data, *words, code=2)
+    assert said in err.splitlines()[-1]
+
+
+def test_folders_without_names_are_refused(capsys, bundle, images):
+    err = run(capsys, bundle, "--images", images, code=2)
+    assert "needs --classes: the names of its classes" in err
+    err = run(capsys, bundle, "--images", images, "--where", "group=even", code=2)
+    assert "--where is for the samples of --data" in err

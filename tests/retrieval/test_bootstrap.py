@@ -1,0 +1,80 @@
+"""Bootstrap intervals: of the right size, by pictures, paired, and the same again."""
+
+import numpy as np
+import pytest
+
+from vlm.errors import VlmError
+from vlm.retrieval.bootstrap import bootstrap_interval, resampled_means
+
+
+def test_the_interval_of_single_queries_is_about_that_of_the_normal_distribution():
+    values = np.random.default_rng(0).random(4000) < 0.3
+    low, high = bootstrap_interval(values, np.arange(4000), resamples=4000)
+    error = 1.96 * np.sqrt(0.3 * 0.7 / 4000)
+    assert low == pytest.approx(values.mean() - error, abs=0.1 * error)
+    assert high == pytest.approx(values.mean() + error, abs=0.1 * error)
+
+
+def test_an_interval_holds_the_truth_as_often_as_it_says():
+    rng, held = np.random.default_rng(1), 0
+    for seed in range(200):
+        effect = rng.normal(size=60).repeat(5)  # captions of one picture are alike
+        values = effect + 0.1 * rng.normal(size=300)
+        low, high = bootstrap_interval(
+            values, np.arange(60).repeat(5), level=0.8, resamples=300, seed=seed
+        )
+        held += low <= 0 <= high
+    assert 0.7 < held / 200 < 0.88
+
+
+def test_captions_of_one_picture_are_drawn_together():
+    values, groups = np.array([0.0, 0.0, 0.0, 1.0]), np.array([7, 7, 7, 3])
+    means = resampled_means(values, groups, resamples=500)
+    assert set(means.tolist()) == {0.0, 0.25, 1.0}
+    assert (means == 0.25).mean() == pytest.approx(0.5, abs=0.1)
+
+
+def test_resampled_means_are_those_of_the_queries_drawn():
+    rng = np.random.default_rng(2)
+    groups, values = rng.integers(0, 9, 40), rng.random(40)
+    means = resampled_means(values, groups, resamples=6, seed=11)
+    drawn = np.random.default_rng(11).integers(9, size=(6, 9), dtype=np.int32)
+    for mean, pictures in zip(means, drawn, strict=True):
+        expected = np.concatenate([values[groups == picture] for picture in pictures]).mean()
+        assert mean == pytest.approx(expected)
+
+
+def test_differences_of_two_models_have_a_narrower_interval_than_each_model():
+    rng = np.random.default_rng(3)
+    hard = rng.random(1000)
+    worse, better = (hard < share for share in (0.50, 0.54))
+    groups = np.arange(1000) // 5
+    low, high = bootstrap_interval(better.astype(float) - worse, groups)
+    assert 0 < low < 0.04 < high
+    alone = bootstrap_interval(better, groups)
+    assert high - low < (alone[1] - alone[0]) / 2
+
+
+def test_the_seed_decides_and_many_pictures_are_drawn_in_parts(monkeypatch):
+    rng = np.random.default_rng(4)
+    values, groups = rng.random(300), np.arange(300) // 2
+    first = bootstrap_interval(values, groups)
+    assert first == bootstrap_interval(values, groups)
+    assert first != bootstrap_interval(values, groups, seed=1)
+    monkeypatch.setattr("vlm.retrieval.bootstrap._DRAWS_AT_ONCE", 1000)
+    assert bootstrap_interval(values, groups) == first
+
+
+@pytest.mark.parametrize(
+    ("values", "groups", "options", "message"),
+    [
+        ([], [], {}, "0 values with 0 groups"),
+        ([1.0, 2.0], [0], {}, "2 values with 1 groups"),
+        ([1.0], [0], {"resamples": 0}, "cannot draw 0 times"),
+        ([1.0, np.nan], [0, 1], {}, "1 of 2 values are not finite"),
+        ([1.0], [0], {"level": 9.5}, "the level of the interval is 9.5"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(values, groups, options, message):
+    with pytest.raises(VlmError, match=message):
+        bootstrap_interval(np.array(values), np.array(groups, np.int64), **options)

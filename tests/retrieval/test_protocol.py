@@ -1,0 +1,81 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tests.builders import encoded, picture
+from vlm.data.benchmarks.benchmark import Captions, correct_pairs
+from vlm.errors import DataError
+from vlm.retrieval.protocol import question_of, reading_of, sha256_of_images
+
+IMAGES = [encoded(picture(number)) for number in range(4)]
+TEXTS = ["a cat", "the same", "the same", "a dog"]
+PAIRS = np.array([[0, 0], [1, 0], [2, 1], [3, 2]])
+
+
+def question(**changes):
+    settings = {"images": IMAGES, "texts": TEXTS, "matches": PAIRS, "language": "en"} | changes
+    positional = [settings.pop(name) for name in ("images", "texts", "matches")]
+    return question_of(*positional, **settings)
+
+
+def test_a_question_counts_pictures_captions_and_pairs():
+    asked = question()
+    assert (asked.images, asked.captions, asked.images_without_caption) == (4, 4, 1)
+    assert asked.captions_per_image == (1, 1.3333, 2)
+
+
+def test_the_same_question_has_the_same_fingerprint_wherever_its_pictures_lie(tmp_path):
+    paths = [tmp_path / f"{number}.png" for number in range(4)]
+    for path, content in zip(paths, IMAGES, strict=True):
+        path.write_bytes(content)
+    assert question(images=paths).fingerprint == question().fingerprint
+    assert question(matches=PAIRS[::-1]).fingerprint == question().fingerprint
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"texts": [*TEXTS[:3], "a cow"]},
+        {"images": [*IMAGES[:3], IMAGES[0]]},
+        {"images": IMAGES[:3]},
+        {"matches": PAIRS[:3]},
+        {"language": "zh"},
+        {"duplicates": "by string"},
+        {"cleaning": "lower case"},
+    ],
+    ids=" ".join,
+)
+def test_whatever_changes_a_score_changes_the_fingerprint(changes):
+    assert question(**changes).fingerprint != question().fingerprint
+
+
+def test_the_policy_of_duplicates_is_in_the_fingerprint_by_what_it_does():
+    captions = Captions(texts=TEXTS, pairs=PAIRS)
+    by_id, by_string = (
+        question(matches=correct_pairs(captions, policy), duplicates=policy)
+        for policy in ("by id", "by string")
+    )
+    assert by_id.captions_per_image[2] == 2
+    assert by_string.captions_per_image == (1, 2.0, 3)
+    assert replace(by_string, duplicates="by id").fingerprint != by_id.fingerprint
+
+
+def test_a_question_without_right_pictures_is_refused():
+    with pytest.raises(DataError, match="no caption in en has a right picture"):
+        question(matches=PAIRS[:0])
+
+
+def test_pictures_hash_by_their_bytes_or_pixels():
+    opened = [picture(number) for number in range(4)]
+    assert sha256_of_images(opened) == sha256_of_images([each.copy() for each in opened])
+    assert sha256_of_images(opened) != sha256_of_images(opened[::-1])
+    assert sha256_of_images(IMAGES[:2]) != sha256_of_images(IMAGES)
+
+
+def test_a_reading_says_which_share_of_captions_was_cut(embedder):
+    long = "red apple " * 40
+    reading = reading_of(embedder, ["red apple", long, long, "小狗"], {"size": 32})
+    assert reading.truncated_share == 0.5
+    assert reading.context_length == embedder.tokenizer.context_length
+    assert reading.embed_dim == embedder.embed_dim

@@ -1,0 +1,198 @@
+"""Results stand in one table only if they answer one question, or are marked."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.builders import make_samples, tiny_bundle, write_split
+from tests.support.run_files import RECALLS, benchmark, question, write_run
+from vlm.cli.main import main
+from vlm.errors import ConfigError, DataError
+from vlm.retrieval.published import published_rows
+from vlm.retrieval.results import SCORES, read_results
+from vlm.retrieval.table import as_record, format_tables, tables_of
+
+
+def lines_of(text):
+    """Return the rows of Markdown tables, each as its cells."""
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def real_runs(tmp_path_factory):
+    """Evaluate two real models on two splits, one run as a user would."""
+    folder = tmp_path_factory.mktemp("runs")
+    data = write_split(folder / "data", make_samples(12), split="test")
+    write_split(data, make_samples(24), split="more")
+    runs = []
+    for seed in (0, 1):
+        bundle = tiny_bundle(folder / f"bundle_{seed}", seed=seed)
+        runs.append(folder / f"{seed}.json")
+        words = ["--data", f"things={data}", "--split", "test", "--out", str(runs[-1])]
+        assert main(["eval", "retrieval", str(bundle), *words]) == 0
+    words = ["--data", f"things={data}", "--split", "more", "--out", str(folder / "more.json")]
+    assert main(["eval", "retrieval", str(folder / "bundle_1"), *words]) == 0
+    return folder
+
+
+def test_real_runs_of_two_models_share_a_table(real_runs, capsys):
+    capsys.readouterr()
+    assert main(["eval", "table", str(real_runs / "0.json"), str(real_runs / "1.json")]) == 0
+    text = capsys.readouterr().out
+    assert text.count("### things, ") == 2
+    runs = [json.loads((real_runs / f"{seed}.json").read_text()) for seed in (0, 1)]
+    for language in ("zh", "en"):
+        asked = runs[0]["benchmarks"]["things"]["questions"][language]
+        assert f"Question {asked['fingerprint']}: 12 pictures, 12 captions" in text
+    rows = [row for row in lines_of(text) if "bundle_" in row[0]]
+    assert len(rows) == 4
+    for row in rows:
+        run = runs["bundle_1" in row[0]]
+        assert row[0] == run["bundle"]
+    zh = runs[0]["benchmarks"]["things"]["scores"]
+    expected = {float(f"{100 * zh[f'{language}/mean_recall']:.1f}") for language in ("zh", "en")}
+    found = [float(row[-1]) for row in rows if "bundle_0" in row[0]]
+    assert sorted(found) == pytest.approx(sorted(expected), abs=0.051)
+
+
+def test_real_runs_on_other_pictures_are_refused(real_runs, capsys):
+    words = ["eval", "table", str(real_runs / "0.json"), str(real_runs / "more.json")]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "24 pictures against 12" in error
+    assert main([*words, "--mixed"]) == 0
+    assert "bundle_1 ≠ [1]" in capsys.readouterr().out
+
+
+def test_a_row_has_six_recalls_and_their_mean(tmp_path):
+    run = write_run(tmp_path / "a.json", things=benchmark(question()))
+    (table,) = tables_of(read_results([run]))
+    (row,) = lines_of(format_tables([table]))[2:]
+    assert row == ["runs/a/bundle", "72.5", "92.4", "96.4", "87.9", "98.4", "99.4", "91.2"]
+    assert table.rows[0].mean_recall == pytest.approx(100 * np.mean(RECALLS))
+
+
+def test_halves_are_rounded_upwards(tmp_path):
+    recalls = (0.787, 0.960, 0.987, 0.809, 0.965, 0.991)  # the mean in per cent is 91.65
+    run = write_run(tmp_path / "a.json", things=benchmark(question(), recalls=recalls))
+    assert lines_of(format_tables(tables_of(read_results([run]))))[-1][-1] == "91.7"
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"texts": 4}, "4 captions against 8, 1 captions a picture against 2"),
+        ({"duplicates": "by string"}, "duplicates by string against by id"),
+        ({"cleaning": "lower case"}, "cleaning lower case against none"),
+    ],
+)
+def test_a_run_that_was_asked_something_else_is_refused_with_what_differs(tmp_path, other, said):
+    first = write_run(tmp_path / "a.json", things=benchmark(question()))
+    second = write_run(tmp_path / "b.json", "runs/b/bundle", things=benchmark(question(**other)))
+    results = read_results([first, second])
+    with pytest.raises(DataError) as error:
+        tables_of(results)
+    assert str(error.value) == (
+        f"runs/b/bundle was not asked on things in zh what runs/a/bundle was: {said}; expected "
+        "the same question, or --mixed"
+    )
+    (table,) = tables_of(results, mixed=True)
+    assert [row.other_question for row in table.rows] == [False, True]
+    text = format_tables([table])
+    assert "| runs/b/bundle ≠ [1] |" in text
+    assert f"[1] ≠ another question, {question(**other)['fingerprint']}: {said}" in text
+    assert "≠: these rows do not compare with the others." in text
+
+
+def test_another_benchmark_or_language_has_a_table_of_its_own(tmp_path):
+    zh, en = question(), question(texts=4, language="en")
+    runs = [
+        write_run(tmp_path / "a.json", first=benchmark(zh, en), second=benchmark(zh)),
+        write_run(tmp_path / "b.json", "runs/b", third=benchmark(en), first=benchmark(en)),
+    ]
+    tables = tables_of(read_results(runs))
+    assert [(table.benchmark, table.language, len(table.rows)) for table in tables] == [
+        ("first", "zh", 1), ("first", "en", 2), ("second", "zh", 1), ("third", "en", 1),
+    ]  # fmt: skip
+
+
+def test_cut_captions_are_a_footnote(tmp_path):
+    share = 12 / 25010
+    cut = write_run(tmp_path / "a.json", things=benchmark(question(), truncated_share=share))
+    whole = write_run(tmp_path / "b.json", "runs/b", things=benchmark(question()))
+    text = format_tables(tables_of(read_results([cut, whole])))
+    assert "[1] 0.048 % of the captions, in all languages, were cut to 52 tokens" in text
+    assert lines_of(text)[-1][0] == "runs/b"
+
+
+@pytest.mark.parametrize("name", ["flickr30k", "Flickr-30K", "own=flickr30k"])
+def test_published_rows_stand_beside_the_benchmark_of_their_name(tmp_path, name):
+    wanted, place = (name, "own") if "=" in name else ("flickr30k", name)
+    asked = question(language="en", images=1000, captions=5000)
+    run = write_run(tmp_path / "a.json", **{place: benchmark(asked, question())})
+    tables = {t.language: t for t in tables_of(read_results([run]), published=[wanted])}
+    assert len(tables["zh"].rows) == 1
+    rows = tables["en"].rows[1:]
+    expected = [row for row in published_rows() if row.benchmark == "flickr30k"]
+    assert [row.name for row in rows] == [row.model for row in expected]
+    for row, origin in zip(rows, expected, strict=True):
+        assert row.published
+        assert origin.source in row.remarks[0]
+        assert row.other_question == row.name.startswith("M2-Encoder")
+        assert (row.mean_recall is None) == (None in row.recalls)
+    text = format_tables([tables["en"]])
+    assert "| M2-Encoder-10B, published ≠ [2, 3] " in text
+    assert "[3] ≠ another question: 1,000 captions against 5,000" in text
+    assert "| FLAVA-0.3B, published [1] " in text
+    flava = next(row for row in lines_of(text) if row[0].startswith("FLAVA"))
+    assert flava[1:] == ["65.2", "89.4", "-", "67.7", "94.0", "-", "-"]
+
+
+def test_published_rows_of_what_no_run_has_stand_alone(tmp_path):
+    run = write_run(tmp_path / "a.json", things=benchmark(question()))
+    first, muge = tables_of(read_results([run]), published=["muge"])
+    assert len(first.rows) == 1
+    assert (muge.benchmark, muge.language, muge.question) == ("muge", "zh", None)
+    assert all(row.mean_recall is None and not row.other_question for row in muge.rows)
+    assert "No run has this benchmark in this language." in format_tables([muge])
+
+
+def test_json_has_the_scores_as_runs_have_them(tmp_path, capsys):
+    asked = question(images=1000, captions=1053)
+    run = write_run(tmp_path / "a.json", coco_cn=benchmark(asked))
+    assert main(["eval", "table", str(run), "--published", "coco-cn, muge", "--json"]) == 0
+    tables = json.loads(capsys.readouterr().out)["tables"]
+    assert [table["benchmark"] for table in tables] == ["coco_cn", "muge"]
+    assert tables[0]["question"] == json.loads(json.dumps(asked))
+    row, *others = tables[0]["rows"]
+    assert [row["scores"][name] for name in SCORES] == pytest.approx(RECALLS)
+    assert row["scores"]["mean_recall"] == pytest.approx(np.mean(RECALLS), abs=1e-6)
+    assert all(other["published"] and not other["other_question"] for other in others)
+    assert as_record([]) == {"tables": []}
+
+
+@pytest.mark.parametrize(
+    ("published", "said"),
+    [
+        ("imagenet", "no published rows of 'imagenet'; expected some of flickr30k-cn, coco-cn, "),
+        ("gone=muge", r"no run has a benchmark 'gone'; expected one of \['things'\]"),
+    ],
+)
+def test_published_rows_that_are_not_there_are_refused(tmp_path, published, said):
+    results = read_results([write_run(tmp_path / "a.json", things=benchmark(question()))])
+    with pytest.raises(ConfigError, match=said):
+        tables_of(results, published=[published])
+
+
+def test_two_published_benchmarks_have_no_place_beside_one(tmp_path):
+    results = read_results([write_run(tmp_path / "a.json", things=benchmark(question()))])
+    with pytest.raises(ConfigError, match="flickr30k and coco are both asked for beside things"):
+        tables_of(results, published=["things=flickr30k", "things=coco"])
+
+
+def test_nothing_is_no_table():
+    with pytest.raises(ConfigError, match=r"nothing to tabulate; expected RUN\.json files or"):
+        tables_of([])

@@ -1,0 +1,144 @@
+"""Class names: what the classes of a data set are called, in each language."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vlm.errors import DataError
+
+_BETWEEN_SYNONYMS = re.compile(r"\s*(?:；|;\s)\s*")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassNames:
+    """The classes of a data set, in one order."""
+
+    ids: tuple[str, ...]
+    """What labels or folders call them."""
+    names: Mapping[str, Sequence[tuple[str, ...]]]
+    """By language, the names of every class: one, or several synonyms."""
+
+
+def read_class_names(
+    sources: Sequence[str],
+    languages: Sequence[str],
+    *,
+    folders: Sequence[str] = (),
+    label: str = "",
+) -> ClassNames:
+    """Read class names from one file for all languages, or from a file for each.
+
+    A JSON or YAML file gives the names by class: a text, a list of synonyms, or either by
+    language. It may hold several such tables, `groups` and `classes` say, of which `label` chooses
+    one. Any other file has one name a line, in the order of the sorted folders. Synonyms in one
+    text are divided by "；" or "; ". Names without a language are of the one that is asked for.
+
+    Args:
+        sources: A path, or `LANGUAGE=PATH` for each language.
+        languages: The languages that are wanted.
+        folders: Names of the class folders; empty where classes are labels of samples.
+        label: Name of the label that tells a sample's class.
+
+    Raises:
+        DataError: a file cannot be read, lacks a class or a language, or the files differ in
+            their classes.
+    """
+    by_language = [source.partition("=") for source in sources if "=" in source]
+    if len(sources) == 1 and not by_language:
+        return _read(Path(sources[0]), tuple(languages), folders, label)
+    files = {language: Path(path) for language, _, path in by_language}
+    if set(files) != set(languages) or len(sources) != len(languages):
+        raise DataError(
+            f"class names are given as {' '.join(sources)}; expected one file, or "
+            f"{' '.join(f'{language}=FILE' for language in languages)}"
+        )
+    read = {language: _read(files[language], (language,), folders, label) for language in languages}
+    ids = read[languages[0]].ids
+    for language, of_language in read.items():
+        if of_language.ids != ids:
+            raise DataError(
+                f"{files[language]} has other classes, or another order, than {files[languages[0]]}"
+            )
+    return ClassNames(ids=ids, names={lang: read[lang].names[lang] for lang in languages})
+
+
+def _read(path: Path, languages: tuple[str, ...], folders: Sequence[str], label: str) -> ClassNames:
+    record = _parsed(path)
+    if isinstance(record, list):
+        if len(record) != len(folders):
+            raise DataError(
+                f"{path} has {len(record)} names in a row; expected {len(folders)}, one for each "
+                "class folder"
+                if folders
+                else f"{path} has names in a row; expected the name of each label"
+            )
+        record = dict(zip(folders, record, strict=True))
+    record = _table_of(record, label, path)
+    entries = {str(class_id): entry for class_id, entry in record.items()}
+    missing = sorted(set(folders) - entries.keys())
+    if missing:
+        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise DataError(f"{path} has no name for {len(missing)} of the class folders: {shown}")
+    names = {
+        language: [
+            _synonyms(entry, language, languages, f"{class_id!r} in {path}")
+            for class_id, entry in entries.items()
+        ]
+        for language in languages
+    }
+    return ClassNames(ids=tuple(entries), names=names)
+
+
+def _table_of(record: dict[str, Any], label: str, path: Path) -> dict[str, Any]:
+    """Choose the table of a label, where the file holds several."""
+    table = next((record[name] for name in (f"{label}s", f"{label}es") if name in record), record)
+    if not isinstance(table, dict) or not table:
+        raise DataError(f"{path} holds no names by class")
+    if all(isinstance(entry, dict) and _is_table(entry) for entry in table.values()):
+        raise DataError(
+            f"{path} names the {' and the '.join(table)}; expected those of the label {label!r}"
+        )
+    return table
+
+
+def _is_table(entry: dict[str, Any]) -> bool:
+    return bool(entry) and all(isinstance(inner, dict) for inner in entry.values())
+
+
+def _parsed(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix.lower() == ".json":
+            record = json.loads(text)
+        elif path.suffix.lower() in (".yaml", ".yml"):
+            record = yaml.safe_load(text)
+        else:
+            record = text.splitlines()
+            while record and not record[-1].strip():
+                record.pop()
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise DataError(f"cannot read the class names {path}: {error}") from error
+    if not isinstance(record, dict | list):
+        raise DataError(f"{path} holds neither names by class nor a list of names")
+    return record
+
+
+def _synonyms(entry: Any, language: str, languages: tuple[str, ...], where: str) -> tuple[str, ...]:
+    if isinstance(entry, dict):
+        if language not in entry:
+            raise DataError(f"the class {where} has no name in {language!r}")
+        entry = entry[language]
+    elif len(languages) > 1:
+        raise DataError(
+            f"the class {where} has names in one language; say which with --languages, or give a "
+            f"file for each of {', '.join(languages)}"
+        )
+    texts = entry if isinstance(entry, list) else [entry]
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise DataError(f"the class {where} is called {entry!r}; expected a text or a list of them")
+    return tuple(name for text in texts for name in _BETWEEN_SYNONYMS.split(text.strip()) if name)

@@ -1,0 +1,119 @@
+"""Labelled pictures: samples of a data folder by one of their labels, or folders by class."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+from vlm.data.dataset import ShardedSplit
+from vlm.data.sample import Sample
+from vlm.errors import DataError
+
+_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelledPictures:
+    """Pictures, each of one class."""
+
+    images: Sequence[bytes | Path]
+    """Encoded pictures or their files."""
+    labels: Int[np.ndarray, " pictures"]
+    """The number of each picture's class."""
+    left_out: int
+    """Samples without the label, or files without a picture's suffix."""
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of all pictures' bytes and labels; files are read for it."""
+        digest = hashlib.sha256()
+        for image, label in zip(self.images, self.labels.tolist(), strict=True):
+            content = image if isinstance(image, bytes) else image.read_bytes()
+            digest.update(f"{label}\0".encode() + hashlib.sha256(content).digest())
+        return digest.hexdigest()
+
+
+def pictures_of_split(
+    folder: Path, split: str, *, label: str, class_ids: Sequence[str],
+    conditions: Sequence[Callable[[Sample], bool]] = (),
+) -> LabelledPictures:  # fmt: skip
+    """Take the samples of a split that meet all conditions and have the label.
+
+    Args:
+        folder: A data folder with a manifest.
+        split: Name of the split.
+        label: Name of the label that tells a sample's class.
+        class_ids: Values of the label, in the order of the classes.
+        conditions: What samples must meet.
+
+    Raises:
+        DataError: the split cannot be read, a label is no class, or nothing is left.
+    """
+    number_of = {class_id: number for number, class_id in enumerate(class_ids)}
+    images, labels, left_out = [], [], 0
+    for sample in ShardedSplit(folder, split):
+        if not all(holds(sample) for holds in conditions):
+            continue
+        value = sample.labels.get(label)
+        if value is None:
+            left_out += 1
+            continue
+        if value not in number_of:
+            raise DataError(
+                f"{sample.uid} in the split {split!r} of {folder} has the {label} {value!r}; "
+                f"expected one of the {len(class_ids)} that have names"
+            )
+        images.append(sample.image)
+        labels.append(number_of[value])
+    if not images:
+        raise DataError(
+            f"none of the samples asked for in the split {split!r} of {folder} has the label "
+            f"{label!r}"
+        )
+    return LabelledPictures(
+        images=images, labels=np.array(labels, dtype=np.int64), left_out=left_out
+    )
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Return the sorted names of the sub-folders, each with the pictures of a class.
+
+    Raises:
+        DataError: there is no such folder, or none in it.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; expected one with a folder for each class")
+    names = sorted(
+        path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
+    )
+    if not names:
+        raise DataError(f"{folder} holds no folders; expected one for each class")
+    return names
+
+
+def pictures_in_class_folders(folder: Path, class_ids: Sequence[str]) -> LabelledPictures:
+    """Take every JPEG, PNG and WebP below the classes' folders, as torchvision's ImageFolder does.
+
+    Args:
+        folder: Holds a folder for each class; a class without one has no pictures.
+        class_ids: Names of the folders, in the order of the classes.
+
+    Raises:
+        DataError: there is no picture.
+    """
+    images: list[Path] = []
+    labels: list[int] = []
+    left_out = 0
+    for number, class_id in enumerate(class_ids):
+        files = sorted(path for path in (folder / class_id).rglob("*") if path.is_file())
+        pictures = [path for path in files if path.suffix.lower() in _SUFFIXES]
+        left_out += len(files) - len(pictures)
+        images += pictures
+        labels += [number] * len(pictures)
+    if not images:
+        raise DataError(f"the class folders in {folder} hold no picture ({', '.join(_SUFFIXES)})")
+    return LabelledPictures(
+        images=images, labels=np.array(labels, dtype=np.int64), left_out=left_out
+    )

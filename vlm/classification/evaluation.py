@@ -1,0 +1,104 @@
+"""Zero-shot classification: the vectors of classes, made of prompts, and how well they serve."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32, Int
+
+from vlm.classification.metrics import ClassificationScores, score_classification
+from vlm.classification.prompts import prompts_of
+from vlm.embedder import Embedder
+from vlm.errors import VlmError
+
+_PROMPTS_AT_A_TIME = 1 << 15
+
+Names = Sequence[str | Sequence[str]]
+"""A name for every class, or several of the same meaning."""
+
+
+def classifier_weights(
+    embedder: Embedder, names: Names, templates: Sequence[str], *, show_progress_bar: bool = False
+) -> Float32[np.ndarray, "classes dim"]:
+    """Return a unit vector for every class: the direction of the mean of its prompts' vectors.
+
+    Each name of a class is put into each template (Radford et al. 2021, section 3.1.4).
+
+    Args:
+        embedder: The model.
+        names: The names of the classes.
+        templates: Texts with `{}` for the name.
+        show_progress_bar: Whether to show progress on stderr.
+
+    Raises:
+        VlmError: there is no class, a class has no name, or there is no template.
+    """
+    prompts = [prompts_of(of_class, templates) for of_class in names]
+    if not prompts or not all(prompts):
+        raise VlmError(
+            f"found {len(names)} classes and {len(templates)} templates; expected at least one of "
+            "each, and a name for each class"
+        )
+    rows: list[Float32[np.ndarray, "part dim"]] = []
+    at_a_time = max(1, _PROMPTS_AT_A_TIME // max(map(len, prompts)))
+    for start in range(0, len(prompts), at_a_time):
+        part = prompts[start : start + at_a_time]
+        texts = list(dict.fromkeys(text for of_class in part for text in of_class))
+        vectors = embedder.encode_text(texts, show_progress_bar=show_progress_bar)
+        place = {text: number for number, text in enumerate(texts)}
+        for of_class in part:
+            mean = vectors[[place[text] for text in of_class]].mean(axis=0, dtype=np.float64)
+            rows.append((mean / max(np.linalg.norm(mean), 1e-12)).astype(np.float32))
+    return np.stack(rows)
+
+
+def evaluate_classification(
+    embedder: Embedder,
+    pictures: Sequence[bytes | Path],
+    labels: Int[np.ndarray, " pictures"],
+    class_names: Mapping[str, Names],
+    templates: Mapping[str, Sequence[str]],
+    *,
+    show_progress_bar: bool = False,
+) -> dict[str, ClassificationScores]:
+    """Classify pictures by class names in each language; the scores are by language.
+
+    A wrong class that scores as high as the right one comes before it (see
+    `vlm.classification.metrics`).
+
+    Args:
+        embedder: The model.
+        pictures: Encoded pictures or their files.
+        labels: The number of each picture's class.
+        class_names: By language, the names of the classes.
+        templates: By language, texts with `{}` for the name.
+        show_progress_bar: Whether to show progress on stderr.
+
+    Raises:
+        VlmError: there are no pictures, a label has no name, or a language has no templates.
+        DataError: a picture cannot be read.
+    """
+    if not len(pictures) or len(pictures) != len(labels):
+        raise VlmError(
+            f"found {len(pictures)} pictures and {len(labels)} labels; expected as many of each, "
+            "and at least one"
+        )
+    for language, names in class_names.items():
+        if labels.min() < 0 or labels.max() >= len(names):
+            raise VlmError(
+                f"labels go from {labels.min()} to {labels.max()}; expected the numbers of the "
+                f"{len(names)} classes with names in {language!r}"
+            )
+        if language not in templates:
+            raise VlmError(
+                f"there are class names in {language!r}, but templates only in "
+                f"{', '.join(templates) or 'no language'}"
+            )
+    images = embedder.encode_image(pictures, show_progress_bar=show_progress_bar)
+    scores = {}
+    for language, names in class_names.items():
+        weights = classifier_weights(
+            embedder, names, templates[language], show_progress_bar=show_progress_bar
+        )
+        scores[language] = score_classification(images, weights, labels)
+    return scores

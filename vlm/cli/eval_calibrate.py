@@ -1,0 +1,71 @@
+"""Fit what a bundle's cosines say of a match on held-out pairs, and store it in the bundle."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from vlm.bundle import store_calibration
+from vlm.embedder import Embedder
+from vlm.retrieval.calibration import CalibrationPlan, calibrate
+from vlm.retrieval.evaluation import markdown_table
+from vlm.retrieval.pairs import pairs_of_split
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the options of `vlm eval calibrate`."""
+    parser.add_argument("bundle", type=Path, help="folder of the bundle to calibrate")
+    parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="data folder")
+    parser.add_argument(
+        "--split", type=str, default="val", help="split that the model was not trained on"
+    )
+    parser.add_argument(
+        "--languages", nargs="+", default=None, help="languages to ask in; default: the bundle's"
+    )
+    parser.add_argument(
+        "--where", nargs="+", default=[],
+        help="conditions on samples, such as source=noto group!=flags",
+    )  # fmt: skip
+    parser.add_class_arguments(CalibrationPlan)
+    parser.add_argument("--device", type=str | None, default=None, help="such as cpu or cuda:0")
+    parser.add_argument(
+        "--truncate_dim", type=int | None, default=None,
+        help="calibrate the first so many numbers of each vector, where they were trained so",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def run(options: Any) -> None:
+    """Fit, store, and print the threshold and how reliable the map is."""
+    embedder = Embedder.load(
+        options.bundle, device=options.device, truncate_dim=options.truncate_dim
+    )
+    pairs = pairs_of_split(
+        options.data,
+        options.split,
+        languages=options.languages or embedder.languages,
+        where=options.where,
+    )
+    plan = CalibrationPlan(
+        **{name: getattr(options, name) for name in CalibrationPlan.__dataclass_fields__}
+    )
+    data = {"data": str(options.data), "split": options.split, "where": list(options.where)}
+    calibration, reliability = calibrate(embedder, pairs, plan, data=data, show_progress_bar=True)
+    store_calibration(options.bundle, calibration)
+    if options.json:
+        checked = {name: asdict(found) for name, found in reliability.items()}
+        print(json.dumps({"calibration": calibration.record(), "checked": checked}, indent=1))
+        return
+    print(
+        f"{options.bundle}: pairs from the cosine {calibration.threshold:.4f} on match with a "
+        f"precision of {plan.precision} where a share of {plan.prior} of all pairs matches.\n"
+        "Checked with the half of the data that it was not fitted on:\n"
+    )
+    header = ["texts", "right pairs", "wrong pairs", "calibration error", "precision", "recall"]
+    rows = []
+    for name, found in reliability.items():
+        shares = (found.calibration_error, found.precision, found.recall)
+        rows.append([name, str(found.right), str(found.wrong), *(f"{s:.3f}" for s in shares)])
+    print(markdown_table(header, rows))

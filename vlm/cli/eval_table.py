@@ -1,0 +1,37 @@
+"""Put the results of `vlm eval retrieval` side by side, and published scores beside them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from vlm.retrieval.results import read_results
+from vlm.retrieval.table import as_record, format_tables, tables_of
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the options of `vlm eval table`."""
+    parser.add_argument(
+        "runs", type=Path, nargs="*", help="files that `vlm eval retrieval --out` wrote"
+    )
+    parser.add_argument(
+        "--published", type=str, default="", metavar="[NAME=]BENCHMARK,...",
+        help="also place published rows: of flickr30k-cn, coco-cn, muge, flickr30k, coco; a NAME "
+        "says which benchmark of the runs it is",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mixed", action="store_true",
+        help="let runs that were asked different questions stand in one table, marked",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def run(options: Any) -> None:
+    """Print a table for each benchmark and language, or JSON."""
+    published = [name.strip() for name in options.published.split(",") if name.strip()]
+    tables = tables_of(read_results(options.runs), published=published, mixed=options.mixed)
+    if options.json:
+        print(json.dumps(as_record(tables), ensure_ascii=False, indent=1))
+    else:
+        print(format_tables(tables))

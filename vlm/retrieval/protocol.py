@@ -1,0 +1,150 @@
+"""`Protocol`: what a retrieval score depends on beside a model's weights, with a fingerprint."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from PIL import Image
+
+from vlm.data.benchmarks.benchmark import DuplicatePolicy
+from vlm.embedder import Embedder
+from vlm.errors import DataError
+from vlm.images.decoding import ImageSource
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """What is asked of a model in one language: two scores compare if they asked the same."""
+
+    language: str
+    images: int
+    captions: int
+    captions_per_image: tuple[int, float, int]
+    """Fewest, mean and most right captions of a picture that has one."""
+    images_without_caption: int
+    """Pictures that are wrong answers only."""
+    duplicates: DuplicatePolicy
+    """Which pictures are right where several have the same caption."""
+    cleaning: str
+    """What was done to the captions before the model's own tokenizer."""
+    sha256: str
+    """Of the captions in their order, the right pairs, and the pictures' bytes."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits that name the question."""
+        return _digest(asdict(self))[:12]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """How a model takes in what it is asked."""
+
+    model: str
+    """Fingerprint of the bundle's weights."""
+    embed_dim: int
+    tokenizer: str
+    """Fingerprint of the tokenizer."""
+    context_length: int
+    """Longest text in tokens."""
+    truncated_share: float
+    """Share in [0, 1] of the captions that were cut to it."""
+    transform: Mapping[str, Any]
+    """open_clip's description of the picture transform."""
+
+
+def question_of(
+    images: Sequence[ImageSource],
+    texts: Sequence[str],
+    matches: Int[np.ndarray, "matches 2"],
+    *,
+    language: str,
+    duplicates: DuplicatePolicy = "by id",
+    cleaning: str = "none",
+    images_sha256: str | None = None,
+) -> Question:
+    """Describe a question.
+
+    Args:
+        images: The pictures, in the order of the benchmark.
+        texts: The captions.
+        matches: Pairs (caption, picture) that are right.
+        language: The captions' language.
+        duplicates: Which policy gave the pairs.
+        cleaning: What was done to the captions.
+        images_sha256: What `sha256_of_images` gave, where several questions share pictures.
+
+    Raises:
+        DataError: no caption has a right picture.
+    """
+    if not len(matches):
+        raise DataError(f"no caption in {language} has a right picture; expected some")
+    of_image = np.bincount(matches[:, 1], minlength=len(images))
+    with_caption = of_image[of_image > 0]
+    content = {
+        "images": images_sha256 or sha256_of_images(images),
+        "texts": list(texts),
+        "matches": np.unique(matches, axis=0).tolist(),
+    }
+    return Question(
+        language=language,
+        images=len(images),
+        captions=len(texts),
+        captions_per_image=(
+            int(with_caption.min()),
+            round(float(with_caption.mean()), 4),
+            int(with_caption.max()),
+        ),
+        images_without_caption=int((of_image == 0).sum()),
+        duplicates=duplicates,
+        cleaning=cleaning,
+        sha256=_digest(content),
+    )
+
+
+def reading_of(embedder: Embedder, texts: Sequence[str], transform: Mapping[str, Any]) -> Reading:
+    """Describe how a model takes in captions and pictures.
+
+    Args:
+        embedder: The model.
+        texts: All captions that it is asked.
+        transform: open_clip's description of the picture transform.
+    """
+    tokenizer = embedder.tokenizer
+    around = 1 + (tokenizer.special_ids.begin_of_text is not None)
+    room = tokenizer.context_length - around
+    cut = sum(len(row) > room for row in tokenizer.split(texts))
+    return Reading(
+        model=embedder.fingerprint,
+        embed_dim=embedder.embed_dim,
+        tokenizer=tokenizer.fingerprint,
+        context_length=tokenizer.context_length,
+        truncated_share=cut / max(1, len(texts)),
+        transform=dict(transform),
+    )
+
+
+def sha256_of_images(images: Sequence[ImageSource]) -> str:
+    """Return a hash of the encoded pictures, or of the pixels of opened ones, in their order."""
+    digest = hashlib.sha256()
+    for image in images:
+        digest.update(hashlib.sha256(_bytes_of(image)).digest())
+    return digest.hexdigest()
+
+
+def _bytes_of(image: ImageSource) -> bytes:
+    if isinstance(image, Path):
+        return image.read_bytes()
+    if isinstance(image, Image.Image):
+        return f"{image.mode} {image.size}".encode() + image.tobytes()
+    return image
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    text = json.dumps(record, ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,129 @@
+"""What `vlm eval retrieval` wrote, read back: scores, and how the questions they answer differ."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm.errors import ConfigError, DataError
+from vlm.retrieval.evaluation import CUTOFFS, DIRECTIONS
+
+SCORES = tuple(f"{direction}/recall@{k}" for direction in DIRECTIONS for k in CUTOFFS)
+"""The names of a row's recalls, as `evaluate_retrieval` calls them after the language."""
+
+WORDS = {
+    "images": "{} pictures",
+    "captions": "{} captions",
+    "captions_per_image": "{} captions a picture",
+    "images_without_caption": "{} pictures without a caption",
+    "duplicates": "duplicates {}",
+    "cleaning": "cleaning {}",
+}
+"""What the parts of a question are called, in the order in which they are told."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """What one run scored on one benchmark in one language."""
+
+    run: str
+    """The bundle, and the file of the run where several runs are of that bundle."""
+    benchmark: str
+    language: str
+    question: Mapping[str, Any]
+    """What was asked, as `vlm.retrieval.protocol.Question` says it, with its fingerprint."""
+    recalls: tuple[float, ...]
+    """In per cent, in the order of `SCORES`."""
+    context_length: int
+    truncated_share: float
+    """Share in [0, 1] of the run's captions on this benchmark that were cut."""
+
+
+def read_results(paths: Sequence[Path]) -> list[Result]:
+    """Read what `vlm eval retrieval --out` wrote, in the order of the files.
+
+    Raises:
+        ConfigError: a file is given twice.
+        DataError: a file cannot be read or holds something else.
+    """
+    records: dict[Path, Mapping[str, Any]] = {}
+    for path in paths:
+        if path.resolve() in {known.resolve() for known in records}:
+            raise ConfigError(f"the run {path} is given twice; expected each run once")
+        records[path] = _record_of(path)
+    bundles = Counter(record["bundle"] for record in records.values())
+    results = []
+    for path, record in records.items():
+        bundle = record["bundle"]
+        run = bundle if bundles[bundle] == 1 else f"{bundle} ({path})"
+        try:
+            results += [
+                _result(run, name, language, of_one)
+                for name, of_one in record["benchmarks"].items()
+                for language in of_one["questions"]
+            ]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(_not_a_run(path, error)) from error
+    return results
+
+
+def _record_of(path: Path) -> Mapping[str, Any]:
+    try:
+        record: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read the run {path}: {error}") from error
+    if isinstance(record, dict) and isinstance(record.get("bundle"), str):
+        benchmarks = record.get("benchmarks")
+        if isinstance(benchmarks, dict) and benchmarks:
+            return record
+    raise DataError(_not_a_run(path, ValueError("there is no bundle with its benchmarks")))
+
+
+def _result(run: str, benchmark: str, language: str, record: Mapping[str, Any]) -> Result:
+    question, reading = record["questions"][language], record["reading"]
+    recalls = [record["scores"][f"{language}/{name}"] for name in SCORES]
+    for share in (*recalls, reading["truncated_share"]):
+        if not 0 <= share <= 1:
+            raise ValueError(f"a share is {share}, not in [0, 1]")
+    if not isinstance(question["fingerprint"], str):
+        raise ValueError(f"a fingerprint is {question['fingerprint']}, not a text")
+    return Result(
+        run=run,
+        benchmark=benchmark,
+        language=language,
+        question={**question},
+        recalls=tuple(100.0 * recall for recall in recalls),
+        context_length=reading["context_length"],
+        truncated_share=float(reading["truncated_share"]),
+    )
+
+
+def _not_a_run(path: Path, error: Exception) -> str:
+    found = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+    return f"{path} is not what `vlm eval retrieval --out` writes: {found}"
+
+
+def difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """Say in words how one question differs from another; empty where it does not."""
+    parts = [
+        f"{_named(key, found.get(key))} against {in_words(expected.get(key))}"
+        for key in dict.fromkeys([*found, *expected])
+        if key not in ("fingerprint", "sha256") and found.get(key) != expected.get(key)
+    ]
+    if not parts and found.get("fingerprint") != expected.get("fingerprint"):
+        return "as many pictures and captions, but others, in another order or paired otherwise"
+    return ", ".join(parts)
+
+
+def _named(key: str, value: Any) -> str:
+    return WORDS[key].format(in_words(value)) if key in WORDS else f"{key} {in_words(value)}"
+
+
+def in_words(value: Any) -> str:
+    """Return what a part of a question is as people write it: `5,000`, `1 to 5 (mean 2.5)`."""
+    if isinstance(value, list | tuple) and len(value) == 3:
+        fewest, mean, most = value
+        return f"{fewest}" if fewest == most else f"{fewest} to {most} (mean {mean})"
+    return "unknown" if value is None else f"{value:,}" if isinstance(value, int) else str(value)

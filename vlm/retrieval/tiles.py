@@ -1,0 +1,236 @@
+"""Inner products of all rows of one array with all rows of another, tile by tile.
+
+A tile's products are float32. Where it matters on which side of a bound one of them lies, and it is
+so near that float32 cannot tell, `Tile.exact` says it: the product in float64, rounded to float32,
+which is the same wherever the two vectors stand and on whatever machine. A float32 matrix product
+alone does not promise even that equal vectors get equal products.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float32, Int, Int64, Shaped
+from torch import Tensor
+from tqdm import tqdm
+
+from vlm.distributed.groups import SINGLE, RankGroup
+from vlm.errors import VlmError
+
+_CPU_TILE, _GPU_TILE = 512, 4096  # on a CPU, a tile and its features stay in the cache of a core
+_ROUNDING = 2.0**-24
+_CHUNK = 2**20
+_MANY = 1 / 128  # of a tile: from here on, all its products together are quicker than one by one
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """The products of some rows of the left array with some rows of the right one."""
+
+    rows: slice
+    """Which rows of the left array."""
+    columns: slice
+    """Which rows of the right array."""
+    products: Float32[Tensor, "rows columns"]
+    """Overwritten by the next tile."""
+    pairs: tuple[Int64[Tensor, " pairs"], Int64[Tensor, " pairs"]]
+    """Rows and columns, within the tile, of the pairs that belong together."""
+    left: Float32[Tensor, "rows dim"]
+    right: Float32[Tensor, "columns dim"]
+
+    @property
+    def mirrored(self) -> "Tile":
+        """The same products, with the sides exchanged."""
+        return Tile(
+            rows=self.columns,
+            columns=self.rows,
+            products=self.products.T,
+            pairs=self.pairs[::-1],
+            left=self.right,
+            right=self.left,
+        )
+
+    def exact(
+        self, rows: Int64[Tensor, " places"], columns: Int64[Tensor, " places"]
+    ) -> Float32[Tensor, " places"]:
+        """Return products as float64 has them, rounded to float32."""
+        if len(rows) > _MANY * self.products.numel():
+            return (self.left.double() @ self.right.double().T).float()[rows, columns]
+        return _products_at(self.left, self.right, rows, columns)
+
+
+class TiledProducts:
+    """Two arrays of features whose products are wanted, and which of their rows belong together.
+
+    Args:
+        left: The vectors on one side; memory-mapped arrays are read a tile at a time.
+        right: The vectors on the other side.
+        matches: Pairs (row of left, row of right) that belong together, in any order.
+        tile: Rows of either side in a tile; None for what suits the device.
+        device: Where to multiply, a CPU or a CUDA device; None for a GPU if there is one.
+
+    Raises:
+        VlmError: the widths differ, a pair names a row that is not there, the tile is less than
+            1, or the products might not fit into float32.
+    """
+
+    def __init__(
+        self,
+        left: Float[np.ndarray, "left left_dim"],
+        right: Float[np.ndarray, "right right_dim"],
+        matches: Int[np.ndarray, "matches 2"],
+        *,
+        tile: int | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        default = _CPU_TILE if self.device.type == "cpu" else _GPU_TILE
+        self.tile = default if tile is None else tile
+        if left.shape[1] != right.shape[1] or self.tile < 1:
+            raise VlmError(
+                f"cannot compare vectors of width {left.shape[1]} with vectors of width "
+                f"{right.shape[1]} in tiles of {self.tile}; expected one width and tiles of at "
+                "least 1"
+            )
+        self._left, self._right = _as_tensor(left), _as_tensor(right)
+        self.shape = (len(left), len(right))
+        """Numbers of rows of the left and of the right array."""
+        self.rows, self.columns = self._sorted_pairs(matches)
+        """The pairs without repetitions: rows of the left and of the right array."""
+
+    def pair_products(self) -> Float32[Tensor, " pairs"]:
+        """Return the products of the pairs that belong together, as exact as `Tile.exact`."""
+        rows, columns = (places.to(self._left.device) for places in (self.rows, self.columns))
+        step = max(1, _CHUNK // max(1, self._left.shape[1]))
+        parts = [
+            _products_at(
+                self._features(self._left[rows[start : start + step]]),
+                self._features(self._right[columns[start : start + step]]),
+            )
+            for start in range(0, len(rows), step)
+        ]
+        return torch.cat([torch.empty(0, device=self.device), *parts])
+
+    def margin(self) -> float:
+        """Return by how much a tile's product may differ from the exact one at most.
+
+        Of `n` numbers added in whatever order, the rounding errors are within `n` units in the
+        last place of the sum of their sizes, which is at most the product of both vectors'
+        lengths (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1).
+
+        Raises:
+            VlmError: products might not fit into float32.
+        """
+        lengths = [self._largest_length(features) for features in (self._left, self._right)]
+        most = lengths[0] * lengths[1]
+        if most > 1e37:
+            raise VlmError(
+                f"the longest vectors have lengths {lengths[0]:.3g} and {lengths[1]:.3g}, whose "
+                "products do not fit into float32; expected unit vectors"
+            )
+        return 1.01 * (self._left.shape[1] + 8) * _ROUNDING * most  # 8: bounds are rounded as well
+
+    def tiles(
+        self, *, group: RankGroup = SINGLE, show_progress_bar: bool = False
+    ) -> Iterator[Tile]:
+        """Give this rank's share of the tiles, which all ranks of the group cover together."""
+        size = self.tile
+        buffer = torch.empty(size * size, device=self.device)
+        starts = range(0, self.shape[1], size)
+        bounds = self._bounds_of_tiles(len(starts))
+        bands = range(group.rank * size, self.shape[0], group.size * size)
+        for start in tqdm(bands, unit="tile", desc="comparing", disable=not show_progress_bar):
+            left = self._features(self._left[start : start + size])
+            for place, begin in enumerate(starts):
+                right = self._features(self._right[begin : begin + size])
+                products = buffer[: len(left) * len(right)].view(len(left), len(right))
+                with _whole_float32():
+                    torch.mm(left, right.T, out=products)
+                number = start // size * len(starts) + place
+                own = slice(int(bounds[number]), int(bounds[number + 1]))
+                yield Tile(
+                    rows=slice(start, start + len(left)),
+                    columns=slice(begin, begin + len(right)),
+                    products=products,
+                    pairs=(self.rows[own] - start, self.columns[own] - begin),
+                    left=left,
+                    right=right,
+                )
+
+    def _sorted_pairs(
+        self, matches: Int[np.ndarray, "matches 2"]
+    ) -> tuple[Int64[Tensor, " pairs"], Int64[Tensor, " pairs"]]:
+        """Check the pairs, drop repetitions, and sort them by the tile in which they lie."""
+        if len(matches) and (matches.min() < 0 or (matches.max(axis=0) >= self.shape).any()):
+            raise VlmError(
+                f"pairs name rows from {matches.min(axis=0).tolist()} to "
+                f"{matches.max(axis=0).tolist()}; expected at least 0 and less than "
+                f"{list(self.shape)}"
+            )
+        width = max(1, self.shape[1])
+        keys = np.unique(matches[:, 0].astype(np.int64) * width + matches[:, 1])
+        rows, columns = np.divmod(keys, width)
+        order = np.lexsort((columns // self.tile, rows // self.tile))
+        return (
+            torch.from_numpy(rows[order]).to(self.device),
+            torch.from_numpy(columns[order]).to(self.device),
+        )
+
+    def _bounds_of_tiles(self, tiles_across: int) -> Int64[np.ndarray, " bounds"]:
+        """Return where the pairs of each tile begin among all; the last bound is their end."""
+        numbers = self.rows // self.tile * tiles_across + self.columns // self.tile
+        count = -(-self.shape[0] // self.tile) * tiles_across
+        bounds: Int64[np.ndarray, " bounds"] = np.searchsorted(
+            numbers.cpu().numpy(), np.arange(count + 1)
+        )
+        return bounds
+
+    def _features(self, rows: Float[Tensor, "rows dim"]) -> Float32[Tensor, "rows dim"]:
+        return rows.to(self.device, torch.float32)
+
+    def _largest_length(self, features: Float[Tensor, "rows dim"]) -> float:
+        """Return the length of the longest vector; those that are not finite do not count."""
+        longest = 0.0
+        step = max(1, _CHUNK // max(1, features.shape[1]))
+        for start in range(0, len(features), step):
+            lengths = torch.linalg.vector_norm(features[start : start + step].double(), dim=1)
+            finite: Bool[Tensor, " rows"] = lengths.isfinite()
+            longest = max(longest, float(lengths[finite].max()) if finite.any() else 0.0)
+        return longest
+
+
+def _products_at(
+    left: Float32[Tensor, "left dim"],
+    right: Float32[Tensor, "right dim"],
+    rows: Int64[Tensor, " places"] | None = None,
+    columns: Int64[Tensor, " places"] | None = None,
+) -> Float32[Tensor, " places"]:
+    if rows is not None:
+        left, right = left[rows], right[columns]
+    return (left.double() * right.double()).sum(1).float()
+
+
+@contextmanager
+def _whole_float32() -> Iterator[None]:
+    """Keep torch from rounding factors to TF32 or bfloat16, as a program may have allowed it to."""
+    backends: Any = torch.backends
+    settings = (backends.cuda.matmul, backends.mkldnn.matmul)
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        yield
+    finally:
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
+
+
+def _as_tensor(array: Shaped[np.ndarray, "rows dim"]) -> Shaped[Tensor, "rows dim"]:
+    """Share an array's memory with torch, which warns of arrays that must not be written."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.from_numpy(array)

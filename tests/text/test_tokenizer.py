@@ -359,7 +359,10 @@ def test_a_missing_context_length_is_named(unchecked, folder):
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("truncation", "right, left"), ("cleaning", "none, lower, clip, glm, words")],
+    [
+        ("truncation", "right, left"),
+        ("cleaning", "none, lower, clip, glm, words, whitespace, canonicalize"),
+    ],
 )
 @pytest.mark.parametrize("value", ["both", "", 7, [], {}], ids=repr)
 def test_a_setting_has_one_of_a_few_values(unchecked, folder, name, expected, value):

@@ -143,7 +143,7 @@ class TiledProducts:
         starts = range(0, self.shape[1], size)
         bounds = self._bounds_of_tiles(len(starts))
         bands = range(group.rank * size, self.shape[0], group.size * size)
-        for start in tqdm(bands, unit="tile", desc="comparing", disable=not show_progress_bar):
+        for start in tqdm(bands, unit="band", desc="comparing", disable=not show_progress_bar):
             left = self._features(self._left[start : start + size])
             for place, begin in enumerate(starts):
                 right = self._features(self._right[begin : begin + size])
@@ -233,4 +233,4 @@ def _as_tensor(array: Shaped[np.ndarray, "rows dim"]) -> Shaped[Tensor, "rows di
     """Share an array's memory with torch, which warns of arrays that must not be written."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.from_numpy(array)
+        return torch.from_numpy(array if min(array.strides) >= 0 else array.copy())

@@ -153,3 +153,9 @@ def test_halves_become_float32_and_counts_stay():
     assert [tensor.dtype for tensor in found.values()] == [
         torch.float32, torch.float32, torch.int64,
     ]  # fmt: skip
+
+
+def test_a_text_in_the_place_of_weights_is_said_to_be_none(tmp_path):
+    (tmp_path / "model.pt").write_text("# A page\n")
+    with pytest.raises(CheckpointError, match="is no weights file; expected safetensors or what"):
+        read_tensors(tmp_path / "model.pt")

@@ -25,6 +25,8 @@ PINNED = {
     "eval table": {"published", "mixed", "json"},
     "eval calibrate": {"data", "split", "languages", "where", "device", "truncate_dim", "json"}
     | {*CalibrationPlan.__dataclass_fields__},
+    "eval index": {"data", "split", "factory", "target_recall", "memory", "sweep", "device"}
+    | {"json", "out"},
     "embed": {"images", "data", "split", "out", "device", "truncate_dim"},
     "index": {"out"},
     "search": {"text", "image", "k", "bundle", "device", "json"},

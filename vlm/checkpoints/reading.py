@@ -32,7 +32,7 @@ FOLDER_WEIGHTS = (
 
 _UNDER = ("state_dict", "module", "model")  # where training programs put the weights
 _WRAPPERS = ("_forward_module.", "module.", "_orig_mod.")  # what they put before every name
-_REFUSED = re.compile(r"GLOBAL (\S+)|Unsupported (?:class|global|operand) (\S+)")
+_REFUSED = re.compile(r"GLOBAL (\S+)|Unsupported (?:class|global) (\S+)")
 
 
 def find_weights(folder: Path) -> Path:
@@ -124,6 +124,10 @@ def _read_torch(path: Path) -> Tensors:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except pickle.UnpicklingError as error:
         wanted = _REFUSED.search(str(error))
+        if "Unsupported operand" in str(error):
+            raise CheckpointError(
+                f"{path} is no weights file; expected safetensors or what torch.save wrote"
+            ) from error
         what = f"the code {wanted[1] or wanted[2]}" if wanted else "more than tensors"
         raise CheckpointError(
             f"{path} is refused: its pickle wants to run {what}; expected tensors only"

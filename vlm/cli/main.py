@@ -21,6 +21,7 @@ VERBS = {
     ("eval", "classification"): ("vlm.cli.eval_classification", "score zero-shot classification"),
     ("eval", "table"): ("vlm.cli.eval_table", "put results side by side, with published ones"),
     ("eval", "calibrate"): ("vlm.cli.eval_calibrate", "learn which cosines mean a match"),
+    ("eval", "index"): ("vlm.cli.eval_index", "put approximate search beside exact search"),
     ("embed",): ("vlm.cli.embed", "turn pictures into vectors"),
     ("index",): ("vlm.cli.index", "make vectors searchable"),
     ("search",): ("vlm.cli.search", "find pictures by a text or a picture"),

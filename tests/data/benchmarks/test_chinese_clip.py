@@ -2,6 +2,7 @@
 
 import base64
 import json
+import multiprocessing
 import pickle
 import subprocess
 import sys
@@ -89,8 +90,8 @@ def test_an_lmdb_holds_the_same(tmp_path):
         assert int(found.image_ids[place]) in TEXTS[text]["image_ids"]
     assert found.captions["zh"].texts == from_lines.captions["zh"].texts
     assert found.files[1] == folder / "lmdb" / "valid" / "imgs" / "data.mdb"
-    again = pickle.loads(pickle.dumps(found))
-    assert list(again.images) == list(found.images)
+    with multiprocessing.get_context("spawn").Pool(1) as workers:
+        assert workers.apply(list, (found.images,)) == list(found.images)
 
 
 def test_texts_and_pictures_are_those_of_their_evaluation(tmp_path):

@@ -126,9 +126,9 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         table = csv.reader(file, delimiter=delimiter)
         header = next(table)
-        for number, cells in enumerate(filter(None, table), start=1):
-            if len(header) == 2 < len(cells) and header[0] in _IMAGES:
-                cells = [cells[0], delimiter.join(cells[1:])]  # noqa: PLW2901
+        for number, row in enumerate(filter(None, table), start=1):
+            unquoted = len(header) == 2 < len(row) and header[0] in _IMAGES
+            cells = [row[0], delimiter.join(row[1:])] if unquoted else row
             if len(cells) != len(header):
                 raise DataError(
                     f"{path}, row {number} has {len(cells)} cells; expected {len(header)} as in "

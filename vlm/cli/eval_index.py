@@ -24,8 +24,8 @@ from vlm.retrieval.index_cases import BATCH, SearchCase, cases_of
 from vlm.retrieval.index_choice import AUTO
 from vlm.retrieval.index_plot import recall_latency_png
 from vlm.retrieval.index_sweep import Comparison, SweepPoint, compare_all, loss_of, sweep
-from vlm.retrieval.pairs import RetrievalPairs, pairs_of_benchmark, pairs_of_split
-from vlm.retrieval.protocol import question_of, sha256_of_images
+from vlm.retrieval.pairs import pairs_of_benchmark, pairs_of_split
+from vlm.retrieval.protocol import questions_of
 
 _KS = (1, 5, 10)
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -167,26 +167,9 @@ def _vectors_of(options: Any) -> _Vectors:
         "bundle": str(options.source),
         "model": embedder.fingerprint,
         "data": str(options.data),
-        "questions": _questions_of(pairs),
+        "questions": {name: asked.fingerprint for name, asked in questions_of(pairs).items()},
     }
     return _Vectors(embedder.encode_image(pairs.images, show_progress_bar=True), texts, origin)
-
-
-def _questions_of(pairs: RetrievalPairs) -> dict[str, str]:
-    """Return the fingerprint of each language's question, as `vlm eval retrieval` gives it."""
-    pictures = sha256_of_images(pairs.images)
-    return {
-        language: question_of(
-            pairs.images,
-            of_language.texts,
-            of_language.matches,
-            language=language,
-            duplicates=pairs.duplicates,
-            cleaning=pairs.cleaning,
-            images_sha256=pictures,
-        ).fingerprint
-        for language, of_language in pairs.texts.items()
-    }
 
 
 def _vectors_of_embeddings(folder: Path, device: str | None) -> _Vectors:

@@ -1,5 +1,6 @@
 """What a model is made of: the configuration of its towers."""
 
+import math
 from dataclasses import dataclass, field
 
 from vlm.errors import ConfigError
@@ -7,6 +8,9 @@ from vlm.models.multiway_config import MultiwayConfig
 
 MAX_LOGIT_SCALE = 100.0
 """CLIP's bound on the inverse temperature (Radford et al. 2021, section 2.5)."""
+
+MAX_LOG_LOGIT_SCALE = math.log(MAX_LOGIT_SCALE) - 1e-6
+"""A little less than its logarithm, whose exponential in float32 would exceed the bound."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,14 +9,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vlm.models import image_tower, text_tower
-from vlm.models.config import MAX_LOGIT_SCALE
+from vlm.models.config import MAX_LOG_LOGIT_SCALE
 from vlm.models.encoder import MAIN, States
 from vlm.models.image_tower import ImageTower, PatchLayout
 from vlm.models.text_tower import Replacement, TextTower
 from vlm.text.tokenizer import TokenBatch
-
-# A little less than the logarithm, whose exponential in float32 would exceed the bound.
-_MAX_LOG_LOGIT_SCALE = math.log(MAX_LOGIT_SCALE) - 1e-6
 
 
 class DualEncoder(nn.Module):
@@ -146,7 +143,7 @@ class DualEncoder(nn.Module):
         Bounding the stored parameter, not the scale in the forward pass, leaves the scale its
         gradient at the bound.
         """
-        self.log_logit_scale.clamp_(max=_MAX_LOG_LOGIT_SCALE)
+        self.log_logit_scale.clamp_(max=MAX_LOG_LOGIT_SCALE)
 
     def set_grad_checkpointing(self, enable: bool) -> None:
         """Compute activations again in the backward pass instead of keeping them, or do not.

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vlm.errors import ConfigError
-from vlm.models.config import MAX_LOGIT_SCALE
+from vlm.models.config import MAX_LOG_LOGIT_SCALE
 from vlm.models.encoder import MAIN, UNIMODAL, States
 from vlm.models.multiway_config import (
     IMAGE_BRANCH,
@@ -22,8 +22,6 @@ from vlm.models.multiway_layers import MultiwayStack
 from vlm.models.multiway_unimodal import UnimodalEncoders, drop_patches
 from vlm.text.tokenizer import TokenBatch
 
-# A little less than the logarithm, whose exponential in float32 would exceed the bound.
-_MAX_LOG_LOGIT_SCALE = math.log(MAX_LOGIT_SCALE) - 1e-6
 _KEPT_POSITIONS = POSITION_OFFSET + 1  # no position, twice, and the class token's
 
 
@@ -177,8 +175,8 @@ class MultiwayEncoder(nn.Module):
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
         """Bring the temperatures back into their bound; called after every optimizer step."""
-        self.log_logit_scale.clamp_(max=_MAX_LOG_LOGIT_SCALE)
-        self.log_unimodal_logit_scale.clamp_(max=_MAX_LOG_LOGIT_SCALE)
+        self.log_logit_scale.clamp_(max=MAX_LOG_LOGIT_SCALE)
+        self.log_unimodal_logit_scale.clamp_(max=MAX_LOG_LOGIT_SCALE)
 
     def set_grad_checkpointing(self, enable: bool) -> None:
         """Compute activations again in the backward pass instead of keeping them, or do not."""

@@ -108,8 +108,8 @@ class PretrainingModel(nn.Module):
             texts: Captions by language; none at all is possible.
             on_texts: Called with the text features of each head before the pictures are encoded,
                 so that they can travel meanwhile; the head carries what it returns.
-            hidden: What masked modelling hides; it takes part where both sides are given and
-                gradients are asked for.
+            hidden: What masked modelling hides; its losses are there where both sides are given
+                and gradients are asked for.
         """
         if images is None or not texts or self.masked is None or hidden is None:
             return self._contrasted(images, texts, on_texts)

@@ -10,7 +10,7 @@ from vlm.embedder import Embedder
 from vlm.errors import VlmError
 from vlm.retrieval.metrics import mean_recall, mean_reciprocal_rank, median_rank, recall_at
 from vlm.retrieval.pairs import RetrievalPairs
-from vlm.retrieval.protocol import Question, Reading, question_of, reading_of, sha256_of_images
+from vlm.retrieval.protocol import Question, Reading, questions_of, reading_of
 from vlm.retrieval.ranks import exact_ranks_both
 
 CUTOFFS = (1, 5, 10)
@@ -60,19 +60,7 @@ def evaluate_with_protocol(
         VlmError: as `evaluate_retrieval`.
         DataError: a language has no right picture at all.
     """
-    pictures = sha256_of_images(pairs.images)
-    questions = {
-        language: question_of(
-            pairs.images,
-            of_language.texts,
-            of_language.matches,
-            language=language,
-            duplicates=pairs.duplicates,
-            cleaning=pairs.cleaning,
-            images_sha256=pictures,
-        )
-        for language, of_language in pairs.texts.items()
-    }
+    questions = questions_of(pairs)
     texts = [text for of_language in pairs.texts.values() for text in of_language.texts]
     return Evaluation(
         scores=evaluate_retrieval(

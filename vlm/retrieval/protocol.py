@@ -15,6 +15,7 @@ from vlm.data.benchmarks.benchmark import DuplicatePolicy
 from vlm.embedder import Embedder
 from vlm.errors import DataError
 from vlm.images.decoding import ImageSource
+from vlm.retrieval.pairs import RetrievalPairs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,6 +106,27 @@ def question_of(
         cleaning=cleaning,
         sha256=_digest(content),
     )
+
+
+def questions_of(pairs: RetrievalPairs) -> dict[str, Question]:
+    """Describe what a benchmark asks, by language.
+
+    Raises:
+        DataError: a language has no right picture at all.
+    """
+    pictures = sha256_of_images(pairs.images)
+    return {
+        language: question_of(
+            pairs.images,
+            of_language.texts,
+            of_language.matches,
+            language=language,
+            duplicates=pairs.duplicates,
+            cleaning=pairs.cleaning,
+            images_sha256=pictures,
+        )
+        for language, of_language in pairs.texts.items()
+    }
 
 
 def reading_of(embedder: Embedder, texts: Sequence[str], transform: Mapping[str, Any]) -> Reading:

@@ -112,7 +112,7 @@ def score(folder: Path) -> dict[str, Any]:
 
 def table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Return a Markdown table of means over seeds, with the extremes."""
-    from vlm.retrieval.evaluation import markdown_table
+    from vlm.markdown import markdown_table
 
     def cell(values: Sequence[float]) -> str:
         ends = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""

@@ -72,7 +72,7 @@ def last_parts(folder: Path) -> dict[str, float]:
 
 def table(runs: Mapping[str, Mapping[str, Any]]) -> str:
     """Return a Markdown table with a column a variant."""
-    from vlm.retrieval.evaluation import markdown_table
+    from vlm.markdown import markdown_table
 
     rows = [
         ["processor seconds a step", *(f"{run['seconds_a_step']:.2f}" for run in runs.values())],

@@ -222,7 +222,7 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, list[dict[st
 
 def results_table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Return a Markdown table of means, with the extremes where there are several runs."""
-    from vlm.retrieval.evaluation import markdown_table
+    from vlm.markdown import markdown_table
 
     def cell(values: Sequence[float], digits: int) -> str:
         ends = f" ({min(values):,.{digits}f} to {max(values):,.{digits}f})"

@@ -166,7 +166,7 @@ def run_seed(
 
 def table(runs: Sequence[Mapping[str, Mapping[str, Mapping[str, float]]]]) -> str:
     """Return a Markdown table of mean recalls, means over seeds."""
-    from vlm.retrieval.evaluation import markdown_table
+    from vlm.markdown import markdown_table
 
     def cell(name: str, when: str, key: str) -> str:
         values = [run[name][when][key] for run in runs if when in run[name]]

@@ -1,4 +1,8 @@
-"""What every test shares: few threads, and no test marked for hardware that is not there."""
+"""What every test shares: few threads, no test marked for hardware that is not there, fixtures.
+
+`vlm` is imported in the fixtures: a conftest may be read before shapes are checked, and what is
+imported before is not checked at all.
+"""
 
 import os
 
@@ -35,3 +39,25 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str
     (folder / "left over").touch()  # the second run replaces the first
     out, err = run_vlm("quickstart", "--out", folder, *TINY_QUICKSTART)
     return folder, out, err
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory):
+    """Return a folder whose split `test` shows 12 concepts twice, in two styles."""
+    from tests.builders import make_samples, write_split
+
+    return write_split(tmp_path_factory.mktemp("data"), make_samples(24), split="test")
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory):
+    from tests.builders import tiny_bundle
+
+    return tiny_bundle(tmp_path_factory.mktemp("run") / "bundle", context_length=32)
+
+
+@pytest.fixture(scope="session")
+def embedder(bundle):
+    from vlm.embedder import Embedder
+
+    return Embedder.load(bundle, device="cpu")

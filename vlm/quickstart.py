@@ -16,12 +16,12 @@ from vlm.data.sample import Sample
 from vlm.embedder import Embedder
 from vlm.errors import ConfigError
 from vlm.files import write_file
-from vlm.retrieval.contact_sheet import FoundPicture, SheetRow, contact_sheet_svg
-from vlm.retrieval.embeddings import pictures_in_split, read_embeddings, write_embeddings
+from vlm.reports.contact_sheet import FoundPicture, SheetRow, contact_sheet_svg
 from vlm.retrieval.evaluation import evaluate_retrieval, format_scores
-from vlm.retrieval.index import VectorIndex
 from vlm.retrieval.pairs import pairs_of_split
-from vlm.retrieval.search import build_search_index
+from vlm.search.embeddings import pictures_in_split, read_embeddings, write_embeddings
+from vlm.search.index import VectorIndex
+from vlm.search.search_index import build_search_index
 from vlm.text.caption_ids import text_id
 from vlm.training.config import TrainConfig
 from vlm.training.plots import plot_loss, plot_recall

@@ -145,8 +145,8 @@ def test_scores_become_a_table():
         for k, value in zip((1, 10), np.add(values, shift).tolist(), strict=True)
     } | {"en/mean_recall": 0.25, "zh/mean_recall": 0.575}
     assert format_scores({"val": scores}).splitlines() == [
-        "| benchmark | language | direction     | R@1   | R@10  | MR    |",
-        "| --------- | -------- | ------------- | ----- | ----- | ----- |",
+        "| benchmark | language | direction     |   R@1 |  R@10 |    MR |",
+        "| --------- | -------- | ------------- | ----: | ----: | ----: |",
         "| val       | zh       | text to image | 0.250 | 1.000 | 0.625 |",
         "| val       | zh       | image to text | 0.150 | 0.900 | 0.525 |",
         "| val       | en       | text to image | 0.100 | 0.500 | 0.300 |",

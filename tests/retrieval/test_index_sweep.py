@@ -6,10 +6,10 @@ import pytest
 
 from vlm.errors import SearchIndexError
 from vlm.retrieval import index_sweep
-from vlm.retrieval.approximate import build_index
-from vlm.retrieval.index import Hits
 from vlm.retrieval.index_cases import ann_recall, answers, cases_of, milliseconds_per_query
 from vlm.retrieval.index_sweep import compare, compare_all, loss_of, sweep
+from vlm.search.approximate import build_index
+from vlm.search.index import Hits
 
 GIB = 2**30
 

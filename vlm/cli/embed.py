@@ -7,7 +7,7 @@ from jsonargparse import ArgumentParser
 
 from vlm.embedder import Embedder
 from vlm.errors import VlmError
-from vlm.retrieval.embeddings import pictures_in_folder, pictures_in_split, write_embeddings
+from vlm.search.embeddings import pictures_in_folder, pictures_in_split, write_embeddings
 
 
 def add_arguments(parser: ArgumentParser) -> None:

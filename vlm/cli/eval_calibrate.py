@@ -9,8 +9,8 @@ from jsonargparse import ArgumentParser
 
 from vlm.bundle import store_calibration
 from vlm.embedder import Embedder
+from vlm.markdown import markdown_table
 from vlm.retrieval.calibration import CalibrationPlan, calibrate
-from vlm.retrieval.evaluation import markdown_table
 from vlm.retrieval.pairs import pairs_of_split
 
 

@@ -22,7 +22,7 @@ from vlm.classification.prompts import read_templates
 from vlm.embedder import Embedder
 from vlm.errors import VlmError
 from vlm.files import write_file
-from vlm.retrieval.evaluation import markdown_table
+from vlm.markdown import markdown_table
 from vlm.retrieval.pairs import parse_condition
 
 _TIES = "a wrong class with the same score as the right one comes before it"

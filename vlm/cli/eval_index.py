@@ -17,15 +17,15 @@ from vlm.data.manifest import is_data_folder
 from vlm.embedder import Embedder
 from vlm.errors import ConfigError, DataError, SearchIndexError
 from vlm.files import write_file
-from vlm.retrieval.approximate import ApproximateIndex
-from vlm.retrieval.embeddings import DESCRIPTION_NAME, read_embeddings
-from vlm.retrieval.evaluation import markdown_table
+from vlm.markdown import markdown_table
+from vlm.reports.index_plot import recall_latency_png
 from vlm.retrieval.index_cases import BATCH, SearchCase, cases_of
-from vlm.retrieval.index_choice import AUTO
-from vlm.retrieval.index_plot import recall_latency_png
 from vlm.retrieval.index_sweep import Comparison, SweepPoint, compare_all, loss_of, sweep
 from vlm.retrieval.pairs import pairs_of_benchmark, pairs_of_split
 from vlm.retrieval.protocol import questions_of
+from vlm.search.approximate import ApproximateIndex
+from vlm.search.embeddings import DESCRIPTION_NAME, read_embeddings
+from vlm.search.index_choice import AUTO
 
 _KS = (1, 5, 10)
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -139,7 +139,7 @@ def format_comparisons(comparisons: Sequence[Comparison]) -> str:
             f"{each.exact_milliseconds_per_query:.4f}", f"{each.bytes_per_vector:.0f}",
             f"{each.build_seconds:.3f}", parameters or "-",
         ])  # fmt: skip
-    return markdown_table(header, rows)
+    return markdown_table(header, rows, text_columns=3)
 
 
 def _vectors_of(options: Any) -> _Vectors:

@@ -6,8 +6,8 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from vlm.retrieval.results import read_results
-from vlm.retrieval.table import as_record, format_tables, tables_of
+from vlm.reports.results import read_results
+from vlm.reports.table import as_record, format_tables, tables_of
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from vlm.retrieval.search import build_search_index
+from vlm.search.search_index import build_search_index
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from jsonargparse import ArgumentParser
 
 from vlm.embedder import Embedder
 from vlm.errors import VlmError
-from vlm.retrieval.search import Hit, SearchIndex, hits_as_records
+from vlm.search.search_index import Hit, SearchIndex, hits_as_records
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -1,1 +1,1 @@
-"""Retrieval metrics, FAISS indexes, search and evaluation."""
+"""What retrieval asks of a model, and how well it answers: pairs, protocol, ranks, scores."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from vlm.embedder import Embedder
 from vlm.errors import VlmError
+from vlm.markdown import markdown_table
 from vlm.retrieval.metrics import mean_recall, mean_reciprocal_rank, median_rank, recall_at
 from vlm.retrieval.pairs import RetrievalPairs
 from vlm.retrieval.protocol import Question, Reading, questions_of, reading_of
@@ -128,16 +129,4 @@ def format_scores(scores: Mapping[str, Mapping[str, float]]) -> str:
                 recalls = [of_one[f"{language}/{direction}/recall@{k}"] for k in cutoffs]
                 cells = [f"{value:.3f}" for value in [*recalls, mean_recall(recalls)]]
                 rows.append([benchmark, language, direction.replace("_", " "), *cells])
-    return markdown_table(header, rows)
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table whose columns line up in plain text as well."""
-    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
-    lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        "| "
-        + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        + " |"
-        for line in lines
-    )
+    return markdown_table(header, rows, text_columns=3)

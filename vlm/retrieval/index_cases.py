@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Float32, Int, Int64
 
 from vlm.errors import SearchIndexError
-from vlm.retrieval.approximate import ApproximateIndex
-from vlm.retrieval.index import Hits, VectorIndex
 from vlm.retrieval.ranks import exact_ranks_both
+from vlm.search.approximate import ApproximateIndex
+from vlm.search.index import Hits, VectorIndex
 
 BATCH = 32
 """Queries that are searched for at a time when the time is taken, on one thread."""

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Int
 
-from vlm.retrieval.approximate import ApproximateIndex, build_index
-from vlm.retrieval.index import Hits
 from vlm.retrieval.index_cases import SearchCase, ann_recall, answers, milliseconds_per_query
-from vlm.retrieval.index_choice import AUTO, choose_factory, smallest_reaching
 from vlm.retrieval.metrics import first_correct_ranks, recall_at
+from vlm.search.approximate import ApproximateIndex, build_index
+from vlm.search.index import Hits
+from vlm.search.index_choice import AUTO, choose_factory, smallest_reaching
 
 WARN_ABOVE = 0.01
 """Loss of R@1 beyond which `loss_of` says so."""

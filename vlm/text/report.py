@@ -15,6 +15,7 @@ import numpy as np
 
 from vlm.errors import TokenizerError
 from vlm.files import write_file
+from vlm.markdown import markdown_table
 from vlm.text.cleaning import CLEANING
 from vlm.text.tokenizer import Tokenizer
 from vlm.text.words import split_words
@@ -350,7 +351,7 @@ def _format_language(
             f"## {language}: {first.texts:,} texts, {first.characters / first.texts:.1f} "
             f"characters and {first.words / first.texts:.1f} words each",
             "",
-            _markdown_table(_HEADER, rows),
+            markdown_table(_HEADER, rows),
             "",
             "Words that cost most, with their pieces and occurrences:",
             "",
@@ -361,23 +362,6 @@ def _format_language(
 
 def _percent(share: float) -> str:
     return f"{100 * share:.2f} %"
-
-
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table, names to the left and numbers to the right."""
-    widths = [max(map(_width, column)) for column in zip(header, *rows, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = []
-    for cells in (header, rule, *rows):
-        spaces = [" " * (width - _width(cell)) for cell, width in zip(cells, widths, strict=True)]
-        aligned = [space + cell for cell, space in zip(cells, spaces, strict=True)]
-        lines.append("| " + " | ".join([cells[0] + spaces[0], *aligned[1:]]) + " |")
-    return "\n".join(lines)
-
-
-def _width(text: str) -> int:
-    """Return the columns of a text in a terminal, where Chinese characters take two."""
-    return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
 
 
 def check_plot_path(path: Path) -> None:

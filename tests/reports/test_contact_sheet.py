@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.builders import encoded, picture
-from vlm.retrieval.contact_sheet import FoundPicture, SheetRow, contact_sheet_svg
+from vlm.reports.contact_sheet import FoundPicture, SheetRow, contact_sheet_svg
 
 SVG = "{http://www.w3.org/2000/svg}"
 GREEN = "#1a9641"

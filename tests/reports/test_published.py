@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlm.retrieval.published import published_benchmarks, published_rows
+from vlm.reports.published import published_benchmarks, published_rows
 
 ROWS = published_rows()
 ROOT = Path(__file__).parents[2]
@@ -88,4 +88,4 @@ def test_pictures_find_one_of_five_captions_more_easily_than_a_caption_its_pictu
 def test_the_table_is_within_the_package_that_is_shipped():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert project["tool"]["hatch"]["build"]["targets"]["wheel"] == {"packages": ["vlm"]}
-    assert (ROOT / "vlm/retrieval/published.yaml").is_file()
+    assert (ROOT / "vlm/reports/published.yaml").is_file()

@@ -14,8 +14,8 @@ from jaxtyping import Float32
 from vlm.embedder import Embedder
 from vlm.errors import DataError, SearchIndexError
 from vlm.files import sha256_of, write_folder
-from vlm.retrieval.embeddings import read_embeddings
-from vlm.retrieval.index import VectorIndex
+from vlm.search.embeddings import read_embeddings
+from vlm.search.index import VectorIndex
 
 _INDEX, _METADATA, _DESCRIPTION = "image.index", "metadata.parquet", "index.json"
 

@@ -11,8 +11,8 @@ import pytest
 from tests.builders import encoded, make_sample, make_samples, picture, tiny_bundle
 from vlm.embedder import Embedder
 from vlm.errors import DataError, SearchIndexError
-from vlm.retrieval.embeddings import pictures_in_folder, pictures_in_split, write_embeddings
-from vlm.retrieval.search import SearchIndex, build_search_index, hits_as_records
+from vlm.search.embeddings import pictures_in_folder, pictures_in_split, write_embeddings
+from vlm.search.search_index import SearchIndex, build_search_index, hits_as_records
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from vlm.errors import SearchIndexError
-from vlm.retrieval.approximate import Tunable, build_index
+from vlm.search.approximate import Tunable, build_index
 
 
 def unit_vectors(count, dim=32, seed=0):
@@ -113,7 +113,7 @@ def test_vectors_that_are_no_numbers_or_not_there_are_refused():
 
 
 def test_more_vectors_than_training_needs_are_sampled_by_the_seed(monkeypatch):
-    monkeypatch.setattr("vlm.retrieval.approximate._TRAINING_POINTS", 1)
+    monkeypatch.setattr("vlm.search.approximate._TRAINING_POINTS", 1)
     vectors, queries = unit_vectors(2000), unit_vectors(40, seed=1)
     found = [
         build_index(vectors, "SQ4", seed=seed, device="cpu").search(queries, 5).scores.tolist()

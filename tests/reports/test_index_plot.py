@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm.retrieval.index_plot import recall_latency_png
+from vlm.reports.index_plot import recall_latency_png
 from vlm.retrieval.index_sweep import SweepPoint
 
 

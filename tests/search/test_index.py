@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vlm.errors import SearchIndexError
-from vlm.retrieval.index import VectorIndex
+from vlm.search.index import VectorIndex
 
 
 def unit_vectors(count, dim=24, seed=0):

@@ -9,7 +9,7 @@ import pytest
 
 from tests.builders import encoded, make_samples, picture
 from vlm.errors import DataError, SearchIndexError
-from vlm.retrieval.embeddings import (
+from vlm.search.embeddings import (
     Picture,
     pictures_in_folder,
     pictures_in_split,

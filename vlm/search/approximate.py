@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from vlm.errors import SearchIndexError
-from vlm.retrieval.index import Hits, VectorIndex
+from vlm.search.index import Hits, VectorIndex
 
 _TRAINING_POINTS = 256  # a centroid, beyond which k-means of FAISS draws a sample itself
 _TUNABLE = ("nprobe", "efSearch", "k_factor_rf")

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from vlm.errors import SearchIndexError
-from vlm.retrieval.approximate import build_index
-from vlm.retrieval.index_choice import choose_factory, smallest_reaching
+from vlm.search.approximate import build_index
+from vlm.search.index_choice import choose_factory, smallest_reaching
 
 FLAT, HNSW = 4 * 512, 4 * 512 + 256 + 16
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.run_files import RECALLS, benchmark, question, write_run
 from vlm.errors import ConfigError, DataError
-from vlm.retrieval.results import difference, read_results
+from vlm.reports.results import difference, read_results
 
 
 def test_a_run_has_a_result_for_each_benchmark_and_language(tmp_path):

@@ -84,5 +84,5 @@ def _six(recalls: Sequence[float | None]) -> tuple[float | None, ...]:
 
 
 def _record() -> Any:
-    text = resources.files("vlm.retrieval").joinpath("published.yaml").read_text(encoding="utf-8")
+    text = resources.files("vlm.reports").joinpath("published.yaml").read_text(encoding="utf-8")
     return yaml.safe_load(text)

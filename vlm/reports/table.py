@@ -7,15 +7,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vlm.errors import ConfigError, DataError
-from vlm.retrieval.evaluation import markdown_table
-from vlm.retrieval.metrics import mean_recall
-from vlm.retrieval.published import (
+from vlm.markdown import markdown_table
+from vlm.reports.published import (
     PublishedBenchmark,
     PublishedRow,
     published_benchmarks,
     published_rows,
 )
-from vlm.retrieval.results import SCORES, WORDS, Result, difference, in_words
+from vlm.reports.results import SCORES, WORDS, Result, difference, in_words
+from vlm.retrieval.metrics import mean_recall
 
 _OTHER = "≠"
 _SHORT = {

@@ -1,0 +1,38 @@
+"""Tables in Markdown that line up in a terminal as well."""
+
+import unicodedata
+from collections.abc import Sequence
+
+
+def markdown_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1
+) -> str:
+    """Return a table, its first columns to the left and those with numbers to the right.
+
+    Args:
+        header: The names of the columns.
+        rows: Their cells, as many a row.
+        text_columns: How many columns at the beginning hold text.
+    """
+    widths = [max(map(_width, column)) for column in zip(header, *rows, strict=True)]
+    rule = [
+        "-" * width if number < text_columns else "-" * (width - 1) + ":"
+        for number, width in enumerate(widths)
+    ]
+    lines = []
+    for cells in (header, rule, *rows):
+        padded = [
+            cell + space if number < text_columns else space + cell
+            for number, (cell, space) in enumerate(zip(cells, _spaces(cells, widths), strict=True))
+        ]
+        lines.append("| " + " | ".join(padded) + " |")
+    return "\n".join(lines)
+
+
+def _spaces(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
+    return [" " * (width - _width(cell)) for cell, width in zip(cells, widths, strict=True)]
+
+
+def _width(text: str) -> int:
+    """Return the columns of a text in a terminal, where Chinese characters take two."""
+    return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)

@@ -1,0 +1,1 @@
+"""What people read of an evaluation: results, tables with published rows, plots, examples."""

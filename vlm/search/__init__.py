@@ -1,0 +1,1 @@
+"""Vectors on disk, and how they are searched: embeddings, FAISS indexes, index folders."""

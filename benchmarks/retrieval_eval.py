@@ -1,15 +1,14 @@
 """Measure exact retrieval ranks beside CLIP_benchmark's and Chinese-CLIP's: time, CPU, memory.
 
 Every system has a process of its own, with the same features and threads; they take turns. One
-JSON object goes to stdout, a Markdown table to stderr; `benchmarks/README.md` says what is
-compared.
+JSON object goes to stdout, Markdown tables to stderr; `benchmarks/README.md` says what is
+compared. Memory is read from `/proc`, so that it runs on Linux only.
 """
 
 import argparse
 import json
 import multiprocessing
 import os
-import resource
 import runpy
 import statistics
 import sys
@@ -24,12 +23,15 @@ import numpy as np
 from setting import describe_setting
 
 CUTOFFS = (1, 5, 10)
+FEATURES = ("texts", "images", "pairs")
 TITLES = {
     "clip_benchmark": "CLIP_benchmark `zeroshot_retrieval`, both directions",
     "vlm_both": "vlm `exact_ranks_both`, both directions",
     "cn_clip": "cn_clip `make_topk_predictions`, text to image (scaled)",
     "vlm_one": "vlm `exact_ranks`, text to image",
 }
+COMPARED = ("images", "texts", "dim", "signal", "mapped")
+STAGES = ("after_torch", "before_scoring", "peak", "added")
 BASE = {"vlm_both": "clip_benchmark", "vlm_one": "cn_clip"}
 CN_CLIP_TEXTS = (100, 600)
 """Texts of the two runs whose difference gives cn_clip's time per text."""
@@ -108,74 +110,96 @@ def cn_clip_seconds(folder: Path, texts: int) -> tuple[float, float]:
     return time.perf_counter() - started, time.process_time() - used
 
 
+def memory_mib(name: str) -> float:
+    """Return a field of this process's status: `RssAnon`, `VmRSS`, or `VmHWM`, the most ever."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.split(f"{name}:")[1].split()[0]) / 1024
+
+
+def memory_now() -> dict[str, float]:
+    """Return what this process has in memory, and how much of it is its own: no mapped files."""
+    return {"whole_mib": memory_mib("VmRSS"), "anonymous_mib": memory_mib("RssAnon")}
+
+
 class AnonymousMemory(threading.Thread):
-    """Samples the process's own memory, without mapped files, every 20 ms."""
+    """Samples the process's own memory, without mapped files, every 5 ms."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.peak = 0
+        self.peak = memory_mib("RssAnon")
         self.stopped = threading.Event()
-
-    @staticmethod
-    def now() -> int:
-        """Return bytes of anonymous memory in use."""
-        fields = Path("/proc/self/status").read_text().split("RssAnon:")[1].split()
-        return int(fields[0]) * 1024
 
     def run(self) -> None:
         """Sample until stopped."""
-        while not self.stopped.wait(0.02):
-            self.peak = max(self.peak, self.now())
+        while not self.stopped.wait(0.005):
+            self.peak = max(self.peak, memory_mib("RssAnon"))
 
 
-def serve(connection: Connection, system: str, options: argparse.Namespace) -> None:
+def serve(connection: Connection, system: str, folder: Path, options: argparse.Namespace) -> None:
     """Run one system whenever asked, and send what it took."""
     import torch
 
     torch.set_num_threads(options.threads)
-    with tempfile.TemporaryDirectory(prefix="retrieval_") as name:
-        folder = Path(name)
-        texts, images, pairs = features(options)
+    memory = {"after_torch": memory_now()}
+    arrays = []
+    if system != "cn_clip":  # it reads its own files
+        mode = "r" if options.mapped else None
+        arrays = [np.load(folder / f"{name}.npy", mmap_mode=mode) for name in FEATURES]
+    memory["before_scoring"] = memory_now()
+    sampler = AnonymousMemory()
+    sampler.start()
+    while connection.recv():
+        started, used = time.perf_counter(), time.process_time()
+        recalls: list[float] = []
         if system == "cn_clip":
-            write_features(folder / "images.jsonl", "image", images)
-            for count in CN_CLIP_TEXTS:
-                write_features(folder / f"{count}.jsonl", "text", texts[:count])
-        while connection.recv():
-            sampler = AnonymousMemory()
-            before = sampler.now()
-            sampler.start()
-            started, used = time.perf_counter(), time.process_time()
-            recalls: list[float] = []
-            if system == "cn_clip":
-                runs = [cn_clip_seconds(folder, count) for count in CN_CLIP_TEXTS]
-                scale = options.texts / (CN_CLIP_TEXTS[1] - CN_CLIP_TEXTS[0])
-                wall, cpu = (scale * (runs[1][k] - runs[0][k]) for k in range(2))
+            runs = [cn_clip_seconds(folder, count) for count in CN_CLIP_TEXTS]
+            scale = options.texts / (CN_CLIP_TEXTS[1] - CN_CLIP_TEXTS[0])
+            wall, cpu = (scale * (runs[1][k] - runs[0][k]) for k in range(2))
+        else:
+            if system == "clip_benchmark":
+                recalls = clip_benchmark_recalls(*arrays)
             else:
-                if system == "clip_benchmark":
-                    recalls = clip_benchmark_recalls(texts, images, pairs)
-                else:
-                    recalls = our_recalls(texts, images, pairs, both=system == "vlm_both")
-                wall, cpu = time.perf_counter() - started, time.process_time() - used
-            sampler.stopped.set()
-            sampler.join()
-            connection.send(
-                {
-                    "wall_s": wall,
-                    "cpu_s": cpu,
-                    "recalls": recalls,
-                    "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-                    "added_mib": (max(sampler.peak, before) - before) / 2**20,
-                }
-            )
+                recalls = our_recalls(*arrays, both=system == "vlm_both")
+            wall, cpu = time.perf_counter() - started, time.process_time() - used
+        memory["peak"] = {"whole_mib": memory_mib("VmHWM"), "anonymous_mib": sampler.peak}
+        connection.send({"wall_s": wall, "cpu_s": cpu, "recalls": recalls, "memory": memory})
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
-    """Run the systems in turns; the first round of each also imports and is not timed."""
+    """Write the features, let the systems score them in turns, and set them side by side."""
+    with tempfile.TemporaryDirectory(prefix="retrieval_") as name:
+        folder = Path(name)
+        texts, images, pairs = features(options)
+        for file, array in zip(FEATURES, (texts, images, pairs), strict=True):
+            np.save(folder / f"{file}.npy", array)
+        write_features(folder / "images.jsonl", "image", images)
+        for count in CN_CLIP_TEXTS:
+            write_features(folder / f"{count}.jsonl", "text", texts[:count])
+        runs = take_turns(folder, options)
+    table: dict[str, Any] = {}
+    for system, of_system in runs.items():
+        timed = of_system[1:]
+        table[system] = {
+            key: statistics.median(run[key] for run in timed) for key in ("wall_s", "cpu_s")
+        } | {
+            "wall_s_all": [run["wall_s"] for run in timed],
+            "memory": of_system[-1]["memory"],
+            "recalls": of_system[0]["recalls"],
+        }
+    for system, base in BASE.items():
+        table[system]["times_faster"] = table[base]["wall_s"] / table[system]["wall_s"]
+    both, peer = table["vlm_both"]["recalls"], table["clip_benchmark"]["recalls"]
+    table["largest_difference"] = max(abs(a - b) for a, b in zip(both, peer, strict=True))
+    return table
+
+
+def take_turns(folder: Path, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Return every round of every system; the first also imports and is not timed."""
     context = multiprocessing.get_context("spawn")
     workers = {}
     for system in TITLES:
         ours, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs, system, options), daemon=True)
+        process = context.Process(target=serve, args=(theirs, system, folder, options), daemon=True)
         process.start()
         workers[system] = (process, ours)
     runs: dict[str, list[dict[str, Any]]] = {system: [] for system in TITLES}
@@ -188,24 +212,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     for process, connection in workers.values():
         connection.send(False)
         process.join()
-    table: dict[str, Any] = {}
-    for system, of_system in runs.items():
-        timed = of_system[1:]
-        table[system] = {
-            key: statistics.median(run[key] for run in timed) for key in ("wall_s", "cpu_s")
-        } | {
-            "wall_s_all": [run["wall_s"] for run in timed],
-            "peak_rss_mib": max(run["peak_rss_mib"] for run in of_system),
-            "added_mib": max(run["added_mib"] for run in of_system),
-            "recalls": of_system[0]["recalls"],
-        }
-    for system, base in BASE.items():
-        table[system]["times_faster"] = table[base]["wall_s"] / table[system]["wall_s"]
-        for key in ("peak_rss_mib", "added_mib"):
-            table[system][f"{key}_ratio"] = table[system][key] / table[base][key]
-    both, peer = table["vlm_both"]["recalls"], table["clip_benchmark"]["recalls"]
-    table["largest_difference"] = max(abs(a - b) for a, b in zip(both, peer, strict=True))
-    return table
+    return runs
 
 
 def large(options: argparse.Namespace) -> dict[str, Any]:
@@ -266,8 +273,8 @@ def rank_large(rank: int, folder: str, processes: int, queries: int | None) -> N
     images, texts = (np.load(f"{folder}/{name}.npy", mmap_mode="r") for name in ("images", "texts"))
     texts = texts[:queries]
     pairs = np.stack([np.arange(len(texts)), np.arange(len(texts)) % len(images)], axis=1)
+    before = memory_mib("RssAnon")
     sampler = AnonymousMemory()
-    before = sampler.now()
     sampler.start()
     started, used = time.perf_counter(), time.process_time()
     found = exact_ranks_both(
@@ -276,8 +283,8 @@ def rank_large(rank: int, folder: str, processes: int, queries: int | None) -> N
     record = {
         "wall_s": time.perf_counter() - started,
         "cpu_s": time.process_time() - used,
-        "own_mib": sampler.peak / 2**20,
-        "added_mib": (sampler.peak - before) / 2**20,
+        "own_mib": sampler.peak,
+        "added_mib": sampler.peak - before,
         "median_rank": [median_rank(ranks) for ranks in found],
     }
     (Path(folder) / f"{rank}.json").write_text(json.dumps(record))
@@ -288,28 +295,50 @@ def rank_large(rank: int, folder: str, processes: int, queries: int | None) -> N
 
 def markdown(results: dict[str, Any]) -> str:
     """Return the tables for people; ratios are to the peer of the row before."""
-    lines = [
-        "| system | wall s | CPU s | peak MiB of the process | MiB added by scoring |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    for system, row in ((s, results["systems"][s]) for s in TITLES if "systems" in results):
-        wall = f"{row['wall_s']:.2f}"
-        memory = [f"{row[key]:,.0f}" for key in ("peak_rss_mib", "added_mib")]
-        if system in BASE:
-            wall += f" ({row['times_faster']:.1f} times faster)"
-            ratios = [row["peak_rss_mib_ratio"], row["added_mib_ratio"]]
-            memory = [f"{m} ({ratio:.3f}x)" for m, ratio in zip(memory, ratios, strict=True)]
-        lines.append(f"| {TITLES[system]} | {wall} | {row['cpu_s']:.2f} | {' | '.join(memory)} |")
+    lines = tables_of_systems(results["systems"]) if "systems" in results else []
     if "large" in results:
         row = results["large"]
         lines += [
-            "",
             f"{row['images']:,} pictures x {row['queries']:,} of {row['texts']:,} texts x "
             f"{row['dim']}, {row['processes']} processes of one thread: {row['wall_s']:.0f} s, "
             f"{row['cpu_s']:.0f} CPU s, {row['own_memory_mib']:,.0f} MiB of own memory a process, "
             f"of which {row['added_mib']:,.0f} MiB added by ranking.",
         ]
     return "\n".join(lines)
+
+
+def tables_of_systems(systems: dict[str, Any]) -> list[str]:
+    """Return the lines of a table of times, and of one of memory."""
+    times = ["| system | wall s | CPU s |", "| --- | ---: | ---: |"]
+    memory = [
+        "| MiB, own / whole | torch imported | before scoring | peak | added by scoring |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for system, title in TITLES.items():
+        row, base = systems[system], systems.get(BASE.get(system, ""))
+        wall = f"{row['wall_s']:.2f}"
+        if base:
+            wall += f" ({row['times_faster']:.1f} times faster)"
+        times.append(f"| {title} | {wall} | {row['cpu_s']:.2f} |")
+        cells = []
+        for stage in STAGES:
+            mine = stage_of(row["memory"], stage)
+            cell = " / ".join(f"{mib:,.0f}" for mib in mine)
+            if base and stage in ("peak", "added"):
+                peers = stage_of(base["memory"], stage)
+                ratios = [mib / peer for mib, peer in zip(mine, peers, strict=True)]
+                cell += f" ({' / '.join(f'{ratio:.3f}x' for ratio in ratios)})"
+            cells.append(cell)
+        memory.append(f"| {title} | {' | '.join(cells)} |")
+    return [*times, "", *memory]
+
+
+def stage_of(memory: dict[str, dict[str, float]], stage: str) -> list[float]:
+    """Return own and whole memory at a stage; `added` is the peak less what was there before."""
+    kinds = ("anonymous_mib", "whole_mib")
+    if stage == "added":
+        return [memory["peak"][kind] - memory["before_scoring"][kind] for kind in kinds]
+    return [memory[stage][kind] for kind in kinds]
 
 
 def main() -> None:
@@ -320,6 +349,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--signal", type=float, default=0.15, help="of its picture in a caption")
     parser.add_argument("--threads", type=int, default=1, help="of each system")
+    parser.add_argument("--mapped", action="store_true", help="every system maps the features")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each system")
     parser.add_argument(
         "--large", type=int, nargs=3, metavar=("IMAGES", "TEXTS", "DIM"),
@@ -334,7 +364,8 @@ def main() -> None:
     if options.large:
         results["large"] = large(options)
     else:
-        results |= {key: getattr(options, key) for key in ("images", "texts", "dim", "signal")}
+        results |= {key: getattr(options, key) for key in COMPARED}
+        results["malloc_mmap_threshold"] = os.environ.get("MALLOC_MMAP_THRESHOLD_")
         results["systems"] = compare(options)
     results["load_after"] = os.getloadavg()[0]
     text = json.dumps(results, indent=1)

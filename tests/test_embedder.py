@@ -9,6 +9,7 @@ from PIL import Image
 
 import vlm
 from tests.builders import THINGS, encoded, picture, tiny_bundle
+from vlm.bundle import load_bundle
 from vlm.embedder import Embedder
 from vlm.errors import DataError, VlmError
 
@@ -28,6 +29,14 @@ def embedder(bundle):
 @pytest.fixture(scope="module")
 def images():
     return [encoded(picture(number, size=(40 + number, 50 - number))) for number in range(9)]
+
+
+def test_the_description_of_the_transform_comes_with_a_bundle(bundle, embedder):
+    assert embedder.transform_cfg == load_bundle(bundle).preprocess_cfg
+    assert embedder.transform_cfg["size"]
+    assert embedder.truncated(32).transform_cfg == embedder.transform_cfg
+    by_hand = Embedder(embedder.model, embedder.tokenizer, embedder.transform)
+    assert by_hand.transform_cfg == {}
 
 
 def test_texts_keep_their_order(embedder):

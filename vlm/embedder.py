@@ -1,8 +1,8 @@
 """`Embedder`: pictures and texts to unit vectors of one space, in input order."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -66,6 +66,8 @@ class Embedder:
         self.languages = tuple(languages)
         self.matryoshka = tuple(matryoshka)
         self.calibration = calibration
+        self.transform_cfg: Mapping[str, Any] = {}
+        """open_clip's description of the picture transform; empty where it is not of a bundle."""
         self.embed_dim = truncate_dim or model.embed_dim
         """Length of the vectors."""
 
@@ -108,7 +110,7 @@ class Embedder:
             model = bundle.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         except (RuntimeError, AssertionError) as error:
             raise VlmError(f"cannot use the device {device}: {error}") from error
-        return cls(
+        embedder = cls(
             model,
             bundle.tokenizer,
             bundle.transform,
@@ -118,6 +120,8 @@ class Embedder:
             truncate_dim=truncate_dim,
             calibration=bundle.calibration,
         )
+        embedder.transform_cfg = bundle.preprocess_cfg
+        return embedder
 
     def truncated(self, dim: int) -> "Embedder":
         """Return an embedder of the same model whose vectors have `dim` numbers.
@@ -125,7 +129,7 @@ class Embedder:
         Raises:
             VlmError: the features were not trained at that width.
         """
-        return Embedder(
+        embedder = Embedder(
             self.model,
             self.tokenizer,
             self.transform,
@@ -135,6 +139,8 @@ class Embedder:
             truncate_dim=dim,
             calibration=self.calibration,
         )
+        embedder.transform_cfg = self.transform_cfg
+        return embedder
 
     @property
     def device(self) -> torch.device:
@@ -157,11 +163,10 @@ class Embedder:
         Raises:
             VlmError: `texts` is a string, or holds something else than strings.
         """
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise VlmError(f"encode_text takes a list of strings, not {texts!r:.60}")
+        check_texts(texts)
         return self._encode(
             texts,
-            lambda chunk: self.model.encode_text(self.tokenizer.encode(chunk).to(self.device)),
+            lambda chunk, _: self.model.encode_text(self.tokenizer.encode(chunk).to(self.device)),
             batch_size=batch_size,
             show_progress_bar=show_progress_bar,
         )
@@ -191,7 +196,7 @@ class Embedder:
             raise VlmError("encode_image takes a list of pictures, not one picture")
         return self._encode(
             images,
-            lambda chunk: self.model.encode_image(self._pixels(chunk)),
+            lambda chunk, first: self.model.encode_image(self._pixels(chunk, first)),
             batch_size=batch_size,
             show_progress_bar=show_progress_bar,
         )
@@ -235,17 +240,21 @@ class Embedder:
             )
         return self.calibration.probability(self.similarity(queries, candidates), prior=prior)
 
-    def _pixels(self, images: Sequence[str | ImageSource]) -> Float[Tensor, "images 3 h w"]:
-        sources = (Path(image) if isinstance(image, str) else image for image in images)
-        return torch.stack([self.transform(decode_image(source)) for source in sources]).to(
-            self.device
-        )
+    def _pixels(
+        self, images: Sequence[str | ImageSource], first: int
+    ) -> Float[Tensor, "images 3 h w"]:
+        """Decode pictures, of which the first is called by the number `first` + 1 in an error."""
+        pictures = [
+            decode_image(Path(image) if isinstance(image, str) else image, name=f"picture {number}")
+            for number, image in enumerate(images, start=first + 1)
+        ]
+        return torch.stack([self.transform(picture) for picture in pictures]).to(self.device)
 
     @torch.inference_mode()
     def _encode(
         self,
         items: Sequence[Item],
-        encode: Callable[[Sequence[Item]], Tensor],
+        encode: Callable[[Sequence[Item], int], Tensor],
         *,
         batch_size: int,
         show_progress_bar: bool,
@@ -254,14 +263,14 @@ class Embedder:
             raise VlmError(f"batch_size is {batch_size}; expected at least 1")
         was_training = self.model.training
         self.model.eval()
+        starts = range(0, len(items), batch_size)
+        silent = not show_progress_bar
         try:
-            starts: Iterable[int] = range(0, len(items), batch_size)
-            if show_progress_bar:
-                starts = tqdm(starts, unit="batch", desc="embedding")
-            rows = [
-                self._cut(encode(items[start : start + batch_size])).cpu().numpy()
-                for start in starts
-            ]
+            with tqdm(starts, unit="batch", desc="embedding", disable=silent) as progress:
+                rows = [
+                    self._cut(encode(items[start : start + batch_size], start)).cpu().numpy()
+                    for start in progress
+                ]
         finally:
             self.model.train(was_training)
         return np.concatenate(rows) if rows else np.zeros((0, self.embed_dim), np.float32)
@@ -270,3 +279,13 @@ class Embedder:
         if features.shape[1] == self.embed_dim:
             return features
         return F.normalize(features[:, : self.embed_dim], dim=-1)
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Refuse what is no list of strings; of one string alone the letters would be embedded.
+
+    Raises:
+        VlmError: `texts` is a string, or holds something else than strings.
+    """
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise VlmError(f"encode_text takes a list of strings, not {texts!r:.60}")

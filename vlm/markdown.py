@@ -1,5 +1,6 @@
 """Tables in Markdown that line up in a terminal as well."""
 
+import re
 import unicodedata
 from collections.abc import Sequence
 
@@ -11,10 +12,11 @@ def markdown_table(
 
     Args:
         header: The names of the columns.
-        rows: Their cells, as many a row.
+        rows: Their cells, as many a row; pipes in them are escaped, and lines are joined.
         text_columns: How many columns at the beginning hold text.
     """
-    widths = [max(map(_width, column)) for column in zip(header, *rows, strict=True)]
+    header, *rows = [[_cell(text) for text in cells] for cells in (header, *rows)]
+    widths = [max(map(width_in_columns, column)) for column in zip(header, *rows, strict=True)]
     rule = [
         "-" * width if number < text_columns else "-" * (width - 1) + ":"
         for number, width in enumerate(widths)
@@ -29,10 +31,16 @@ def markdown_table(
     return "\n".join(lines)
 
 
-def _spaces(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
-    return [" " * (width - _width(cell)) for cell, width in zip(cells, widths, strict=True)]
-
-
-def _width(text: str) -> int:
+def width_in_columns(text: str) -> int:
     """Return the columns of a text in a terminal, where Chinese characters take two."""
     return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
+
+
+def _cell(text: str) -> str:
+    return re.sub(r"\s*[\r\n]\s*", " ", text).replace("|", "\\|")
+
+
+def _spaces(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
+    return [
+        " " * (width - width_in_columns(cell)) for cell, width in zip(cells, widths, strict=True)
+    ]

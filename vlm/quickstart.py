@@ -11,20 +11,35 @@ from pathlib import Path
 
 import torch
 
+from vlm.bulk_embedding import BulkEmbedder
 from vlm.data.dataset import ShardedSplit
 from vlm.data.sample import Sample
 from vlm.embedder import Embedder
 from vlm.errors import ConfigError
 from vlm.files import write_file
-from vlm.reports.contact_sheet import FoundPicture, SheetRow, contact_sheet_svg
-from vlm.retrieval.evaluation import evaluate_retrieval, format_scores
-from vlm.retrieval.pairs import pairs_of_split
+from vlm.reports.document import (
+    Bullets,
+    CodeBlock,
+    Document,
+    Examples,
+    Figure,
+    Paragraph,
+    Section,
+    write_report,
+)
+from vlm.reports.examples import Answer, Example, FoundPicture
+from vlm.reports.results import RECORD_NAME
+from vlm.reports.retrieval_report import retrieval_sections
+from vlm.reports.retrieval_run import RetrievalRun, ScoredBenchmark
+from vlm.retrieval.evaluation import evaluate_with_protocol
+from vlm.retrieval.index_comparison import IndexPlan
+from vlm.retrieval.sources import RetrievalSource, open_source
 from vlm.search.embeddings import pictures_in_split, read_embeddings, write_embeddings
 from vlm.search.index import VectorIndex
 from vlm.search.search_index import build_search_index
 from vlm.text.caption_ids import text_id
 from vlm.training.config import TrainConfig
-from vlm.training.plots import plot_loss, plot_recall
+from vlm.training.plots import loss_png, recall_png
 from vlm.training.run import BUNDLE_NAME, CONFIG_NAME, train
 
 SEARCHED_SPLIT = "test_style"
@@ -45,16 +60,17 @@ FREE_QUERIES = (
 )
 """Questions that are nobody's caption, for the contact sheet."""
 
+_INDEX = "HNSW32"  # approximate search, to show what it costs
 _PICTURES_PER_QUERY = 5
 
 
-def run_quickstart(config: TrainConfig) -> Path:
+def run_quickstart(config: TrainConfig) -> tuple[Path, RetrievalRun]:
     """Train as configured and leave a run folder that a person wants to look at.
 
     A quickstart that is already in the run folder is replaced; anything else there is an error.
 
     Returns:
-        The report, `report.md` in the run folder.
+        The report, `report.html` in the run folder, and the scores.
 
     Raises:
         VlmError: the run folder holds something else, or a step cannot be done.
@@ -67,26 +83,28 @@ def run_quickstart(config: TrainConfig) -> Path:
     bundle = train(config)
     seconds = time.perf_counter() - started
     embedder = Embedder.load(bundle)
-    scores = score_benchmarks(embedder, data)
-    flat = {f"{name}/{key}": value for name, row in scores.items() for key, value in row.items()}
-    write_file(folder / "scores.json", (json.dumps(flat, indent=1) + "\n").encode())
+    scored = RetrievalRun(bundle=str(bundle), benchmarks=score_benchmarks(embedder, data))
+    record = json.dumps(scored.as_record(), indent=1, ensure_ascii=False)
+    write_file(folder / RECORD_NAME, (record + "\n").encode())
     pictures = pictures_in_split(data, SEARCHED_SPLIT)
     write_embeddings(embedder, pictures, folder / "embeddings", bundle=bundle)
     build_search_index(folder / "embeddings", folder / "index")
-    _draw(config, embedder)
-    report = folder / "report.md"
-    write_file(report, _report(config, embedder, scores, seconds).encode())
-    return report
+    return write_report(folder, _document(config, embedder, scored, seconds)), scored
 
 
-def score_benchmarks(embedder: Embedder, data: Path) -> dict[str, dict[str, float]]:
-    """Score a model on every one of `BENCHMARKS`."""
-    return {
-        name: evaluate_retrieval(
-            embedder, pairs_of_split(data, split, languages=embedder.languages, where=where)
+def score_benchmarks(embedder: Embedder, data: Path) -> dict[str, ScoredBenchmark]:
+    """Score a model on every one of `BENCHMARKS`, on the large ones by approximate search too."""
+    scored = {}
+    for name, (split, where) in BENCHMARKS.items():
+        source = open_source(
+            RetrievalSource(path=data, name=name, split=split, where=where),
+            languages=embedder.languages,
         )
-        for name, (split, where) in BENCHMARKS.items()
-    }
+        evaluation = evaluate_with_protocol(BulkEmbedder(embedder), source.pairs)
+        scored[name] = ScoredBenchmark(source=source, evaluation=evaluation)
+        if split == SEARCHED_SPLIT:
+            scored[name] = scored[name].with_indexes(IndexPlan(factories=[_INDEX]))
+    return scored
 
 
 def next_commands(folder: Path) -> list[str]:
@@ -110,23 +128,8 @@ def _clear(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def _draw(config: TrainConfig, embedder: Embedder) -> None:
-    folder, split = config.run_folder, config.evaluation.split
-    plot_loss(folder, folder / "loss.png")
-    recalls = [
-        f"{split}/{language}/text_to_image/recall@{k}"
-        for language in embedder.languages
-        for k in (1, 10)
-    ]
-    plot_recall(folder, folder / "recall.png", names=recalls)
-    sheet = contact_sheet_svg(
-        _sheet_rows(config, embedder),
-        title="A drawing style never seen in training: what each query finds. Green: right.",
-    )
-    write_file(folder / "contact_sheet.svg", sheet.encode())
-
-
-def _sheet_rows(config: TrainConfig, embedder: Embedder) -> list[SheetRow]:
+def _worked_examples(config: TrainConfig, embedder: Embedder) -> Examples:
+    """Return names of concepts, one of each group, and free questions, with what they find."""
     samples = list(ShardedSplit(config.data.folder, SEARCHED_SPLIT))
     _, vectors, _ = read_embeddings(config.run_folder / "embeddings")
     index = VectorIndex.build(vectors)
@@ -135,15 +138,32 @@ def _sheet_rows(config: TrainConfig, embedder: Embedder) -> list[SheetRow]:
         for sample in _one_of_each_group(samples)
     ]
     questions += [(query, "") for query in FREE_QUERIES]
-    rows = []
+    items = []
     for texts, concept in questions:
         hits = index.search(embedder.encode_text(list(texts.values())), _PICTURES_PER_QUERY)
-        found = [
-            [FoundPicture(samples[i].image, samples[i].concept == concept) for i in row]
-            for row in hits.ids.tolist()
+        answers = [
+            Answer(
+                language=language,
+                query=text,
+                found=[
+                    FoundPicture(
+                        image=samples[place].image,
+                        correct=samples[place].concept == concept,
+                        cosine=cosine,
+                    )
+                    for place, cosine in zip(ids, cosines, strict=True)
+                ],
+            )
+            for (language, text), ids, cosines in zip(
+                texts.items(), hits.ids.tolist(), hits.scores.tolist(), strict=True
+            )
         ]
-        rows.append(SheetRow(list(zip(texts.values(), found, strict=True))))
-    return rows
+        items.append(Example(answers=answers))
+    return Examples(
+        name="contact_sheet.svg",
+        items=items,
+        title="A drawing style never seen in training: what each query finds",
+    )
 
 
 def _one_of_each_group(samples: Sequence[Sample]) -> list[Sample]:
@@ -154,12 +174,37 @@ def _one_of_each_group(samples: Sequence[Sample]) -> list[Sample]:
     return list(chosen.values())
 
 
-def _report(
-    config: TrainConfig,
-    embedder: Embedder,
-    scores: Mapping[str, Mapping[str, float]],
-    seconds: float,
-) -> str:
+def _document(
+    config: TrainConfig, embedder: Embedder, scored: RetrievalRun, seconds: float
+) -> Document:
+    """Return the report: how it was trained, what it finds, its scores, what to try next."""
+    finds = Section(
+        title="What it finds",
+        blocks=[
+            Paragraph(
+                "Names of concepts picked by a hash, one from each group, then free questions that "
+                "are nobody's caption."
+            ),
+            _worked_examples(config, embedder),
+        ],
+    )
+    following = Section(
+        title="Try next", blocks=[CodeBlock("\n".join(next_commands(config.run_folder)))]
+    )
+    return Document(
+        title="Quickstart",
+        summary=_summary(config, embedder, seconds),
+        sections=[
+            finds,
+            *retrieval_sections(scored, examples_of=[SEARCHED_SPLIT]),
+            _learning(config, embedder),
+            following,
+        ],
+    )
+
+
+def _summary(config: TrainConfig, embedder: Embedder, seconds: float) -> list[Paragraph | Bullets]:
+    """Say what was trained, and what it is asked."""
     parameters = sum(parameter.numel() for parameter in embedder.model.parameters())
     samples = len(ShardedSplit(config.data.folder, config.data.split))
     epochs = config.schedule.steps * config.data.batch_size / samples
@@ -168,42 +213,41 @@ def _report(
     hardware = f"{os.cpu_count()} cores ({platform.machine()})"
     if torch.cuda.is_available():
         hardware += f" and {torch.cuda.get_device_name()}"
-    commands = "\n".join(next_commands(config.run_folder))
-    return f"""# Quickstart report
+    return [
+        Paragraph(
+            f"A dual encoder of {parameters / 1e6:.1f} million parameters "
+            f"(`{image_tower.timm_model_name}` at {image_tower.image_size} pixels), trained from "
+            f"nothing on {samples:,} emoji drawings with Chinese and English captions: "
+            f"{config.schedule.steps} steps of {config.data.batch_size} samples "
+            f"({epochs:.0f} epochs) in {seconds:.0f} s on {hardware}. It is asked for concepts by "
+            "their names, among"
+        ),
+        Bullets([
+            f"`test_style`: a drawing style that training never saw, {gallery:,} pictures of "
+            "concepts that it knows from other styles; picking at random finds "
+            f"{1 / gallery:.2%} at rank 1,",
+            "`test_style_no_flags`: the same without flags, which look alike in every style,",
+            "`test_novel`: concepts that training never saw, in the styles it knows,",
+            "`test_novel_style`: concepts that training never saw, in the style that it never saw.",
+        ]),
+    ]  # fmt: skip
 
-A dual encoder of {parameters / 1e6:.1f} million parameters (`{image_tower.timm_model_name}`
-at {image_tower.image_size} pixels), trained from nothing on {samples} emoji drawings
-with Chinese and English captions: {config.schedule.steps} steps of {config.data.batch_size} samples
-({epochs:.0f} epochs) in {seconds:.0f} s on {hardware}.
 
-## Retrieval of what was held out
-
-{format_scores(scores)}
-
-* `test_style`: a drawing style that training never saw, {gallery} pictures of concepts that it
-  knows from other styles; picking at random finds {1 / gallery:.2%} at rank 1.
-* `test_style_no_flags`: the same without flags, which look alike in every style.
-* `test_novel`: concepts that training never saw, in the styles it knows.
-* `test_novel_style`: concepts that training never saw, in the style that it never saw.
-
-A query is a concept's name; R@k is the share of queries with a right answer among the first k, MR
-the mean of a row. The same numbers are in `scores.json`.
-
-## What it finds
-
-Names of concepts picked by a hash, one from each group, then free questions that are nobody's
-caption.
-
-![contact sheet](contact_sheet.svg)
-
-## How it learned
-
-![loss](loss.png)
-![recall on the validation split](recall.png)
-
-## Try next
-
-```bash
-{commands}
-```
-"""
+def _learning(config: TrainConfig, embedder: Embedder) -> Section:
+    folder, split = config.run_folder, config.evaluation.split
+    recalls = [
+        f"{split}/{language}/text_to_image/recall@{k}"
+        for language in embedder.languages
+        for k in (1, 10)
+    ]
+    return Section(
+        title="How it learned",
+        blocks=[
+            Figure(name="loss.png", content=loss_png(folder), alt="Loss over the steps"),
+            Figure(
+                name="recall.png",
+                content=recall_png(folder, names=recalls),
+                alt="Recall on the validation split over the steps",
+            ),
+        ],
+    )

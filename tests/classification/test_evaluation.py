@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tests.builders import THINGS, encoded, picture, tiny_bundle
+from vlm.bulk_embedding import BulkEmbedder
 from vlm.classification import evaluation
 from vlm.classification.evaluation import classifier_weights, evaluate_classification
 from vlm.embedder import Embedder
@@ -35,7 +36,7 @@ def test_a_classs_vector_is_the_direction_of_its_prompts_mean(
 ):
     monkeypatch.setattr(evaluation, "_PROMPTS_AT_A_TIME", prompts_at_a_time)
     names = ["red apple", ["grey cat", "kitten"], ("dog",), "red apple"]
-    weights = classifier_weights(embedder, names, TEMPLATES)
+    weights = classifier_weights(BulkEmbedder(embedder), names, TEMPLATES)
     assert weights.dtype == np.float32
     assert weights.shape == (4, 32)
     np.testing.assert_allclose(np.linalg.norm(weights, axis=1), 1, atol=1e-6)
@@ -60,7 +61,7 @@ def test_class_vectors_are_clip_benchmarks(embedder):
     names = [en for en, _ in THINGS]
     templates = [template.replace("{}", "{c}") for template in TEMPLATES]
     theirs = zero_shot_classifier(Model(), tokenizer, names, templates, "cpu", amp=False)
-    ours = classifier_weights(embedder, names, templates)
+    ours = classifier_weights(BulkEmbedder(embedder), names, templates)
     np.testing.assert_allclose(ours, theirs.T.numpy(), atol=1e-6)
 
 
@@ -69,7 +70,7 @@ def test_scores_by_language_are_those_of_the_vectors(embedder):
     labels = np.arange(30) % 12
     names = {"zh": [zh for _, zh in THINGS], "en": [en for en, _ in THINGS]}
     templates = {"zh": ["{}", "{}的图片"], "en": ["{}"]}
-    scores = evaluate_classification(embedder, pictures, labels, names, templates)
+    scores = evaluate_classification(BulkEmbedder(embedder), pictures, labels, names, templates)
     images = embedder.encode_image(pictures)
     assert list(scores) == ["zh", "en"]
     for language, found in scores.items():
@@ -88,7 +89,7 @@ def test_scores_by_language_are_those_of_the_vectors(embedder):
 )
 def test_classes_without_prompts_are_refused(embedder, names, templates):
     with pytest.raises(VlmError, match=r"expected at least one of each, and a name for each class"):
-        classifier_weights(embedder, names, templates)
+        classifier_weights(BulkEmbedder(embedder), names, templates)
 
 
 IMAGE = encoded(picture(0))
@@ -108,5 +109,9 @@ IMAGE = encoded(picture(0))
 def test_inputs_that_do_not_fit_together_are_refused(embedder, pictures, labels, templates, said):
     with pytest.raises(VlmError, match=said):
         evaluate_classification(
-            embedder, pictures, np.array(labels, dtype=np.int64), {"en": ["cat", "dog"]}, templates
+            BulkEmbedder(embedder),
+            pictures,
+            np.array(labels, dtype=np.int64),
+            {"en": ["cat", "dog"]},
+            templates,
         )

@@ -16,12 +16,19 @@ def features(rng, rows, dim, *, levels=None):
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
+def naive_orders(scores, labels):
+    """Sort the classes of each picture, best first; the right one comes after equal ones."""
+    return [
+        sorted(range(len(row)), key=lambda c: (-row[c], c == label, c))
+        for row, label in zip(scores, labels, strict=True)
+    ]
+
+
 def naive_scores(scores, labels):
     """Count over lists: top-1, top-5, the mean over classes, and the confusion."""
     classes = len(scores[0])
     ranks, confusion = [], [[0] * classes for _ in range(classes)]
-    for row, label in zip(scores, labels, strict=True):
-        order = sorted(range(classes), key=lambda c: (-row[c], c == label, c))
+    for order, label in zip(naive_orders(scores, labels), labels, strict=True):
         ranks.append(order.index(label) + 1)
         confusion[label][order[0]] += 1
     recalls = [confusion[c][c] / sum(confusion[c]) for c in range(classes) if sum(confusion[c])]
@@ -43,6 +50,24 @@ def test_scores_equal_a_naive_count(monkeypatch, seed, classes, levels):
     assert scores.top5 == (None if top5 is None else pytest.approx(top5))
     assert scores.mean_class_recall == pytest.approx(mean)
     assert scores.confusion.tolist() == confusion
+
+
+@pytest.mark.parametrize("levels", [None, 1], ids=["no ties", "many ties"])
+@pytest.mark.parametrize("classes", [1, 2, 3, 4, 13])
+def test_each_pictures_best_classes_are_those_of_a_sort(monkeypatch, classes, levels):
+    monkeypatch.setattr(metrics, "_TILE", 100)
+    rng = np.random.default_rng(classes)
+    images, weights = features(rng, 60, 6, levels=levels), features(rng, classes, 6, levels=levels)
+    labels = rng.integers(0, classes, 60)
+    products = images @ weights.T
+    orders = naive_orders(products.tolist(), labels.tolist())
+    found = score_classification(images, weights, labels)
+    assert found.ranks.tolist() == [
+        order.index(label) + 1 for order, label in zip(orders, labels.tolist(), strict=True)
+    ]
+    assert found.best.tolist() == [order[:3] for order in orders]
+    expected = [row[order[:3]] for row, order in zip(products, orders, strict=True)]
+    np.testing.assert_allclose(found.cosines, expected, atol=1e-6)
 
 
 class Lookup(torch.nn.Module):
@@ -112,6 +137,7 @@ def test_scores_that_are_no_numbers_are_wrong():
     scores = score_classification(images, np.eye(2, dtype=np.float32), np.array([0, 0]))
     assert scores.top1 == 0.5
     assert scores.confusion.tolist() == [[1, 1], [0, 0]]
+    assert np.isnan(scores.cosines[0]).all()
 
 
 def test_a_class_without_pictures_has_no_recall():

@@ -46,3 +46,31 @@ def test_a_precision_out_of_reach_leaves_the_bundle_alone(capsys, bundle, data):
     assert main([*words, "--precision", "0.9999"]) == 2
     assert "no cosine reaches the precision 0.9999" in capsys.readouterr().err.splitlines()[-1]
     assert (bundle / "vlm.json").read_bytes() == before
+
+
+def test_the_files_of_a_benchmark_calibrate_as_well(capsys, bundle, tmp_path):
+    rows = ["image,caption_en,caption_zh"]
+    for number, (en, zh) in enumerate(THINGS):
+        (tmp_path / f"{number}.png").write_bytes(encoded(picture(number)))
+        rows.append(f"{number}.png,{en.title()},{zh}")
+    path = tmp_path / "held_out.csv"
+    path.write_text("\n".join(rows), encoding="utf-8")
+    words = ["eval", "calibrate", str(bundle), "--data", str(path), "--precision", "0.4"]
+    assert main([*words, "--lower_case", "--languages", "en", "--json"]) == 0
+    out, err = capsys.readouterr()
+    record = json.loads(out)
+    assert set(record["checked"]) == {"en", "all"}
+    fitted_on = record["calibration"]["fitted_on"]
+    assert (fitted_on["data"], fitted_on["kind"]) == (str(path), "table")
+    assert (fitted_on["duplicates"], fitted_on["languages"]) == ("by id", ["en"])
+    assert "lower case" in fitted_on["cleaning"]
+    assert "held_out: {'pictures_listed': 12, 'captions_listed': 24" in err
+
+
+def test_a_setting_that_would_be_ignored_leaves_the_bundle_alone(capsys, bundle, data):
+    before = (bundle / "vlm.json").read_bytes()
+    words = ["eval", "calibrate", str(bundle), "--data", str(data), "--precision", "0.4"]
+    assert main([*words, "--lower_case"]) == 2
+    said = capsys.readouterr().err
+    assert f"{data} is a data folder; found lower_case, which is for the files of a" in said
+    assert (bundle / "vlm.json").read_bytes() == before

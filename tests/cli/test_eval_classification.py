@@ -7,8 +7,13 @@ import pytest
 from PIL import Image
 
 from tests.builders import THINGS, encoded, make_sample, picture, tiny_bundle, write_split
+from tests.support.commands import run_vlm
 from vlm.cli.main import main
 from vlm.embedder import Embedder
+
+TWO_PROCESSES = (
+    "accelerate.commands.launch", "--config_file", "configs/accelerate/2-cpus.yaml",
+)  # fmt: skip
 
 NAMES = {
     "groups": {"even": {"en": "even", "zh": "双数"}, "odd": {"en": "odd", "zh": "单数；奇数"}},
@@ -79,6 +84,61 @@ def test_labels_are_scored_in_both_languages(capsys, bundle, data, tmp_path):
     texts = embedder.encode_text([en for en, _ in THINGS])
     expected = ((pictures @ texts.T).argmax(axis=1) == np.arange(24) % 12).mean()
     assert json.loads(names)["scores"]["en"]["top1"] == pytest.approx(expected)
+
+
+def test_a_report_lies_beside_the_record(capsys, bundle, data, tmp_path):
+    words = ["--data", data, "--split", "test", "--out", tmp_path / "out"]
+    assert main(["eval", "classification", *map(str, [bundle, *words])]) == 0
+    out, err = capsys.readouterr()
+    assert f"report: {tmp_path / 'out' / 'report.html'}" in err.splitlines()
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    record = json.loads((tmp_path / "out" / "classification.json").read_text(encoding="utf-8"))
+    low, high = record["intervals"]["of"]["en/top5"]
+    top5 = record["scores"]["en"]["top5"]
+    assert low <= top5 <= high
+    assert f"{top5:.3f} ±{(high - low) / 2:.3f}" in text
+    assert "±" not in out
+    assert f"`{bundle}`" in text
+    assert record["protocol"]["pictures_sha256"] in text
+    assert "(confusion_zh.png)" in text
+
+
+def test_vectors_are_kept_beside_the_results_or_where_asked(capsys, bundle, data, tmp_path):
+    words = [bundle, "--data", data, "--split", "test", "--json"]
+    plain = run(capsys, *words)
+    assert run(capsys, *words, "--out", tmp_path / "out") == plain
+    kept = list((tmp_path / "out" / "embeddings").rglob("*.npy"))
+    assert len(kept) == 3  # pictures, and texts in two languages
+    before = [path.stat().st_mtime_ns for path in kept]
+    main(["eval", "classification", *map(str, words), "--out", str(tmp_path / "out")])
+    out, err = capsys.readouterr()
+    assert out == plain
+    assert "24 from the cache" in err
+    assert [path.stat().st_mtime_ns for path in kept] == before
+    run(capsys, *words, "--out", tmp_path / "other", "--cache", tmp_path / "cache")
+    assert not (tmp_path / "other" / "embeddings").exists()
+    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_launched_processes_report_what_one_does(bundle, tmp_path):
+    words = ["eval", "classification", bundle, "--label", "group", "--json", "--device", "cpu"]
+    one, _ = run_vlm(*words, "--out", tmp_path / "one")
+    two, err = run_vlm(*words, "--out", tmp_path / "two", launcher=TWO_PROCESSES)
+    assert json.loads(two) == json.loads(one)
+    names = ["classification.json", "report.md", "confusion_zh.png", "confusion_en.png"]
+    for name in names + [f"examples_{number}.svg" for number in (1, 2, 3)]:
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    parts = {
+        path.relative_to(tmp_path / "one"): path.read_bytes()
+        for path in (tmp_path / "one" / "embeddings").rglob("*.npy")
+    }
+    assert len(parts) == 4  # of 1,726 pictures, and of texts in two languages
+    assert all((tmp_path / "two" / name).read_bytes() == part for name, part in parts.items())
+    assert err.count("embedding pictures:   0%") == 1  # one rank shows progress
+    assert "from the cache" not in err
+    assert err.count(f"report: {tmp_path / 'two' / 'report.html'}") == 1  # so does one
 
 
 def test_another_label_and_conditions_give_a_table(capsys, bundle, data):

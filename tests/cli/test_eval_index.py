@@ -1,14 +1,18 @@
-"""`vlm eval index` compares indexes of a bundle's vectors or of stored ones, end to end."""
+"""`vlm eval index` compares indexes of stored embeddings, end to end."""
 
 import json
-from dataclasses import replace
+import shutil
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from tests.builders import THINGS, make_samples, picture, tiny_bundle, write_split
-from vlm.cli import eval_index
+from tests.builders import encoded, make_samples, picture, tiny_bundle, write_split
 from vlm.cli.main import main
+from vlm.embedder import Embedder
+from vlm.retrieval.evaluation import evaluate_retrieval
+from vlm.retrieval.index_comparison import IndexPlan, compare_indexes
+from vlm.retrieval.pairs import pairs_of_split
 
 SEARCHES = [
     "zh text to image", "zh image to text", "en text to image", "en image to text",
@@ -26,17 +30,25 @@ def data(tmp_path_factory):
     return write_split(tmp_path_factory.mktemp("data"), make_samples(36), split="test")
 
 
+@pytest.fixture(scope="module")
+def embeddings(bundle, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vectors") / "embeddings"
+    words = ["embed", str(bundle), "--data", str(data), "--split", "test", "--device", "cpu"]
+    assert main([*words, "--out", str(folder)]) == 0
+    return folder
+
+
 @pytest.fixture
-def words(bundle, data):
-    return [
-        "eval", "index", str(bundle), "--data", str(data), "--split", "test", "--device", "cpu"
-    ]  # fmt: skip
+def words(embeddings):
+    return ["eval", "index", str(embeddings), "--device", "cpu"]
 
 
 def test_indexes_stand_beside_exact_search(capsys, words, tmp_path):
-    words += ["--factory", "HNSW8", "IVF2,Flat@nprobe=2", "auto", "--sweep"]
+    words += ["--index", "HNSW8", "IVF2,Flat@nprobe=2", "auto", "--sweep"]
     assert main([*words, "--out", str(tmp_path / "out"), "--json"]) == 0
-    record = json.loads(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    assert f"report: {tmp_path / 'out' / 'report.html'}" in err.splitlines()
+    record = json.loads(out)
     assert record == json.loads((tmp_path / "out/index.json").read_text(encoding="utf-8"))
     found = [(each["factory"], each["search"]) for each in record["comparisons"]]
     factories = ["HNSW8", "IVF2,Flat@nprobe=2", "auto: Flat"]
@@ -49,73 +61,70 @@ def test_indexes_stand_beside_exact_search(capsys, words, tmp_path):
     assert [p["value"] for p in record["sweep"]["image to image"]["HNSW8"]][:3] == [1, 2, 4]
     with Image.open(tmp_path / "out/index.png") as image:
         assert image.format == "PNG"
+    text = (tmp_path / "out/report.md").read_text(encoding="utf-8")
+    assert text.count("\n| HNSW8 ") == len(SEARCHES)
+    assert record["model"][:12] in text
 
 
-def test_exact_recalls_are_those_of_the_retrieval_evaluation(capsys, words):
+def test_a_report_without_a_sweep_has_no_plot(words, tmp_path):
+    assert main([*words, "--index", "Flat", "--out", str(tmp_path)]) == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"index.json", "report.html", "report.md"}
+
+
+def test_exact_recalls_are_those_of_the_retrieval_evaluation(capsys, words, bundle, data):
     assert main([*words, "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
-    assert main(["eval", "retrieval", *words[2:], "--json"]) == 0
-    evaluated = json.loads(capsys.readouterr().out)["benchmarks"]["test"]
-    scores = evaluated["scores"]
-    assert record["questions"] == {
-        language: question["fingerprint"] for language, question in evaluated["questions"].items()
-    }
+    embedder = Embedder.load(bundle, device="cpu")
+    assert record["model"] == embedder.fingerprint
+    pairs = pairs_of_split(data, "test", languages=["zh", "en"])
+    scores = evaluate_retrieval(embedder, pairs)
     for each in record["comparisons"][:4]:
         for k, recall in each["exact_recall"].items():
             assert recall == scores[f"{each['language']}/{each['direction']}/recall@{k}"]
 
 
-def test_the_files_of_a_benchmark_are_searched_as_well(capsys, bundle, tmp_path):
-    for number in range(4):
-        picture(number).save(tmp_path / f"{number}.png")
-    rows = [f"{number}.png,{en}" for number, (en, _) in enumerate(THINGS[:4])]
-    path = tmp_path / "mine.csv"
-    path.write_text("\n".join(["image,caption", *rows]), encoding="utf-8")
-    words = ["eval", "index", str(bundle), "--data", str(path), "--device", "cpu", "--json"]
-    assert main(words) == 0
-    comparisons = json.loads(capsys.readouterr().out)["comparisons"]
-    assert [each["vectors"] for each in comparisons] == [4, 4, 4]
-
-
-def test_stored_embeddings_give_what_their_bundle_gives(capsys, words, bundle, data, tmp_path):
-    folder = tmp_path / "embeddings"
-    embed = ["embed", str(bundle), "--data", str(data), "--split", "test", "--out", str(folder)]
-    assert main([*embed, "--device", "cpu"]) == 0
-    capsys.readouterr()
+def test_stored_embeddings_give_what_a_benchmarks_vectors_give(capsys, words, bundle, data):
+    embedder = Embedder.load(bundle, device="cpu")
+    pairs = pairs_of_split(data, "test", languages=["zh", "en"])
+    texts = {
+        language: (embedder.encode_text(of_language.texts), of_language.matches)
+        for language, of_language in pairs.texts.items()
+    }
+    images = embedder.encode_image(pairs.images)
+    expected = compare_indexes(images, texts, IndexPlan(), device="cpu").comparisons
     assert main([*words, "--json"]) == 0
-    expected = json.loads(capsys.readouterr().out)["comparisons"]
-    words = ["eval", "index", str(folder), "--device", "cpu", "--json"]
-    assert main(words) == 0
     found = json.loads(capsys.readouterr().out)["comparisons"]
     for one, other in zip(found, expected, strict=True):
-        assert (one["search"], one["exact_recall"]) == (other["search"], other["exact_recall"])
-    assert main([*words, "--split", "test"]) == 2
-    assert "holds embeddings, which have no split" in capsys.readouterr().err
-    path = folder / "embeddings.json"
-    record = json.loads(path.read_text(encoding="utf-8")) | {"fingerprint": "0" * 64}
-    path.write_text(json.dumps(record), encoding="utf-8")
-    assert main(words) == 2
-    assert "made by another model (000000000000) than is in" in capsys.readouterr().err
+        assert one["search"] == other.search
+        assert list(one["exact_recall"].values()) == list(other.exact_recall.values())
 
 
-def test_the_table_has_a_row_a_search_and_losses_are_told_on_stderr(capsys, words, monkeypatch):
-    def losing(*given, **options):
-        for each in eval_index_compare_all(*given, **options):
-            exact = {k: recall + 0.02 for k, recall in each.index_recall.items()}
-            yield replace(each, exact_recall=exact, reached_target=False)
+def test_pictures_without_captions_are_searched_among_themselves(capsys, bundle, tmp_path):
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(encoded(picture(number)))
+    folder = tmp_path / "embeddings"
+    assert main(["embed", str(bundle), "--images", str(tmp_path), "--out", str(folder)]) == 0
+    capsys.readouterr()
+    assert main(["eval", "index", str(folder), "--json"]) == 0
+    comparisons = json.loads(capsys.readouterr().out)["comparisons"]
+    assert [(each["search"], each["vectors"]) for each in comparisons] == [("image to image", 3)]
 
-    eval_index_compare_all = eval_index.compare_all
-    monkeypatch.setattr(eval_index, "compare_all", losing)
-    assert main([*words, "--factory", "SQ4"]) == 0
-    out, err = capsys.readouterr()
-    rows = [line for line in out.splitlines() if line.startswith("| SQ4")]
+
+def test_the_table_has_a_row_a_search(capsys, words):
+    assert main([*words, "--index", "SQ8"]) == 0
+    out = capsys.readouterr().out
+    rows = [line for line in out.splitlines() if line.startswith("| SQ8")]
     assert [row.split("|")[2].strip() for row in rows] == [
         search.removeprefix("zh ").removeprefix("en ") for search in SEARCHES
     ]
-    told = [line for line in err.splitlines() if line.startswith("warning: ")]
-    assert "warning: SQ4 costs 2.0 points" in told[0]
-    assert "of R@1 in zh text to image: " in told[0]
-    assert "no search parameter brings SQ4 to a recall of 0.95 in zh text to image" in told[1]
+
+
+def test_losses_are_told_on_stderr(capsys, words):
+    # One bit for a whole vector tells no picture from the others.
+    assert main([*words, "--index", "PQ1x1"]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert any("PQ1x1 costs " in line and " points of R@1 in " in line for line in told)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +133,7 @@ def test_the_table_has_a_row_a_search_and_losses_are_told_on_stderr(capsys, word
         (["--memory", "much"], "memory is 'much'; expected a size such as 512MiB"),
         (["--memory", "1KiB"], "fits into 1024 bytes; expected at least"),
         (["--target_recall", "1.5"], "target_recall is 1.5; expected more than 0"),
-        (["--factory", "HSNW32"], "FAISS cannot make the index 'HSNW32'"),
+        (["--index", "HSNW32"], "FAISS cannot make the index 'HSNW32'"),
     ],
     ids=str,
 )
@@ -133,9 +142,33 @@ def test_what_cannot_be_compared_is_refused(capsys, words, more, said):
     assert said in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("1GiB", 2**30), ("1.5kb", 1500), ("512 MiB", 2**29), ("77", 77), ("2gb", 2 * 10**9)],
-)
-def test_sizes_are_read_as_people_write_them(text, size):
-    assert eval_index._bytes_in(text) == size
+def test_a_bundle_is_refused_with_the_verb_that_takes_it(capsys, bundle):
+    assert main(["eval", "index", str(bundle)]) == 2
+    said = capsys.readouterr().err
+    assert f"{bundle} is a bundle; expected a folder that `vlm embed` wrote" in said
+    assert f"`vlm eval retrieval {bundle} --index`" in said
+
+
+def test_a_folder_without_embeddings_is_refused(capsys, tmp_path):
+    assert main(["eval", "index", str(tmp_path)]) == 2
+    assert f"{tmp_path} holds no embeddings" in capsys.readouterr().err
+
+
+def test_vectors_of_weights_that_are_gone_are_refused(capsys, embeddings, tmp_path):
+    folder = shutil.copytree(embeddings, tmp_path / "embeddings")
+    path = folder / "embeddings.json"
+    record = json.loads(path.read_text(encoding="utf-8")) | {"fingerprint": "0" * 64}
+    path.write_text(json.dumps(record), encoding="utf-8")
+    assert main(["eval", "index", str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert "made by another model (000000000000) than is in" in said
+    assert "expected the same, so embed the pictures again" in said
+
+
+def test_one_picture_without_a_caption_is_nothing_to_compare(capsys, bundle, tmp_path):
+    (tmp_path / "0.png").write_bytes(encoded(picture(0)))
+    folder = tmp_path / "embeddings"
+    assert main(["embed", str(bundle), "--images", str(tmp_path), "--out", str(folder)]) == 0
+    assert np.load(folder / "img_emb/img_emb_0.npy").shape == (1, 32)
+    assert main(["eval", "index", str(folder)]) == 2
+    assert "holds 1 pictures and no captions to search with" in capsys.readouterr().err

@@ -16,14 +16,17 @@ from vlm.data.dataset import ShardedSplit
 def test_it_leaves_a_run_folder_that_a_person_wants_to_look_at(quickstart):
     folder, out, err = quickstart
     left = {path.name for path in folder.iterdir()}
-    assert left == {
-        "bundle", "checkpoints", "config.yaml", "contact_sheet.svg", "embeddings", "index",
-        "loss.png", "metrics.jsonl", "recall.png", "report.md", "scores.json", "tensorboard",
+    examples = {name for name in left if name.startswith("examples_")}
+    assert examples
+    assert left - examples == {
+        "bundle", "checkpoints", "config.yaml", "contact_sheet.svg", "cosines.png", "embeddings",
+        "index", "loss.png", "metrics.jsonl", "recall.png", "recall_curves.png", "report.html",
+        "report.md", "retrieval.json", "tensorboard",
     }  # fmt: skip
     report = (folder / "report.md").read_text()
-    for part in ("loss.png", "recall.png", "contact_sheet.svg", "| test_style "):
+    for part in ("loss.png", "recall.png", "contact_sheet.svg", "| test_style ", "| HNSW32 "):
         assert part in report
-    for name in ("loss.png", "recall.png"):
+    for name in ("loss.png", "recall.png", "recall_curves.png", "cosines.png"):
         with Image.open(folder / name) as plot:
             assert plot.width > 500
     sheet = ET.parse(folder / "contact_sheet.svg").getroot()
@@ -31,29 +34,34 @@ def test_it_leaves_a_run_folder_that_a_person_wants_to_look_at(quickstart):
     assert {"一只猫", "a cat"} <= texts
     assert len(list(sheet.iter("{http://www.w3.org/2000/svg}image"))) == 2 * 5 * (9 + 5)
     assert "| test_novel_style " in out
+    assert "HNSW32" in out
     assert err.count("vlm search") == 1
     assert err.count("vlm eval retrieval") == 1
 
 
 @pytest.mark.slow
-def test_its_scores_are_flat_and_those_of_the_evaluation_command(quickstart):
+def test_its_scores_are_those_of_the_evaluation_command(quickstart):
     folder, _, _ = quickstart
-    scores = json.loads((folder / "scores.json").read_text())
-    benchmarks = ("test_style", "test_style_no_flags", "test_novel", "test_novel_style")
-    assert {key.split("/")[0] for key in scores} == set(benchmarks)
-    for key, value in scores.items():
-        assert value >= 1 if key.endswith("median_rank") else 0 <= value <= 1, key
-    assert "test_style/zh/text_to_image/recall@1" in scores
+    benchmarks = json.loads((folder / "retrieval.json").read_text())["benchmarks"]
+    assert list(benchmarks) == [
+        "test_style", "test_style_no_flags", "test_novel", "test_novel_style"
+    ]  # fmt: skip
     out, _ = run_vlm(
         "eval", "retrieval", folder / "bundle", "--split", "test_style",
-        "--where", "group!=flags", "--json", "--out", folder / "again.json",
+        "--where", "group!=flags", "--json", "--out", folder / "again",
     )  # fmt: skip
     again = json.loads(out)
-    assert json.loads((folder / "again.json").read_text()) == again
-    asked = again["benchmarks"]["test_style"]
-    for key, value in asked["scores"].items():
-        assert value == pytest.approx(scores[f"test_style_no_flags/{key}"])
+    assert json.loads((folder / "again" / "retrieval.json").read_text()) == again
+    asked, expected = again["benchmarks"]["test_style"], benchmarks["test_style_no_flags"]
+    assert asked["scores"] == pytest.approx(expected["scores"])
+    assert asked["questions"] == expected["questions"]
     assert asked["questions"]["zh"]["images"] < len(ShardedSplit(ROOT / "data/emoji", "test_style"))
+    found = {
+        (each["direction"], each["language"]): each for each in expected["indexes"]["comparisons"]
+    }
+    for language in ("zh", "en"):
+        exact = found["text_to_image", language]["exact_recall"]["1"]
+        assert exact == pytest.approx(expected["scores"][f"{language}/text_to_image/recall@1"])
 
 
 @pytest.mark.slow

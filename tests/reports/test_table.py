@@ -29,20 +29,22 @@ def real_runs(tmp_path_factory):
     runs = []
     for seed in (0, 1):
         bundle = tiny_bundle(folder / f"bundle_{seed}", seed=seed)
-        runs.append(folder / f"{seed}.json")
+        runs.append(folder / f"{seed}")
         words = ["--data", f"things={data}", "--split", "test", "--out", str(runs[-1])]
         assert main(["eval", "retrieval", str(bundle), *words]) == 0
-    words = ["--data", f"things={data}", "--split", "more", "--out", str(folder / "more.json")]
+    words = ["--data", f"things={data}", "--split", "more", "--out", str(folder / "more")]
     assert main(["eval", "retrieval", str(folder / "bundle_1"), *words]) == 0
     return folder
 
 
 def test_real_runs_of_two_models_share_a_table(real_runs, capsys):
     capsys.readouterr()
-    assert main(["eval", "table", str(real_runs / "0.json"), str(real_runs / "1.json")]) == 0
+    assert (
+        main(["eval", "table", str(real_runs / "0"), str(real_runs / "1" / "retrieval.json")]) == 0
+    )
     text = capsys.readouterr().out
     assert text.count("### things, ") == 2
-    runs = [json.loads((real_runs / f"{seed}.json").read_text()) for seed in (0, 1)]
+    runs = [json.loads((real_runs / f"{seed}" / "retrieval.json").read_text()) for seed in (0, 1)]
     for language in ("zh", "en"):
         asked = runs[0]["benchmarks"]["things"]["questions"][language]
         assert f"Question {asked['fingerprint']}: 12 pictures, 12 captions" in text
@@ -58,7 +60,7 @@ def test_real_runs_of_two_models_share_a_table(real_runs, capsys):
 
 
 def test_real_runs_on_other_pictures_are_refused(real_runs, capsys):
-    words = ["eval", "table", str(real_runs / "0.json"), str(real_runs / "more.json")]
+    words = ["eval", "table", str(real_runs / "0"), str(real_runs / "more")]
     assert main(words) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

@@ -13,20 +13,24 @@ from vlm.text.training import SentencePieceConfig
 from vlm.training.config import TrainConfig
 from vlm.vocabulary_transfer import GrowthConfig
 
+SOURCES = {"data", "split", "languages", "where", "images", "duplicates", "lower_case"} | {
+    "allowed_share"
+}
+INDEXES = {"index", "target_recall", "memory", "sweep"}
 TRAIN = {*TrainConfig.__dataclass_fields__, "config", "print_config"}
 TEXTS = {"zh", "en", "column", "split"}
 PINNED = {
     "quickstart": TRAIN | {"out"},
     "train": TRAIN | {"resume"},
-    "eval retrieval": {"data", "split", "languages", "where", "device", "json", "out"}
-    | {"truncate_dim", "duplicates", "images", "lower_case", "allowed_share"},
+    "eval retrieval": SOURCES
+    | INDEXES
+    | {"config", "print_config", "device", "truncate_dim", "json", "out", "cache"},
     "eval classification": {"data", "split", "label", "where", "images", "classes", "templates"}
-    | {"languages", "device", "truncate_dim", "json", "out"},
+    | {"languages", "device", "truncate_dim", "json", "out", "cache"},
     "eval table": {"published", "mixed", "json"},
-    "eval calibrate": {"data", "split", "languages", "where", "device", "truncate_dim", "json"}
-    | {*CalibrationPlan.__dataclass_fields__},
-    "eval index": {"data", "split", "factory", "target_recall", "memory", "sweep", "device"}
-    | {"json", "out"},
+    "eval calibrate": SOURCES
+    | {*CalibrationPlan.__dataclass_fields__, "device", "truncate_dim", "json"},
+    "eval index": INDEXES | {"device", "json", "out"},
     "embed": {"images", "data", "split", "out", "device", "truncate_dim"},
     "index": {"out"},
     "search": {"text", "image", "k", "bundle", "device", "json"},

@@ -9,13 +9,16 @@ from jsonargparse import ArgumentParser
 
 from tests.builders import tiny_tokenizer
 from vlm.cli import train as train_command
+from vlm.cli.evaluation_sources import SourcesFile, add_source_arguments, sources
 from vlm.models.build import build_from_config
 from vlm.models.config import ModelConfig
+from vlm.reports.published import published_benchmarks
 from vlm.training.config import TrainConfig, config_as_yaml
 
 ROOT = Path(__file__).parents[2]
 ALL = sorted((ROOT / "configs").rglob("*.yaml"))
 MODEL = sorted((ROOT / "configs/model").glob("*.yaml"))
+EVALUATE = sorted((ROOT / "configs/evaluate").glob("*.yaml"))
 TRAIN = sorted((ROOT / "configs/train").glob("*.yaml"))
 
 
@@ -84,3 +87,16 @@ def test_model_files_build(path):
 def test_model_files_are_named_by_a_training_file():
     said = "".join(path.read_text() for path in TRAIN)
     assert [path.name for path in MODEL if path.name not in said] == []
+
+
+@pytest.mark.parametrize("path", EVALUATE, ids=lambda path: path.name)
+def test_evaluation_files_give_their_command_and_name_published_benchmarks(path):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action=SourcesFile)
+    add_source_arguments(parser, many=True)
+    named = sources(parser.instantiate(parser.parse_args(["--config", str(path)])))
+    assert {source.name.lower() for source in named} <= published_benchmarks().keys()
+    assert not any(source.path.is_absolute() for source in named)
+    assert f"vlm eval retrieval runs/mine/bundle --config {path.relative_to(ROOT)} " in (
+        " ".join(path.read_text().replace("#", " ").split())
+    )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vlm.errors import VlmError
-from vlm.retrieval.bootstrap import bootstrap_interval, resampled_means
+from vlm.retrieval.bootstrap import bootstrap_interval, linked_groups, resampled_means
 
 
 def test_the_interval_of_single_queries_is_about_that_of_the_normal_distribution():
@@ -29,7 +29,7 @@ def test_an_interval_holds_the_truth_as_often_as_it_says():
 
 def test_captions_of_one_picture_are_drawn_together():
     values, groups = np.array([0.0, 0.0, 0.0, 1.0]), np.array([7, 7, 7, 3])
-    means = resampled_means(values, groups, resamples=500)
+    means = resampled_means([values], [groups], resamples=500)[0]
     assert set(means.tolist()) == {0.0, 0.25, 1.0}
     assert (means == 0.25).mean() == pytest.approx(0.5, abs=0.1)
 
@@ -37,11 +37,59 @@ def test_captions_of_one_picture_are_drawn_together():
 def test_resampled_means_are_those_of_the_queries_drawn():
     rng = np.random.default_rng(2)
     groups, values = rng.integers(0, 9, 40), rng.random(40)
-    means = resampled_means(values, groups, resamples=6, seed=11)
+    (means,) = resampled_means([values], [groups], resamples=6, seed=11)
     drawn = np.random.default_rng(11).integers(9, size=(6, 9), dtype=np.int32)
     for mean, pictures in zip(means, drawn, strict=True):
         expected = np.concatenate([values[groups == picture] for picture in pictures]).mean()
         assert mean == pytest.approx(expected)
+
+
+def test_kinds_of_queries_share_their_draws():
+    rng = np.random.default_rng(5)
+    captions, pictures = rng.random(60), rng.random(20)
+    groups = [np.arange(20).repeat(3), np.arange(20)]
+    both = resampled_means([captions, pictures], groups, resamples=50, seed=3)
+    for kind, values in enumerate((captions, pictures)):
+        alone = resampled_means([values], [groups[kind]], resamples=50, seed=3)[0]
+        assert both[kind] == pytest.approx(alone)
+    # Two captions fewer for one picture: its weight in the mean of its kind is a third.
+    few = resampled_means(
+        [captions[2:], pictures], [groups[0][2:], groups[1]], resamples=50, seed=3
+    )
+    assert few[1] == pytest.approx(both[1])
+
+
+def test_a_resample_without_queries_of_a_kind_counts_as_all_of_them():
+    kinds = [np.array([1.0, 0.0]), np.array([0.25])]
+    means = resampled_means(kinds, [np.array([0, 1]), np.array([0])], resamples=200)
+    assert set(means[1].tolist()) == {0.25}
+    assert set(means[0].tolist()) == {0.0, 0.5, 1.0}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_texts_and_pictures_are_grouped_as_by_walking_from_each_to_its_neighbours(seed):
+    rng = np.random.default_rng(seed)
+    texts, images = 30, 25
+    matches = rng.integers(0, [texts, images], (int(rng.integers(0, 45)), 2))
+    if seed % 2:  # a chain, the farthest that a number has to travel
+        matches = np.array([(n, n + shift) for n in range(20) for shift in (0, 1)])
+        matches = rng.permutation(matches)
+    of_text, of_image = linked_groups(matches, texts=texts, images=images)
+    neighbours = {node: set() for node in range(texts + images)}
+    for text, image in matches.tolist():
+        neighbours[text].add(texts + image)
+        neighbours[texts + image].add(text)
+    sets, left = [], set(neighbours)
+    while left:
+        reached = [left.pop()]
+        for node in reached:
+            reached += list(neighbours[node] & left)
+            left -= neighbours[node]
+        sets.append(frozenset(reached))
+    found = {}
+    for node, group in enumerate([*of_text.tolist(), *of_image.tolist()]):
+        found.setdefault(group, set()).add(node)
+    assert set(map(frozenset, found.values())) == set(sets)
 
 
 def test_differences_of_two_models_have_a_narrower_interval_than_each_model():

@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 
 from tests.builders import make_sample, make_samples
+from vlm.bulk_embedding import BulkEmbedder
 from vlm.embedder import Embedder
 from vlm.errors import VlmError
 from vlm.retrieval.evaluation import (
+    agreement_of,
+    embed_pairs,
     evaluate_retrieval,
     evaluate_with_protocol,
-    format_scores,
+    ranks_of,
 )
 from vlm.retrieval.pairs import RetrievalPairs, Texts, pairs_of_split
 
@@ -137,33 +140,65 @@ def test_cutoffs_that_make_no_sense_are_refused(cutoffs):
         evaluate_retrieval(embedder, pairs, cutoffs=cutoffs)
 
 
-def test_scores_become_a_table():
-    scores = {
-        f"{language}/{direction}/recall@{k}": value
-        for language, values in (("en", (0.1, 0.5)), ("zh", (0.25, 1.0)))
-        for direction, shift in (("text_to_image", 0.0), ("image_to_text", -0.1))
-        for k, value in zip((1, 10), np.add(values, shift).tolist(), strict=True)
-    } | {"en/mean_recall": 0.25, "zh/mean_recall": 0.575}
-    assert format_scores({"val": scores}).splitlines() == [
-        "| benchmark | language | direction     |   R@1 |  R@10 |    MR |",
-        "| --------- | -------- | ------------- | ----: | ----: | ----: |",
-        "| val       | zh       | text to image | 0.250 | 1.000 | 0.625 |",
-        "| val       | zh       | image to text | 0.150 | 0.900 | 0.525 |",
-        "| val       | en       | text to image | 0.100 | 0.500 | 0.300 |",
-        "| val       | en       | image to text | 0.000 | 0.400 | 0.200 |",
-    ]
-
-
 def test_an_evaluation_says_what_was_asked_and_how_it_was_read(embedder, data_folder):
     pairs = pairs_of_split(data_folder, "test", languages=["zh", "en"])
-    transform = {"size": 32}
-    evaluation = evaluate_with_protocol(embedder, pairs, transform=transform)
+    evaluation = evaluate_with_protocol(BulkEmbedder(embedder), pairs)
     assert evaluation.scores == evaluate_retrieval(embedder, pairs)
     assert evaluation.questions.keys() == {"zh", "en"}
     question = evaluation.questions["zh"]
     assert (question.images, question.captions) == (24, 12)
     assert question.captions_per_image == (1, 1.0, 1)
-    record = json.loads(json.dumps(evaluation.as_record()))
+    record = json.loads(json.dumps(evaluation.as_record(), allow_nan=False))
     assert record["questions"]["zh"]["fingerprint"] == question.fingerprint
     assert record["reading"]["model"] == embedder.fingerprint
-    assert record["reading"]["transform"] == transform
+    assert record["reading"]["transform"] == embedder.transform_cfg
+    assert record["reading"]["transform"]["size"] == 32
+
+
+def test_an_evaluation_holds_intervals_cosines_and_agreement(embedder, data_folder):
+    pairs = pairs_of_split(data_folder, "test", languages=["zh", "en"])
+    evaluation = evaluate_with_protocol(BulkEmbedder(embedder), pairs)
+    record = evaluation.as_record()
+    assert record["intervals"]["level"] == 0.95
+    low, high = record["intervals"]["of"]["zh/mean_recall"]
+    assert low <= record["scores"]["zh/mean_recall"] <= high
+    images = embedder.encode_image(pairs.images)
+    first = {}
+    for language, of_language in pairs.texts.items():
+        cosines = embedder.encode_text(of_language.texts) @ images.T
+        right = np.zeros(cosines.shape, bool)
+        right[tuple(of_language.matches.T)] = True
+        assert record["cosines"][language]["correct"]["mean"] == pytest.approx(
+            cosines[right].mean(), abs=1e-6
+        )
+        assert record["cosines"][language]["wrong"]["max"] == pytest.approx(
+            cosines[~right].max(), abs=1e-6
+        )
+        first[language] = cosines.argmax(axis=1)
+    # The data's texts of one number are each other's translations.
+    assert record["agreement"]["en-zh"]["translations"] == 12
+    assert record["agreement"]["en-zh"]["same_picture"] == pytest.approx(
+        np.mean(first["en"] == first["zh"])
+    )
+
+
+def test_a_model_that_understands_one_language_alone_does_not_agree_with_itself():
+    pictures = np.eye(6, dtype=np.float32)
+    table = {bytes([number]): pictures[number] for number in range(6)}
+    table |= {f"en {number}": pictures[number] for number in range(6)}
+    table |= {f"zh {number}": pictures[(number + (number < 5)) % 6] for number in range(6)}
+    same = np.stack([np.arange(6)] * 2, axis=1)
+    texts = {
+        language: Texts(texts=[f"{language} {number}" for number in range(6)], matches=same)
+        for language in ("zh", "en")
+    }
+    pairs = RetrievalPairs(
+        images=[bytes([number]) for number in range(6)],
+        texts=texts,
+        translations={("en", "zh"): same},
+    )
+    vectors = embed_pairs(BulkEmbedder(TableEmbedder(table)), pairs)
+    agreement = agreement_of(vectors, pairs, ranks_of(vectors, pairs), cutoffs=[1, 6])
+    assert agreement == {
+        "en-zh": {"translations": 6, "same_picture": 1 / 6, "both@1": 1 / 6, "both@6": 1.0}
+    }

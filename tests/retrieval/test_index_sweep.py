@@ -175,15 +175,17 @@ def test_every_factory_meets_every_case_and_pictures_are_indexed_once(cases, mon
         return build_index(vectors, factory, **options)
 
     monkeypatch.setattr(index_sweep, "build_index", counting)
-    found = list(
-        compare_all(
-            cases, ["SQ8", "auto"], memory_budget_bytes=400 * 24 * 4, device="cpu",
-            on_case=lambda index, case: seen.append((index.factory, case.name)),
-        )
-    )  # fmt: skip
+    for index, case, found in compare_all(
+        cases, ["SQ8", "auto"], memory_budget_bytes=400 * 24 * 4, device="cpu"
+    ):
+        assert len(index) == len(case.candidates) == found.vectors
+        seen.append((index.factory, found.factory, case.name, found.search))
     assert built == [("SQ8", 400), ("SQ8", 200), ("Flat", 400), ("Flat", 200)]
-    assert [each.factory for each in found] == ["SQ8"] * 3 + ["auto: Flat"] * 3
-    assert seen == [(f, case.name) for f in ("SQ8", "Flat") for case in cases]
+    assert seen == [
+        (factory, called, case.name, case.name)
+        for factory, called in (("SQ8", "SQ8"), ("Flat", "auto: Flat"))
+        for case in cases
+    ]
 
 
 def test_time_is_taken_on_one_thread_and_the_threads_come_back(cases):

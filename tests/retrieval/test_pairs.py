@@ -1,12 +1,15 @@
 """A benchmark asks once for each concept and knows all its pictures."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from tests.builders import THINGS, encoded, make_sample, make_samples, picture, write_split
+from vlm.data.benchmarks.benchmark import Captions
 from vlm.data.benchmarks.opening import open_benchmark
+from vlm.data.benchmarks.pictures import Pictures
 from vlm.errors import DataError
 from vlm.retrieval.pairs import pairs_of_benchmark, pairs_of_split, parse_condition
 
@@ -127,3 +130,79 @@ def test_equal_captions_may_be_right_by_their_string_and_captions_lowered(tmp_pa
 def test_a_language_that_a_benchmark_has_not_is_refused(tmp_path):
     with pytest.raises(DataError, match="captions in en; expected zh as well"):
         pairs_of_benchmark(benchmark(tmp_path), languages=["zh"])
+
+
+def naive_translations(first, second):
+    """Pair the n-th text of each picture, one by one."""
+    found = set()
+    for picture_number in {of for _, of in first}:
+        here, there = (
+            [text for text, of in side if of == picture_number] for side in (first, second)
+        )
+        found |= set(zip(here, there, strict=False))
+    return sorted(found)
+
+
+def test_main_captions_of_one_concept_are_translations_each_once(data_folder):
+    pairs = pairs_of_split(data_folder, "test", languages=["zh", "en"])
+    ((languages, translations),) = pairs.translations.items()
+    assert languages == ("en", "zh")
+    said = [(pairs.texts["en"].texts[a], pairs.texts["zh"].texts[b]) for a, b in translations]
+    assert sorted(said) == sorted(THINGS)
+
+
+def test_concepts_that_share_captions_and_those_without_a_language_are_paired_rightly(tmp_path):
+    samples = [
+        make_sample(0, captions={"zh": ["甲"]}, concept="only zh"),
+        make_sample(1, captions={"zh": ["乙"], "en": ["b"]}, concept="b"),
+        make_sample(2, captions={"zh": ["甲"], "en": ["a"]}, concept="a"),
+        make_sample(3, captions={"zh": ["甲"], "en": ["a"]}, concept="a again"),
+        make_sample(4, captions={"en": ["a", "c"]}, concept="only en"),
+    ]
+    pairs = pairs_of(tmp_path, samples)
+    assert list(pairs.texts["zh"].texts) == ["甲", "乙"]
+    assert list(pairs.texts["en"].texts) == ["b", "a"]
+    assert pairs.translations["en", "zh"].tolist() == [[0, 1], [1, 0]]
+
+
+def test_languages_are_paired_with_english_or_else_with_the_first(tmp_path):
+    captions = {"de": ["a"], "zh": ["甲"], "en": ["b"]}
+    write_split(tmp_path, [make_sample(0, captions=captions)], split="test")
+    for languages, expected in (
+        (["de", "zh", "en"], [("en", "de"), ("en", "zh")]),
+        (["zh", "de"], [("zh", "de")]),
+        (["zh"], []),
+    ):
+        pairs = pairs_of_split(tmp_path, "test", languages=languages)
+        assert list(pairs.translations) == expected
+        assert all(each.tolist() == [[0, 0]] for each in pairs.translations.values())
+
+
+def test_texts_without_a_common_concept_are_no_translations(tmp_path):
+    samples = [
+        make_sample(0, captions={"zh": ["甲"]}, concept="a"),
+        make_sample(1, captions={"en": ["b"]}, concept="b"),
+    ]
+    assert pairs_of(tmp_path, samples).translations == {}
+
+
+@pytest.mark.parametrize("duplicates", ["by id", "by string"])
+def test_the_nth_captions_of_a_picture_are_translations_whatever_counts_as_right(
+    tmp_path, duplicates
+):
+    rng = np.random.default_rng(0)
+    captions, sides = {}, {"zh": [], "en": []}
+    for language, side in sides.items():
+        for text in range(40):  # a text may have several pictures, a picture any number of texts
+            side += [(text, int(of)) for of in np.unique(rng.integers(0, 15, 2))]
+        captions[language] = Captions(
+            texts=[f"text {text % 7}" for text in range(40)], pairs=np.array(side, np.int64)
+        )
+    contents = [encoded(picture(number)) for number in range(15)]
+    images = Pictures(contents.__getitem__, np.arange(15))
+    opened = replace(benchmark(tmp_path), captions=captions, images=images)
+    pairs = pairs_of_benchmark(opened, duplicates=duplicates)
+    found = pairs.translations["en", "zh"]
+    assert found.dtype == np.int64
+    assert found.tolist() == [list(p) for p in naive_translations(sides["en"], sides["zh"])]
+    assert pairs_of_benchmark(opened, languages=["zh"]).translations == {}

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 from tests.builders import encoded, picture
+from vlm.bulk_embedding import BulkEmbedder
 from vlm.data.benchmarks.benchmark import Captions, correct_pairs
 from vlm.errors import DataError
-from vlm.retrieval.protocol import question_of, reading_of, sha256_of_images
+from vlm.retrieval.pairs import RetrievalPairs, Texts
+from vlm.retrieval.protocol import question_of, questions_of, reading_of, sha256_of_images
 
 IMAGES = [encoded(picture(number)) for number in range(4)]
 TEXTS = ["a cat", "the same", "the same", "a dog"]
@@ -73,9 +75,31 @@ def test_pictures_hash_by_their_bytes_or_pixels():
     assert sha256_of_images(IMAGES[:2]) != sha256_of_images(IMAGES)
 
 
+def test_digests_take_the_place_of_the_pictures(embedder):
+    digests = BulkEmbedder(embedder).digests_of(IMAGES)
+    assert question(images=[b""] * 4, digests=digests) == question()
+    assert sha256_of_images([], digests) == sha256_of_images(IMAGES)
+    texts = {"en": Texts(texts=TEXTS, matches=PAIRS)}
+    asked = questions_of(RetrievalPairs(images=IMAGES, texts=texts))
+    assert asked == {"en": question()}
+    unread = RetrievalPairs(images=[b""] * 4, texts=texts)
+    assert questions_of(unread, digests=digests) == asked
+
+
+def test_the_hash_of_a_question_stays_what_it_was():
+    asked = question(images=[b"one", b"two", b"three"], matches=PAIRS[:3])
+    assert asked.sha256 == "abfda2de7ce1ab35c44173cbd132980e2982e009c8365425d1d6c904e5fac802"
+
+
+def test_a_picture_that_is_gone_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"gone\.png cannot be read: No such file"):
+        question(images=[*IMAGES[:3], tmp_path / "gone.png"])
+
+
 def test_a_reading_says_which_share_of_captions_was_cut(embedder):
     long = "red apple " * 40
-    reading = reading_of(embedder, ["red apple", long, long, "小狗"], {"size": 32})
+    reading = reading_of(embedder, ["red apple", long, long, "小狗"])
     assert reading.truncated_share == 0.5
     assert reading.context_length == embedder.tokenizer.context_length
     assert reading.embed_dim == embedder.embed_dim
+    assert reading.transform == embedder.transform_cfg

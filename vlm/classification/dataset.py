@@ -26,13 +26,15 @@ class LabelledPictures:
     left_out: int
     """Samples without the label, or files without a picture's suffix."""
 
-    def fingerprint(self) -> str:
-        """Return the SHA-256 of all pictures' bytes and labels; files are read for it."""
-        digest = hashlib.sha256()
-        for image, label in zip(self.images, self.labels.tolist(), strict=True):
-            content = image if isinstance(image, bytes) else image.read_bytes()
-            digest.update(f"{label}\0".encode() + hashlib.sha256(content).digest())
-        return digest.hexdigest()
+    def fingerprint(self, digests: Sequence[bytes]) -> str:
+        """Return the SHA-256 of all pictures' bytes and labels.
+
+        Args:
+            digests: What `BulkEmbedder.digests_of` gives for the pictures.
+        """
+        pairs = zip(self.labels.tolist(), digests, strict=True)
+        joined = b"".join(f"{label}\0".encode() + digest for label, digest in pairs)
+        return hashlib.sha256(joined).hexdigest()
 
 
 def pictures_of_split(

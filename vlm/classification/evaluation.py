@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32, Int
 
-from vlm.classification.metrics import ClassificationScores, score_classification
+from vlm.bulk_embedding import BulkEmbedder
+from vlm.classification.metrics import Classification, score_classification
 from vlm.classification.prompts import prompts_of
-from vlm.embedder import Embedder
 from vlm.errors import VlmError
 
 _PROMPTS_AT_A_TIME = 1 << 15
@@ -18,7 +18,7 @@ Names = Sequence[str | Sequence[str]]
 
 
 def classifier_weights(
-    embedder: Embedder, names: Names, templates: Sequence[str], *, show_progress_bar: bool = False
+    embedder: BulkEmbedder, names: Names, templates: Sequence[str]
 ) -> Float32[np.ndarray, "classes dim"]:
     """Return a unit vector for every class: the direction of the mean of its prompts' vectors.
 
@@ -28,7 +28,6 @@ def classifier_weights(
         embedder: The model.
         names: The names of the classes.
         templates: Texts with `{}` for the name.
-        show_progress_bar: Whether to show progress on stderr.
 
     Raises:
         VlmError: there is no class, a class has no name, or there is no template.
@@ -44,7 +43,7 @@ def classifier_weights(
     for start in range(0, len(prompts), at_a_time):
         part = prompts[start : start + at_a_time]
         texts = list(dict.fromkeys(text for of_class in part for text in of_class))
-        vectors = embedder.encode_text(texts, show_progress_bar=show_progress_bar)
+        vectors = embedder.encode_text(texts)
         place = {text: number for number, text in enumerate(texts)}
         for of_class in part:
             mean = vectors[[place[text] for text in of_class]].mean(axis=0, dtype=np.float64)
@@ -53,26 +52,27 @@ def classifier_weights(
 
 
 def evaluate_classification(
-    embedder: Embedder,
+    embedder: BulkEmbedder,
     pictures: Sequence[bytes | Path],
     labels: Int[np.ndarray, " pictures"],
     class_names: Mapping[str, Names],
     templates: Mapping[str, Sequence[str]],
     *,
-    show_progress_bar: bool = False,
-) -> dict[str, ClassificationScores]:
-    """Classify pictures by class names in each language; the scores are by language.
+    digests: Sequence[bytes] | None = None,
+) -> dict[str, Classification]:
+    """Classify pictures by class names in each language; the results are by language.
 
     A wrong class that scores as high as the right one comes before it (see
-    `vlm.classification.metrics`).
+    `vlm.classification.metrics`). Every rank of the embedder's group must call this, and gets all
+    scores.
 
     Args:
-        embedder: The model.
+        embedder: The model; `BulkEmbedder(embedder)` of one that was loaded.
         pictures: Encoded pictures or their files.
         labels: The number of each picture's class.
         class_names: By language, the names of the classes.
         templates: By language, texts with `{}` for the name.
-        show_progress_bar: Whether to show progress on stderr.
+        digests: What `embedder.digests_of` gave for the pictures, where it was asked already.
 
     Raises:
         VlmError: there are no pictures, a label has no name, or a language has no templates.
@@ -94,11 +94,9 @@ def evaluate_classification(
                 f"there are class names in {language!r}, but templates only in "
                 f"{', '.join(templates) or 'no language'}"
             )
-    images = embedder.encode_image(pictures, show_progress_bar=show_progress_bar)
+    images = embedder.encode_image(pictures, digests)
     scores = {}
     for language, names in class_names.items():
-        weights = classifier_weights(
-            embedder, names, templates[language], show_progress_bar=show_progress_bar
-        )
+        weights = classifier_weights(embedder, names, templates[language])
         scores[language] = score_classification(images, weights, labels)
     return scores

@@ -3,10 +3,13 @@
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Float32, Int
-from numpy.typing import NDArray
+from jaxtyping import Float, Float32, Int, Int64
 
 TOP = 5
+
+SHOWN = 3
+"""How many of the classes that score highest are told of each picture."""
+
 _LOWEST = float(np.finfo(np.float32).min)
 _TILE = 1 << 22  # scores that are looked at together: 16 MiB of them
 
@@ -35,11 +38,23 @@ class ClassificationScores:
         return float(np.nanmean(self.class_recall))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Classification(ClassificationScores):
+    """The scores of a model, and what it said of each picture."""
+
+    ranks: Int64[np.ndarray, " images"]
+    """Of the right class among all, 1 the best; by it `top1` and `top5` are counted."""
+    best: Int64[np.ndarray, "images shown"]
+    """The classes that score highest, best first: `SHOWN`, or all where there are fewer."""
+    cosines: Float32[np.ndarray, "images shown"]
+    """Of the pictures with these classes."""
+
+
 def score_classification(
     images: Float32[np.ndarray, "images dim"],
     classes: Float32[np.ndarray, "classes dim"],
     labels: Int[np.ndarray, " images"],
-) -> ClassificationScores:
+) -> Classification:
     """Give every picture the class whose vector has the largest product with its own.
 
     A wrong class with the same score as the right one comes before it, so that a model which gives
@@ -50,21 +65,25 @@ def score_classification(
         classes: A vector a class; at least one.
         labels: The number of each picture's right class.
     """
-    given = np.empty(len(images), np.int64)
-    before = np.empty(len(images), np.int64)
+    shown = min(SHOWN, len(classes))
+    ranks = np.empty(len(images), np.int64)
+    best = np.empty((len(images), shown), np.int64)
+    cosines = np.empty((len(images), shown), np.float32)
     rows = max(1, _TILE // len(classes))
     for start in range(0, len(images), rows):
         part = slice(start, start + rows)
-        scores = images[part] @ classes.T
-        scores = np.nan_to_num(scores, nan=_LOWEST, neginf=_LOWEST)  # no number is no better
-        own = np.arange(len(scores)), labels[part]
-        before[part], given[part] = _places(scores, scores[own], own)
+        products = images[part] @ classes.T
+        ranks[part], best[part] = _places(products, labels[part], shown)
+        cosines[part] = np.take_along_axis(products, best[part], axis=1)
     confusion = np.zeros((len(classes), len(classes)), np.int64)
-    np.add.at(confusion, (labels, given), 1)
-    return ClassificationScores(
-        top1=float((before == 0).mean()),
-        top5=float((before < TOP).mean()) if len(classes) >= TOP else None,
+    np.add.at(confusion, (labels, best[:, 0]), 1)
+    return Classification(
+        top1=float((ranks == 1).mean()),
+        top5=float((ranks <= TOP).mean()) if len(classes) >= TOP else None,
         confusion=confusion,
+        ranks=ranks,
+        best=best,
+        cosines=cosines,
     )
 
 
@@ -94,13 +113,18 @@ def baselines(pictures: Int[np.ndarray, " classes"]) -> dict[str, Classification
 
 
 def _places(
-    scores: Float32[np.ndarray, "images classes"],
-    right: Float32[np.ndarray, " images"],
-    own: tuple[NDArray[np.int64], NDArray[np.int64]],
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return how many wrong classes come before each picture's right one, and the first class."""
-    reaches = scores >= right[:, None]
-    reaches[own] = False
-    before = reaches.sum(axis=1)
-    scores[own] = -np.inf
-    return before, np.where(before == 0, own[1], scores.argmax(axis=1))
+    products: Float32[np.ndarray, "images classes"], labels: Int[np.ndarray, " images"], shown: int
+) -> tuple[Int64[np.ndarray, " images"], Int64[np.ndarray, "images shown"]]:
+    """Return the rank of each picture's right class, and the classes that come first."""
+    scores = np.nan_to_num(products, nan=_LOWEST, neginf=_LOWEST)  # no number is no better
+    places = np.arange(len(scores))
+    right = scores[places, labels]
+    scores[places, labels] = -np.inf
+    before = (scores >= right[:, None]).sum(axis=1)
+    best = np.empty((len(scores), shown), np.int64)
+    for place in range(shown):
+        highest = scores.argmax(axis=1)
+        best[:, place] = np.where(before == place, labels, highest)
+        taken = before != place  # the right class moves wrong ones back
+        scores[places[taken], highest[taken]] = -np.inf
+    return before + 1, best

@@ -1,6 +1,8 @@
 """Fit what a bundle's cosines say of a match on held-out pairs, and store it in the bundle."""
 
 import json
+import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,26 +10,19 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from vlm.bundle import store_calibration
+from vlm.cli.evaluation_sources import add_source_arguments, sources
 from vlm.embedder import Embedder
 from vlm.markdown import markdown_table
-from vlm.retrieval.calibration import CalibrationPlan, calibrate
-from vlm.retrieval.pairs import pairs_of_split
+from vlm.retrieval.calibration import CalibrationPlan, Reliability, calibrate
+from vlm.retrieval.sources import open_source
+
+_SPLIT = "val"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options of `vlm eval calibrate`."""
     parser.add_argument("bundle", type=Path, help="folder of the bundle to calibrate")
-    parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="data folder")
-    parser.add_argument(
-        "--split", type=str, default="val", help="split that the model was not trained on"
-    )
-    parser.add_argument(
-        "--languages", nargs="+", default=None, help="languages to ask in; default: the bundle's"
-    )
-    parser.add_argument(
-        "--where", nargs="+", default=[],
-        help="conditions on samples, such as source=noto group!=flags",
-    )  # fmt: skip
+    add_source_arguments(parser, many=False, folder_split=_SPLIT)
     parser.add_class_arguments(CalibrationPlan)
     parser.add_argument("--device", type=str | None, default=None, help="such as cpu or cuda:0")
     parser.add_argument(
@@ -39,20 +34,27 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Any) -> None:
     """Fit, store, and print the threshold and how reliable the map is."""
+    (source,) = sources(options, folder_split=_SPLIT)
     embedder = Embedder.load(
         options.bundle, device=options.device, truncate_dim=options.truncate_dim
     )
-    pairs = pairs_of_split(
-        options.data,
-        options.split,
-        languages=options.languages or embedder.languages,
-        where=options.where,
-    )
+    opened = open_source(source, languages=embedder.languages)
+    if opened.findings:
+        print(f"{opened.name}: {dict(opened.findings)}", file=sys.stderr)
     plan = CalibrationPlan(
         **{name: getattr(options, name) for name in CalibrationPlan.__dataclass_fields__}
     )
-    data = {"data": str(options.data), "split": options.split, "where": list(options.where)}
-    calibration, reliability = calibrate(embedder, pairs, plan, data=data, show_progress_bar=True)
+    data = {
+        "data": str(source.path),
+        "kind": opened.kind,
+        "split": opened.split,
+        "where": list(source.where or ()),
+        "duplicates": opened.pairs.duplicates,
+        "cleaning": opened.pairs.cleaning,
+    }
+    calibration, reliability = calibrate(
+        embedder, opened.pairs, plan, data=data, show_progress_bar=True
+    )
     store_calibration(options.bundle, calibration)
     if options.json:
         checked = {name: asdict(found) for name, found in reliability.items()}
@@ -63,9 +65,13 @@ def run(options: Any) -> None:
         f"precision of {plan.precision} where a share of {plan.prior} of all pairs matches.\n"
         "Checked with the half of the data that it was not fitted on:\n"
     )
+    print(_table(reliability))
+
+
+def _table(reliability: Mapping[str, Reliability]) -> str:
     header = ["texts", "right pairs", "wrong pairs", "calibration error", "precision", "recall"]
     rows = []
     for name, found in reliability.items():
         shares = (found.calibration_error, found.precision, found.recall)
         rows.append([name, str(found.right), str(found.wrong), *(f"{s:.3f}" for s in shares)])
-    print(markdown_table(header, rows))
+    return markdown_table(header, rows)

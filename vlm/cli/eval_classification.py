@@ -1,15 +1,15 @@
 """Score a bundle on zero-shot classification, with class names and prompts in every language."""
 
 import json
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from vlm.bulk_embedding import BulkEmbedder
 from vlm.classification.class_names import ClassNames, read_class_names
-from vlm.classification.confusion_plot import confusion_png
 from vlm.classification.dataset import (
     LabelledPictures,
     class_folders,
@@ -17,15 +17,20 @@ from vlm.classification.dataset import (
     pictures_of_split,
 )
 from vlm.classification.evaluation import evaluate_classification
-from vlm.classification.metrics import ClassificationScores, baselines
-from vlm.classification.prompts import read_templates
+from vlm.classification.prompts import prompts_of, read_templates
+from vlm.distributed.launched import launched_group
 from vlm.embedder import Embedder
 from vlm.errors import VlmError
 from vlm.files import write_file
-from vlm.markdown import markdown_table
+from vlm.reports.classification_report import classification_document
+from vlm.reports.classification_run import (
+    ClassificationRun,
+    format_classification,
+    intervals_of,
+)
+from vlm.reports.document import write_report
 from vlm.retrieval.pairs import parse_condition
-
-_TIES = "a wrong class with the same score as the right one comes before it"
+from vlm.retrieval.protocol import Reading, reading_of
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -65,49 +70,79 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
         "--out", type=Path | None, default=None,
-        help="folder for classification.json and a plot of each language's confusion",
+        help="folder for report.html, report.md, classification.json and the plots",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cache", type=Path | None, default=None,
+        help="folder to keep vectors in, so that whatever was embedded once is not embedded again; "
+        "default: embeddings in the folder --out, if given",
     )  # fmt: skip
 
 
 def run(options: Any) -> None:
-    """Score the bundle; print a table or JSON, and write the plots."""
-    embedder = Embedder.load(
-        options.bundle, device=options.device, truncate_dim=options.truncate_dim
-    )
-    languages = options.languages or embedder.languages
-    templates = read_templates(options.templates, languages)
-    classes, pictures = _read_data(options, languages)
-    scores = evaluate_classification(
-        embedder, pictures.images, pictures.labels, classes.names, templates,
-        show_progress_bar=True,
-    )  # fmt: skip
-    guesses = baselines(next(iter(scores.values())).confusion.sum(axis=1))
-    record = {
-        "scores": {language: _record(found, classes.ids) for language, found in scores.items()},
-        "baselines": {name: _numbers(found) for name, found in guesses.items()},
-        "protocol": {
-            "data": str(options.images or options.data),
-            **({} if options.images else {"split": options.split, "label": options.label}),
-            "where": list(options.where),
-            "pictures": len(pictures.images),
-            "left_out": pictures.left_out,
-            "pictures_sha256": pictures.fingerprint(),
-            "classes": len(classes.ids),
-            "names": classes.names,
-            "templates": templates,
-            "ties": _TIES,
-            "bundle": embedder.fingerprint,
-            "tokenizer": embedder.tokenizer.fingerprint,
-            "context_length": embedder.tokenizer.context_length,
-            "truncated_share": embedder.tokenizer.truncated_share,
-            "dim": embedder.embed_dim,
-        },
+    """Score the bundle; print a table or JSON, and write the report, on the first rank."""
+    with launched_group(options.device) as group:
+        embedder = Embedder.load(
+            options.bundle, device=options.device, truncate_dim=options.truncate_dim
+        )
+        languages = options.languages or embedder.languages
+        templates = read_templates(options.templates, languages)
+        classes, pictures = _read_data(options, languages)
+        bulk = BulkEmbedder(
+            embedder,
+            cache=options.cache or (options.out and options.out / "embeddings"),
+            group=group,
+            show_progress_bar=True,
+        )
+        digests = bulk.digests_of(pictures.images)
+        scores = evaluate_classification(
+            bulk, pictures.images, pictures.labels, classes.names, templates, digests=digests
+        )
+    if group.rank == 0:  # the others need not wait for what one process does
+        classified = ClassificationRun(
+            bundle=str(options.bundle),
+            source=_source(options),
+            pictures=pictures,
+            pictures_sha256=pictures.fingerprint(digests),
+            classes=classes,
+            templates=templates,
+            reading=_reading(embedder, classes, templates),
+            scores=scores,
+            intervals=intervals_of(scores),
+        )
+        _report(options, classified)
+
+
+def _source(options: Any) -> dict[str, Any]:
+    if options.images:
+        return {"data": str(options.images), "where": []}
+    return {
+        "data": str(options.data),
+        "split": options.split,
+        "label": options.label,
+        "where": list(options.where),
     }
-    text = json.dumps(record, indent=1, ensure_ascii=False)
+
+
+def _reading(
+    embedder: Embedder, classes: ClassNames, templates: Mapping[str, Sequence[str]]
+) -> Reading:
+    prompts = (
+        prompt
+        for language, names in classes.names.items()
+        for of_class in names
+        for prompt in prompts_of(of_class, templates[language])
+    )
+    return reading_of(embedder, list(dict.fromkeys(prompts)))
+
+
+def _report(options: Any, classified: ClassificationRun) -> None:
+    text = json.dumps(classified.as_record(), indent=1, ensure_ascii=False)
     if options.out:
         write_file(options.out / "classification.json", (text + "\n").encode())
-        _write_plots(options.out, scores, classes)
-    print(text if options.json else _table(scores, guesses, pictures))
+        page = write_report(options.out, classification_document(classified))
+        print(f"report: {page}", file=sys.stderr)
+    print(text if options.json else format_classification(classified))
 
 
 def _read_data(options: Any, languages: Sequence[str]) -> tuple[ClassNames, LabelledPictures]:
@@ -126,44 +161,3 @@ def _read_data(options: Any, languages: Sequence[str]) -> tuple[ClassNames, Labe
         raise VlmError(f"--images {options.images} needs --classes: the names of its classes")
     classes = read_class_names(options.classes, languages, folders=folders)
     return classes, pictures_in_class_folders(options.images, classes.ids)
-
-
-def _numbers(scores: ClassificationScores) -> dict[str, float | None]:
-    return {"top1": scores.top1, "top5": scores.top5, "mean_class_recall": scores.mean_class_recall}
-
-
-def _record(scores: ClassificationScores, ids: Sequence[str]) -> dict[str, Any]:
-    recalls = zip(ids, scores.class_recall.tolist(), strict=True)
-    return {
-        **_numbers(scores),
-        "class_recall": {name: None if math.isnan(recall) else recall for name, recall in recalls},
-        "confusion": scores.confusion.tolist(),
-    }
-
-
-def _table(
-    scores: Mapping[str, ClassificationScores],
-    guesses: Mapping[str, ClassificationScores],
-    pictures: LabelledPictures,
-) -> str:
-    rows = []
-    for name, found in [*scores.items(), *guesses.items()]:
-        numbers = ["-" if value is None else f"{value:.3f}" for value in _numbers(found).values()]
-        rows.append([name, *numbers])
-    counts = next(iter(scores.values())).confusion.sum(axis=1)
-    header = ["names", "top-1", "top-5", "mean per class"]
-    return (
-        f"{len(pictures.images)} pictures of {int((counts > 0).sum())} of {len(counts)} classes; "
-        f"{pictures.left_out} left out\n\n{markdown_table(header, rows)}"
-    )
-
-
-def _write_plots(
-    folder: Path, scores: Mapping[str, ClassificationScores], classes: ClassNames
-) -> None:
-    english = classes.names.get("en")
-    names = [of_class[0] for of_class in english] if english else classes.ids
-    for language, found in scores.items():
-        title = f"class names in {language!r}: top-1 {found.top1:.3f}"
-        png = confusion_png(found.confusion, names, title=title)
-        write_file(folder / f"confusion_{language}.png", png)

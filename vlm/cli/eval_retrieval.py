@@ -1,117 +1,89 @@
-"""Score a bundle on retrieval in both directions and every language, and say what was asked."""
+"""Score a bundle on retrieval in both directions and every language, and report what was found.
+
+Also under `accelerate launch -m vlm eval retrieval`, which splits the work over processes.
+"""
 
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from vlm.bundle import load_bundle
-from vlm.data.benchmarks.opening import open_benchmark
-from vlm.data.manifest import is_data_folder
+from vlm.bulk_embedding import BulkEmbedder
+from vlm.cli.evaluation_sources import SourcesFile, add_source_arguments, sources
+from vlm.cli.index_options import add_index_arguments, index_plan
+from vlm.distributed.launched import launched_group
 from vlm.embedder import Embedder
-from vlm.errors import ConfigError
 from vlm.files import write_file
-from vlm.retrieval.evaluation import evaluate_with_protocol, format_scores
-from vlm.retrieval.pairs import RetrievalPairs, pairs_of_benchmark, pairs_of_split
+from vlm.reports.document import write_report
+from vlm.reports.results import RECORD_NAME
+from vlm.reports.retrieval_report import retrieval_document
+from vlm.reports.retrieval_run import RetrievalRun, ScoredBenchmark, format_run
+from vlm.retrieval.evaluation import evaluate_with_protocol
+from vlm.retrieval.sources import open_source
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options of `vlm eval retrieval`."""
+    parser.add_argument(
+        "--config", action=SourcesFile,
+        help="YAML file with these options, such as configs/evaluate/five_benchmarks.yaml",
+    )  # fmt: skip
     parser.add_argument("bundle", type=Path, help="folder of the bundle to score")
-    parser.add_argument(
-        "--data", type=str, nargs="+", default=["data/emoji"], metavar="[NAME=]PATH",
-        help="data folders, or the files of published benchmarks; a name is what scores are "
-        "called by",
-    )  # fmt: skip
-    parser.add_argument("--split", type=str | None, default=None, help="split to score")
-    parser.add_argument(
-        "--languages", nargs="+", default=None, help="languages to ask in; default: all, of a data "
-        "folder the bundle's",
-    )  # fmt: skip
-    parser.add_argument(
-        "--where", nargs="+", default=[],
-        help="for a data folder: conditions on samples, such as source=noto group!=flags",
-    )  # fmt: skip
-    parser.add_argument(
-        "--images", type=Path | None, default=None,
-        help="for a benchmark: the folder of its pictures, where they are not beside its file",
-    )  # fmt: skip
-    parser.add_argument(
-        "--duplicates", type=Literal["by id", "by string"], default="by id",
-        help="for a benchmark: which pictures are right where several have the same caption",
-    )  # fmt: skip
-    parser.add_argument(
-        "--lower_case", action="store_true",
-        help="for a benchmark: captions in lower case, as Chinese-CLIP and M2-Encoder evaluate",
-    )  # fmt: skip
-    parser.add_argument(
-        "--allowed_share", type=float, default=0.01,
-        help="for a benchmark: share of pictures and captions that may be missing or damaged",
-    )  # fmt: skip
+    add_source_arguments(parser, many=True)
+    add_index_arguments(parser)
     parser.add_argument("--device", type=str | None, default=None, help="such as cpu or cuda:0")
     parser.add_argument(
         "--truncate_dim", type=int | None, default=None,
         help="use the first so many numbers of each vector, where they were trained so",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--out", type=Path | None, default=None, help="also write the JSON here")
+    parser.add_argument(
+        "--out", type=Path | None, default=None,
+        help="folder for report.html, report.md and retrieval.json",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cache", type=Path | None, default=None,
+        help="folder that keeps embeddings, so that an interrupted run goes on where it was; "
+        "default: embeddings in the folder of --out",
+    )  # fmt: skip
 
 
 def run(options: Any) -> None:
-    """Score the bundle; print a table or JSON."""
-    named = _named(options.data, options.split)
-    bundle = load_bundle(options.bundle)
-    embedder = Embedder.of_bundle(bundle, device=options.device, truncate_dim=options.truncate_dim)
-    records = {}
-    for name, path in named.items():
-        pairs, findings = _open(path, options, embedder)
-        evaluation = evaluate_with_protocol(
-            embedder, pairs, transform=bundle.preprocess_cfg, show_progress_bar=True
+    """Score the bundle; print a table or JSON, and write the report."""
+    asked, plan = sources(options), index_plan(options)
+    with launched_group(options.device) as group:
+        embedder = BulkEmbedder(
+            Embedder.load(options.bundle, device=options.device, truncate_dim=options.truncate_dim),
+            cache=options.cache or (options.out / "embeddings" if options.out else None),
+            group=group,
+            show_progress_bar=True,
         )
-        records[name] = evaluation.as_record() | findings
-    text = json.dumps({"bundle": str(options.bundle), "benchmarks": records}, indent=1)
+        # All are opened before any is scored, so that a mistake in the last costs no work.
+        opened = [open_source(each, languages=embedder.embedder.languages) for each in asked]
+        scored = {}
+        for source in opened:
+            if source.findings and group.rank == 0:
+                print(f"{source.name}: {dict(source.findings)}", file=sys.stderr)
+            evaluation = evaluate_with_protocol(embedder, source.pairs)
+            scored[source.name] = ScoredBenchmark(source=source, evaluation=evaluation)
+    if group.rank == 0:  # the others need not wait for what one process does
+        if plan:
+            scored = {
+                name: each.with_indexes(plan, device=options.device)
+                for name, each in scored.items()
+            }
+        _report(options, RetrievalRun(bundle=str(options.bundle), benchmarks=scored))
+
+
+def _report(options: Any, scored: RetrievalRun) -> None:
+    text = json.dumps(scored.as_record(), indent=1, ensure_ascii=False)
     if options.out:
-        write_file(options.out, (text + "\n").encode())
-    scores = {name: record["scores"] for name, record in records.items()}
-    print(text if options.json else format_scores(scores))
-
-
-def _named(data: list[str], split: str | None) -> dict[str, Path]:
-    """Return paths by the names of their scores."""
-    named: dict[str, Path] = {}
-    for each in data:
-        name, sign, path = each.partition("=")
-        if not sign:
-            name, path = "", each
-        folder = is_data_folder(Path(path))
-        name = name or (split or "test_style" if folder else Path(path).stem)
-        if name in named:
-            raise ConfigError(f"two benchmarks are called {name}; name them by NAME=PATH")
-        named[name] = Path(path)
-    return named
-
-
-def _open(path: Path, options: Any, embedder: Embedder) -> tuple[RetrievalPairs, dict[str, Any]]:
-    if is_data_folder(path):
-        pairs = pairs_of_split(
-            path,
-            options.split or "test_style",
-            languages=options.languages or embedder.languages,
-            where=options.where,
-        )
-        return pairs, {}
-    benchmark = open_benchmark(
-        path, split=options.split, images=options.images, allowed_share=options.allowed_share
-    )
-    found = {key: value for key, value in asdict(benchmark.findings).items() if value}
-    print(f"{benchmark.name}: {found}", file=sys.stderr)
-    pairs = pairs_of_benchmark(
-        benchmark,
-        duplicates=options.duplicates,
-        lower_case=options.lower_case,
-        languages=options.languages or (),
-    )
-    return pairs, {"kind": benchmark.kind, "split": benchmark.split, "findings": found}
+        write_file(options.out / RECORD_NAME, (text + "\n").encode())
+        page = write_report(options.out, retrieval_document(scored))
+        print(f"report: {page}", file=sys.stderr)
+    for name, each in scored.benchmarks.items():
+        for warning in each.indexes.warnings if each.indexes else ():
+            print(f"warning: {name}: {warning}", file=sys.stderr)
+    print(text if options.json else format_run(scored))

@@ -13,7 +13,7 @@ from vlm.reports.table import as_record, format_tables, tables_of
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options of `vlm eval table`."""
     parser.add_argument(
-        "runs", type=Path, nargs="*", help="files that `vlm eval retrieval --out` wrote"
+        "runs", type=Path, nargs="*", help="folders that `vlm eval retrieval --out` wrote"
     )
     parser.add_argument(
         "--published", type=str, default="", metavar="[NAME=]BENCHMARK,...",

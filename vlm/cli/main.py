@@ -40,7 +40,7 @@ VERBS = {
 
 _OPTIONAL = re.compile(
     r"Does not validate against any of the Union subtypes\s+"
-    r"Subtypes: \[[^,]*, <class 'NoneType'>\].*",
+    r"Subtypes: \[(?:[^,\[]*|typing\.Literal\[[^\]]*\]), <class 'NoneType'>\].*",
     re.DOTALL,
 )
 _UNKNOWN_KEY = re.compile(r"(?:does not accept option|unrecognized arguments:|Option) '?([\w.-]+)")

@@ -9,6 +9,7 @@ from jsonargparse import ArgumentParser
 
 from vlm.errors import ConfigError
 from vlm.quickstart import next_commands, run_quickstart
+from vlm.reports.retrieval_run import format_run
 from vlm.training.config import TrainConfig
 
 _CONFIG = Path("configs/train/emoji.yaml")
@@ -30,10 +31,8 @@ def run(options: Any) -> None:
         raise ConfigError(f"there is no {_CONFIG} here; run this in a clone of the project")
     fields = {name: getattr(options, name) for name in TrainConfig.__dataclass_fields__}
     config = replace(TrainConfig(**fields), run_folder=options.out)
-    report = run_quickstart(config)
-    text = report.read_text(encoding="utf-8")
-    table = [line for line in text.splitlines() if line.startswith("| ")]
-    print("\n".join(table))
+    report, scored = run_quickstart(config)
+    print(format_run(scored))
     print(f"\nThe report with plots and pictures: {report}\n\nTry next:", file=sys.stderr)
     print(
         "\n".join(f"  {command}" for command in next_commands(config.run_folder)), file=sys.stderr

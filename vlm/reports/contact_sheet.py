@@ -1,79 +1,176 @@
-"""A contact sheet: queries with the pictures they found, as one SVG file.
+"""A contact sheet: examples of what a model found, as one SVG file.
 
 SVG leaves the drawing of text to the viewer, who has Chinese letters even where the machine that
 trained the model has no font for them.
 """
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+from xml.etree.ElementTree import Element
 
-from vlm.images.decoding import decode_image
+from vlm.images.decoding import ImageSource
+from vlm.markdown import width_in_columns
+from vlm.reports.elements import data_uri, element, svg_of
+from vlm.reports.examples import (
+    LEGEND,
+    RIGHT_PICTURE,
+    RIGHT_SIGN,
+    Answer,
+    CaptionAnswer,
+    CaptionExample,
+    Example,
+    cosine_in_words,
+    thumbnail,
+)
 
-_PICTURE, _GAP, _LABEL, _MARGIN = 64, 8, 170, 16
-_RIGHT, _OTHER = "#1a9641", "#dddddd"
+_PICTURE, _GAP, _MARGIN = 64, 8, 16
+_ANSWER = 5 * (_PICTURE + _GAP) - _GAP
+"""Width of an answer in words, which is that of its pictures where there are five."""
 
-
-@dataclass(frozen=True, slots=True)
-class FoundPicture:
-    """One picture that a query found."""
-
-    image: bytes
-    correct: bool
-    """Whether it is known to be a right answer."""
-
-
-@dataclass(frozen=True, slots=True)
-class SheetRow:
-    """The same question in each language, with its answers, best first."""
-
-    queries: Sequence[tuple[str, Sequence[FoundPicture]]]
-
-
-def contact_sheet_svg(rows: Sequence[SheetRow], *, title: str) -> str:
-    """Return the sheet: a row a question, a block a language; right answers have a green frame."""
-    blocks = max(len(row.queries) for row in rows)
-    shown = max(len(found) for row in rows for _, found in row.queries)
-    block_width = _LABEL + shown * (_PICTURE + _GAP) + 2 * _GAP
-    row_height = _PICTURE + 2 * _GAP
-    width, top = 2 * _MARGIN + blocks * block_width, _MARGIN + 36
-    height = top + len(rows) * row_height + _MARGIN
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-        f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="15">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-        f'<text x="{_MARGIN}" y="{_MARGIN + 12}" font-size="17">{escape(title)}</text>',
-    ]
-    for number, row in enumerate(rows):
-        for block, (query, found) in enumerate(row.queries):
-            x, y = _MARGIN + block * block_width, top + number * row_height
-            parts += _query_block(x, y, query, found)
-    return "\n".join([*parts, "</svg>", ""])
+_LETTER = 0.55  # mean width of a letter, in font sizes; a Chinese one takes twice as much
+_RIGHT, _OTHER, _PALE = "#1a7f37", "#dddddd", "#666666"
+_FONTS = (
+    "system-ui, 'Segoe UI', 'Helvetica Neue', 'Noto Sans', 'PingFang SC', 'Microsoft YaHei', "
+    "'Noto Sans CJK SC', sans-serif"
+)
 
 
-def _query_block(x: int, y: int, query: str, found: Sequence[FoundPicture]) -> list[str]:
-    label = query if len(query) <= 20 else query[:19] + "…"
-    parts = [f'<text x="{x}" y="{y + _PICTURE // 2 + 5}">{escape(label)}</text>']
-    for place, picture in enumerate(found):
-        left = x + _LABEL + place * (_PICTURE + _GAP)
-        parts.append(
-            f'<image x="{left}" y="{y}" width="{_PICTURE}" height="{_PICTURE}" '
-            f'href="data:image/png;base64,{_as_png(picture.image)}"/>'
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Box:
+    """Something drawn from (0, 0) to (width, height)."""
+
+    node: Element
+    width: int
+    height: int
+
+
+def examples_svg(items: Sequence[Example | CaptionExample], *, title: str) -> str:
+    """Return the sheet: a row an example, a block a language; right answers are green and ticked.
+
+    Args:
+        items: What to draw.
+        title: Stands over the sheet.
+
+    Raises:
+        DataError: a picture cannot be read.
+    """
+    heading = _stacked(
+        _line(title, size=17, width=2 * _ANSWER),
+        _line(LEGEND, size=12, fill=_PALE, width=2 * _ANSWER),
+    )
+    sheet = _stacked(heading, *map(_example, items), gap=2 * _GAP)
+    width, height = str(sheet.width + 2 * _MARGIN), str(sheet.height + 2 * _MARGIN)
+    drawing = element(
+        "svg",
+        element("rect", width=width, height=height, fill="white"),
+        _moved(sheet, _MARGIN, _MARGIN),
+        xmlns="http://www.w3.org/2000/svg", width=width, height=height,
+        viewBox=f"0 0 {width} {height}", font_family=_FONTS,
+    )  # fmt: skip
+    return svg_of(drawing)
+
+
+def _example(item: Example | CaptionExample) -> _Box:
+    if isinstance(item, CaptionExample):
+        boxes = [_picture(item.image), *map(_captions, item.answers)]
+    else:
+        boxes = [_pictures(answer) for answer in item.answers]
+        if item.right is not None:
+            name = _line(RIGHT_PICTURE, size=12, fill=_PALE, width=2 * _PICTURE)
+            boxes.append(_stacked(name, _picture(item.right, right=True)))
+    return _side_by_side(*boxes, gap=3 * _GAP)
+
+
+def _pictures(answer: Answer) -> _Box:
+    """Draw a query with its rank, and the pictures that it found below."""
+    query = _line(answer.query, _rank(answer.rank), language=answer.language)
+    found = [
+        _stacked(
+            _picture(one.image, right=one.correct),
+            _line(
+                f"{RIGHT_SIGN if one.correct else ''} {cosine_in_words(one.cosine)}".strip(),
+                size=11, fill=_RIGHT if one.correct else _PALE, width=_PICTURE,
+            ),
         )
-        colour, stroke = (_RIGHT, 3) if picture.correct else (_OTHER, 1)
-        parts.append(
-            f'<rect x="{left - 2}" y="{y - 2}" width="{_PICTURE + 4}" height="{_PICTURE + 4}" '
-            f'fill="none" stroke="{colour}" stroke-width="{stroke}"/>'
+        for one in answer.found
+    ]  # fmt: skip
+    return _stacked(query, _side_by_side(*found))
+
+
+def _captions(answer: CaptionAnswer) -> _Box:
+    """Draw the rank of the first right caption, and the captions that a picture found below."""
+    found = [
+        _line(
+            f"{RIGHT_SIGN} {one.text}" if one.correct else one.text, cosine_in_words(one.cosine),
+            fill=_RIGHT if one.correct else "black", language=answer.language,
         )
-    return parts
+        for one in answer.found
+    ]  # fmt: skip
+    return _stacked(_line(answer.language, _rank(answer.rank), size=12, fill=_PALE), *found)
 
 
-def _as_png(image: bytes) -> str:
-    """Return a small PNG as base64: every SVG viewer shows PNG, few show WebP."""
-    picture = decode_image(image)
-    picture.thumbnail((_PICTURE, _PICTURE))
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode()
+def _rank(rank: int | None) -> str:
+    return "" if rank is None else f"rank {rank:,}"
+
+
+def _picture(image: ImageSource, *, right: bool = False) -> _Box:
+    """Draw a picture in its frame; PNG, because few viewers of SVG show WebP."""
+    content = thumbnail(image, side=_PICTURE, file_format="PNG")
+    side = str(_PICTURE)
+    shown = element("image", width=side, height=side, href=data_uri(content, "image/png"))
+    frame = element(
+        "rect", x="-2", y="-2", width=str(_PICTURE + 4), height=str(_PICTURE + 4), fill="none",
+        stroke=_RIGHT if right else _OTHER, stroke_width="3" if right else "1",
+    )  # fmt: skip
+    return _Box(node=element("g", shown, frame), width=_PICTURE, height=_PICTURE)
+
+
+def _line(
+    text: str,
+    note: str = "",
+    *,
+    language: str = "",
+    size: int = 14,
+    fill: str = "black",
+    width: int = _ANSWER,
+) -> _Box:
+    """Write a text, cut to what fits, and a small note at the right end of its line."""
+    room = int((width - 11 * _LETTER * len(note)) / (size * _LETTER))
+    style = {"y": str(size), "font_size": str(size), "fill": fill}
+    written = element("text", _cut(text, room), **style, **({"lang": language} if language else {}))
+    noted = element(
+        "text", note, x=str(width), y=str(size), font_size="11", fill=_PALE, text_anchor="end"
+    )
+    node = element("g", written, *([noted] if note else []))
+    return _Box(node=node, width=width, height=max(size + 4, 18))
+
+
+def _cut(text: str, columns: int) -> str:
+    if width_in_columns(text) <= columns:
+        return text
+    text = text[:columns]
+    while width_in_columns(text) >= columns:
+        text = text[:-1]
+    return f"{text}…"
+
+
+def _side_by_side(*boxes: _Box, gap: int = _GAP) -> _Box:
+    nodes, right = [], -gap
+    for box in boxes:
+        nodes.append(_moved(box, right + gap, 0))
+        right += gap + box.width
+    height = max((box.height for box in boxes), default=0)
+    return _Box(node=element("g", *nodes), width=max(right, 0), height=height)
+
+
+def _stacked(*boxes: _Box, gap: int = 4) -> _Box:
+    nodes, bottom = [], -gap
+    for box in boxes:
+        nodes.append(_moved(box, 0, bottom + gap))
+        bottom += gap + box.height
+    width = max((box.width for box in boxes), default=0)
+    return _Box(node=element("g", *nodes), width=width, height=max(bottom, 0))
+
+
+def _moved(box: _Box, x: int, y: int) -> Element:
+    return element("g", box.node, transform=f"translate({x} {y})")

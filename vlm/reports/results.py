@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from vlm.errors import ConfigError, DataError
-from vlm.retrieval.evaluation import CUTOFFS, DIRECTIONS
+from vlm.retrieval.scores import CUTOFFS, DIRECTIONS
+
+RECORD_NAME = "retrieval.json"
+"""The file of a run's folder in which the scores are."""
 
 SCORES = tuple(f"{direction}/recall@{k}" for direction in DIRECTIONS for k in CUTOFFS)
 """The names of a row's recalls, as `evaluate_retrieval` calls them after the language."""
@@ -42,17 +45,23 @@ class Result:
 
 
 def read_results(paths: Sequence[Path]) -> list[Result]:
-    """Read what `vlm eval retrieval --out` wrote, in the order of the files.
+    """Read what `vlm eval retrieval --out` wrote, in the order of the runs.
+
+    Args:
+        paths: Folders of runs, or their `retrieval.json`.
 
     Raises:
-        ConfigError: a file is given twice.
-        DataError: a file cannot be read or holds something else.
+        ConfigError: a run is given twice.
+        DataError: a run cannot be read or holds something else.
     """
     records: dict[Path, Mapping[str, Any]] = {}
-    for path in paths:
-        if path.resolve() in {known.resolve() for known in records}:
-            raise ConfigError(f"the run {path} is given twice; expected each run once")
-        records[path] = _record_of(path)
+    read: set[Path] = set()
+    for given in paths:
+        path = given / RECORD_NAME if given.is_dir() else given
+        if path.resolve() in read:
+            raise ConfigError(f"the run {given} is given twice; expected each run once")
+        read.add(path.resolve())
+        records[given] = _record_of(path)
     bundles = Counter(record["bundle"] for record in records.values())
     results = []
     for path, record in records.items():

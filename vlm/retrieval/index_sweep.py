@@ -1,6 +1,6 @@
 """Approximate search beside exact search: what an index costs, in recall and in time."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -148,9 +148,10 @@ def compare_all(
     target_recall: float = 0.95,
     memory_budget_bytes: int,
     device: str | None = None,
-    on_case: Callable[[ApproximateIndex, SearchCase], None] | None = None,
-) -> Iterator[Comparison]:
+) -> Iterator[tuple[ApproximateIndex, SearchCase, Comparison]]:
     """Compare every factory in every case, and build each index of the same vectors once.
+
+    An index is given as the comparison left it, and can be measured further before the next.
 
     Args:
         cases: Made with the same `ks`.
@@ -159,7 +160,6 @@ def compare_all(
         target_recall: What search parameters are tuned to, and `auto` is chosen for.
         memory_budget_bytes: What an index that `auto` chooses may take.
         device: As for `build_index`.
-        on_case: Called with each index and case after they were compared.
 
     Raises:
         SearchIndexError: as `build_index` and `choose_factory`.
@@ -178,9 +178,8 @@ def compare_all(
                 built[id(vectors)] = build_index(vectors, chosen, device=device)
             index = built[id(vectors)]
             found = compare(index, case, ks=ks, target_recall=target_recall)
-            yield replace(found, factory=chosen if factory != AUTO else f"{AUTO}: {chosen}")
-            if on_case:
-                on_case(index, case)
+            name = chosen if factory != AUTO else f"{AUTO}: {chosen}"
+            yield index, case, replace(found, factory=name)
 
 
 def loss_of(comparison: Comparison) -> str | None:

@@ -2,11 +2,11 @@
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Int64
 
 from vlm.data.benchmarks.benchmark import Benchmark, DuplicatePolicy, correct_pairs
 from vlm.data.dataset import ShardedSplit
@@ -36,6 +36,12 @@ class RetrievalPairs:
     """Which pictures are right where several have the same text."""
     cleaning: str = "none"
     """What was done to the texts."""
+    translations: Mapping[tuple[str, str], Int64[np.ndarray, "pairs 2"]] = field(
+        default_factory=dict
+    )
+    """By two languages, pairs (text of the first, text of the second) that say the same, each once.
+    The first language is English where there is English, else the first of all; empty where no two
+    languages have such texts."""
 
 
 def pairs_of_split(
@@ -59,15 +65,21 @@ def pairs_of_split(
     samples = [
         sample for sample in ShardedSplit(folder, split) if all(c(sample) for c in conditions)
     ]
-    texts = {language: _texts_of(samples, language) for language in languages}
-    texts = {language: of_language for language, of_language in texts.items() if of_language.texts}
+    asked = {language: _main_captions(samples, language) for language in languages}
+    asked = {language: concepts for language, concepts in asked.items() if concepts}
+    texts = {
+        language: _texts_of(samples, language, concepts) for language, concepts in asked.items()
+    }
     if not texts:
         raise DataError(
             f"the split {split!r} of {folder} has no sample with a caption in "
             f"{' or '.join(languages)}" + (f" where {' and '.join(where)}" if where else "")
         )
     return RetrievalPairs(
-        images=[sample.image for sample in samples], texts=texts, duplicates="by string"
+        images=[sample.image for sample in samples],
+        texts=texts,
+        duplicates="by string",
+        translations=_translations(_of_concepts(asked)),
     )
 
 
@@ -111,6 +123,9 @@ def pairs_of_benchmark(
         texts=texts,
         duplicates=duplicates,
         cleaning="; ".join(cleaning) or "none",
+        translations=_translations(
+            {language: benchmark.captions[language].pairs for language in texts}
+        ),
     )
 
 
@@ -137,15 +152,77 @@ def parse_condition(text: str) -> Callable[[Sample], bool]:
     return holds
 
 
-def _texts_of(samples: Sequence[Sample], language: str) -> Texts:
-    of_concept: dict[str, int] = {}
-    of_text: dict[str, int] = {}  # concepts that share their caption share their question
-    matches = []
-    for image, sample in enumerate(samples):
+def _main_captions(samples: Sequence[Sample], language: str) -> dict[str, str]:
+    """Return concepts with what they are asked for by: the main caption of their first sample."""
+    found: dict[str, str] = {}
+    for sample in samples:
         captions = sample.captions.get(language)
-        if not captions:
-            continue
-        if sample.concept not in of_concept:
-            of_concept[sample.concept] = of_text.setdefault(captions[0], len(of_text))
-        matches.append((of_concept[sample.concept], image))
-    return Texts(texts=list(of_text), matches=np.array(matches, dtype=np.int64).reshape(-1, 2))
+        if captions:
+            found.setdefault(sample.concept, captions[0])
+    return found
+
+
+def _texts_of(samples: Sequence[Sample], language: str, asked: Mapping[str, str]) -> Texts:
+    numbers = _numbers_of(asked)
+    matches = [
+        (numbers[asked[sample.concept]], image)
+        for image, sample in enumerate(samples)
+        if sample.captions.get(language)
+    ]
+    return Texts(texts=list(numbers), matches=np.array(matches, dtype=np.int64).reshape(-1, 2))
+
+
+def _numbers_of(asked: Mapping[str, str]) -> dict[str, int]:
+    """Number the questions; concepts that share their caption share their question."""
+    return {text: number for number, text in enumerate(dict.fromkeys(asked.values()))}
+
+
+def _of_concepts(
+    asked: Mapping[str, Mapping[str, str]],
+) -> dict[str, Int64[np.ndarray, "concepts 2"]]:
+    """Return by language the pairs (text, concept)."""
+    places: dict[str, int] = {}
+    found = {}
+    for language, of_language in asked.items():
+        numbers = _numbers_of(of_language)
+        pairs = [
+            (numbers[text], places.setdefault(concept, len(places)))
+            for concept, text in of_language.items()
+        ]
+        found[language] = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    return found
+
+
+def _translations(
+    described: Mapping[str, Int64[np.ndarray, "_ 2"]],
+) -> dict[tuple[str, str], Int64[np.ndarray, "pairs 2"]]:
+    """Pair what is said n-th of a thing in one language with what is said n-th in another.
+
+    Args:
+        described: By language, the pairs (text, thing) in their order.
+    """
+    if len(described) < 2:
+        return {}
+    first = "en" if "en" in described else next(iter(described))
+    most = max(len(pairs) for pairs in described.values())
+    keys = {
+        language: pairs[:, 1] * most + _turns(pairs[:, 1]) for language, pairs in described.items()
+    }
+    found = {}
+    for other in (language for language in described if language != first):
+        _, here, there = np.intersect1d(
+            keys[first], keys[other], assume_unique=True, return_indices=True
+        )
+        pairs = np.stack([described[first][here, 0], described[other][there, 0]], axis=1)
+        if len(pairs):
+            found[first, other] = np.unique(pairs, axis=0)
+    return found
+
+
+def _turns(things: Int64[np.ndarray, " pairs"]) -> Int64[np.ndarray, " pairs"]:
+    """Count how often each thing has occurred before."""
+    order = np.argsort(things, kind="stable")
+    ordered = things[order]
+    turns = np.empty(len(things), np.int64)
+    turns[order] = np.arange(len(things)) - np.searchsorted(ordered, ordered)
+    return turns

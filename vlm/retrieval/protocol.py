@@ -4,13 +4,12 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
-from PIL import Image
 
+from vlm.bulk_embedding import digest_of_image
 from vlm.data.benchmarks.benchmark import DuplicatePolicy
 from vlm.embedder import Embedder
 from vlm.errors import DataError
@@ -57,6 +56,8 @@ class Reading:
     """Share in [0, 1] of the captions that were cut to it."""
     transform: Mapping[str, Any]
     """open_clip's description of the picture transform."""
+    logit_scale: float
+    """What cosines are multiplied with to be the model's logits."""
 
 
 def question_of(
@@ -67,7 +68,7 @@ def question_of(
     language: str,
     duplicates: DuplicatePolicy = "by id",
     cleaning: str = "none",
-    images_sha256: str | None = None,
+    digests: Sequence[bytes] | None = None,
 ) -> Question:
     """Describe a question.
 
@@ -78,17 +79,17 @@ def question_of(
         language: The captions' language.
         duplicates: Which policy gave the pairs.
         cleaning: What was done to the captions.
-        images_sha256: What `sha256_of_images` gave, where several questions share pictures.
+        digests: What `BulkEmbedder.digests_of` gave for the pictures; None to read them.
 
     Raises:
-        DataError: no caption has a right picture.
+        DataError: no caption has a right picture, or a picture cannot be read.
     """
     if not len(matches):
         raise DataError(f"no caption in {language} has a right picture; expected some")
     of_image = np.bincount(matches[:, 1], minlength=len(images))
     with_caption = of_image[of_image > 0]
     content = {
-        "images": images_sha256 or sha256_of_images(images),
+        "images": sha256_of_images(images, digests),
         "texts": list(texts),
         "matches": np.unique(matches, axis=0).tolist(),
     }
@@ -108,13 +109,20 @@ def question_of(
     )
 
 
-def questions_of(pairs: RetrievalPairs) -> dict[str, Question]:
+def questions_of(
+    pairs: RetrievalPairs, *, digests: Sequence[bytes] | None = None
+) -> dict[str, Question]:
     """Describe what a benchmark asks, by language.
 
+    Args:
+        pairs: The benchmark.
+        digests: What `BulkEmbedder.digests_of` gave for its pictures; None to read them.
+
     Raises:
-        DataError: a language has no right picture at all.
+        DataError: a language has no right picture at all, or a picture cannot be read.
     """
-    pictures = sha256_of_images(pairs.images)
+    if digests is None:
+        digests = [digest_of_image(image) for image in pairs.images]
     return {
         language: question_of(
             pairs.images,
@@ -123,19 +131,18 @@ def questions_of(pairs: RetrievalPairs) -> dict[str, Question]:
             language=language,
             duplicates=pairs.duplicates,
             cleaning=pairs.cleaning,
-            images_sha256=pictures,
+            digests=digests,
         )
         for language, of_language in pairs.texts.items()
     }
 
 
-def reading_of(embedder: Embedder, texts: Sequence[str], transform: Mapping[str, Any]) -> Reading:
+def reading_of(embedder: Embedder, texts: Sequence[str]) -> Reading:
     """Describe how a model takes in captions and pictures.
 
     Args:
         embedder: The model.
         texts: All captions that it is asked.
-        transform: open_clip's description of the picture transform.
     """
     tokenizer = embedder.tokenizer
     around = 1 + (tokenizer.special_ids.begin_of_text is not None)
@@ -147,24 +154,21 @@ def reading_of(embedder: Embedder, texts: Sequence[str], transform: Mapping[str,
         tokenizer=tokenizer.fingerprint,
         context_length=tokenizer.context_length,
         truncated_share=cut / max(1, len(texts)),
-        transform=dict(transform),
+        transform=dict(embedder.transform_cfg),
+        logit_scale=float(embedder.model.log_logit_scale.detach().exp()),
     )
 
 
-def sha256_of_images(images: Sequence[ImageSource]) -> str:
-    """Return a hash of the encoded pictures, or of the pixels of opened ones, in their order."""
-    digest = hashlib.sha256()
-    for image in images:
-        digest.update(hashlib.sha256(_bytes_of(image)).digest())
-    return digest.hexdigest()
+def sha256_of_images(images: Sequence[ImageSource], digests: Sequence[bytes] | None = None) -> str:
+    """Return a hash of the encoded pictures, or of the pixels of opened ones, in their order.
 
-
-def _bytes_of(image: ImageSource) -> bytes:
-    if isinstance(image, Path):
-        return image.read_bytes()
-    if isinstance(image, Image.Image):
-        return f"{image.mode} {image.size}".encode() + image.tobytes()
-    return image
+    Args:
+        images: The pictures.
+        digests: What `BulkEmbedder.digests_of` gave for them; None to read them.
+    """
+    if digests is None:
+        digests = [digest_of_image(image) for image in images]
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def _digest(record: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from vlm.errors import VlmError
 
 _CPU_TILE, _GPU_TILE = 512, 4096  # on a CPU, a tile and its features stay in the cache of a core
 _ROUNDING = 2.0**-24
-_CHUNK = 2**20
+_CHUNK = 2**17  # numbers that are turned into float64 at a time
 _MANY = 1 / 128  # of a tile: from here on, all its products together are quicker than one by one
 
 
@@ -106,14 +106,13 @@ class TiledProducts:
         """Return the products of the pairs that belong together, as exact as `Tile.exact`."""
         rows, columns = (places.to(self._left.device) for places in (self.rows, self.columns))
         step = max(1, _CHUNK // max(1, self._left.shape[1]))
-        parts = [
-            _products_at(
-                self._features(self._left[rows[start : start + step]]),
-                self._features(self._right[columns[start : start + step]]),
+        products = torch.empty(len(rows), device=self.device)
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            products[part] = _products_at(
+                self._features(self._left[rows[part]]), self._features(self._right[columns[part]])
             )
-            for start in range(0, len(rows), step)
-        ]
-        return torch.cat([torch.empty(0, device=self.device), *parts])
+        return products
 
     def margin(self) -> float:
         """Return by how much a tile's product may differ from the exact one at most.

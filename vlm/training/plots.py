@@ -1,5 +1,6 @@
 """Plots of a run's `metrics.jsonl`."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,8 +10,8 @@ from vlm.errors import DataError
 from vlm.training.reporter import METRICS_NAME, read_metrics
 
 
-def plot_loss(run_folder: Path, out: Path) -> None:
-    """Draw the loss and the inverse temperature over the steps.
+def loss_png(run_folder: Path) -> bytes:
+    """Draw the loss and the inverse temperature over the steps; return a PNG.
 
     Raises:
         DataError: the run has recorded no loss.
@@ -29,11 +30,11 @@ def plot_loss(run_folder: Path, out: Path) -> None:
     )
     scale_axes.set_ylabel("logit scale")
     axes.legend([loss, scale], ["loss", "logit scale"], loc="center right")
-    figure.savefig(out, dpi=120)
+    return _as_png(figure)
 
 
-def plot_recall(run_folder: Path, out: Path, *, names: Sequence[str]) -> None:
-    """Draw recalls over the steps, one line for each of the recorded `names`.
+def recall_png(run_folder: Path, *, names: Sequence[str]) -> bytes:
+    """Draw recalls over the steps, one line for each of the recorded `names`; return a PNG.
 
     Raises:
         DataError: the run has not recorded one of them.
@@ -51,7 +52,13 @@ def plot_recall(run_folder: Path, out: Path, *, names: Sequence[str]) -> None:
     axes.set(xlabel="step", ylabel="recall", ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend(loc="best", fontsize="small")
-    figure.savefig(out, dpi=120)
+    return _as_png(figure)
+
+
+def _as_png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
 
 
 def _records_with(run_folder: Path, name: str) -> list[Mapping[str, float | int]]:

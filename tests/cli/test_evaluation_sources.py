@@ -1,0 +1,168 @@
+"""Evaluation verbs are told by flags or by a file what to ask, each benchmark in its own way."""
+
+import base64
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from jsonargparse import ArgumentParser
+
+from tests.builders import THINGS, encoded, picture
+from vlm.cli.evaluation_sources import SourcesFile, add_source_arguments, sources
+from vlm.errors import ConfigError, DataError
+from vlm.retrieval.evaluation import evaluate_retrieval
+from vlm.retrieval.sources import open_source
+
+FIVE = Path(__file__).parents[2] / "configs/evaluate/five_benchmarks.yaml"
+
+
+def parse(*words):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action=SourcesFile)
+    add_source_arguments(parser, many=True)
+    return parser.instantiate(parser.parse_args([str(word) for word in words]))
+
+
+def written(folder, **content):
+    path = folder / "asked.yaml"
+    path.write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
+    return path
+
+
+def write_chinese_clip(folder, split):
+    """Write four pictures with two captions each, one of which has Latin letters."""
+    folder.mkdir(parents=True)
+    pictures, texts = [], []
+    for number in range(4):
+        pictures.append(f"{number}\t{base64.b64encode(encoded(picture(number))).decode()}\n")
+        for text in (THINGS[number][1], f"{THINGS[number][1]} A{number}"):
+            line = {"text_id": len(texts), "text": text, "image_ids": [number]}
+            texts.append(json.dumps(line, ensure_ascii=False) + "\n")
+    (folder / f"{split}_imgs.tsv").write_text("".join(pictures))
+    (folder / f"{split}_texts.jsonl").write_text("".join(texts), encoding="utf-8")
+
+
+def write_karpathy(path, pictures, **more):
+    """Write six pictures with two captions each, of which the first four are the test split."""
+    pictures.mkdir(parents=True)
+    listed = []
+    for number in range(6):
+        (pictures / f"{number}.jpg").write_bytes(encoded(picture(number), "JPEG"))
+        captions = [THINGS[number][0].title(), f"A {THINGS[number][0]}"]
+        sentences = [{"raw": text, "tokens": text.split()} for text in captions]
+        split = "test" if number < 4 else "restval"
+        listed.append({"filename": f"{number}.jpg", "split": split, "sentences": sentences} | more)
+    path.write_text(json.dumps({"images": listed, "dataset": "tiny"}))
+
+
+@pytest.fixture
+def five(tmp_path, monkeypatch):
+    """Lay tiny files of the five benchmarks where the shipped configuration looks for them."""
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "data/benchmarks"
+    for name, split in (("MUGE", "valid"), ("COCO-CN", "test"), ("Flickr30k-CN", "test")):
+        write_chinese_clip(root / name, split)
+    write_karpathy(tmp_path / "flickr.json", root / "Flickr30k/flickr30k-images")
+    (tmp_path / "flickr.json").rename(root / "Flickr30k/dataset_flickr30k.json")
+    write_karpathy(tmp_path / "coco.json", root / "COCO/val2014", filepath="val2014")
+    (tmp_path / "coco.json").rename(root / "COCO/dataset_coco.json")
+    return root
+
+
+def test_one_file_asks_all_five_published_benchmarks(five, embedder):
+    opened = [
+        open_source(source, languages=embedder.languages)
+        for source in sources(parse("--config", FIVE))
+    ]
+    assert [(found.name, found.kind, found.split) for found in opened] == [
+        ("MUGE", "chinese-clip", "valid"),
+        ("COCO-CN", "chinese-clip", "test"),
+        ("Flickr30k-CN", "chinese-clip", "test"),
+        ("Flickr30k", "karpathy", "test"),
+        ("COCO", "karpathy", "test"),
+    ]
+    for found in opened:
+        ((language, texts),) = found.pairs.texts.items()
+        assert language == ("zh" if found.kind == "chinese-clip" else "en")
+        assert (len(found.pairs.images), len(texts.texts)) == (4, 8)
+        assert found.pairs.duplicates == "by id"
+        assert not any(text != text.lower() for text in texts.texts)
+        scores = evaluate_retrieval(embedder, found.pairs)
+        assert scores[f"{language}/text_to_image/recall@10"] == 1
+
+
+def test_the_file_allows_no_missing_picture(five, embedder):
+    (five / "COCO/val2014/2.jpg").unlink()
+    coco = sources(parse("--config", FIVE))[-1]
+    with pytest.raises(DataError, match=r"1 of 4 pictures are not on the disk .*val2014/2.jpg"):
+        open_source(coco, languages=embedder.languages)
+
+
+def test_a_benchmark_takes_the_verbs_settings_where_it_has_none(tmp_path):
+    entries = [
+        "MUGE=a/muge",
+        {"path": "b.csv", "lower_case": False, "split": "dev", "languages": ["zh"]},
+    ]
+    path = written(tmp_path, data=entries, lower_case=True, allowed_share=0.5)
+    first, second = sources(parse("--config", path, "--split", "test"))
+    assert (first.name, first.path) == ("MUGE", Path("a/muge"))
+    assert (first.split, first.lower_case, first.allowed_share) == ("test", True, 0.5)
+    assert (second.name, second.path) == ("b", Path("b.csv"))
+    assert (second.split, second.lower_case, second.allowed_share) == ("dev", False, 0.5)
+    assert (first.languages, second.languages) == (None, ["zh"])
+
+
+def test_benchmarks_on_the_command_line_replace_those_of_the_file(tmp_path):
+    path = written(tmp_path, data=["a=b"], duplicates="by string")
+    found = sources(parse("--config", path, "--data", "c=d", "e/f.json"))
+    assert [source.name for source in found] == ["c", "f"]
+    assert {source.duplicates for source in found} == {"by string"}
+
+
+def test_the_options_survive_being_printed_and_read_again(tmp_path, capsys):
+    path = written(tmp_path, data=["a=b", {"path": "c", "where": ["source=noto"]}])
+    with pytest.raises(SystemExit):
+        parse("--config", path, "--print_config")
+    again = tmp_path / "again.yaml"
+    again.write_text(capsys.readouterr().out)
+    assert sources(parse("--config", again)) == sources(parse("--config", path))
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ([{"path": "a", "lowercase": True}], "no setting 'lowercase'; did you mean 'lower_case'?"),
+        ([{"pth": "a"}], "no setting 'pth'; did you mean 'path'?"),
+        ([{"path": "a", "zzz": 1}], "no setting 'zzz'; expected path, name, kind, split,"),
+        ([{"name": "a"}], "has no path; found name"),
+        ([{"path": "a", "allowed_share": 2.0}], "allowed_share is 2.0; expected a share in [0, 1]"),
+        ([{"path": "a", "duplicates": "by luck"}], "by luck"),
+        ([3], "data has the entry 3; expected texts NAME=PATH or PATH, or mappings with path"),
+        ("MUGE=a", "data is 'MUGE=a'; expected a list of texts"),
+        ({"path": "a"}, "data is {'path': 'a'}; expected a list of texts"),
+        (["a=b", {"path": "c", "name": "a"}], "two benchmarks are called a: b and c"),
+    ],
+    ids=str,
+)
+def test_a_mistake_in_the_file_is_named(tmp_path, data, said):
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - some are the parser's own
+        sources(parse("--config", written(tmp_path, data=data)))
+    error, messages = caught.value, []
+    while error is not None:
+        messages.append(str(error))
+        error = error.__cause__
+    assert any(said in message for message in messages), messages
+
+
+def test_a_verb_with_one_source_takes_one():
+    parser = ArgumentParser(exit_on_error=False)
+    add_source_arguments(parser, many=False, folder_split="val")
+    options = parser.instantiate(parser.parse_args(["--data", "x=some/where.csv"]))
+    (source,) = sources(options, folder_split="val")
+    assert (source.name, source.path, source.split) == ("x", Path("some/where.csv"), None)
+
+
+def test_a_text_that_names_nothing_is_refused():
+    with pytest.raises(ConfigError, match="'MUGE=' names no benchmark"):
+        sources(parse("--data", "MUGE="))

@@ -1,0 +1,145 @@
+"""The report of a retrieval run holds what was measured, and examples that are as they say."""
+
+import json
+
+import numpy as np
+import pytest
+
+from vlm.bulk_embedding import BulkEmbedder
+from vlm.reports.document import Examples, Table, as_markdown, write_report
+from vlm.reports.retrieval_examples import MISSED_BEYOND, drawn_examples
+from vlm.reports.retrieval_report import retrieval_document, retrieval_sections
+from vlm.reports.retrieval_run import RetrievalRun, ScoredBenchmark, format_run
+from vlm.retrieval.evaluation import evaluate_with_protocol
+from vlm.retrieval.index_comparison import IndexPlan
+from vlm.retrieval.sources import RetrievalSource, open_source
+
+
+@pytest.fixture(scope="module")
+def run(embedder, data_folder):
+    scored = {}
+    for name, languages in (("both", ["zh", "en"]), ("chinese alone", ["zh"])):
+        source = open_source(
+            RetrievalSource(path=data_folder, name=name, split="test"), languages=languages
+        )
+        evaluation = evaluate_with_protocol(BulkEmbedder(embedder), source.pairs)
+        scored[name] = ScoredBenchmark(source=source, evaluation=evaluation)
+    scored["both"] = scored["both"].with_indexes(IndexPlan(factories=["HNSW8"], sweep=True))
+    return RetrievalRun(bundle="runs/a/bundle", benchmarks=scored)
+
+
+def blocks_of(sections, title, kind):
+    section = next(section for section in sections if section.title == title)
+    return [block for block in section.blocks if isinstance(block, kind)]
+
+
+def test_a_report_has_scores_languages_indexes_examples_and_questions(run):
+    titles = [section.title for section in retrieval_document(run).sections]
+    assert titles == [
+        "Scores", "Languages", "Exact and approximate search", "Found and missed: both",
+        "Found and missed: chinese alone", "What was asked, and how it was read",
+    ]  # fmt: skip
+
+
+def test_the_tables_hold_what_was_measured(run):
+    sections = retrieval_sections(run)
+    evaluation = run.benchmarks["both"].evaluation
+    (scores,) = blocks_of(sections, "Scores", Table)
+    row = scores.rows[0]
+    assert row[:3] == ["both", "zh", "text to image"]
+    low, high = evaluation.intervals["zh/text_to_image/recall@5"]
+    expected = evaluation.scores["zh/text_to_image/recall@5"]
+    assert row[4] == f"{expected:.3f} ±{(high - low) / 2:.3f}"
+    agreement, cosines = blocks_of(sections, "Languages", Table)
+    same = evaluation.agreement["en-zh"]["same_picture"]
+    assert agreement.rows == [
+        ["both", "en and zh", "12", f"{same:.3f}", *(
+            f"{evaluation.agreement['en-zh'][f'both@{k}']:.3f}" for k in (1, 5, 10)
+        )]
+    ]  # fmt: skip
+    assert len(cosines.rows) == 2 * 3
+    right = evaluation.cosines["zh"].correct
+    assert cosines.rows[0][:5] == ["both", "zh", "right", "24", f"{right.mean:.3f}"]
+    (asked,) = blocks_of(sections, "What was asked, and how it was read", Table)
+    assert asked.rows[0][2] == evaluation.questions["zh"].fingerprint
+    (indexes,) = blocks_of(sections, "Exact and approximate search", Table)
+    assert {row[0] for row in indexes.rows} == {"HNSW8"}
+    assert len(indexes.rows) == 5  # both directions in two languages, and pictures alone
+
+
+def test_examples_can_be_shown_of_some_benchmarks(run):
+    sections = retrieval_sections(run, examples_of=["chinese alone"])
+    assert sum(section.title.startswith("Found and missed") for section in sections) == 1
+
+
+def test_a_report_is_written_as_markdown_page_and_pictures(run, tmp_path):
+    page = write_report(tmp_path, retrieval_document(run))
+    assert page.name == "report.html"
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    for name in ("recall_curves.png", "cosines.png", "index_1.png", "examples_1_1.svg"):
+        assert f"({name})" in text
+        assert (tmp_path / name).stat().st_size > 500
+    assert text == as_markdown(retrieval_document(run))
+
+
+def test_the_record_is_json_without_vectors(run):
+    record = json.loads(json.dumps(run.as_record(), allow_nan=False))
+    both = record["benchmarks"]["both"]
+    assert both.keys() == {
+        "scores", "intervals", "agreement", "cosines", "questions", "reading", "kind", "split",
+        "indexes",
+    }  # fmt: skip
+    assert both["indexes"]["comparisons"][0]["factory"] == "HNSW8"
+    assert "HNSW8" in format_run(run)
+    assert record["benchmarks"]["chinese alone"]["agreement"] == {}
+
+
+def test_found_questions_were_found_and_missed_ones_were_missed(run):
+    scored = run.benchmarks["both"]
+    groups = drawn_examples(scored.source.pairs, scored.evaluation, of_each=4)
+    titles = [group.title for group in groups]
+    assert titles[-1] == "Pictures, and the captions they find"
+    assert len(titles) > 1
+    for group in groups[:-1]:
+        for example in group.items:
+            assert [answer.language for answer in example.answers] == ["en", "zh"]
+            ranks = [answer.rank for answer in example.answers]
+            if group.title.startswith("Missed"):
+                assert min(ranks) > MISSED_BEYOND
+                assert example.right is not None
+            elif "in both" in group.title:
+                assert max(ranks) == 1
+                assert example.right is None
+            for answer in example.answers:
+                first_right = [picture.correct for picture in answer.found].index(True) + 1 if any(
+                    picture.correct for picture in answer.found
+                ) else None  # fmt: skip
+                assert (first_right == answer.rank) == (answer.rank <= len(answer.found))
+                cosines = [picture.cosine for picture in answer.found]
+                assert cosines == sorted(cosines, reverse=True)
+
+
+def test_examples_of_pictures_show_the_best_captions(run, embedder):
+    scored = run.benchmarks["both"]
+    group = drawn_examples(scored.source.pairs, scored.evaluation, of_each=2)[-1]
+    assert len(group.items) == 2
+    for example in group.items:
+        for answer in example.answers:
+            texts = scored.source.pairs.texts[answer.language].texts
+            cosines = (embedder.encode_text(texts) @ embedder.encode_image([example.image]).T)[:, 0]
+            best = np.argsort(-cosines)[:3]
+            assert [found.text for found in answer.found] == [texts[row] for row in best]
+
+
+def test_nothing_is_drawn_of_a_kind_that_does_not_occur(run):
+    scored = run.benchmarks["chinese alone"]
+    perfect = {"zh": {name: np.ones_like(found) for name, found in
+                      scored.evaluation.ranks["zh"].items()}}  # fmt: skip
+    from dataclasses import replace
+
+    groups = drawn_examples(scored.source.pairs, replace(scored.evaluation, ranks=perfect))
+    assert [group.title for group in groups] == [
+        "Found at rank 1", "Pictures, and the captions they find"
+    ]  # fmt: skip
+    assert all(isinstance(group.items, list) for group in groups)
+    assert Examples(name="a.svg", items=groups[0].items, title="x").items

@@ -1,0 +1,142 @@
+"""The options by which evaluation verbs are told what to ask: benchmarks, and how to read them."""
+
+import difflib
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
+
+from vlm.data.benchmarks.benchmark import DuplicatePolicy
+from vlm.errors import ConfigError
+from vlm.retrieval.sources import FOLDER_SPLIT, RetrievalSource, sources_of
+
+_SETTINGS = tuple(RetrievalSource.__dataclass_fields__)
+_COMMON = ("split", "languages", "where", "images", "duplicates", "lower_case", "allowed_share")
+_ENTRIES = "texts NAME=PATH or PATH, or mappings with path"
+
+
+def add_source_arguments(
+    parser: ArgumentParser, *, many: bool, folder_split: str = FOLDER_SPLIT
+) -> None:
+    """Declare which benchmarks are asked, and how.
+
+    Args:
+        parser: Gets the options.
+        many: Whether several may be given; in a file of `--config`, which the verb declares as
+            `SourcesFile`, each may then be a mapping with settings of its own.
+        folder_split: The split of a data folder for which none is given.
+    """
+    if many:
+        parser.add_argument(
+            "--data", type=_SourceEntry(), nargs="+", default=["data/emoji"], metavar="[NAME=]PATH",
+            help="data folders, or the files of published benchmarks; a name is what scores are "
+            f"called by. In a file of --config also mappings with {', '.join(_SETTINGS)}",
+        )  # fmt: skip
+    else:
+        parser.add_argument(
+            "--data", type=_SourceEntry(), default="data/emoji", metavar="[NAME=]PATH",
+            help="data folder, or the files of a published benchmark",
+        )  # fmt: skip
+    parser.add_argument(
+        "--split", type=str | None, default=None,
+        help=f"split to ask; default: of a data folder {folder_split}, else the only one or test",
+    )  # fmt: skip
+    parser.add_argument(
+        "--languages", nargs="+", default=None,
+        help="languages to ask in; default: all, of a data folder the bundle's",
+    )  # fmt: skip
+    parser.add_argument(
+        "--where", nargs="+", default=[],
+        help="of a data folder: conditions on samples, such as source=noto group!=flags",
+    )  # fmt: skip
+    parser.add_argument(
+        "--images", type=Path | None, default=None,
+        help="of a benchmark: the folder of its pictures, where they are not beside its file",
+    )  # fmt: skip
+    parser.add_argument(
+        "--duplicates", type=DuplicatePolicy | None, default=None,
+        help="of a benchmark: which pictures are right where several have the same caption; "
+        f"default: {get_args(DuplicatePolicy)[0]}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--lower_case", action="store_true",
+        help="of a benchmark: captions in lower case, as Chinese-CLIP and M2-Encoder evaluate",
+    )  # fmt: skip
+    parser.add_argument(
+        "--allowed_share", type=float | None, default=None,
+        help="of a benchmark: share of pictures and captions that may be missing or damaged; "
+        "default: 0.01",
+    )  # fmt: skip
+
+
+def sources(options: Any, *, folder_split: str = FOLDER_SPLIT) -> list[RetrievalSource]:
+    """Return the benchmarks that the options name; one without a setting takes the verb's.
+
+    Args:
+        options: What `add_source_arguments` declared, parsed.
+        folder_split: As for `add_source_arguments`.
+
+    Raises:
+        ConfigError: two benchmarks have one name, or one has no path.
+    """
+    given = options.data if isinstance(options.data, list) else [options.data]
+    return sources_of(
+        [entry if isinstance(entry, str) else _source_of(entry) for entry in given],
+        common={name: getattr(options, name) for name in _COMMON},
+        folder_split=folder_split,
+    )
+
+
+class SourcesFile(ActionConfigFile):
+    """The option `--config` of verbs with many sources; checks that `data` is a list.
+
+    The parser itself would take a text or a mapping there for a list of letters or of keys.
+    """
+
+    def __call__(
+        self, parser: Any, namespace: Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        """Read the file.
+
+        Raises:
+            ConfigError: `data` is no list, or one of its entries is no benchmark.
+        """
+        try:
+            record = yaml.safe_load(Path(values).read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            record = None  # the parser says it better
+        data = record.get("data", []) if isinstance(record, dict) else []
+        if not isinstance(data, list):
+            raise ConfigError(f"{values}: data is {data!r}; expected a list of {_ENTRIES}")
+        super().__call__(parser, namespace, values, option_string)  # type: ignore[no-untyped-call]
+
+
+class _SourceEntry:
+    """Checks an entry of `--data` and gives it back as it is, for `--print_config`."""
+
+    def __repr__(self) -> str:
+        return "str | mapping"  # as the help names the type
+
+    def __call__(self, value: object) -> object:
+        if isinstance(value, Mapping):
+            _source_of(value)
+        elif not isinstance(value, str):
+            raise ConfigError(f"data has the entry {value!r}; expected {_ENTRIES}")
+        return value
+
+
+def _source_of(entry: Mapping[str, Any]) -> RetrievalSource:
+    """Read a mapping as any setting is read, so that types are checked and messages alike."""
+    for key in entry:
+        if key not in _SETTINGS:
+            near = difflib.get_close_matches(str(key), _SETTINGS, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(_SETTINGS)}"
+            raise ConfigError(f"a benchmark in data has no setting {key!r}; {hint}")
+    if "path" not in entry:
+        raise ConfigError(f"a benchmark in data has no path; found {', '.join(entry)}")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(RetrievalSource, as_group=False)
+    return RetrievalSource(**vars(parser.instantiate(parser.parse_object(dict(entry)))))

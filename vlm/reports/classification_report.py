@@ -1,0 +1,207 @@
+"""The report of a run of `vlm eval classification`: scores, confusions, classes, examples."""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from jaxtyping import Bool
+
+from vlm.classification.confusion_plot import confusion_png
+from vlm.classification.metrics import Classification
+from vlm.reports.classification_run import ClassificationRun, score_rows
+from vlm.reports.document import (
+    Block,
+    Bullets,
+    CodeBlock,
+    Document,
+    Examples,
+    Figure,
+    Paragraph,
+    Section,
+    Table,
+)
+from vlm.reports.examples import CaptionAnswer, CaptionExample, FoundCaption
+from vlm.retrieval.bootstrap import LEVEL
+
+_CONFUSIONS, _CLASSES, _EXAMPLES = 10, 10, 3  # that are shown of each kind
+_SEED = 0
+
+
+def classification_document(run: ClassificationRun) -> Document:
+    """Return the whole report of a run."""
+    pictures, classes = len(run.pictures.images), len(run.classes.ids)
+    summary = (
+        f"`{run.bundle}` says which of {classes:,} classes each of {pictures:,} pictures shows."
+    )
+    return Document(
+        title="Zero-shot classification",
+        summary=[Paragraph(summary)],
+        sections=[
+            _scores(run),
+            Section(title="What is taken for what", blocks=list(_confusions(run))),
+            Section(title="Classes", blocks=list(_classes(run))),
+            Section(title="Right and wrong", blocks=list(_examples(run))),
+            Section(title="What was asked, and how it was read", blocks=list(_questions(run))),
+        ],
+    )
+
+
+def _scores(run: ClassificationRun) -> Section:
+    header, rows = score_rows(run, with_intervals=True)
+    return Section(
+        title="Scores",
+        blocks=[
+            Table(header=header, rows=rows),
+            Bullets([
+                "top-k is the share of pictures whose right class is among the first k; the mean "
+                "per class is that of each class's own top-1, over classes with pictures.",
+                f"± is half the width of the {LEVEL:.0%} bootstrap interval, for which pictures "
+                "are drawn.",
+                "`random` orders the classes by chance, `majority` by their number of pictures.",
+            ]),
+        ],
+    )  # fmt: skip
+
+
+def _confusions(run: ClassificationRun) -> Iterator[Block]:
+    english = run.classes.names.get("en")
+    plotted = [names[0] for names in english] if english else run.classes.ids
+    for language, found in run.scores.items():
+        title = f"class names in {language!r}: top-1 {found.top1:.3f}"
+        yield Figure(
+            name=f"confusion_{language}.png",
+            content=confusion_png(found.confusion, plotted, title=title),
+            alt=f"What each class's pictures were given, by names in {language}",
+        )
+        rows = _confusion_rows(run, found)
+        if rows:
+            yield Table(
+                header=["right class", "given class", "pictures", "of the class"],
+                rows=rows,
+                text_columns=2,
+                caption=f"The most frequent confusions, by names in {language}",
+            )
+        else:
+            yield Paragraph(f"By names in {language}, every picture was given its own class.")
+
+
+def _confusion_rows(run: ClassificationRun, found: Classification) -> list[list[str]]:
+    wrong = found.confusion * ~np.eye(len(found.confusion), dtype=bool)
+    order = np.argsort(-wrong, axis=None, kind="stable")[:_CONFUSIONS]
+    of_class = found.confusion.sum(axis=1)
+    return [
+        [
+            _called(run, right), _called(run, given), f"{wrong[right, given]:,}",
+            f"{wrong[right, given] / of_class[right]:.1%}",
+        ]
+        for right, given in (divmod(place, len(wrong)) for place in order.tolist())
+        if wrong[right, given]
+    ]  # fmt: skip
+
+
+def _classes(run: ClassificationRun) -> Iterator[Block]:
+    recalls = np.stack([found.class_recall for found in run.scores.values()], axis=1)
+    pictures = np.bincount(run.pictures.labels, minlength=len(recalls))
+    shown = np.flatnonzero(pictures)
+    means = recalls[shown].mean(axis=1)
+    best, worst = (shown[np.lexsort((-pictures[shown], order))] for order in (-means, means))
+    yield Paragraph(
+        "Share of each class's pictures that were given it, by the names of each language; in the "
+        f"order of the mean, which is 0 for {int((means == 0).sum()):,} of the {len(shown):,} "
+        "classes."
+    )
+    parts = {"": best}
+    if len(shown) > 2 * _CLASSES:
+        parts = {
+            f"The {_CLASSES} best": best[:_CLASSES],
+            f"The {_CLASSES} worst": worst[:_CLASSES],
+        }
+    for caption, part in parts.items():
+        yield Table(
+            header=["class", "pictures", *run.scores],
+            rows=[
+                [_called(run, number), f"{pictures[number]:,}",
+                 *(f"{recall:.3f}" for recall in recalls[number])]
+                for number in part.tolist()
+            ],
+            caption=caption,
+        )  # fmt: skip
+    if len(shown) < len(recalls):
+        yield Paragraph(f"{len(recalls) - len(shown):,} further classes have no pictures here.")
+
+
+def _examples(run: ClassificationRun) -> Iterator[Block]:
+    yield Paragraph(
+        "Pictures drawn by chance from each kind, and the classes that score highest in each "
+        "language. A picture is right where its own class comes first; a right class that is not "
+        "among those shown stands below them, without its cosine."
+    )
+    right = np.stack([found.ranks == 1 for found in run.scores.values()])
+    for number, (title, holds) in enumerate(_kinds(right).items(), start=1):
+        pictures = np.flatnonzero(holds)
+        if len(pictures):
+            drawn = np.random.default_rng(_SEED).permutation(pictures)[:_EXAMPLES]
+            yield Examples(
+                name=f"examples_{number}.svg",
+                items=[_example(run, picture) for picture in drawn.tolist()],
+                title=f"{title}: {len(pictures):,} of {len(holds):,} pictures",
+            )
+
+
+def _kinds(
+    right: Bool[np.ndarray, "languages pictures"],
+) -> Mapping[str, Bool[np.ndarray, " pictures"]]:
+    if len(right) == 1:
+        return {"Right": right[0], "Wrong": ~right[0]}
+    return {
+        "Right in every language": right.all(axis=0),
+        "Right in one language alone": right.sum(axis=0) == 1,
+        "Wrong in every language": ~right.any(axis=0),
+    }
+
+
+def _example(run: ClassificationRun, picture: int) -> CaptionExample:
+    """Return which classes score highest for a picture in each language, and its own."""
+    answers = []
+    for language, found in run.scores.items():
+        names, own = run.classes.names[language], int(run.pictures.labels[picture])
+        best, cosines = found.best[picture].tolist(), found.cosines[picture].tolist()
+        shown = [
+            FoundCaption(text=names[number][0], correct=number == own, cosine=cosine)
+            for number, cosine in zip(best, cosines, strict=True)
+        ]
+        if own not in best:
+            shown.append(FoundCaption(text=names[own][0], correct=True))
+        rank = int(found.ranks[picture])
+        answers.append(CaptionAnswer(language=language, found=shown, rank=rank, what="class"))
+    return CaptionExample(image=run.pictures.images[picture], answers=answers)
+
+
+def _questions(run: ClassificationRun) -> Iterator[Block]:
+    reading, source = run.reading, dict(run.source)
+    where = " ".join(source.pop("where", ()))
+    asked = ", ".join(f"{key} `{value}`" for key, value in source.items())
+    transform = ", ".join(f"{key} {value}" for key, value in reading.transform.items())
+    yield Bullets([
+        f"Pictures of {asked}{f', where `{where}`' if where else ''}: "
+        f"{len(run.pictures.images):,}, and {run.pictures.left_out:,} left out. Their SHA-256, "
+        f"with their labels, is `{run.pictures_sha256}`.",
+        f"{len(run.classes.ids):,} classes; a wrong class with the same cosine as the right one "
+        "comes before it.",
+        f"Weights `{reading.model[:12]}`, tokenizer `{reading.tokenizer[:12]}`, vectors of "
+        f"{reading.embed_dim} numbers.",
+        f"Prompts of at most {reading.context_length} tokens; cut were "
+        f"{reading.truncated_share:.2%}.",
+        f"How pictures are read: {transform}.",
+    ])  # fmt: skip
+    for language, templates in run.templates.items():
+        plural = "s" if len(templates) != 1 else ""
+        yield Paragraph(
+            f"{len(templates)} template{plural} in {language}, into which each name of a class is "
+            "put:"
+        )
+        yield CodeBlock("\n".join(templates))
+
+
+def _called(run: ClassificationRun, number: int) -> str:
+    """Return what a class is called, in all languages."""
+    return " · ".join(dict.fromkeys(names[number][0] for names in run.classes.names.values()))

@@ -1,0 +1,127 @@
+"""A run of `vlm eval classification`: what was classified, as the record that is kept of it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vlm.classification.class_names import ClassNames
+from vlm.classification.dataset import LabelledPictures
+from vlm.classification.metrics import TOP, Classification, ClassificationScores, baselines
+from vlm.markdown import markdown_table
+from vlm.reports.score_tables import Interval, in_interval
+from vlm.retrieval.bootstrap import LEVEL, interval_of, resampled_means
+from vlm.retrieval.protocol import Reading
+
+_TIES = "a wrong class with the same score as the right one comes before it"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassificationRun:
+    """What a bundle scored on labelled pictures, and all that the scores depend on."""
+
+    bundle: str
+    """The bundle's folder."""
+    source: Mapping[str, Any]
+    """Where the pictures are from: `data` and `where`, of a data folder `split` and `label`."""
+    pictures: LabelledPictures
+    pictures_sha256: str
+    """Of the pictures and their labels."""
+    classes: ClassNames
+    templates: Mapping[str, Sequence[str]]
+    """By language."""
+    reading: Reading
+    """How the model takes in the prompts and the pictures."""
+    scores: Mapping[str, Classification]
+    """By language."""
+    intervals: Mapping[str, Interval]
+    """What `intervals_of` returns for the scores."""
+
+    @property
+    def baselines(self) -> dict[str, ClassificationScores]:
+        """Return what is reached without a model."""
+        return baselines(np.bincount(self.pictures.labels, minlength=len(self.classes.ids)))
+
+    def as_record(self) -> dict[str, Any]:
+        """Return it as plain dictionaries, for JSON."""
+        ids = self.classes.ids
+        return {
+            "scores": {language: _record(found, ids) for language, found in self.scores.items()},
+            "intervals": {"level": LEVEL, "of": dict(self.intervals)},
+            "baselines": {name: _numbers(found) for name, found in self.baselines.items()},
+            "protocol": {
+                **self.source,
+                "pictures": len(self.pictures.images),
+                "left_out": self.pictures.left_out,
+                "classes": len(ids),
+                "names": self.classes.names,
+                "ties": _TIES,
+                "pictures_sha256": self.pictures_sha256,
+                "templates": self.templates,
+                "bundle": self.reading.model,
+                "tokenizer": self.reading.tokenizer,
+                "context_length": self.reading.context_length,
+                "truncated_share": self.reading.truncated_share,
+                "dim": self.reading.embed_dim,
+                "transform": self.reading.transform,
+            },
+        }
+
+
+def intervals_of(scores: Mapping[str, Classification]) -> dict[str, Interval]:
+    """Return bootstrap intervals of the shares, `zh/top1` and so on; pictures are drawn.
+
+    Languages get the same draws.
+
+    Args:
+        scores: By language, of the same pictures.
+    """
+    counted = {}
+    for language, found in scores.items():
+        counted[f"{language}/top1"] = found.ranks == 1
+        if found.top5 is not None:
+            counted[f"{language}/top5"] = found.ranks <= TOP
+    values = list(counted.values())
+    means = resampled_means(values, [np.arange(len(of_one)) for of_one in values])
+    return {name: interval_of(of_one) for name, of_one in zip(counted, means, strict=True)}
+
+
+def score_rows(
+    run: ClassificationRun, *, with_intervals: bool
+) -> tuple[list[str], list[list[str]]]:
+    """Return a header and a row for each language and each baseline; text in the first column."""
+    header = ["names", "top-1", "top-5", "mean per class"]
+    rows = []
+    for name, found in {**run.scores, **run.baselines}.items():
+        around = run.intervals if with_intervals else {}
+        cells = [
+            "-" if value is None else in_interval(value, around.get(f"{name}/{key}"))
+            for key, value in _numbers(found).items()
+        ]
+        rows.append([name, *cells])
+    return header, rows
+
+
+def format_classification(run: ClassificationRun) -> str:
+    """Return how many pictures there are of how many classes, and a Markdown table of scores."""
+    table = markdown_table(*score_rows(run, with_intervals=False))
+    shown, classes = len(np.unique(run.pictures.labels)), len(run.classes.ids)
+    return (
+        f"{len(run.pictures.images)} pictures of {shown} of {classes} classes; "
+        f"{run.pictures.left_out} left out\n\n{table}"
+    )
+
+
+def _numbers(scores: ClassificationScores) -> dict[str, float | None]:
+    return {"top1": scores.top1, "top5": scores.top5, "mean_class_recall": scores.mean_class_recall}
+
+
+def _record(scores: ClassificationScores, ids: Sequence[str]) -> dict[str, Any]:
+    recalls = zip(ids, scores.class_recall.tolist(), strict=True)
+    return {
+        **_numbers(scores),
+        "class_recall": {name: None if math.isnan(recall) else recall for name, recall in recalls},
+        "confusion": scores.confusion.tolist(),
+    }

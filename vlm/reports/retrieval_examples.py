@@ -1,0 +1,154 @@
+"""Worked examples of a benchmark: questions drawn by chance, with what they find."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int64
+
+from vlm.reports.examples import (
+    Answer,
+    CaptionAnswer,
+    CaptionExample,
+    Example,
+    FoundCaption,
+    FoundPicture,
+)
+from vlm.retrieval.evaluation import Evaluation
+from vlm.retrieval.pairs import RetrievalPairs
+
+MISSED_BEYOND = 10
+"""A question is called missed where its first right answer has a higher rank than this."""
+
+_PICTURES, _CAPTIONS = 5, 3  # that are shown of what a question found
+_SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExampleGroup:
+    """Examples of one kind; at least one."""
+
+    title: str
+    items: Sequence[Example | CaptionExample]
+
+
+def drawn_examples(
+    pairs: RetrievalPairs, evaluation: Evaluation, *, of_each: int = 3
+) -> list[ExampleGroup]:
+    """Draw questions that were answered, and questions that were missed; nobody chose them.
+
+    Where the benchmark has translations, a question is a text and its translation.
+
+    Args:
+        pairs: The benchmark.
+        evaluation: What a model made of it.
+        of_each: How many questions of each kind to draw at most.
+    """
+    languages, questions = _questions(pairs)
+    ranks = np.stack([
+        evaluation.ranks[language]["text_to_image"][rows]
+        for language, rows in zip(languages, questions.T, strict=True)
+    ])  # fmt: skip
+    groups = [
+        ExampleGroup(
+            title=title,
+            items=[
+                _text_example(pairs, evaluation, dict(zip(languages, rows, strict=True)))
+                for rows in questions[_drawn(holds, of_each)].tolist()
+            ],
+        )
+        for title, holds in _kinds(ranks).items()
+    ]
+    captioned = np.ones(len(pairs.images), bool)
+    for language in languages:
+        captioned &= np.isin(np.arange(len(captioned)), pairs.texts[language].matches[:, 1])
+    pictures = [
+        _picture_example(pairs, evaluation, languages, image)
+        for image in _drawn(captioned, of_each).tolist()
+    ]
+    groups.append(ExampleGroup(title="Pictures, and the captions they find", items=pictures))
+    return [group for group in groups if group.items]
+
+
+def _questions(
+    pairs: RetrievalPairs,
+) -> tuple[tuple[str, ...], Int64[np.ndarray, "questions languages"]]:
+    """Return languages, and rows of texts that ask the same in them, all with a right answer."""
+    answered = {
+        language: np.isin(np.arange(len(own.texts)), own.matches[:, 0])
+        for language, own in pairs.texts.items()
+    }
+    for languages, translations in pairs.translations.items():
+        first, second = (answered[language] for language in languages)
+        rows = translations[first[translations[:, 0]] & second[translations[:, 1]]]
+        if len(rows):
+            return languages, rows
+    language = next(iter(pairs.texts))
+    return (language,), np.flatnonzero(answered[language])[:, None]
+
+
+def _kinds(
+    ranks: Int64[np.ndarray, "languages questions"],
+) -> Mapping[str, Bool[np.ndarray, " questions"]]:
+    found, missed = ranks == 1, ranks > MISSED_BEYOND
+    if len(ranks) == 1:
+        return {"Found at rank 1": found[0], f"Missed by the first {MISSED_BEYOND}": missed[0]}
+    return {
+        "Found at rank 1 in both languages": found.all(axis=0),
+        f"Found at rank 1 in one language, missed by the first {MISSED_BEYOND} in the other": (
+            found.any(axis=0) & missed.any(axis=0)
+        ),
+        f"Missed by the first {MISSED_BEYOND} in both languages": missed.all(axis=0),
+    }
+
+
+def _drawn(holds: Bool[np.ndarray, " cases"], most: int) -> Int64[np.ndarray, " drawn"]:
+    cases = np.flatnonzero(holds)
+    drawn: Int64[np.ndarray, " drawn"] = np.random.default_rng(_SEED).permutation(cases)[:most]
+    return drawn
+
+
+def _text_example(
+    pairs: RetrievalPairs, evaluation: Evaluation, rows: Mapping[str, int]
+) -> Example:
+    """Return what a text, and its translation, find; and a right picture where neither shows it."""
+    answers, right = [], None
+    for language, row in rows.items():
+        own, vectors = pairs.texts[language], evaluation.vectors
+        correct = own.matches[own.matches[:, 0] == row, 1]
+        found = [
+            FoundPicture(image=pairs.images[place], correct=place in correct, cosine=cosine)
+            for place, cosine in _best(vectors.texts[language][row], vectors.images, _PICTURES)
+        ]
+        rank = int(evaluation.ranks[language]["text_to_image"][row])
+        answers.append(Answer(language=language, query=own.texts[row], found=found, rank=rank))
+        right = pairs.images[int(correct[0])]
+    shown = any(picture.correct for answer in answers for picture in answer.found)
+    return Example(answers=answers, right=None if shown else right)
+
+
+def _picture_example(
+    pairs: RetrievalPairs, evaluation: Evaluation, languages: Sequence[str], image: int
+) -> CaptionExample:
+    """Return which captions a picture finds in each language."""
+    answers = []
+    for language in languages:
+        own, vectors = pairs.texts[language], evaluation.vectors
+        correct = own.matches[own.matches[:, 1] == image, 0]
+        found = [
+            FoundCaption(text=own.texts[row], correct=row in correct, cosine=cosine)
+            for row, cosine in _best(vectors.images[image], vectors.texts[language], _CAPTIONS)
+        ]
+        place = np.searchsorted(np.unique(own.matches[:, 1]), image)
+        rank = int(evaluation.ranks[language]["image_to_text"][place])
+        answers.append(CaptionAnswer(language=language, found=found, rank=rank))
+    return CaptionExample(image=pairs.images[image], answers=answers)
+
+
+def _best(
+    query: Float32[np.ndarray, " dim"], candidates: Float32[np.ndarray, "candidates dim"], k: int
+) -> list[tuple[int, float]]:
+    """Return the candidates with the highest cosines, best first, and the cosines."""
+    cosines = candidates @ query
+    best = np.argsort(-cosines, kind="stable")[:k]
+    return list(zip(best.tolist(), cosines[best].tolist(), strict=True))

@@ -1,0 +1,80 @@
+"""A run of `vlm eval retrieval`: what was scored, as the record that is kept of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vlm.markdown import markdown_table
+from vlm.reports.score_tables import format_scores
+from vlm.retrieval.evaluation import Evaluation
+from vlm.retrieval.index_comparison import (
+    IndexPlan,
+    IndexReport,
+    compare_indexes,
+    comparison_rows,
+)
+from vlm.retrieval.sources import OpenedSource
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredBenchmark:
+    """A benchmark and what a model made of it."""
+
+    source: OpenedSource
+    evaluation: Evaluation
+    indexes: IndexReport | None = None
+    """Approximate search with the same vectors, where it was asked for."""
+
+    def with_indexes(self, plan: IndexPlan, *, device: str | None = None) -> "ScoredBenchmark":
+        """Return the same with the indexes of a plan put beside exact search.
+
+        Args:
+            plan: What to compare.
+            device: As for `compare_indexes`.
+
+        Raises:
+            SearchIndexError: as `compare_indexes`.
+        """
+        vectors = self.evaluation.vectors
+        texts = {
+            language: (vectors.texts[language], of_language.matches)
+            for language, of_language in self.source.pairs.texts.items()
+        }
+        return replace(self, indexes=compare_indexes(vectors.images, texts, plan, device=device))
+
+    def as_record(self) -> dict[str, Any]:
+        """Return it as plain dictionaries, for JSON."""
+        record = self.evaluation.as_record()
+        record |= {"kind": self.source.kind, "split": self.source.split}
+        if self.source.findings:
+            record["findings"] = dict(self.source.findings)
+        if self.indexes:
+            record["indexes"] = self.indexes.as_record()
+        return record
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RetrievalRun:
+    """A bundle's scores on several benchmarks."""
+
+    bundle: str
+    """The bundle's folder."""
+    benchmarks: Mapping[str, ScoredBenchmark]
+
+    def as_record(self) -> dict[str, Any]:
+        """Return it as plain dictionaries, for JSON."""
+        return {
+            "bundle": self.bundle,
+            "benchmarks": {name: scored.as_record() for name, scored in self.benchmarks.items()},
+        }
+
+
+def format_run(run: RetrievalRun) -> str:
+    """Return a Markdown table of the scores and, for each benchmark with indexes, one of those."""
+    scores = {name: scored.evaluation.scores for name, scored in run.benchmarks.items()}
+    parts = [format_scores(scores)]
+    for name, scored in run.benchmarks.items():
+        if scored.indexes:
+            table = markdown_table(*comparison_rows(scored.indexes.comparisons), text_columns=3)
+            parts.append(f"{name}:\n\n{table}")
+    return "\n\n".join(parts)

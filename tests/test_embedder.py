@@ -113,6 +113,12 @@ def test_similarity_is_the_cosine_of_every_pair(embedder, images):
             assert similarity[row, column] == pytest.approx(cosine, abs=1e-5)
 
 
+def test_vectors_of_different_widths_are_not_compared(embedder):
+    texts = embedder.encode_text(TEXTS)
+    with pytest.raises(VlmError, match="32 numbers with vectors of 16; expected one width"):
+        embedder.similarity(texts, texts[:, :16])
+
+
 def test_long_texts_are_cut_and_not_refused(embedder):
     assert embedder.encode_text(["a very long text " * 50]).shape == (1, 32)
 

@@ -203,17 +203,26 @@ class Embedder:
 
     def similarity(
         self,
-        queries: Float32[np.ndarray, "queries dim"],
-        candidates: Float32[np.ndarray, "candidates dim"],
+        queries: Float32[np.ndarray, "queries query_dim"],
+        candidates: Float32[np.ndarray, "candidates candidate_dim"],
     ) -> Float32[np.ndarray, "queries candidates"]:
-        """Return the cosine of every query with every candidate, in [-1, 1]."""
+        """Return the cosine of every query with every candidate, in [-1, 1].
+
+        Raises:
+            VlmError: they are vectors of different widths.
+        """
+        if queries.shape[1] != candidates.shape[1]:
+            raise VlmError(
+                f"cannot compare vectors of {queries.shape[1]} numbers with vectors of "
+                f"{candidates.shape[1]}; expected one width"
+            )
         cosines: NDArray[np.float32] = queries @ candidates.T
         return cosines
 
     def match_probability(
         self,
-        queries: Float32[np.ndarray, "queries dim"],
-        candidates: Float32[np.ndarray, "candidates dim"],
+        queries: Float32[np.ndarray, "queries query_dim"],
+        candidates: Float32[np.ndarray, "candidates candidate_dim"],
         *,
         prior: float | None = None,
     ) -> Float32[np.ndarray, "queries candidates"]:
@@ -226,7 +235,8 @@ class Embedder:
                 bundle was calibrated for.
 
         Raises:
-            VlmError: the bundle is not calibrated, or at another width; or the prior is no share.
+            VlmError: the bundle is not calibrated, or at another width; the prior is no share; or
+                queries and candidates are of different widths.
         """
         if self.calibration is None:
             raise VlmError(

@@ -1,14 +1,11 @@
 """Score a bundle on zero-shot classification, with class names and prompts in every language."""
 
-import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from vlm.bulk_embedding import BulkEmbedder
 from vlm.classification.class_names import ClassNames, read_class_names
 from vlm.classification.dataset import (
     LabelledPictures,
@@ -18,19 +15,25 @@ from vlm.classification.dataset import (
 )
 from vlm.classification.evaluation import evaluate_classification
 from vlm.classification.prompts import prompts_of, read_templates
+from vlm.cli.evaluation_runs import (
+    add_embedder_arguments,
+    add_output_arguments,
+    bulk_embedder,
+    deliver,
+)
 from vlm.distributed.launched import launched_group
 from vlm.embedder import Embedder
 from vlm.errors import VlmError
-from vlm.files import write_file
 from vlm.reports.classification_report import classification_document
 from vlm.reports.classification_run import (
     ClassificationRun,
     format_classification,
     intervals_of,
 )
-from vlm.reports.document import write_report
 from vlm.retrieval.pairs import parse_condition
 from vlm.retrieval.protocol import Reading, reading_of
+
+_RECORD_NAME = "classification.json"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -62,38 +65,17 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--languages", nargs="+", default=None, help="languages to ask in; default: the bundle's"
     )
-    parser.add_argument("--device", type=str | None, default=None, help="such as cpu or cuda:0")
-    parser.add_argument(
-        "--truncate_dim", type=int | None, default=None,
-        help="use the first so many numbers of each vector, where they were trained so",
-    )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument(
-        "--out", type=Path | None, default=None,
-        help="folder for report.html, report.md, classification.json and the plots",
-    )  # fmt: skip
-    parser.add_argument(
-        "--cache", type=Path | None, default=None,
-        help="folder to keep vectors in, so that whatever was embedded once is not embedded again; "
-        "default: embeddings in the folder --out, if given",
-    )  # fmt: skip
+    add_embedder_arguments(parser)
+    add_output_arguments(parser, record_name=_RECORD_NAME)
 
 
 def run(options: Any) -> None:
     """Score the bundle; print a table or JSON, and write the report, on the first rank."""
     with launched_group(options.device) as group:
-        embedder = Embedder.load(
-            options.bundle, device=options.device, truncate_dim=options.truncate_dim
-        )
-        languages = options.languages or embedder.languages
+        bulk = bulk_embedder(options, group)
+        languages = options.languages or bulk.embedder.languages
         templates = read_templates(options.templates, languages)
         classes, pictures = _read_data(options, languages)
-        bulk = BulkEmbedder(
-            embedder,
-            cache=options.cache or (options.out and options.out / "embeddings"),
-            group=group,
-            show_progress_bar=True,
-        )
         digests = bulk.digests_of(pictures.images)
         scores = evaluate_classification(
             bulk, pictures.images, pictures.labels, classes.names, templates, digests=digests
@@ -106,11 +88,17 @@ def run(options: Any) -> None:
             pictures_sha256=pictures.fingerprint(digests),
             classes=classes,
             templates=templates,
-            reading=_reading(embedder, classes, templates),
+            reading=_reading(bulk.embedder, classes, templates),
             scores=scores,
             intervals=intervals_of(scores),
         )
-        _report(options, classified)
+        deliver(
+            options,
+            classified.as_record(),
+            record_name=_RECORD_NAME,
+            document=lambda: classification_document(classified),
+            table=lambda: format_classification(classified),
+        )
 
 
 def _source(options: Any) -> dict[str, Any]:
@@ -134,15 +122,6 @@ def _reading(
         for prompt in prompts_of(of_class, templates[language])
     )
     return reading_of(embedder, list(dict.fromkeys(prompts)))
-
-
-def _report(options: Any, classified: ClassificationRun) -> None:
-    text = json.dumps(classified.as_record(), indent=1, ensure_ascii=False)
-    if options.out:
-        write_file(options.out / "classification.json", (text + "\n").encode())
-        page = write_report(options.out, classification_document(classified))
-        print(f"report: {page}", file=sys.stderr)
-    print(text if options.json else format_classification(classified))
 
 
 def _read_data(options: Any, languages: Sequence[str]) -> tuple[ClassNames, LabelledPictures]:

@@ -1,6 +1,5 @@
 """Compare approximate search of stored embeddings with exact search: recall, time, size."""
 
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +10,11 @@ from jsonargparse import ArgumentParser
 from numpy.typing import NDArray
 
 from vlm.bundle import is_bundle
+from vlm.cli.evaluation_runs import add_output_arguments, deliver
 from vlm.cli.index_options import add_index_arguments, index_plan
 from vlm.embedder import Embedder
 from vlm.errors import ConfigError, DataError, SearchIndexError
-from vlm.files import write_file
 from vlm.markdown import markdown_table
-from vlm.reports.document import write_report
 from vlm.reports.index_report import index_document
 from vlm.retrieval.index_comparison import (
     IndexPlan,
@@ -26,6 +24,8 @@ from vlm.retrieval.index_comparison import (
 )
 from vlm.search.embeddings import DESCRIPTION_NAME, read_embeddings
 from vlm.search.index_choice import AUTO
+
+_RECORD_NAME = "index.json"
 
 
 class _Vectors(NamedTuple):
@@ -43,11 +43,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("embeddings", type=Path, help="folder that `vlm embed` wrote")
     add_index_arguments(parser, default=[AUTO])
     parser.add_argument("--device", type=str | None, default=None, help="such as cpu or cuda:0")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument(
-        "--out", type=Path | None, default=None,
-        help="folder for report.html, report.md, index.json and, of a sweep, index.png",
-    )  # fmt: skip
+    add_output_arguments(parser, record_name=_RECORD_NAME)
 
 
 def run(options: Any) -> None:
@@ -58,14 +54,15 @@ def run(options: Any) -> None:
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     origin = {"embeddings": str(options.embeddings), "model": vectors.fingerprint}
-    text = json.dumps(origin | report.as_record(), indent=1)
-    if options.out:
-        write_file(options.out / "index.json", (text + "\n").encode())
-        document = index_document(
+    deliver(
+        options,
+        origin | report.as_record(),
+        record_name=_RECORD_NAME,
+        document=lambda: index_document(
             report, embeddings=str(options.embeddings), model=vectors.fingerprint
-        )
-        print(f"report: {write_report(options.out, document)}", file=sys.stderr)
-    print(text if options.json else _table(report))
+        ),
+        table=lambda: _table(report),
+    )
 
 
 def _vectors_of(folder: Path, device: str | None) -> _Vectors:

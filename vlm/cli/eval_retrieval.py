@@ -3,20 +3,22 @@
 Also under `accelerate launch -m vlm eval retrieval`, which splits the work over processes.
 """
 
-import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from vlm.bulk_embedding import BulkEmbedder
+from vlm.cli.evaluation_runs import (
+    add_embedder_arguments,
+    add_output_arguments,
+    bulk_embedder,
+    deliver,
+)
 from vlm.cli.evaluation_sources import SourcesFile, add_source_arguments, sources
 from vlm.cli.index_options import add_index_arguments, index_plan
 from vlm.distributed.launched import launched_group
-from vlm.embedder import Embedder
-from vlm.files import write_file
-from vlm.reports.document import write_report
 from vlm.reports.results import RECORD_NAME
 from vlm.reports.retrieval_report import retrieval_document
 from vlm.reports.retrieval_run import RetrievalRun, ScoredBenchmark, format_run
@@ -33,33 +35,15 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, help="folder of the bundle to score")
     add_source_arguments(parser, many=True)
     add_index_arguments(parser)
-    parser.add_argument("--device", type=str | None, default=None, help="such as cpu or cuda:0")
-    parser.add_argument(
-        "--truncate_dim", type=int | None, default=None,
-        help="use the first so many numbers of each vector, where they were trained so",
-    )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument(
-        "--out", type=Path | None, default=None,
-        help="folder for report.html, report.md and retrieval.json",
-    )  # fmt: skip
-    parser.add_argument(
-        "--cache", type=Path | None, default=None,
-        help="folder that keeps embeddings, so that an interrupted run goes on where it was; "
-        "default: embeddings in the folder of --out",
-    )  # fmt: skip
+    add_embedder_arguments(parser)
+    add_output_arguments(parser, record_name=RECORD_NAME)
 
 
 def run(options: Any) -> None:
     """Score the bundle; print a table or JSON, and write the report."""
     asked, plan = sources(options), index_plan(options)
     with launched_group(options.device) as group:
-        embedder = BulkEmbedder(
-            Embedder.load(options.bundle, device=options.device, truncate_dim=options.truncate_dim),
-            cache=options.cache or (options.out / "embeddings" if options.out else None),
-            group=group,
-            show_progress_bar=True,
-        )
+        embedder = bulk_embedder(options, group)
         # All are opened before any is scored, so that a mistake in the last costs no work.
         opened = [open_source(each, languages=embedder.embedder.languages) for each in asked]
         scored = {}
@@ -74,16 +58,18 @@ def run(options: Any) -> None:
                 name: each.with_indexes(plan, device=options.device)
                 for name, each in scored.items()
             }
-        _report(options, RetrievalRun(bundle=str(options.bundle), benchmarks=scored))
+        _warn(scored)
+        found = RetrievalRun(bundle=str(options.bundle), benchmarks=scored)
+        deliver(
+            options,
+            found.as_record(),
+            record_name=RECORD_NAME,
+            document=lambda: retrieval_document(found),
+            table=lambda: format_run(found),
+        )
 
 
-def _report(options: Any, scored: RetrievalRun) -> None:
-    text = json.dumps(scored.as_record(), indent=1, ensure_ascii=False)
-    if options.out:
-        write_file(options.out / RECORD_NAME, (text + "\n").encode())
-        page = write_report(options.out, retrieval_document(scored))
-        print(f"report: {page}", file=sys.stderr)
-    for name, each in scored.benchmarks.items():
+def _warn(scored: Mapping[str, ScoredBenchmark]) -> None:
+    for name, each in scored.items():
         for warning in each.indexes.warnings if each.indexes else ():
             print(f"warning: {name}: {warning}", file=sys.stderr)
-    print(text if options.json else format_run(scored))

@@ -67,9 +67,11 @@ class AugmentationConfig:
     flip: float = 0.0
     """Probability of a left-right flip; pictures with text or direction are better off at 0."""
     brightness: float = 0.0
-    """Largest change of brightness, as a share of it; likewise the next two."""
+    """Largest change of brightness, as a share of it."""
     contrast: float = 0.0
+    """Largest change of contrast, as a share of it."""
     saturation: float = 0.0
+    """Largest change of saturation, as a share of it."""
     hue: float = 0.0
     """Largest turn of the hue either way, in degrees."""
     grayscale: float = 0.0

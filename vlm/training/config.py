@@ -25,6 +25,7 @@ class DataConfig:
     folder: Path = Path("data/emoji")
     """A data folder with a manifest."""
     split: str = "train"
+    """The split of the folder to train on."""
     batch_size: int = 256
     """Samples in one step, all processes together."""
     workers: int = 2

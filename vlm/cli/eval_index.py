@@ -103,4 +103,4 @@ def _vectors_of(folder: Path, device: str | None) -> _Vectors:
 
 def _table(report: IndexReport) -> str:
     header, rows = comparison_rows(report.comparisons)
-    return markdown_table(header, rows, text_columns=3)
+    return markdown_table(header, rows, text_columns=2)

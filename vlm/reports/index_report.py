@@ -20,7 +20,7 @@ def index_blocks(report: IndexReport, *, name: str, number: int | None = None) -
         number: Tells the plots of a document apart, as `index_1.png`; None for `index.png`.
     """
     header, rows = comparison_rows(report.comparisons)
-    blocks: list[Block] = [Table(header=header, rows=rows, text_columns=3, caption=name)]
+    blocks: list[Block] = [Table(header=header, rows=rows, text_columns=2, caption=name)]
     if report.warnings:
         blocks.append(Bullets(report.warnings))
     if report.curves:

@@ -75,6 +75,6 @@ def format_run(run: RetrievalRun) -> str:
     parts = [format_scores(scores)]
     for name, scored in run.benchmarks.items():
         if scored.indexes:
-            table = markdown_table(*comparison_rows(scored.indexes.comparisons), text_columns=3)
+            table = markdown_table(*comparison_rows(scored.indexes.comparisons), text_columns=2)
             parts.append(f"{name}:\n\n{table}")
     return "\n\n".join(parts)

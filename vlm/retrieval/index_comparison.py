@@ -136,10 +136,10 @@ def compare_indexes(
 def comparison_rows(comparisons: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]:
     """Return the header of a table, and a row for each index, direction and language.
 
-    The first three columns are text.
+    The first two columns are text.
     """
     header = [
-        "factory", "direction", "language", "R@1 exact, index", "R@10 exact, index",
+        "factory", "search", "R@1 exact, index", "R@10 exact, index",
         "ann_recall@10", "ms exact, index", "bytes each", "build s", "parameters",
     ]  # fmt: skip
     return header, [_row(each) for each in comparisons]
@@ -164,7 +164,7 @@ def _row(each: Comparison) -> list[str]:
     ]
     parameters = " ".join(f"{name}={value:g}" for name, value in each.parameters.items())
     return [
-        each.factory, each.direction.replace("_", " "), each.language or "-", *recalls,
+        each.factory, each.search, *recalls,
         f"{each.ann_recall[10]:.3f}",
         f"{each.exact_milliseconds_per_query:.4f}, {each.milliseconds_per_query:.4f}",
         f"{each.bytes_per_vector:.0f}", f"{each.build_seconds:.3f}", parameters or "-",

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vlm.errors import VlmError
-from vlm.retrieval.bootstrap import bootstrap_interval, linked_groups, resampled_means
+from vlm.retrieval.bootstrap import bootstrap_interval, resampled_means
 
 
 def test_the_interval_of_single_queries_is_about_that_of_the_normal_distribution():
@@ -64,32 +64,6 @@ def test_a_resample_without_queries_of_a_kind_counts_as_all_of_them():
     means = resampled_means(kinds, [np.array([0, 1]), np.array([0])], resamples=200)
     assert set(means[1].tolist()) == {0.25}
     assert set(means[0].tolist()) == {0.0, 0.5, 1.0}
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_texts_and_pictures_are_grouped_as_by_walking_from_each_to_its_neighbours(seed):
-    rng = np.random.default_rng(seed)
-    texts, images = 30, 25
-    matches = rng.integers(0, [texts, images], (int(rng.integers(0, 45)), 2))
-    if seed % 2:  # a chain, the farthest that a number has to travel
-        matches = np.array([(n, n + shift) for n in range(20) for shift in (0, 1)])
-        matches = rng.permutation(matches)
-    of_text, of_image = linked_groups(matches, texts=texts, images=images)
-    neighbours = {node: set() for node in range(texts + images)}
-    for text, image in matches.tolist():
-        neighbours[text].add(texts + image)
-        neighbours[texts + image].add(text)
-    sets, left = [], set(neighbours)
-    while left:
-        reached = [left.pop()]
-        for node in reached:
-            reached += list(neighbours[node] & left)
-            left -= neighbours[node]
-        sets.append(frozenset(reached))
-    found = {}
-    for node, group in enumerate([*of_text.tolist(), *of_image.tolist()]):
-        found.setdefault(group, set()).add(node)
-    assert set(map(frozenset, found.values())) == set(sets)
 
 
 def test_differences_of_two_models_have_a_narrower_interval_than_each_model():

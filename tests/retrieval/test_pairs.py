@@ -11,7 +11,12 @@ from vlm.data.benchmarks.benchmark import Captions
 from vlm.data.benchmarks.opening import open_benchmark
 from vlm.data.benchmarks.pictures import Pictures
 from vlm.errors import DataError
-from vlm.retrieval.pairs import pairs_of_benchmark, pairs_of_split, parse_condition
+from vlm.retrieval.pairs import (
+    linked_groups,
+    pairs_of_benchmark,
+    pairs_of_split,
+    parse_condition,
+)
 
 
 def pairs_of(folder, samples, *, languages=("zh", "en"), where=()):
@@ -206,3 +211,29 @@ def test_the_nth_captions_of_a_picture_are_translations_whatever_counts_as_right
     assert found.dtype == np.int64
     assert found.tolist() == [list(p) for p in naive_translations(sides["en"], sides["zh"])]
     assert pairs_of_benchmark(opened, languages=["zh"]).translations == {}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_texts_and_pictures_are_grouped_as_by_walking_from_each_to_its_neighbours(seed):
+    rng = np.random.default_rng(seed)
+    texts, images = 30, 25
+    matches = rng.integers(0, [texts, images], (int(rng.integers(0, 45)), 2))
+    if seed % 2:  # a chain, the farthest that a number has to travel
+        matches = np.array([(n, n + shift) for n in range(20) for shift in (0, 1)])
+        matches = rng.permutation(matches)
+    of_text, of_image = linked_groups(matches, texts=texts, images=images)
+    neighbours = {node: set() for node in range(texts + images)}
+    for text, image in matches.tolist():
+        neighbours[text].add(texts + image)
+        neighbours[texts + image].add(text)
+    sets, left = [], set(neighbours)
+    while left:
+        reached = [left.pop()]
+        for node in reached:
+            reached += list(neighbours[node] & left)
+            left -= neighbours[node]
+        sets.append(frozenset(reached))
+    found = {}
+    for node, group in enumerate([*of_text.tolist(), *of_image.tolist()]):
+        found.setdefault(group, set()).add(node)
+    assert set(map(frozenset, found.values())) == set(sets)

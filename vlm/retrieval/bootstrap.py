@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float64, Int, Int64, Shaped
+from jaxtyping import Float64, Int, Shaped
 
 from vlm.errors import VlmError
 
@@ -103,35 +103,6 @@ def resampled_means(
         drawn[1] > 0, drawn[0] / np.maximum(drawn[1], 1), overall
     )
     return means
-
-
-def linked_groups(
-    matches: Int[np.ndarray, "matches 2"], *, texts: int, images: int
-) -> tuple[Int64[np.ndarray, " texts"], Int64[np.ndarray, " images"]]:
-    """Number the sets of texts and pictures that right pairs link, directly or through others.
-
-    They are what can be drawn: a picture with its five captions, or a concept with its caption
-    and all its pictures.
-
-    Args:
-        matches: Pairs (text, picture) that belong together.
-        texts: Number of texts.
-        images: Number of pictures.
-
-    Returns:
-        The set of each text, and that of each picture.
-    """
-    of_node = np.arange(texts + images)
-    left, right = matches[:, 0].astype(np.int64), matches[:, 1].astype(np.int64) + texts
-    while True:
-        before = of_node.copy()
-        lower = np.minimum(of_node[left], of_node[right])
-        for ends in (left, right):
-            np.minimum.at(of_node, of_node[ends], lower)
-            np.minimum.at(of_node, ends, lower)
-        of_node = of_node[of_node]  # a set takes over what the set it joined was told
-        if (of_node == before).all():
-            return of_node[:texts], of_node[texts:]
 
 
 def _times_drawn(draws: Int[np.ndarray, "rows groups"]) -> Float64[np.ndarray, "rows groups"]:

@@ -7,7 +7,7 @@ from jaxtyping import Int64
 from numpy.typing import NDArray
 
 from vlm.errors import VlmError
-from vlm.retrieval.bootstrap import interval_of, linked_groups, resampled_means
+from vlm.retrieval.bootstrap import interval_of, resampled_means
 from vlm.retrieval.metrics import (
     NOT_FOUND,
     mean_recall,
@@ -15,7 +15,7 @@ from vlm.retrieval.metrics import (
     median_rank,
     recall_at,
 )
-from vlm.retrieval.pairs import Texts
+from vlm.retrieval.pairs import Texts, linked_groups
 
 CUTOFFS = (1, 5, 10)
 DIRECTIONS = ("text_to_image", "image_to_text")

@@ -1,13 +1,17 @@
 """Vectors of many pictures and texts are those of the embedder, however they were come by."""
 
 import io
+import json
 import multiprocessing
+import shutil
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.builders import THINGS, encoded, picture, tiny_tokenizer
 from tests.support.processes import run_in_processes
@@ -15,7 +19,7 @@ from vlm import bulk_embedding
 from vlm.bulk_embedding import BulkEmbedder, digest_of_image
 from vlm.distributed.groups import world_group
 from vlm.embedder import Embedder
-from vlm.errors import DataError, VlmError
+from vlm.errors import DataError, DistributedError, VlmError
 
 IMAGES = [encoded(picture(number)) for number in range(11)]
 TEXTS = [text for pair in THINGS for text in pair]
@@ -127,6 +131,23 @@ def test_vectors_of_another_model_are_not_taken(counting, bundle, tmp_path, chan
     assert other.encoded == encoded_again
 
 
+def test_bundles_with_equal_weights_and_other_heads_share_no_vectors(counting, bundle, tmp_path):
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    config = copy / "open_clip_config.json"
+    record = json.loads(config.read_text())
+    record["model_cfg"]["text_cfg"]["heads"] *= 2
+    config.write_text(json.dumps(record))
+    other = CountingEmbedder.load(copy, device="cpu")
+    first = BulkEmbedder(counting, cache=tmp_path / "cache").encode_text(TEXTS)
+    second = BulkEmbedder(other, cache=tmp_path / "cache").encode_text(TEXTS)
+    assert other.encoded == (0, 24)
+    assert not np.allclose(first, second, atol=1e-3)
+    moved = CountingEmbedder.load(shutil.move(copy, tmp_path / "moved"), device="cpu")
+    found = BulkEmbedder(moved, cache=tmp_path / "cache").encode_text(TEXTS)
+    np.testing.assert_array_equal(found, second)
+    assert moved.encoded == (0, 0)
+
+
 def test_vectors_of_another_width_are_not_taken(counting, tmp_path):
     counting.matryoshka = (16,)
     BulkEmbedder(counting, cache=tmp_path).encode_text(TEXTS)
@@ -215,6 +236,44 @@ def test_digests_are_those_of_each_picture(embedder, tmp_path):
     assert len(set(digests)) == len(sources) - 1
     with pytest.raises(VlmError, match="found 2 digests of 11 pictures"):
         BulkEmbedder(embedder).encode_image(IMAGES, digests[:2])
+
+
+def with_palette(colour):
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([0, 0, 0, *colour])
+    return image
+
+
+def test_opened_pictures_are_known_by_what_is_seen():
+    red, green = with_palette((255, 0, 0)), with_palette((0, 255, 0))
+    assert red.tobytes() == green.tobytes()
+    assert digest_of_image(red) != digest_of_image(green)
+    assert digest_of_image(red) == digest_of_image(Image.new("RGB", (8, 8), (255, 0, 0)))
+    green.info["transparency"] = 1
+    assert digest_of_image(green) == digest_of_image(Image.new("RGB", (8, 8), "white"))
+    turned = Image.open(io.BytesIO(encoded(picture(1, size=(20, 10)))))
+    upright = digest_of_image(turned)
+    turned.getexif()[0x0112] = 6  # lies on its side
+    assert digest_of_image(turned) != upright
+    assert digest_of_image(turned) == digest_of_image(
+        picture(1, size=(20, 10)).rotate(-90, expand=True)
+    )
+
+
+def test_vectors_are_held_once_while_they_are_made(embedder, monkeypatch):
+    monkeypatch.setattr(bulk_embedding, "TEXTS_A_PART", 2000)
+    monkeypatch.setattr(
+        embedder, "encode_text", lambda texts: np.ones((len(texts), embedder.embed_dim), np.float32)
+    )
+    texts = ["cat"] * 100_000
+    tracemalloc.start()
+    try:
+        found = BulkEmbedder(embedder).encode_text(texts)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found.nbytes == 100_000 * 32 * 4
+    assert peak < 1.3 * found.nbytes
 
 
 def test_a_damaged_picture_without_a_path_is_told_by_its_number(embedder, small_parts):
@@ -318,6 +377,53 @@ def test_what_one_rank_cannot_do_is_said_by_all(embedder, bundle, tmp_path):
     assert first[2].split(": ", 1)[1] == second[2].split(": ", 1)[1]
     assert "cannot write" in second[2]
     np.testing.assert_array_equal(after.numpy(), BulkEmbedder(embedder).encode_image(IMAGES))
+
+
+class FailingEmbedder(Embedder):
+    """Meets an error at the word of it."""
+
+    def encode_text(self, texts, **options):
+        if "memory" in texts:
+            raise MemoryError
+        if "GPU" in texts:
+            raise torch.OutOfMemoryError("GPU memory is full.\n  Free some.")
+        if "disk" in texts:
+            raise OSError(5, "Input/output error")
+        return super().encode_text(texts, **options)
+
+
+def _failures_over_ranks(rank, bundle):
+    _small_parts()
+    embedder = FailingEmbedder.load(bundle, device="cpu")
+    bulk = BulkEmbedder(embedder, group=world_group())
+    met = []
+    for first, second in (("cat", "memory"), ("cat", "GPU"), ("disk", "cat"), ("disk", "memory")):
+        try:
+            bulk.encode_text([first] * 10 + [second] * 10)
+        except Exception as error:
+            met.append(f"{type(error).__name__}: {error}")
+    return [met, torch.from_numpy(bulk.encode_text(TEXTS))]
+
+
+@pytest.mark.distributed
+def test_an_error_of_any_kind_is_its_own_on_the_rank_that_met_it_and_told_to_the_others(
+    embedder, bundle
+):
+    (first, after), (second, _) = run_in_processes(_failures_over_ranks, 2, bundle)
+    said, disk = DistributedError.__name__, "OSError: [Errno 5] Input/output error"
+    assert first == [
+        f"{said}: rank 1 met MemoryError",
+        f"{said}: rank 1 met OutOfMemoryError: GPU memory is full. Free some.",
+        disk,
+        disk,
+    ]
+    assert second == [
+        "MemoryError: ",
+        "OutOfMemoryError: GPU memory is full.\n  Free some.",
+        f"{said}: rank 0 met {disk}",
+        "MemoryError: ",
+    ]
+    np.testing.assert_array_equal(after.numpy(), BulkEmbedder(embedder).encode_text(TEXTS))
 
 
 def many_pictures():

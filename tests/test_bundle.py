@@ -21,7 +21,8 @@ from tests.builders import (
     tiny_model,
     tiny_tokenizer,
 )
-from vlm.bundle import load_bundle, save_bundle
+from vlm.bundle import load_bundle, save_bundle, store_calibration
+from vlm.calibration import Calibration
 from vlm.embedder import Embedder
 from vlm.errors import CheckpointError, TokenizerError, VlmError
 from vlm.images.transforms import PreprocessConfig, preprocess_cfg
@@ -97,10 +98,78 @@ def test_the_transform_is_the_one_that_was_saved(tmp_path):
     torch.testing.assert_close(tensor, (expected / 255 - 0.5) / 0.25)
 
 
-def test_the_fingerprint_names_the_weights_alone(folder, tmp_path):
-    assert load_bundle(folder).fingerprint == load_bundle(tiny_bundle(tmp_path / "a")).fingerprint
-    other = load_bundle(tiny_bundle(tmp_path / "b", seed=1))
+def test_the_same_bundle_has_the_same_fingerprint_wherever_it_lies(folder, copy, tmp_path):
+    bundle = load_bundle(folder)
+    assert load_bundle(copy).fingerprint == bundle.fingerprint
+    assert load_bundle(tiny_bundle(tmp_path / "a")).fingerprint == bundle.fingerprint
+    save_bundle(
+        tmp_path / "again",
+        model=bundle.model,
+        model_cfg=dict(reversed(bundle.model_cfg.items())),  # the order of names says nothing
+        preprocess_cfg=bundle.preprocess_cfg,
+        tokenizer=bundle.tokenizer,
+        languages=("en",),
+    )
+    assert load_bundle(tmp_path / "again").fingerprint == bundle.fingerprint
+
+
+def test_other_weights_have_another_fingerprint(folder, tmp_path):
+    other = load_bundle(tiny_bundle(tmp_path / "other", seed=1))
     assert load_bundle(folder).fingerprint != other.fingerprint
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record["model_cfg"]["text_cfg"].update(heads=4),
+        lambda record: record["model_cfg"].update(quick_gelu=True),
+        lambda record: record["preprocess_cfg"].update(mean=[0.5, 0.5, 0.5]),
+    ],
+    ids=["heads", "activation", "transform"],
+)
+def test_equal_weights_that_give_other_vectors_have_another_fingerprint(folder, copy, change):
+    change_json(copy / "open_clip_config.json", change)
+    one, other = load_bundle(folder), load_bundle(copy)
+    assert (copy / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+    tokens, images = one.tokenizer.encode(TEXTS), pixels(one)
+    with torch.inference_mode():
+        texts = [each.model.encode_text(tokens) for each in (one, other)]
+    assert not (texts[0].equal(texts[1]) and images.equal(pixels(other)))
+    assert one.fingerprint != other.fingerprint
+
+
+def test_another_tokenizer_has_another_fingerprint(folder, tmp_path):
+    longer, model = tiny_tokenizer(context_length=12), tiny_model(tiny_tokenizer())
+    bundle = load_bundle(folder)
+    save_bundle(
+        tmp_path / "bundle",
+        model=model,
+        model_cfg=bundle.model_cfg,
+        preprocess_cfg=bundle.preprocess_cfg,
+        tokenizer=longer,
+        languages=("zh", "en"),
+    )
+    assert (tmp_path / "bundle" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+    assert load_bundle(tmp_path / "bundle").fingerprint != bundle.fingerprint
+
+
+def test_a_calibration_does_not_change_the_fingerprint(copy):
+    before = load_bundle(copy).fingerprint
+    calibration = Calibration(
+        cosines=(0.0, 0.5), probabilities=(0.1, 0.9), prior=0.5, threshold=0.3, precision=0.9,
+        dim=32, fingerprint=before, fitted_on={},
+    )  # fmt: skip
+    store_calibration(copy, calibration)
+    assert load_bundle(copy).fingerprint == before
+    change_json(
+        copy / "open_clip_config.json",
+        lambda record: record["model_cfg"]["text_cfg"].update(heads=4),
+    )
+    for use in (load_bundle, lambda folder: store_calibration(folder, calibration)):
+        with pytest.raises(
+            CheckpointError, match=rf"the calibration .* \({before[:12]}\) than its"
+        ):
+            use(copy)
 
 
 def test_a_saved_model_stays_usable_and_unchanged(tmp_path):
@@ -239,6 +308,10 @@ def test_a_text_tower_of_transformers_needs_no_network_and_keeps_to_open_clips_f
     theirs = json.loads((tmp_path / "bundle/open_clip_config.json").read_text())
     assert "hf_config" not in theirs["model_cfg"]["text_cfg"]
     assert json.loads((tmp_path / "bundle/vlm.json").read_text())["hf_config"] == bert
+    change_json(
+        tmp_path / "bundle/vlm.json", lambda record: record["hf_config"].update(hidden_act="relu")
+    )
+    assert load_bundle(tmp_path / "bundle").fingerprint != bundle.fingerprint
 
 
 @pytest.mark.parametrize("widths", [(), (8, 16)])

@@ -116,11 +116,11 @@ def test_a_bundle_keeps_its_calibration(calibrated, folder):
 
 
 def test_a_calibration_of_other_weights_is_refused(calibrated, tmp_path):
-    with pytest.raises(CheckpointError, match=r"is of other weights \(f\) than its own \("):
+    with pytest.raises(CheckpointError, match=r"is of another model \(f\) than its own \("):
         store_calibration(calibrated, MAP)
     other = tiny_bundle(tmp_path / "other", seed=1)
     shutil.copy(calibrated / "vlm.json", other / "vlm.json")
-    with pytest.raises(CheckpointError, match=r"the calibration of .*other is of other weights"):
+    with pytest.raises(CheckpointError, match=r"the calibration of .*other is of another model"):
         load_bundle(other)
 
 

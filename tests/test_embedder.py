@@ -161,10 +161,23 @@ def test_a_batch_without_room_is_refused(embedder, batch_size):
         embedder.encode_text(TEXTS, batch_size=batch_size)
 
 
-@pytest.mark.parametrize("device", ["no-such-device", "cuda:999"])
+@pytest.mark.parametrize("device", ["banana", "no-such-device", "cuda:999"])
 def test_a_device_that_is_not_there_is_named(bundle, device):
-    with pytest.raises(VlmError, match=f"cannot use the device {device}: "):
+    here = " or ".join(["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))])
+    with pytest.raises(VlmError) as caught:
         Embedder.load(bundle, device=device)
+    assert str(caught.value) == f"cannot use the device {device}; expected {here}"
+
+
+def test_a_model_without_room_on_its_device_is_told(bundle, monkeypatch):
+    read = load_bundle(bundle)
+
+    def fill(_device):
+        raise torch.OutOfMemoryError("many words")
+
+    monkeypatch.setattr(read.model, "to", fill)
+    with pytest.raises(VlmError, match=r"^the model does not fit into the free memory of cpu$"):
+        Embedder.of_bundle(read, device="cpu")
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluating"])

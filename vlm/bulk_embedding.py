@@ -7,30 +7,31 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from jaxtyping import Float32, Shaped
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from PIL import Image
 from tqdm import tqdm
 
 from vlm.distributed.gather import gather_numbers, gather_rows
 from vlm.distributed.groups import SINGLE, RankGroup
 from vlm.embedder import Embedder, check_texts
-from vlm.errors import DataError, VlmError
+from vlm.errors import DataError, DistributedError, VlmError
 from vlm.files import write_file
-from vlm.images.decoding import ImageSource
+from vlm.images.decoding import ImageSource, decode_image
 
 # A part is what a killed run loses, what ranks share out among them, and one file: seconds of work
 # and a few megabytes. Both are multiples of the embedder's batches.
 PICTURES_A_PART, TEXTS_A_PART = 1 << 10, 1 << 12
 
 Kind = Literal["pictures", "texts"]
+Result = TypeVar("Result")
 
-_KEY_VERSION = 1  # to be raised when the same model comes to give other vectors
+_KEY_VERSION = 2  # to be raised when the same model comes to give other vectors
 _DIGEST_SIZE = hashlib.sha256().digest_size
 
 
@@ -38,13 +39,15 @@ class BulkEmbedder:
     """Embeds many pictures and texts: over the ranks of a group, and kept on disk as it goes.
 
     The work is cut into parts, and part p belongs to rank p % size; every rank ends up with all
-    vectors. Every rank must call the same methods with the same arguments.
+    vectors. Every rank must call the same methods with the same arguments. What fails on one rank
+    fails on all: the others raise a `DataError` with the words of a `VlmError`, and of any other
+    exception a `DistributedError` that names it.
 
-    In the cache, a part is the file `MODEL/PART.npy`. MODEL names the weights, the width and the
-    tokenizer or the picture transform; PART names the pictures or texts themselves, in their order,
-    so that whatever asks for the same finds them again, and an interrupted run goes on with what is
-    missing. A file that is no such array is made anew. The names do not tell the device or the
-    number of threads, with which vectors differ by rounding.
+    In the cache, a part is the file `MODEL/PART.npy`. MODEL names the bundle and the width; PART
+    names the pictures or texts themselves, in their order, so that whatever asks for the same ones
+    in the same order finds them again, and an interrupted run goes on with what is missing. A file
+    that is no such array is made anew. The names do not tell the device or the number of threads,
+    with which vectors differ by rounding.
 
     Args:
         embedder: The model.
@@ -86,7 +89,9 @@ class BulkEmbedder:
             joined = b"".join(digest_of_image(image) for image in images[part])
             return _Done(np.frombuffer(bytearray(joined), np.uint8).reshape(-1, _DIGEST_SIZE))
 
-        rows = self._all_rows(len(images), PICTURES_A_PART, digest, "reading pictures")
+        rows = self._all_rows(
+            (len(images), _DIGEST_SIZE), np.uint8, PICTURES_A_PART, digest, "reading pictures"
+        )
         return [row.tobytes() for row in rows]
 
     def encode_image(
@@ -125,7 +130,8 @@ class BulkEmbedder:
                 return _Done(make(part))
             return kept.find_or_make(digests[part], lambda: make(part))
 
-        return self._all_rows(len(images), PICTURES_A_PART, encode, "embedding pictures")
+        shape = len(images), self.embedder.embed_dim
+        return self._all_rows(shape, np.float32, PICTURES_A_PART, encode, "embedding pictures")
 
     def encode_text(self, texts: Sequence[str]) -> Float32[np.ndarray, "texts dim"]:
         """Embed texts in any language.
@@ -146,7 +152,8 @@ class BulkEmbedder:
             digests = [_sha256(text.encode("utf-8", "surrogatepass")) for text in texts[part]]
             return kept.find_or_make(digests, lambda: self.embedder.encode_text(texts[part]))
 
-        return self._all_rows(len(texts), TEXTS_A_PART, encode, "embedding texts")
+        shape = len(texts), self.embedder.embed_dim
+        return self._all_rows(shape, np.float32, TEXTS_A_PART, encode, "embedding texts")
 
     def _kept(self, kind: Kind) -> "_KeptVectors | None":
         if self.cache is None:
@@ -155,11 +162,17 @@ class BulkEmbedder:
         return _KeptVectors(folder, kind, self.embedder.embed_dim)
 
     def _all_rows(
-        self, count: int, part_size: int, work: Callable[[slice], "_Done"], what: str
+        self,
+        shape: tuple[int, int],
+        dtype: DTypeLike,
+        part_size: int,
+        work: Callable[[slice], "_Done"],
+        what: str,
     ) -> Shaped[np.ndarray, "count width"]:
-        """Give each rank a part, and all ranks the rows, until there are `count` of them."""
-        starts = range(0, max(count, 1), part_size * self.group.size)
-        rows, found = [], 0
+        """Give each rank a part, and all ranks the rows, until there are as many as asked for."""
+        count, found = shape[0], 0
+        rows: NDArray[Any] = self._on_every_rank(lambda: np.empty(shape, dtype))
+        starts = range(0, count, part_size * self.group.size)
         with tqdm(total=count, desc=what, disable=not self.show_progress_bar) as bar:
             for start in starts:
                 # Beyond the end parts are empty; a rank without work is a rank with such a part.
@@ -167,28 +180,37 @@ class BulkEmbedder:
                     min(start + part_size * place, count) for place in range(self.group.size + 1)
                 ]
                 received, of_cache = self._round(edges, work)
-                rows.append(received)
+                rows[edges[0] : edges[-1]] = received
                 found += of_cache
                 if found:
                     bar.set_postfix_str(f"{found} from the cache", refresh=False)
                 bar.update(len(received))
-        return np.concatenate(rows)
+        return rows
 
     def _round(
         self, edges: Sequence[int], work: Callable[[slice], "_Done"]
     ) -> tuple[Shaped[np.ndarray, "rows width"], int]:
         """Return the rows of every rank's part, and how many of them came from the cache."""
         rank, device = self.group.rank, self._exchange_device()
-        done, error = _Done(np.empty((0, 0), np.float32)), None
-        try:
-            done = work(slice(edges[rank], edges[rank + 1]))
-        except VlmError as caught:
-            error = caught
-        _raise_on_every_rank(error, self.group, device)
+        done = self._on_every_rank(lambda: work(slice(edges[rank], edges[rank + 1])))
         sizes = np.diff(edges).tolist()
         rows = gather_rows(torch.from_numpy(done.rows).to(device), self.group, sizes)
         of_cache = gather_numbers([done.of_cache], self.group, device)
         return rows.cpu().numpy(), sum(number for (number,) in of_cache)
+
+    def _on_every_rank(self, work: Callable[[], Result]) -> Result:
+        """Return what the work gives here; where it fails on one rank, raise on all.
+
+        A rank that raised alone would leave the others waiting for its rows.
+        """
+        device = self._exchange_device()
+        try:
+            result = work()
+        except Exception as error:
+            _tell(error, self.group, device)
+            raise
+        _tell(None, self.group, device)
+        return result
 
     def _exchange_device(self) -> torch.device:
         """Return where tensors must lie to travel."""
@@ -198,13 +220,16 @@ class BulkEmbedder:
 
 
 def digest_of_image(image: ImageSource) -> bytes:
-    """Return the SHA-256 of an encoded picture, or of the mode, size and pixels of an opened one.
+    """Return the SHA-256 of an encoded picture, or of the RGB pixels of an opened one.
+
+    Of an opened one it is what models see: upright, on white, and with its palette's colours.
 
     Raises:
-        DataError: the file cannot be read.
+        DataError: the file cannot be read, or the opened picture is damaged.
     """
     if isinstance(image, Image.Image):
-        return _sha256(f"{image.mode} {image.size}".encode() + image.tobytes())
+        seen = decode_image(image)
+        return _sha256(f"{seen.mode} {seen.size}".encode() + seen.tobytes())
     if isinstance(image, bytes):
         return _sha256(image)
     try:
@@ -261,30 +286,38 @@ def _model_key(embedder: Embedder, kind: Kind) -> str:
     reading = dict(embedder.transform_cfg) if kind == "pictures" else embedder.tokenizer.fingerprint
     content = {
         "version": _KEY_VERSION,
-        "weights": embedder.fingerprint,
+        "model": embedder.fingerprint,
         "dim": embedder.embed_dim,
         kind: reading,
     }
     return _sha256(json.dumps(content, sort_keys=True).encode()).hex()
 
 
-def _raise_on_every_rank(error: VlmError | None, group: RankGroup, device: torch.device) -> None:
-    """Raise on every rank what the first rank with an error met; return where none has one.
+def _tell(error: Exception | None, group: RankGroup, device: torch.device) -> None:
+    """Tell the other ranks what this one met; raise what the first of them met if it met nothing.
 
-    A rank that raised alone would leave the others waiting for its rows.
+    Raises:
+        DataError: this rank met nothing, and another a `VlmError`.
+        DistributedError: this rank met nothing, and another an exception of another kind.
     """
-    message = b"" if error is None else str(error).encode("utf-8", "surrogatepass")
-    outcomes = gather_numbers([error is not None, len(message)], group, device)
-    failed = [rank for rank, (wrong, _) in enumerate(outcomes) if wrong]
+    of_user = isinstance(error, VlmError)
+    words = str(error) if of_user else f"rank {group.rank} met {_in_one_line(error)}"
+    told = b"" if error is None else words.encode("utf-8", "surrogatepass")
+    outcomes = gather_numbers([error is not None, of_user, len(told)], group, device)
+    failed = [rank for rank, (wrong, _, _) in enumerate(outcomes) if wrong]
     if not failed:
         return
-    sizes = [size for _, size in outcomes]
-    own = torch.tensor(list(message), dtype=torch.uint8, device=device)
-    messages = bytes(gather_rows(own, group, sizes).tolist())
-    if error is not None and group.rank == failed[0]:
-        raise error
-    first = messages[: sizes[failed[0]]]  # ranks before it have none
-    raise DataError(first.decode("utf-8", "surrogatepass")) from error
+    own = torch.tensor(list(told), dtype=torch.uint8, device=device)
+    messages = bytes(gather_rows(own, group, [size for _, _, size in outcomes]).tolist())
+    if error is None:
+        _, first_of_user, size = outcomes[failed[0]]  # ranks before it have told nothing
+        kind = DataError if first_of_user else DistributedError
+        raise kind(messages[:size].decode("utf-8", "surrogatepass"))
+
+
+def _in_one_line(error: Exception | None) -> str:
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
 
 def _sha256(content: bytes) -> bytes:

@@ -1,11 +1,12 @@
 """A bundle: one folder with everything inference needs, in a layout that open_clip reads too."""
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from PIL import Image
@@ -53,7 +54,8 @@ class Bundle:
     calibration: Calibration | None = None
     """What the cosine of a text and a picture says of a match; None where it was not fitted."""
     fingerprint: str
-    """SHA-256 of the weights; two bundles with one fingerprint give the same embeddings."""
+    """SHA-256 of all that vectors depend on: the weights, the descriptions of the model and of the
+    picture transform, the tokenizer. Two bundles with one fingerprint give the same embeddings."""
 
 
 def save_bundle(
@@ -116,51 +118,34 @@ def load_bundle(folder: Path) -> Bundle:
         CheckpointError: the folder is no bundle, or a part is missing or damaged.
         TokenizerError: the tokenizer is damaged, or not the one that the model was trained with.
     """
-    if not is_bundle(folder):
-        raise CheckpointError(f"{folder} is not a bundle: it has no {_DESCRIPTION}")
-    description = _read_json(folder / _DESCRIPTION)
-    ours = (folder / _MODEL_CONFIG).is_file()
-    config_path = folder / (_MODEL_CONFIG if ours else _OPEN_CLIP_CONFIG)
-    config = _read_json(config_path)
-    try:
-        format_version = description["format"]
-        fingerprint = str(description["tokenizer"]["fingerprint"])
-        languages = tuple(description["languages"])
-        truncate_dims = tuple(description.get("truncate_dims", ()))
-        model_cfg = _with_hf_config(config["model_cfg"], description.get("hf_config"))
-        preprocess_cfg = config["preprocess_cfg"]
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"the descriptions in {folder} lack {error}") from error
-    if format_version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{folder} has bundle format {format_version}; this version reads {FORMAT_VERSION}"
-        )
+    said = _read_descriptions(folder)
     tokenizer = load_tokenizer(folder / _TOKENIZER)
-    if tokenizer.fingerprint != fingerprint:
+    if tokenizer.fingerprint != said.tokenizer:
         raise TokenizerError(
             f"{folder} holds another tokenizer ({tokenizer.fingerprint[:12]}) than its model was "
-            f"trained with ({fingerprint[:12]})"
+            f"trained with ({said.tokenizer[:12]})"
         )
     try:
-        model = build_encoder(model_cfg)
-        transform = evaluation_transform(preprocess_cfg)
+        model = build_encoder(said.model_cfg)
+        transform = evaluation_transform(said.preprocess_cfg)
     except (VlmError, ValueError, LookupError, TypeError, ArithmeticError, AssertionError) as error:
         raise CheckpointError(
-            f"{config_path} describes no model or transform: {type(error).__name__}: {error}"
+            f"{folder / said.config_name} describes no model or transform: "
+            f"{type(error).__name__}: {error}"
         ) from error
     _load_weights(model, folder / _WEIGHTS)
-    weights_fingerprint = sha256_of(folder / _WEIGHTS)
+    fingerprint = _fingerprint_of(folder, said)
     return Bundle(
         model=model.eval(),
         tokenizer=tokenizer,
         transform=transform,
-        languages=languages,
-        model_cfg=model_cfg,
-        preprocess_cfg=preprocess_cfg,
-        first_new_id=description.get("first_new_id"),
-        truncate_dims=truncate_dims,
-        calibration=_calibration_of(folder, description, weights_fingerprint),
-        fingerprint=weights_fingerprint,
+        languages=said.languages,
+        model_cfg=said.model_cfg,
+        preprocess_cfg=said.preprocess_cfg,
+        first_new_id=said.ours.get("first_new_id"),
+        truncate_dims=said.truncate_dims,
+        calibration=_calibration_of(folder, said.ours, fingerprint),
+        fingerprint=fingerprint,
     )
 
 
@@ -168,14 +153,64 @@ def store_calibration(folder: Path, calibration: Calibration) -> None:
     """Write a calibration into a bundle, in the place of one that may be there.
 
     Raises:
-        CheckpointError: the folder is no bundle, or the calibration is of other weights.
+        CheckpointError: the folder is no bundle, or the calibration is of another model.
     """
-    if not is_bundle(folder):
-        raise CheckpointError(f"{folder} is not a bundle: it has no {_DESCRIPTION}")
-    description = _read_json(folder / _DESCRIPTION) | {"calibration": calibration.record()}
-    _calibration_of(folder, description, sha256_of(folder / _WEIGHTS))
+    said = _read_descriptions(folder)
+    description = said.ours | {"calibration": calibration.record()}
+    _calibration_of(folder, description, _fingerprint_of(folder, said))
     content = json.dumps(description, indent=2) + "\n"
     write_file(folder / _DESCRIPTION, content.encode())
+
+
+class _Descriptions(NamedTuple):
+    """What the two JSON files of a bundle say."""
+
+    ours: dict[str, Any]
+    """`vlm.json`, whole."""
+    config_name: str
+    """The file with the following two."""
+    model_cfg: Mapping[str, Any]
+    preprocess_cfg: Mapping[str, Any]
+    tokenizer: str
+    """Fingerprint of the tokenizer that the model was trained with."""
+    languages: tuple[str, ...]
+    truncate_dims: tuple[int, ...]
+
+
+def _read_descriptions(folder: Path) -> _Descriptions:
+    if not is_bundle(folder):
+        raise CheckpointError(f"{folder} is not a bundle: it has no {_DESCRIPTION}")
+    ours = _read_json(folder / _DESCRIPTION)
+    config_name = _MODEL_CONFIG if (folder / _MODEL_CONFIG).is_file() else _OPEN_CLIP_CONFIG
+    config = _read_json(folder / config_name)
+    try:
+        format_version = ours["format"]
+        said = _Descriptions(
+            ours=ours,
+            config_name=config_name,
+            model_cfg=_with_hf_config(config["model_cfg"], ours.get("hf_config")),
+            preprocess_cfg=config["preprocess_cfg"],
+            tokenizer=str(ours["tokenizer"]["fingerprint"]),
+            languages=tuple(ours["languages"]),
+            truncate_dims=tuple(ours.get("truncate_dims", ())),
+        )
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"the descriptions in {folder} lack {error}") from error
+    if format_version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder} has bundle format {format_version}; this version reads {FORMAT_VERSION}"
+        )
+    return said
+
+
+def _fingerprint_of(folder: Path, said: _Descriptions) -> str:
+    content = {
+        "weights": sha256_of(folder / _WEIGHTS),
+        "model_cfg": said.model_cfg,
+        "preprocess_cfg": said.preprocess_cfg,
+        "tokenizer": said.tokenizer,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _calibration_of(
@@ -190,7 +225,7 @@ def _calibration_of(
         raise CheckpointError(f"cannot read {folder / _DESCRIPTION}: {error}") from error
     if calibration.fingerprint != fingerprint:
         raise CheckpointError(
-            f"the calibration of {folder} is of other weights ({calibration.fingerprint[:12]}) "
+            f"the calibration of {folder} is of another model ({calibration.fingerprint[:12]}) "
             f"than its own ({fingerprint[:12]})"
         )
     return calibration

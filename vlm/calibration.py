@@ -34,7 +34,7 @@ class Calibration:
     dim: int
     """Width of the vectors whose cosines were seen."""
     fingerprint: str
-    """Names the weights that gave the vectors."""
+    """Names the model that gave the vectors."""
     fitted_on: Mapping[str, Any]
     """What the map was fitted on, for people to read."""
 

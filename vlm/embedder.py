@@ -30,7 +30,7 @@ class Embedder:
         model: The encoder; it is used as it is, on the device where it lies.
         tokenizer: The tokenizer it was trained with.
         transform: Maps an RGB picture to the tensor it was trained on.
-        fingerprint: Names the weights; embeddings with one fingerprint can be compared.
+        fingerprint: Names all that vectors depend on; those with one fingerprint can be compared.
         languages: Languages of the training captions.
         matryoshka: Widths below the model's own at which its features were trained as well.
         truncate_dim: Use only so many first numbers of each feature; None for all.
@@ -89,7 +89,8 @@ class Embedder:
 
         Raises:
             CheckpointError: the folder is not a bundle, or it is damaged.
-            VlmError: there is no such device, or the features were not trained at that width.
+            VlmError: there is no such device, or it has no room for the model, or the features were
+                not trained at that width.
         """
         return cls.of_bundle(load_bundle(Path(folder)), device=device, truncate_dim=truncate_dim)
 
@@ -104,12 +105,14 @@ class Embedder:
         """Use a bundle that has been read; its model moves to the device.
 
         Raises:
-            VlmError: there is no such device, or the features were not trained at that width.
+            VlmError: there is no such device, or it has no room for the model, or the features were
+                not trained at that width.
         """
+        place = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         try:
-            model = bundle.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        except (RuntimeError, AssertionError) as error:
-            raise VlmError(f"cannot use the device {device}: {error}") from error
+            model = bundle.model.to(place)
+        except torch.OutOfMemoryError as error:
+            raise VlmError(f"the model does not fit into the free memory of {place}") from error
         embedder = cls(
             model,
             bundle.tokenizer,
@@ -289,6 +292,19 @@ class Embedder:
         if features.shape[1] == self.embed_dim:
             return features
         return F.normalize(features[:, : self.embed_dim], dim=-1)
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    """Return the device, after something was put there: torch's own words on a wrong one are many.
+
+    Raises:
+        VlmError: there is no such device.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, ImportError) as error:
+        here = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        raise VlmError(f"cannot use the device {device}; expected {' or '.join(here)}") from error
 
 
 def check_texts(texts: Sequence[str]) -> None:

@@ -25,6 +25,7 @@ from vlm.checkpoints.conversion import convert
 from vlm.checkpoints.export import export
 from vlm.checkpoints.recipe import ConversionConfig
 from vlm.errors import CheckpointError
+from vlm.files import sha256_of
 from vlm.images.transforms import PreprocessConfig
 
 VOCABULARY = Path(cn_clip.clip.__file__).with_name("vocab.txt")
@@ -171,7 +172,10 @@ def test_a_bundle_goes_back_to_a_folder_of_transformers(tmp_path, write):
     twice = load_bundle(tmp_path / "twice")
     assert twice.model_cfg == bundle.model_cfg
     assert twice.preprocess_cfg == bundle.preprocess_cfg
-    assert twice.fingerprint == bundle.fingerprint
+    first, second = (
+        sha256_of(tmp_path / name / "open_clip_model.safetensors") for name in ("bundle", "twice")
+    )
+    assert first == second  # the tokenizer's file is transformers' own, so fingerprints differ
     assert twice.tokenizer.encode(TEXTS).ids.equal(bundle.tokenizer.encode(TEXTS).ids)
 
 

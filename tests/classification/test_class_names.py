@@ -87,11 +87,15 @@ FOLDERS = ["n1", "n2"]
         ("a.json", {"n1": "cat", "n2": ""}, "the class 'n2' in .* is called ''; expected a text"),
         ("a.json", {"n1": "cat", "n2": []}, r"is called \[\]; expected a text or a list"),
         ("a.json", {"n1": "cat", "n2": 3}, "is called 3; expected a text or a list"),
-        ("a.json", {"n1": {"zh": "猫"}, "n2": "x"}, "'n1' in .* has no name in 'en'"),
+        (
+            "a.json",
+            {"n1": {"zh": "猫"}, "n2": "x"},
+            "'n1' in .* has no name in 'en'; its languages are zh",
+        ),
         ("a.json", {}, "holds no names by class"),
         ("a.json", "3", "holds neither names by class nor a list"),
         ("a.json", "{", "cannot read the class names"),
-        ("a.yaml", "{", "cannot read the class names"),
+        ("a.yaml", '{\n"a": [', r"cannot read the class names \S*a\.yaml: [^\n]+$"),
         ("a.txt", "cat\n\ndog\n", "has 3 names in a row"),
     ],
 )
@@ -129,5 +133,7 @@ def test_files_with_other_classes_are_refused(tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"cannot read the class names .*gone\.txt"):
-        read_class_names([str(tmp_path / "gone.txt")], ["en"])
+    gone = tmp_path / "gone.txt"
+    with pytest.raises(DataError) as raised:
+        read_class_names([str(gone)], ["en"])
+    assert str(raised.value) == f"cannot read the class names {gone}: No such file or directory"

@@ -27,9 +27,8 @@ def test_samples_have_the_class_of_their_label(folder):
 
 def test_conditions_leave_samples_out_uncounted(folder):
     pictures = pictures_of_split(
-        folder, "test", label="group", class_ids=["odd", "even"],
-        conditions=[lambda sample: sample.source == "photo"],
-    )  # fmt: skip
+        folder, "test", label="group", class_ids=["odd", "even"], where=["source=photo"]
+    )
     assert (pictures.labels.tolist(), pictures.left_out) == ([1], 0)
 
 
@@ -39,12 +38,17 @@ def test_a_label_without_a_name_is_refused(folder):
 
 
 @pytest.mark.parametrize(
-    ("label", "conditions"), [("colour", []), ("group", [lambda sample: False])], ids=str
+    ("label", "where"), [("colour", []), ("group", ["source=film"])], ids=["no label", "no sample"]
 )
-def test_nothing_to_classify_is_refused(folder, label, conditions):
+def test_nothing_to_classify_is_refused(folder, label, where):
     with pytest.raises(DataError, match=f"none of the samples .* has the label '{label}'"):
+        pictures_of_split(folder, "test", label=label, class_ids=["odd", "even"], where=where)
+
+
+def test_a_condition_on_what_no_sample_has_is_refused(folder):
+    with pytest.raises(DataError, match=r"no sample of the split 'test' of .* has 'colour'"):
         pictures_of_split(
-            folder, "test", label=label, class_ids=["odd", "even"], conditions=conditions
+            folder, "test", label="group", class_ids=["odd", "even"], where=["colour!=red"]
         )
 
 

@@ -61,13 +61,14 @@ def test_templates_of_a_file_are_read(tmp_path, file):
     ("text", "said"),
     [
         ("- a list", "are no lists by language"),
-        ('{"zh": ["{}"]}', "have no list for the language 'en'"),
-        ('{"en": []}', "have no list for the language 'en'"),
+        ('{"zh": ["{}"], "fr": ["{}"]}', "are not in en; their languages are zh, fr$"),
+        ('{"en": []}', "are not in en; their languages are none$"),
+        ('{"en": "{}"}', r"in 'en' are '\{\}'; expected a list"),
         ('{"en": ["no place"]}', r"'no place' in the templates .* is no template; expected a text"),
         ('{"en": [3]}', "3 in the templates"),
-        ("{", "cannot read the templates"),
+        ('{\n"a": [', r"cannot read the templates \S*templates\.yaml: [^\n]+$"),
     ],
-    ids=["list", "language missing", "empty", "no place", "number", "damaged"],
+    ids=["list", "language missing", "empty", "text", "no place", "number", "damaged"],
 )
 def test_what_is_no_template_is_refused(tmp_path, text, said):
     path = tmp_path / "templates.yaml"

@@ -74,3 +74,26 @@ def test_a_setting_that_would_be_ignored_leaves_the_bundle_alone(capsys, bundle,
     said = capsys.readouterr().err
     assert f"{data} is a data folder; found lower_case, which is for the files of a" in said
     assert (bundle / "vlm.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--seed", "-1"], "seed is -1; expected at least 0"),
+        (["--prior", "1"], "the prior is 1.0; expected a share between 0 and 1"),
+        (["--data", "a", "b"], "--data takes one value; found 'b' behind it as well"),
+    ],
+    ids=" ".join,
+)
+def test_a_mistake_is_told_before_the_bundle_is_read(capsys, more, said):
+    assert main(["eval", "calibrate", "nowhere", *more]) == 2
+    assert capsys.readouterr().err == f"vlm: {said}\n"
+
+
+def test_several_processes_are_refused(capsys, bundle, data, monkeypatch):
+    before = (bundle / "vlm.json").read_bytes()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["eval", "calibrate", str(bundle), "--data", str(data), "--precision", "0.4"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("vlm: `vlm eval calibrate` was launched as 2 processes, each of which")
+    assert (bundle / "vlm.json").read_bytes() == before

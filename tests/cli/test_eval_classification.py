@@ -1,6 +1,7 @@
 """`vlm eval classification` scores labelled samples and folders of classes, end to end."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -64,8 +65,11 @@ def test_labels_are_scored_in_both_languages(capsys, bundle, data, tmp_path):
     pictures = embedder.encode_image([encoded(picture(number)) for number in range(24)])
     assert list(record["scores"]) == ["zh", "en"]
     for language, found in record["scores"].items():
-        assert np.sum(found["confusion"]) == 24
-        assert np.trace(found["confusion"]) / 24 == pytest.approx(found["top1"])
+        confusion = found["confusion"]
+        assert sum(sum(given.values()) for given in confusion.values()) == 24
+        right = sum(given.get(name, 0) for name, given in confusion.items())
+        assert right / 24 == pytest.approx(found["top1"])
+        assert all(n > 0 for given in confusion.values() for n in given.values())
         assert found["mean_class_recall"] == pytest.approx(
             np.mean(list(found["class_recall"].values()))
         )
@@ -107,7 +111,7 @@ def test_vectors_are_kept_beside_the_results_or_where_asked(capsys, bundle, data
     words = [bundle, "--data", data, "--split", "test", "--json"]
     plain = run(capsys, *words)
     assert run(capsys, *words, "--out", tmp_path / "out") == plain
-    kept = list((tmp_path / "out" / "embeddings").rglob("*.npy"))
+    kept = list((tmp_path / "out" / "cache").rglob("*.npy"))
     assert len(kept) == 3  # pictures, and texts in two languages
     before = [path.stat().st_mtime_ns for path in kept]
     main(["eval", "classification", *map(str, words), "--out", str(tmp_path / "out")])
@@ -116,7 +120,7 @@ def test_vectors_are_kept_beside_the_results_or_where_asked(capsys, bundle, data
     assert "24 from the cache" in err
     assert [path.stat().st_mtime_ns for path in kept] == before
     run(capsys, *words, "--out", tmp_path / "other", "--cache", tmp_path / "cache")
-    assert not (tmp_path / "other" / "embeddings").exists()
+    assert not (tmp_path / "other" / "cache").exists()
     assert len(list((tmp_path / "cache").rglob("*.npy"))) == 3
 
 
@@ -132,7 +136,7 @@ def test_two_launched_processes_report_what_one_does(bundle, tmp_path):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
     parts = {
         path.relative_to(tmp_path / "one"): path.read_bytes()
-        for path in (tmp_path / "one" / "embeddings").rglob("*.npy")
+        for path in (tmp_path / "one" / "cache").rglob("*.npy")
     }
     assert len(parts) == 4  # of 1,726 pictures, and of texts in two languages
     assert all((tmp_path / "two" / name).read_bytes() == part for name, part in parts.items())
@@ -173,10 +177,11 @@ def test_folders_of_classes_are_scored(capsys, bundle, images, tmp_path):
     [
         (["--split", "test", "--label", "colour"], "expected those of the label 'colour'"),
         (["--split", "gone"], "gone"),
-        (["--split", "test", "--languages", "fr"], "no list for the language 'fr'"),
+        (["--split", "test", "--languages", "fr"], "not in fr; their languages are en, zh"),
         (["--split", "test", "--templates", "photos"], "there are no templates 'photos'"),
         (["--split", "test", "--where", "source"], "'source' is not a condition"),
         (["--split", "test", "--where", "source=x"], "none of the samples"),
+        (["--split", "test", "--where", "colour!=red"], "has 'colour', which 'colour!=red' asks"),
     ],
 )
 def test_mistakes_are_said_in_one_line(capsys, bundle, data, words, said):
@@ -187,5 +192,42 @@ def test_mistakes_are_said_in_one_line(capsys, bundle, data, words, said):
 def test_folders_without_names_are_refused(capsys, bundle, images):
     err = run(capsys, bundle, "--images", images, code=2)
     assert "needs --classes: the names of its classes" in err
-    err = run(capsys, bundle, "--images", images, "--where", "group=even", code=2)
-    assert "--where is for the samples of --data" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["--where", "group=even"], "found --where, which is for"),
+        (["--split", "test_style"], "found --split, which is for"),
+        (["--data", "data/emoji", "--label", "group"], "found --data and --label, which are for"),
+    ],
+    ids=["where", "a default", "two"],
+)
+def test_folders_with_what_is_for_samples_are_refused(capsys, bundle, images, words, found):
+    err = run(capsys, bundle, "--images", images, "--classes", "a.txt", *words, code=2)
+    (said,) = err.splitlines()
+    assert f"--images {images} is a folder of pictures by class; {found} the samples" in said
+
+
+def test_what_is_not_there_is_named_once(capsys, bundle, data, tmp_path):
+    gone = tmp_path / "gone"
+    err = run(capsys, bundle, "--data", gone, code=2)
+    assert err == f"vlm: {gone} is not a folder; expected a data folder with a manifest.json\n"
+    names = tmp_path / "gone.json"
+    err = run(capsys, bundle, "--data", data, "--classes", names, code=2)
+    assert err == f"vlm: cannot read the class names {names}: No such file or directory\n"
+
+
+def test_a_data_folder_without_class_names_is_refused(capsys, bundle, tmp_path):
+    folder = write_split(tmp_path / "data", [make_sample(0, labels={"class": "a"})], split="test")
+    err = run(capsys, bundle, "--data", folder, "--split", "test", code=2)
+    assert f"{folder} has no classes.json; expected one, or class names by --classes" in err
+
+
+def test_a_model_that_tells_no_languages_is_asked_for_them(capsys, bundle, data, tmp_path):
+    silent = tmp_path / "silent"
+    shutil.copytree(bundle, silent)
+    record = json.loads((silent / "vlm.json").read_text(encoding="utf-8"))
+    (silent / "vlm.json").write_text(json.dumps(record | {"languages": []}), encoding="utf-8")
+    err = run(capsys, silent, "--data", data, "--split", "test", code=2)
+    assert f"{silent} does not tell its languages; name some by --languages" in err

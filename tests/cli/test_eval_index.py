@@ -131,6 +131,7 @@ def test_losses_are_told_on_stderr(capsys, words):
         (["--memory", "much"], "memory is 'much'; expected a size such as 512MiB"),
         (["--memory", "1KiB"], "fits into 1024 bytes; expected at least"),
         (["--target_recall", "1.5"], "target_recall is 1.5; expected more than 0"),
+        (["--sweep"], "found sweep, which a table does not show; expected --out or --json"),
         (["--index", "HSNW32"], "FAISS cannot make the index 'HSNW32'"),
     ],
     ids=str,
@@ -138,6 +139,12 @@ def test_losses_are_told_on_stderr(capsys, words):
 def test_what_cannot_be_compared_is_refused(capsys, words, more, said):
     assert main([*words, *more]) == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_several_processes_are_refused(capsys, words, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(words) == 2
+    assert "`vlm eval index` was launched as 2 processes" in capsys.readouterr().err
 
 
 def test_a_bundle_is_refused_with_the_verb_that_takes_it(capsys, bundle):

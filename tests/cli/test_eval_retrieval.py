@@ -48,7 +48,7 @@ def test_scores_of_several_benchmarks_come_with_what_was_asked(bundle, muge, tmp
     assert asked["scores"]["zh/text_to_image/recall@10"] == 1.0
     assert asked["reading"]["context_length"] == 16
     assert set(record["benchmarks"]["things"]["questions"]) == {"zh", "en"}
-    assert record["benchmarks"]["things"]["agreement"]["en-zh"]["translations"] == 12
+    assert record["benchmarks"]["things"]["agreement"]["en/zh"]["translations"] == 12
     assert "indexes" not in asked
 
 
@@ -57,11 +57,11 @@ def test_embeddings_are_kept_and_found_again(bundle, muge, tmp_path, capsys):
     command = ["eval", "retrieval", str(bundle), "--data", str(muge), "--out", str(out), "--json"]
     assert main(command) == 0
     first = capsys.readouterr().out
-    kept = {path: path.stat().st_mtime_ns for path in (out / "embeddings").rglob("*.npy")}
+    kept = {path: path.stat().st_mtime_ns for path in (out / "cache").rglob("*.npy")}
     assert len(kept) == 2  # pictures, and texts
     assert main(command) == 0
     assert capsys.readouterr().out == first
-    assert {path: path.stat().st_mtime_ns for path in (out / "embeddings").rglob("*.npy")} == kept
+    assert {path: path.stat().st_mtime_ns for path in (out / "cache").rglob("*.npy")} == kept
 
 
 def test_indexes_stand_beside_exact_search(bundle, muge, capsys):
@@ -78,6 +78,33 @@ def test_indexes_stand_beside_exact_search(bundle, muge, capsys):
     }
     assert len(exact) == 2
     assert {name: scored["scores"][name] for name in exact} == pytest.approx(exact)
+
+
+def test_scores_are_not_lost_for_an_index_that_cannot_be_built(bundle, muge, tmp_path, capsys):
+    command = [
+        "eval",
+        "retrieval",
+        str(bundle),
+        "--data",
+        str(muge),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert main([*command, "--index", "IVF5000,Flat"]) == 2
+    said = capsys.readouterr()
+    assert "IVF5000,Flat cannot be built from" in said.err.splitlines()[-1]
+    assert "text to image" in said.out
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_an_index_that_faiss_does_not_know_is_told_before_anything_is_embedded(
+    bundle, muge, capsys
+):
+    command = ["eval", "retrieval", str(bundle), "--data", str(muge), "--index", "HSNW32"]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "FAISS cannot make the index 'HSNW32'" in error
+    assert "embedding" not in error
 
 
 def test_a_file_gives_each_benchmark_settings_of_its_own(bundle, muge, tmp_path, capsys):

@@ -155,6 +155,38 @@ def test_a_mistake_in_the_file_is_named(tmp_path, data, said):
     assert any(said in message for message in messages), messages
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"data": []}, "no benchmark is given; expected at least one NAME=PATH or PATH"),
+        ({"data": None}, "data is None; expected a list of texts NAME=PATH"),
+        ({"languages": "zh"}, "languages is 'zh'; expected a list of texts such as zh"),
+        ({"languages": [False]}, r"languages is [False]; expected a list of texts such as zh"),
+        ({"where": "source=noto"}, "where is 'source=noto'; expected a list of conditions such as"),
+        ({"where": 3}, "where is 3; expected a list of conditions"),
+        ({"index": "HNSW32"}, "index is 'HNSW32'; expected a list of texts such as HNSW32"),
+        ({"lower_case": "false"}, "lower_case is 'false'; expected true or false"),
+        ({"data": [{"path": "a", "languages": "zh"}]},
+         "the benchmark a in data: languages is 'zh'; expected a list of texts such as zh"),
+        ({"data": [{"path": "a", "where": [1]}]}, "a in data: where is [1]; expected"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_no_list_or_no_flag_is_refused_with_what_was_expected(tmp_path, content, said):
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - the parser wraps some
+        sources(parse("--config", written(tmp_path, **content)))
+    error = caught.value
+    while error.__cause__ is not None and not isinstance(error, ConfigError):
+        error = error.__cause__
+    assert isinstance(error, ConfigError)
+    assert said in str(error)
+
+
+def test_languages_may_be_left_open_in_a_file(tmp_path):
+    path = written(tmp_path, data=["a=b", {"path": "c", "languages": None}], languages=None)
+    assert [source.languages for source in sources(parse("--config", path))] == [None, None]
+
+
 def test_a_verb_with_one_source_takes_one():
     parser = ArgumentParser(exit_on_error=False)
     add_source_arguments(parser, many=False, folder_split="val")

@@ -20,16 +20,19 @@ import torch.distributed as dist
 from vlm.distributed.gather import gather_numbers
 from vlm.distributed.launched import launched_group
 
-folder, ending = Path(sys.argv[1]), sys.argv[2]
-try:
-    with launched_group("cpu") as group:
-        [[first], [second]] = gather_numbers([group.rank + 5], group, torch.device("cpu"))
-        if ending == "error":
-            raise LookupError
-except LookupError:
-    pass
-said = f"{group.rank} of {group.size}: {first} {second}, {dist.is_initialized()}"
-(folder / f"{group.rank}.txt").write_text(said)
+def run(folder, ending):
+    try:
+        with launched_group("cpu") as group:
+            [[first], [second]] = gather_numbers([group.rank + 5], group, torch.device("cpu"))
+            if ending == "error":
+                raise LookupError
+    except LookupError:
+        pass
+    said = f"{group.rank} of {group.size}: {first} {second}, {dist.is_initialized()}"
+    (folder / f"{group.rank}.txt").write_text(said)
+
+# A global would keep gloo's threads beyond the end of the interpreter, which aborts then.
+run(Path(sys.argv[1]), sys.argv[2])
 """
 
 

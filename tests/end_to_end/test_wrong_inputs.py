@@ -157,3 +157,18 @@ def test_a_picture_that_is_cut_off_is_named(workspace, tmp_path):
     said = refusal_of("embed", workspace / "bundle", "--images", path.parent, "--out", out)
     assert said.startswith(f"{damaged} is damaged: ")
     assert not out.exists()
+
+
+def test_a_condition_on_a_label_that_is_not_there_is_named_with_those_that_are(workspace):
+    words = ["eval", "retrieval", workspace / "bundle", "--data", workspace / "data"]
+    assert refusal_of(*words, "--split", "test", "--where", "grop!=even") == (
+        f"no sample of the split 'test' of {workspace / 'data'} has 'grop', which 'grop!=even' "
+        "asks for; expected one of source, concept, group"
+    )
+
+
+def test_options_of_a_file_that_are_no_lists_are_refused(workspace, tmp_path):
+    path = tmp_path / "asked.yaml"
+    path.write_text(f"data: [{workspace / 'data'}]\nsplit: test\nlanguages: zh\n")
+    said = refusal_of("eval", "retrieval", workspace / "bundle", "--config", path)
+    assert said == f"{path}: languages is 'zh'; expected a list of texts such as zh"

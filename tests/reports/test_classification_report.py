@@ -11,8 +11,13 @@ from tests.builders import THINGS, encoded, picture
 from vlm.classification.class_names import ClassNames
 from vlm.classification.dataset import LabelledPictures
 from vlm.classification.metrics import score_classification
+from vlm.reports import classification_report
 from vlm.reports.classification_report import classification_document
-from vlm.reports.classification_run import ClassificationRun, format_classification, intervals_of
+from vlm.reports.classification_run import (
+    ClassificationRun,
+    classification_intervals,
+    format_classification,
+)
 from vlm.reports.document import Bullets, Examples, Figure, Paragraph, Table, write_report
 from vlm.retrieval.protocol import Reading
 
@@ -47,10 +52,10 @@ def made_run(languages=("zh", "en"), *, noise=1.5, classes=CLASSES):
         templates={language: (f"{{}} {language}", "{}") for language in languages},
         reading=Reading(
             model="a" * 64, embed_dim=16, tokenizer="b" * 64, context_length=32,
-            truncated_share=0.25, transform={"size": 48}, logit_scale=20.0,
+            truncated_share=0.25, transform={"size": 48}, logit_scale=20.0, logit_bias=0.0,
         ),
         scores=scores,
-        intervals=intervals_of(scores),
+        intervals=classification_intervals(scores, labels),
     )  # fmt: skip
 
 
@@ -87,11 +92,42 @@ def test_intervals_are_quantiles_of_means_over_drawn_pictures(run):
             assert (low, high) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.015)
 
 
+def naive_mean_of_classes(right, labels):
+    """Average the shares of the classes that are there, one by one."""
+    return np.mean([right[labels == number].mean() for number in set(labels.tolist())])
+
+
+@pytest.mark.parametrize("classes", [6, 100], ids=["many a class", "two a class"])
+def test_the_interval_of_the_mean_per_class_is_of_the_classes_drawn(classes):
+    run = made_run(classes=classes)
+    labels = run.pictures.labels
+    for language, found in run.scores.items():
+        right = found.ranks == 1
+        assert found.mean_class_recall == pytest.approx(naive_mean_of_classes(right, labels))
+        rng = np.random.default_rng(5)
+        drawn = [rng.integers(len(labels), size=len(labels)) for _ in range(1500)]
+        means = [naive_mean_of_classes(right[places], labels[places]) for places in drawn]
+        expected = np.quantile(means, [0.025, 0.975])
+        interval = run.intervals[f"{language}/mean_class_recall"]
+        assert interval == pytest.approx(expected, abs=0.1 * (expected[1] - expected[0]))
+
+
+def test_fewer_than_ten_pictures_have_no_intervals():
+    rng = np.random.default_rng(0)
+    images, weights = (rng.normal(size=(n, 8)).astype(np.float32) for n in (10, 6))
+    labels = np.arange(10) % 6
+    for pictures, intervals in ((9, 0), (10, 3)):
+        found = score_classification(images[:pictures], weights, labels[:pictures])
+        assert len(classification_intervals({"en": found}, labels[:pictures])) == intervals
+
+
 def test_scores_have_their_intervals_and_baselines_none(run, document):
     (scores,) = blocks_of(document, "Scores", Table)
     assert [row[0] for row in scores.rows] == ["zh", "en", "random", "majority"]
-    low, high = run.intervals["zh/top5"]
-    assert scores.rows[0][2] == f"{run.scores['zh'].top5:.3f} ±{(high - low) / 2:.3f}"
+    zh = run.scores["zh"]
+    for cell, key in zip(scores.rows[0][1:], ("top1", "top5", "mean_class_recall"), strict=True):
+        low, high = run.intervals[f"zh/{key}"]
+        assert cell == f"{getattr(zh, key):.3f} ±{(high - low) / 2:.3f}"
     assert scores.rows[2][1:] == [f"{1 / CLASSES:.3f}", f"{5 / CLASSES:.3f}", f"{1 / CLASSES:.3f}"]
     largest = max(Counter(run.pictures.labels.tolist()).values())
     assert scores.rows[3][1] == f"{largest / 200:.3f}"
@@ -112,6 +148,17 @@ def test_the_most_frequent_confusions_are_counted(run, document):
             assert row[0] == f"zh class {right} · en class {right}"
             assert counted[right, wrong] == int(row[2])
             assert row[3] == f"{counted[right, wrong] / of_class[right]:.1%}"
+
+
+def test_more_classes_than_a_plot_can_show_have_none(monkeypatch):
+    many = made_run(classes=12)
+    for most, plots in ((12, 2), (11, 0)):
+        monkeypatch.setattr(classification_report, "MOST_CLASSES", most)
+        document = classification_document(many)
+        assert len(blocks_of(document, "What is taken for what", Figure)) == plots
+        assert len(blocks_of(document, "What is taken for what", Table)) == 2
+    (said,) = blocks_of(document, "What is taken for what", Paragraph)
+    assert said.text.startswith("There is no plot: 12 classes are more than the 11 that")
 
 
 def test_the_best_and_the_worst_classes_are_told_apart(run, document):
@@ -175,7 +222,9 @@ def test_a_model_that_is_always_right_has_no_confusions_and_no_wrong_examples():
 
 def test_fewer_than_five_classes_have_no_top_5():
     few = made_run(classes=4)
-    assert few.intervals.keys() == {"zh/top1", "en/top1"}
+    assert few.intervals.keys() == {
+        f"{language}/{key}" for language in ("zh", "en") for key in ("top1", "mean_class_recall")
+    }
     (scores,) = blocks_of(classification_document(few), "Scores", Table)
     assert {row[2] for row in scores.rows} == {"-"}
     assert few.as_record()["scores"]["zh"]["top5"] is None
@@ -210,6 +259,13 @@ def test_the_record_is_json_with_intervals(run):
     assert record["intervals"]["level"] == 0.95
     assert record["intervals"]["of"]["en/top1"] == list(run.intervals["en/top1"])
     assert record["scores"]["zh"]["class_recall"][f"c{CLASSES - 1}"] is None
+    given = run.scores["zh"].best[:, 0].tolist()
+    counted = Counter(zip(run.pictures.labels.tolist(), given, strict=True))
+    assert {
+        (right, wrong): pictures
+        for right, of_class in record["scores"]["zh"]["confusion"].items()
+        for wrong, pictures in of_class.items()
+    } == {(f"c{right}", f"c{wrong}"): pictures for (right, wrong), pictures in counted.items()}
     assert record["protocol"]["truncated_share"] == 0.25
     assert record["protocol"]["where"] == ["source=noto"]
 
@@ -228,3 +284,18 @@ def test_a_name_that_is_the_same_in_both_languages_stands_once():
     same = replace(run, classes=ClassNames(ids=run.classes.ids, names={"zh": names, "en": names}))
     (table,) = blocks_of(classification_document(same), "Classes", Table)
     assert {row[0] for row in table.rows} == {en for en, _ in THINGS[:7]}
+
+
+def test_backticks_in_names_are_no_mark_up():
+    run = made_run(["en"], classes=8)
+    names = {"en": [(f"`{number}`",) for number in range(8)]}
+    marked = replace(
+        run, bundle="a`b", source={"data": "c`d", "where": ["concept=`e`"]},
+        classes=ClassNames(ids=run.classes.ids, names=names),
+    )  # fmt: skip
+    document = classification_document(marked)
+    assert document.summary[0].text.startswith("`a'b` says")
+    (table,) = blocks_of(document, "Classes", Table)
+    assert {row[0] for row in table.rows} == {f"'{number}'" for number in range(7)}
+    (bullets,) = blocks_of(document, "What was asked, and how it was read", Bullets)
+    assert "data `c'd`, where `concept='e'`:" in bullets.items[0]

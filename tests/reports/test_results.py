@@ -87,5 +87,19 @@ def test_a_damaged_run_is_refused(tmp_path, content, said):
 
 
 def test_a_missing_run_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"cannot read the run .*gone\.json"):
-        read_results([tmp_path / "gone.json"])
+    path = tmp_path / "gone.json"
+    with pytest.raises(DataError) as caught:
+        read_results([path])
+    assert str(caught.value) == f"cannot read the run {path}: No such file or directory"
+
+
+@pytest.mark.parametrize(
+    ("name", "verb"),
+    [("classification.json", "vlm eval classification"), ("index.json", "vlm eval index")],
+)
+def test_a_folder_of_another_verb_is_told_by_its_record(tmp_path, name, verb):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(DataError, match=rf"^{tmp_path} was written by `{verb} --out`; expected"):
+        read_results([tmp_path])
+    write_run(tmp_path / "retrieval.json", things=benchmark(question()))
+    assert len(read_results([tmp_path])) == 1

@@ -1,16 +1,17 @@
 """The report of a retrieval run holds what was measured, and examples that are as they say."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from vlm.bulk_embedding import BulkEmbedder
 from vlm.reports.document import Examples, Table, as_markdown, write_report
-from vlm.reports.retrieval_examples import MISSED_BEYOND, drawn_examples
+from vlm.reports.retrieval_examples import MISSED_BEYOND, _text_example, drawn_examples
 from vlm.reports.retrieval_report import retrieval_document, retrieval_sections
 from vlm.reports.retrieval_run import RetrievalRun, ScoredBenchmark, format_run
-from vlm.retrieval.evaluation import evaluate_with_protocol
+from vlm.retrieval.evaluation import Vectors, evaluate_with_protocol, ranks_of
 from vlm.retrieval.index_comparison import IndexPlan
 from vlm.retrieval.sources import RetrievalSource, open_source
 
@@ -51,10 +52,10 @@ def test_the_tables_hold_what_was_measured(run):
     expected = evaluation.scores["zh/text_to_image/recall@5"]
     assert row[4] == f"{expected:.3f} ±{(high - low) / 2:.3f}"
     agreement, cosines = blocks_of(sections, "Languages", Table)
-    same = evaluation.agreement["en-zh"]["same_picture"]
+    same = evaluation.agreement["en/zh"]["same_picture"]
     assert agreement.rows == [
         ["both", "en and zh", "12", f"{same:.3f}", *(
-            f"{evaluation.agreement['en-zh'][f'both@{k}']:.3f}" for k in (1, 5, 10)
+            f"{evaluation.agreement['en/zh'][f'both@{k}']:.3f}" for k in (1, 5, 10)
         )]
     ]  # fmt: skip
     assert len(cosines.rows) == 2 * 3
@@ -135,11 +136,33 @@ def test_nothing_is_drawn_of_a_kind_that_does_not_occur(run):
     scored = run.benchmarks["chinese alone"]
     perfect = {"zh": {name: np.ones_like(found) for name, found in
                       scored.evaluation.ranks["zh"].items()}}  # fmt: skip
-    from dataclasses import replace
-
     groups = drawn_examples(scored.source.pairs, replace(scored.evaluation, ranks=perfect))
     assert [group.title for group in groups] == [
         "Found at rank 1", "Pictures, and the captions they find"
     ]  # fmt: skip
     assert all(isinstance(group.items, list) for group in groups)
     assert Examples(name="a.svg", items=groups[0].items, title="x").items
+
+
+def test_examples_stand_in_the_order_of_their_ranks_where_cosines_tie(run):
+    """Two equal pictures, of which the right one comes first in the benchmark."""
+    scored = run.benchmarks["chinese alone"]
+    images = scored.evaluation.vectors.images.copy()
+    own = scored.source.pairs.texts["zh"]
+    texts = scored.evaluation.vectors.texts["zh"].copy()
+    for row, image in own.matches[:12].tolist():
+        images[image + 12] = images[image] = texts[row] = np.eye(32, dtype=np.float32)[row]
+    matches = own.matches[own.matches[:, 1] < 12]  # the second picture of each is wrong
+    pairs = replace(scored.source.pairs, texts={"zh": replace(own, matches=matches)})
+    vectors = Vectors(images=images, texts={"zh": texts})
+    ranks = ranks_of(vectors, pairs)
+    assert set(ranks["zh"]["text_to_image"].tolist()) == {2}
+    evaluation = replace(scored.evaluation, vectors=vectors, ranks=ranks)
+    example = _text_example(pairs, evaluation, {"zh": 3})
+    assert [picture.correct for picture in example.answers[0].found[:2]] == [False, True]
+
+
+def test_names_with_signs_of_mark_up_stay_names(run, tmp_path):
+    names = {"a`b": run.benchmarks["both"], "c`d": run.benchmarks["chinese alone"]}
+    text = as_markdown(retrieval_document(RetrievalRun(bundle="x`y", benchmarks=names)))
+    assert "`x'y` scored on a'b, c'd." in text

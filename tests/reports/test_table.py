@@ -196,5 +196,7 @@ def test_two_published_benchmarks_have_no_place_beside_one(tmp_path):
 
 
 def test_nothing_is_no_table():
-    with pytest.raises(ConfigError, match=r"nothing to tabulate; expected RUN\.json files or"):
+    with pytest.raises(
+        ConfigError, match="nothing to tabulate; expected folders of runs, or --pub"
+    ):
         tables_of([])

@@ -164,11 +164,13 @@ def test_a_real_model_is_calibrated(embedder, data_folder):
     [
         ({"prior": 0.0}, r"the prior is 0\.0; expected"),
         ({"precision": 2.0}, r"the precision is 2\.0; expected"),
+        ({"precision": 0.0}, r"the precision is 0\.0; expected"),
+        ({"prior": float("nan")}, "the prior is nan; expected"),
         ({"most_wrong": 0}, "most_wrong is 0; expected at least 1"),
+        ({"seed": -1}, "seed is -1; expected at least 0"),
     ],
     ids=str,
 )
 def test_a_plan_that_makes_no_sense_is_refused(changes, said):
-    embedder, pairs = noisy_case(0, concepts=10)
     with pytest.raises(VlmError, match=said):
-        calibrate(embedder, pairs, CalibrationPlan(**changes))
+        CalibrationPlan(**changes)

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from tests.builders import make_sample, make_samples
 from vlm.bulk_embedding import BulkEmbedder
@@ -21,6 +22,8 @@ from vlm.retrieval.pairs import RetrievalPairs, Texts, pairs_of_split
 
 class TableEmbedder(Embedder):
     """Looks vectors up instead of computing them."""
+
+    device = torch.device("cpu")
 
     def __init__(self, table):
         self.table = table
@@ -176,8 +179,8 @@ def test_an_evaluation_holds_intervals_cosines_and_agreement(embedder, data_fold
         )
         first[language] = cosines.argmax(axis=1)
     # The data's texts of one number are each other's translations.
-    assert record["agreement"]["en-zh"]["translations"] == 12
-    assert record["agreement"]["en-zh"]["same_picture"] == pytest.approx(
+    assert record["agreement"]["en/zh"]["translations"] == 12
+    assert record["agreement"]["en/zh"]["same_picture"] == pytest.approx(
         np.mean(first["en"] == first["zh"])
     )
 
@@ -200,5 +203,5 @@ def test_a_model_that_understands_one_language_alone_does_not_agree_with_itself(
     vectors = embed_pairs(BulkEmbedder(TableEmbedder(table)), pairs)
     agreement = agreement_of(vectors, pairs, ranks_of(vectors, pairs), cutoffs=[1, 6])
     assert agreement == {
-        "en-zh": {"translations": 6, "same_picture": 1 / 6, "both@1": 1 / 6, "both@6": 1.0}
+        "en/zh": {"translations": 6, "same_picture": 1 / 6, "both@1": 1 / 6, "both@6": 1.0}
     }

@@ -160,3 +160,11 @@ def test_captions_without_their_translations_are_refused(counts):
     arrays = [np.ones(count, np.int64) for count in counts]
     with pytest.raises(VlmError, match=f"found {counts[0]} and {counts[2]} pictures"):
         cross_lingual_agreement(tuple(arrays[:2]), tuple(arrays[2:]), cutoffs=[1])
+
+
+def test_captions_that_find_nothing_do_not_find_the_same():
+    first = (np.array([0, -1, 2]), np.array([1, 9, 9]))
+    second = (np.array([0, -1, 1]), np.array([1, 9, 1]))
+    assert cross_lingual_agreement(first, second, cutoffs=[1]) == {
+        "same_picture": 1 / 3, "both@1": 1 / 3
+    }  # fmt: skip

@@ -71,3 +71,10 @@ def test_a_query_that_found_nothing_counts_as_missed():
     lost = {direction: np.full_like(found, NOT_FOUND) for direction, found in ranks.items()}
     assert set(intervals_of({"en": lost}, {"en": texts}, images=56).values()) == {(0.0, 0.0)}
     assert scores_of({"en": lost})["en/text_to_image/median_rank"] == np.inf
+
+
+def test_of_few_cases_there_is_no_interval():
+    matches = np.array([(text, text // 5) for text in range(45)])  # nine pictures, five captions
+    few = Texts(texts=[f"text {number}" for number in range(45)], matches=matches)
+    ranks = {"text_to_image": np.arange(45) % 9 + 1, "image_to_text": np.arange(9) + 1}
+    assert intervals_of({"zh": ranks}, {"zh": few}, images=9) == {}

@@ -67,6 +67,29 @@ def test_conditions_languages_and_the_split_of_a_data_folder_are_heeded(folder):
     assert len(found.pairs.images) == 12
 
 
+def test_languages_that_a_data_folder_lacks_are_refused_if_they_were_asked_for(folder):
+    with pytest.raises(DataError, match=r"has no captions in fr among .*; found zh$"):
+        open_source(RetrievalSource(path=folder, languages=["fr", "zh"]), languages=ASKED)
+
+
+def test_what_was_asked_for_stays_with_what_was_opened(folder, table):
+    for source in (RetrievalSource(path=folder, name="x", split="test_style"),
+                   RetrievalSource(path=table, name="y", lower_case=True)):  # fmt: skip
+        assert open_source(source, languages=ASKED).source == source
+
+
+def test_settings_become_plain_values(table):
+    source = RetrievalSource(path=table, images=table.parent, where=["a=b"])
+    given = {name: value for name, value in source.as_record().items() if value is not None}
+    expected = {"path": str(table), "name": "", "images": str(table.parent), "where": ["a=b"]}
+    assert given == expected
+
+
+def test_no_source_at_all_is_refused():
+    with pytest.raises(ConfigError, match="no benchmark is given; expected at least one NAME=PATH"):
+        sources_of([])
+
+
 def test_the_files_of_a_benchmark_are_asked_with_what_was_found(table):
     found = open_source(RetrievalSource(path=table), languages=["fr"])
     assert (found.name, found.kind, found.split) == ("mine", "table", "")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from vlm.errors import SearchIndexError
-from vlm.search.approximate import Tunable, build_index
+from vlm.search.approximate import Tunable, build_index, check_factory
 
 
 def unit_vectors(count, dim=32, seed=0):
@@ -141,3 +141,22 @@ def test_an_index_moves_to_a_gpu_where_one_has_its_kind(monkeypatch):
     assert asked == ["IndexIVFFlat", "IndexHNSWFlat"]
     assert not build_index(vectors, "IVF4,Flat", device="cpu").on_gpu
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("factory", "said"),
+    [
+        ("HSNW32", "FAISS cannot make the index 'HSNW32'"),
+        ("PQ7", "PQ7"),
+        ("HNSW32@foo=3", "has no search parameter foo"),
+        ("IVF16,Flat@nprobe=many", "is no search parameter"),
+    ],
+)
+def test_a_factory_is_refused_before_anything_is_built(factory, said):
+    with pytest.raises(SearchIndexError, match=said):
+        check_factory(factory, 32)
+
+
+@pytest.mark.parametrize("factory", ["Flat", "HNSW32@efSearch=40", "IVF16,PQ8np@nprobe=4"])
+def test_a_factory_that_can_be_built_is_accepted(factory):
+    check_factory(factory, 32)

@@ -1,1 +1,1 @@
-"""Zero-shot classification: class names, prompts, labelled pictures, scores and their plot."""
+"""Zero-shot classification: class names, prompts, labelled pictures and scores."""

@@ -121,8 +121,11 @@ def _parsed(path: Path) -> Any:
             record = text.splitlines()
             while record and not record[-1].strip():
                 record.pop()
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise DataError(f"cannot read the class names {path}: {error}") from error
+    except OSError as error:
+        raise DataError(f"cannot read the class names {path}: {error.strerror}") from error
+    except (ValueError, yaml.YAMLError) as error:
+        said = " ".join(str(error).split())
+        raise DataError(f"cannot read the class names {path}: {said}") from error
     if not isinstance(record, dict | list):
         raise DataError(f"{path} holds neither names by class nor a list of names")
     return record
@@ -131,7 +134,10 @@ def _parsed(path: Path) -> Any:
 def _synonyms(entry: Any, language: str, languages: tuple[str, ...], where: str) -> tuple[str, ...]:
     if isinstance(entry, dict):
         if language not in entry:
-            raise DataError(f"the class {where} has no name in {language!r}")
+            raise DataError(
+                f"the class {where} has no name in {language!r}; its languages are "
+                f"{', '.join(map(str, entry)) or 'none'}"
+            )
         entry = entry[language]
     elif len(languages) > 1:
         raise DataError(

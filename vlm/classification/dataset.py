@@ -1,15 +1,15 @@
 """Labelled pictures: samples of a data folder by one of their labels, or folders by class."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
 
+from vlm.data.conditions import samples_where
 from vlm.data.dataset import ShardedSplit
-from vlm.data.sample import Sample
 from vlm.errors import DataError
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
@@ -39,7 +39,7 @@ class LabelledPictures:
 
 def pictures_of_split(
     folder: Path, split: str, *, label: str, class_ids: Sequence[str],
-    conditions: Sequence[Callable[[Sample], bool]] = (),
+    where: Sequence[str] = (),
 ) -> LabelledPictures:  # fmt: skip
     """Take the samples of a split that meet all conditions and have the label.
 
@@ -48,32 +48,29 @@ def pictures_of_split(
         split: Name of the split.
         label: Name of the label that tells a sample's class.
         class_ids: Values of the label, in the order of the classes.
-        conditions: What samples must meet.
+        where: Conditions such as `source=noto` or `group!=flags` that samples must meet.
 
     Raises:
-        DataError: the split cannot be read, a label is no class, or nothing is left.
+        DataError: the split cannot be read, a condition is not one or asks for what no sample
+            has, a label is no class, or nothing is left.
     """
+    name = f"the split {split!r} of {folder}"
     number_of = {class_id: number for number, class_id in enumerate(class_ids)}
     images, labels, left_out = [], [], 0
-    for sample in ShardedSplit(folder, split):
-        if not all(holds(sample) for holds in conditions):
-            continue
+    for sample in samples_where(ShardedSplit(folder, split), where, name=name):
         value = sample.labels.get(label)
         if value is None:
             left_out += 1
             continue
         if value not in number_of:
             raise DataError(
-                f"{sample.uid} in the split {split!r} of {folder} has the {label} {value!r}; "
-                f"expected one of the {len(class_ids)} that have names"
+                f"{sample.uid} in {name} has the {label} {value!r}; expected one of the "
+                f"{len(class_ids)} that have names"
             )
         images.append(sample.image)
         labels.append(number_of[value])
     if not images:
-        raise DataError(
-            f"none of the samples asked for in the split {split!r} of {folder} has the label "
-            f"{label!r}"
-        )
+        raise DataError(f"none of the samples asked for in {name} has the label {label!r}")
     return LabelledPictures(
         images=images, labels=np.array(labels, dtype=np.int64), left_out=left_out
     )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Float32, Int, Int64
+from jaxtyping import Bool, Float32, Float64, Int, Int64
 
 TOP = 5
 
@@ -22,26 +22,19 @@ class ClassificationScores:
     """Share in [0, 1] of the pictures whose right class scores highest."""
     top5: float | None
     """Share whose right class is among the first five; None where there are fewer classes."""
-    confusion: Int[np.ndarray, "classes classes"]
-    """Number of pictures by their right class (rows) and the class they were given (columns)."""
-
-    @property
-    def class_recall(self) -> Float[np.ndarray, " classes"]:
-        """The share of each class's pictures that were given their class; nan where it has none."""
-        pictures = self.confusion.sum(axis=1)
-        shares = np.diagonal(self.confusion) / np.maximum(pictures, 1)
-        return np.where(pictures > 0, shares, np.nan)
-
-    @property
-    def mean_class_recall(self) -> float:
-        """The mean of `class_recall` over the classes that have pictures."""
-        return float(np.nanmean(self.class_recall))
+    mean_class_recall: float
+    """Mean over the classes with pictures of the share of theirs that were given their class."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Classification(ClassificationScores):
     """The scores of a model, and what it said of each picture."""
 
+    class_recall: Float64[np.ndarray, " classes"]
+    """The share of each class's pictures that were given their class; nan where it has none."""
+    confusion: Int64[np.ndarray, "found 3"]
+    """Rows (right class, given class, pictures), in their order and without those of no picture: a
+    matrix of all classes would grow with their square."""
     ranks: Int64[np.ndarray, " images"]
     """Of the right class among all, 1 the best; by it `top1` and `top5` are counted."""
     best: Int64[np.ndarray, "images shown"]
@@ -75,12 +68,13 @@ def score_classification(
         products = images[part] @ classes.T
         ranks[part], best[part] = _places(products, labels[part], shown)
         cosines[part] = np.take_along_axis(products, best[part], axis=1)
-    confusion = np.zeros((len(classes), len(classes)), np.int64)
-    np.add.at(confusion, (labels, best[:, 0]), 1)
+    recall = _recall_by_class(ranks == 1, labels, len(classes))
     return Classification(
         top1=float((ranks == 1).mean()),
         top5=float((ranks <= TOP).mean()) if len(classes) >= TOP else None,
-        confusion=confusion,
+        mean_class_recall=float(np.nanmean(recall)),
+        class_recall=recall,
+        confusion=_confusion(labels, best[:, 0]),
         ranks=ranks,
         best=best,
         cosines=cosines,
@@ -95,21 +89,34 @@ def baselines(pictures: Int[np.ndarray, " classes"]) -> dict[str, Classification
     """
     share = pictures / pictures.sum()
     count = len(pictures)
-    largest = np.zeros((count, count), np.int64)
-    largest[:, int(np.argmax(pictures))] = pictures
     enough = count >= TOP
     return {
         "random": ClassificationScores(
             top1=1 / count,
             top5=TOP / count if enough else None,
-            confusion=np.ones((count, count), np.int64),
+            mean_class_recall=1 / count,
         ),
         "majority": ClassificationScores(
             top1=float(share.max()),
             top5=float(np.sort(share)[-TOP:].sum()) if enough else None,
-            confusion=largest,
+            mean_class_recall=1 / int((pictures > 0).sum()),
         ),
     }
+
+
+def _recall_by_class(
+    right: Bool[np.ndarray, " images"], labels: Int[np.ndarray, " images"], classes: int
+) -> Float64[np.ndarray, " classes"]:
+    pictures = np.bincount(labels, minlength=classes)
+    hits = np.bincount(labels[right], minlength=classes)
+    return np.where(pictures > 0, hits / np.maximum(pictures, 1), np.nan)
+
+
+def _confusion(
+    labels: Int[np.ndarray, " images"], given: Int64[np.ndarray, " images"]
+) -> Int64[np.ndarray, "found 3"]:
+    pairs, pictures = np.unique(np.stack([labels, given], axis=1), axis=0, return_counts=True)
+    return np.column_stack([pairs, pictures]).astype(np.int64)
 
 
 def _places(

@@ -38,7 +38,14 @@ def read_templates(source: str, languages: Sequence[str]) -> dict[str, tuple[str
         )
     if not isinstance(record, Mapping):
         raise DataError(f"the templates {source} are no lists by language")
-    return {language: _checked(record.get(language), language, source) for language in languages}
+    lists = {language: found for language, found in record.items() if found}
+    missing = [language for language in languages if language not in lists]
+    if missing:
+        raise DataError(
+            f"the templates {source} are not in {', '.join(missing)}; their languages are "
+            f"{', '.join(map(str, lists)) or 'none'}"
+        )
+    return {language: _checked(lists[language], language, source) for language in languages}
 
 
 def prompts_of(names: str | Sequence[str], templates: Sequence[str]) -> list[str]:
@@ -59,13 +66,18 @@ def _filled(template: str, name: str) -> str:
 def _read_yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise DataError(f"cannot read the templates {path}: {error}") from error
+    except OSError as error:
+        raise DataError(f"cannot read the templates {path}: {error.strerror}") from error
+    except (ValueError, yaml.YAMLError) as error:
+        said = " ".join(str(error).split())
+        raise DataError(f"cannot read the templates {path}: {said}") from error
 
 
 def _checked(templates: Any, language: str, source: str) -> tuple[str, ...]:
-    if not isinstance(templates, list) or not templates:
-        raise DataError(f"the templates {source} have no list for the language {language!r}")
+    if not isinstance(templates, list):
+        raise DataError(
+            f"the templates {source} in {language!r} are {templates!r:.80}; expected a list"
+        )
     for template in templates:
         if not isinstance(template, str) or not _PLACEHOLDER.search(template):
             raise DataError(

@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser
 
 from vlm.bundle import store_calibration
 from vlm.cli.evaluation_sources import add_source_arguments, sources
+from vlm.cli.processes import refuse_several_processes
 from vlm.embedder import Embedder
 from vlm.markdown import markdown_table
 from vlm.retrieval.calibration import CalibrationPlan, Reliability, calibrate
@@ -34,6 +35,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Any) -> None:
     """Fit, store, and print the threshold and how reliable the map is."""
+    refuse_several_processes("eval calibrate")
+    plan = CalibrationPlan(
+        **{name: getattr(options, name) for name in CalibrationPlan.__dataclass_fields__}
+    )
     (source,) = sources(options, folder_split=_SPLIT)
     embedder = Embedder.load(
         options.bundle, device=options.device, truncate_dim=options.truncate_dim
@@ -41,9 +46,6 @@ def run(options: Any) -> None:
     opened = open_source(source, languages=embedder.languages)
     if opened.findings:
         print(f"{opened.name}: {dict(opened.findings)}", file=sys.stderr)
-    plan = CalibrationPlan(
-        **{name: getattr(options, name) for name in CalibrationPlan.__dataclass_fields__}
-    )
     data = {
         "data": str(source.path),
         "kind": opened.kind,

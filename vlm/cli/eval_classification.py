@@ -1,4 +1,7 @@
-"""Score a bundle on zero-shot classification, with class names and prompts in every language."""
+"""Score a bundle on zero-shot classification, with class names and prompts in every language.
+
+Also under `accelerate launch -m vlm eval classification`, which splits the work over processes.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,31 +24,39 @@ from vlm.cli.evaluation_runs import (
     bulk_embedder,
     deliver,
 )
+from vlm.data.manifest import read_manifest
 from vlm.distributed.launched import launched_group
 from vlm.embedder import Embedder
-from vlm.errors import VlmError
+from vlm.errors import ConfigError, DataError
 from vlm.reports.classification_report import classification_document
 from vlm.reports.classification_run import (
     ClassificationRun,
+    classification_intervals,
     format_classification,
-    intervals_of,
 )
-from vlm.retrieval.pairs import parse_condition
 from vlm.retrieval.protocol import Reading, reading_of
 
 _RECORD_NAME = "classification.json"
+
+_SAMPLES = {"data": Path("data/emoji"), "split": "test_style", "label": "class", "where": []}
+"""Which samples of a data folder are scored where options do not say."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options of `vlm eval classification`."""
     parser.add_argument("bundle", type=Path, help="folder of the bundle to score")
-    parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="data folder")
-    parser.add_argument("--split", type=str, default="test_style", help="split to score")
     parser.add_argument(
-        "--label", type=str, default="class", help="label that tells a sample's class"
+        "--data", type=Path | None, default=None, help="data folder; default: data/emoji"
     )
     parser.add_argument(
-        "--where", nargs="+", default=[],
+        "--split", type=str | None, default=None, help="split to score; default: test_style"
+    )
+    parser.add_argument(
+        "--label", type=str | None, default=None,
+        help="label that tells a sample's class; default: class",
+    )  # fmt: skip
+    parser.add_argument(
+        "--where", nargs="+", default=None,
         help="conditions on samples, such as source=noto group!=flags",
     )  # fmt: skip
     parser.add_argument(
@@ -71,11 +82,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Any) -> None:
     """Score the bundle; print a table or JSON, and write the report, on the first rank."""
+    source = _source(options)
     with launched_group(options.device) as group:
         bulk = bulk_embedder(options, group)
-        languages = options.languages or bulk.embedder.languages
+        languages = _languages(options, bulk.embedder)
         templates = read_templates(options.templates, languages)
-        classes, pictures = _read_data(options, languages)
+        classes, pictures = _read_data(options, source, languages)
         digests = bulk.digests_of(pictures.images)
         scores = evaluate_classification(
             bulk, pictures.images, pictures.labels, classes.names, templates, digests=digests
@@ -83,14 +95,14 @@ def run(options: Any) -> None:
     if group.rank == 0:  # the others need not wait for what one process does
         classified = ClassificationRun(
             bundle=str(options.bundle),
-            source=_source(options),
+            source=source,
             pictures=pictures,
             pictures_sha256=pictures.fingerprint(digests),
             classes=classes,
             templates=templates,
             reading=_reading(bulk.embedder, classes, templates),
             scores=scores,
-            intervals=intervals_of(scores),
+            intervals=classification_intervals(scores, pictures.labels),
         )
         deliver(
             options,
@@ -102,14 +114,28 @@ def run(options: Any) -> None:
 
 
 def _source(options: Any) -> dict[str, Any]:
-    if options.images:
-        return {"data": str(options.images), "where": []}
-    return {
-        "data": str(options.data),
-        "split": options.split,
-        "label": options.label,
-        "where": list(options.where),
-    }
+    """Return which pictures are asked for, as the record says it."""
+    given = {name: getattr(options, name) for name in _SAMPLES}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.images is None:
+        source = {**_SAMPLES, **given}
+        return {**source, "data": str(source["data"])}
+    if given:
+        found = " and ".join(f"--{name}" for name in given)
+        raise ConfigError(
+            f"--images {options.images} is a folder of pictures by class; found {found}, which "
+            f"{'is' if len(given) == 1 else 'are'} for the samples of a data folder; expected none"
+        )
+    if not options.classes:
+        raise ConfigError(f"--images {options.images} needs --classes: the names of its classes")
+    return {"data": str(options.images), "where": []}
+
+
+def _languages(options: Any, embedder: Embedder) -> list[str]:
+    languages = list(dict.fromkeys(options.languages or embedder.languages))
+    if not languages:
+        raise ConfigError(f"{options.bundle} does not tell its languages; name some by --languages")
+    return languages
 
 
 def _reading(
@@ -124,19 +150,21 @@ def _reading(
     return reading_of(embedder, list(dict.fromkeys(prompts)))
 
 
-def _read_data(options: Any, languages: Sequence[str]) -> tuple[ClassNames, LabelledPictures]:
-    if options.images is None:
-        sources = options.classes or [str(options.data / "classes.json")]
-        classes = read_class_names(sources, languages, label=options.label)
-        pictures = pictures_of_split(
-            options.data, options.split, label=options.label, class_ids=classes.ids,
-            conditions=[parse_condition(text) for text in options.where],
-        )  # fmt: skip
-        return classes, pictures
-    if options.where:
-        raise VlmError("--where is for the samples of --data; pictures in folders have no labels")
-    folders = class_folders(options.images)
-    if not options.classes:
-        raise VlmError(f"--images {options.images} needs --classes: the names of its classes")
-    classes = read_class_names(options.classes, languages, folders=folders)
-    return classes, pictures_in_class_folders(options.images, classes.ids)
+def _read_data(
+    options: Any, source: Mapping[str, Any], languages: Sequence[str]
+) -> tuple[ClassNames, LabelledPictures]:
+    if options.images is not None:
+        folders = class_folders(options.images)
+        classes = read_class_names(options.classes, languages, folders=folders)
+        return classes, pictures_in_class_folders(options.images, classes.ids)
+    data = Path(source["data"])
+    read_manifest(data)  # a folder that is none is said to be so, rather than to lack class names
+    own = data / "classes.json"
+    if not options.classes and not own.is_file():
+        raise DataError(f"{data} has no {own.name}; expected one, or class names by --classes")
+    classes = read_class_names(options.classes or [str(own)], languages, label=source["label"])
+    pictures = pictures_of_split(
+        data, source["split"], label=source["label"], class_ids=classes.ids,
+        where=source["where"],
+    )  # fmt: skip
+    return classes, pictures

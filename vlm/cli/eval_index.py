@@ -10,8 +10,9 @@ from jsonargparse import ArgumentParser
 from numpy.typing import NDArray
 
 from vlm.bundle import is_bundle
-from vlm.cli.evaluation_runs import add_output_arguments, deliver
+from vlm.cli.evaluation_runs import add_output_arguments, check_folders, deliver
 from vlm.cli.index_options import add_index_arguments, index_plan
+from vlm.cli.processes import refuse_several_processes
 from vlm.embedder import Embedder
 from vlm.errors import ConfigError, DataError, SearchIndexError
 from vlm.markdown import markdown_table
@@ -48,6 +49,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Any) -> None:
     """Compare the indexes; print a table or JSON, warn where one costs recall, write the report."""
+    refuse_several_processes("eval index")
+    check_folders(options)
     plan = index_plan(options) or IndexPlan()
     vectors = _vectors_of(options.embeddings, options.device)
     report = compare_indexes(vectors.images, vectors.texts, plan, device=options.device)

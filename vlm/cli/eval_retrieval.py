@@ -19,6 +19,7 @@ from vlm.cli.evaluation_runs import (
 from vlm.cli.evaluation_sources import SourcesFile, add_source_arguments, sources
 from vlm.cli.index_options import add_index_arguments, index_plan
 from vlm.distributed.launched import launched_group
+from vlm.errors import SearchIndexError
 from vlm.reports.results import RECORD_NAME
 from vlm.reports.retrieval_report import retrieval_document
 from vlm.reports.retrieval_run import RetrievalRun, ScoredBenchmark, format_run
@@ -44,6 +45,8 @@ def run(options: Any) -> None:
     asked, plan = sources(options), index_plan(options)
     with launched_group(options.device) as group:
         embedder = bulk_embedder(options, group)
+        if plan:
+            plan.check(embedder.embedder.embed_dim)
         # All are opened before any is scored, so that a mistake in the last costs no work.
         opened = [open_source(each, languages=embedder.embedder.languages) for each in asked]
         scored = {}
@@ -52,21 +55,26 @@ def run(options: Any) -> None:
                 print(f"{source.name}: {dict(source.findings)}", file=sys.stderr)
             evaluation = evaluate_with_protocol(embedder, source.pairs)
             scored[source.name] = ScoredBenchmark(source=source, evaluation=evaluation)
-    if group.rank == 0:  # the others need not wait for what one process does
-        if plan:
-            scored = {
-                name: each.with_indexes(plan, device=options.device)
-                for name, each in scored.items()
-            }
-        _warn(scored)
-        found = RetrievalRun(bundle=str(options.bundle), benchmarks=scored)
-        deliver(
-            options,
-            found.as_record(),
-            record_name=RECORD_NAME,
-            document=lambda: retrieval_document(found),
-            table=lambda: format_run(found),
-        )
+    if group.rank > 0:  # the others need not wait for what one process does
+        return
+    failure = None
+    if plan:
+        try:
+            for name, each in scored.items():
+                scored[name] = each.with_indexes(plan, device=options.device)
+        except SearchIndexError as error:  # scores are not lost for an index that cannot be built
+            failure = error
+    _warn(scored)
+    found = RetrievalRun(bundle=str(options.bundle), benchmarks=scored)
+    deliver(
+        options,
+        found.as_record(),
+        record_name=RECORD_NAME,
+        document=lambda: retrieval_document(found),
+        table=lambda: format_run(found),
+    )
+    if failure:
+        raise failure
 
 
 def _warn(scored: Mapping[str, ScoredBenchmark]) -> None:

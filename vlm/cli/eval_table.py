@@ -13,8 +13,9 @@ from vlm.reports.table import as_record, format_tables, tables_of
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options of `vlm eval table`."""
     parser.add_argument(
-        "runs", type=Path, nargs="*", help="folders that `vlm eval retrieval --out` wrote"
-    )
+        "runs", type=Path, nargs="*", default=[], metavar="FOLDER",
+        help="runs: folders that `vlm eval retrieval --out` wrote; none for published rows alone",
+    )  # fmt: skip
     parser.add_argument(
         "--published", type=str, default="", metavar="[NAME=]BENCHMARK,...",
         help="also place published rows: of flickr30k-cn, coco-cn, muge, flickr30k, coco; a NAME "

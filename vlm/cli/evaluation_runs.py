@@ -1,6 +1,7 @@
 """What evaluation verbs share: the model that they embed with, and how they say what they found."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from jsonargparse import ArgumentParser
 from vlm.bulk_embedding import BulkEmbedder
 from vlm.distributed.groups import RankGroup
 from vlm.embedder import Embedder
+from vlm.errors import ConfigError
 from vlm.files import write_file
 from vlm.reports.document import Document, write_report
 
@@ -25,7 +27,7 @@ def add_embedder_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--cache", type=Path | None, default=None,
         help="folder that keeps embeddings, so that an interrupted run goes on where it was; "
-        "default: embeddings in the folder of --out",
+        "default: cache in the folder of --out",
     )  # fmt: skip
 
 
@@ -33,12 +35,14 @@ def bulk_embedder(options: Any, group: RankGroup) -> BulkEmbedder:
     """Load the bundle, to embed with the ranks of a group.
 
     Raises:
+        ConfigError: something else than a folder is where `--out` or `--cache` says.
         CheckpointError: the folder is not a bundle, or it is damaged.
         VlmError: there is no such device, or the features were not trained at that width.
     """
+    check_folders(options)
     return BulkEmbedder(
         Embedder.load(options.bundle, device=options.device, truncate_dim=options.truncate_dim),
-        cache=options.cache or (options.out and options.out / "embeddings"),
+        cache=options.cache or (options.out and options.out / "cache"),
         group=group,
         show_progress_bar=True,
     )
@@ -56,6 +60,26 @@ def add_output_arguments(parser: ArgumentParser, *, record_name: str) -> None:
         "--out", type=Path | None, default=None,
         help=f"folder for report.html, report.md with its pictures, and {record_name}",
     )  # fmt: skip
+
+
+def check_folders(options: Any) -> None:
+    """Refuse an `--out` or a `--cache` that cannot be a folder, before any work is done for it.
+
+    Args:
+        options: What was declared here, parsed; a verb need not have both.
+
+    Raises:
+        ConfigError: something else than a folder is there, or on the way there.
+    """
+    for name in ("out", "cache"):
+        folder: Path | None = getattr(options, name, None)
+        if folder is None:
+            continue
+        there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        if not there.is_dir():
+            raise ConfigError(
+                f"--{name} is {folder}, but {there} is no folder; expected a folder or a new name"
+            )
 
 
 def deliver(
@@ -78,6 +102,7 @@ def deliver(
     Raises:
         VlmError: something cannot be written.
     """
+    check_folders(options)
     text = json.dumps(record, indent=1, ensure_ascii=False)
     if options.out:
         write_file(options.out / record_name, (text + "\n").encode())

@@ -16,6 +16,14 @@ from vlm.retrieval.sources import FOLDER_SPLIT, RetrievalSource, sources_of
 _SETTINGS = tuple(RetrievalSource.__dataclass_fields__)
 _COMMON = ("split", "languages", "where", "images", "duplicates", "lower_case", "allowed_share")
 _ENTRIES = "texts NAME=PATH or PATH, or mappings with path"
+_LISTS = {
+    "data": _ENTRIES,
+    "languages": "texts such as zh",
+    "where": "conditions such as source=noto",
+    "index": "texts such as HNSW32",
+}
+"""The options that are lists, and what of."""
+_FLAGS = ("lower_case", "sweep", "json")
 
 
 def add_source_arguments(
@@ -37,8 +45,8 @@ def add_source_arguments(
         )  # fmt: skip
     else:
         parser.add_argument(
-            "--data", type=_SourceEntry(), default="data/emoji", metavar="[NAME=]PATH",
-            help="data folder, or the files of a published benchmark",
+            "--data", type=str, default="data/emoji", metavar="[NAME=]PATH",
+            help="one data folder, or the files of one published benchmark",
         )  # fmt: skip
     parser.add_argument(
         "--split", type=str | None, default=None,
@@ -91,9 +99,10 @@ def sources(options: Any, *, folder_split: str = FOLDER_SPLIT) -> list[Retrieval
 
 
 class SourcesFile(ActionConfigFile):
-    """The option `--config` of verbs with many sources; checks that `data` is a list.
+    """The option `--config` of verbs with many sources; checks its lists and flags.
 
-    The parser itself would take a text or a mapping there for a list of letters or of keys.
+    The parser itself would take a text for a list of letters, a mapping for one of its keys, and
+    any text for a flag that is set.
     """
 
     def __call__(
@@ -102,16 +111,31 @@ class SourcesFile(ActionConfigFile):
         """Read the file.
 
         Raises:
-            ConfigError: `data` is no list, or one of its entries is no benchmark.
+            ConfigError: an option that takes a list, or true or false, has something else, or an
+                entry of `data` is no benchmark.
         """
         try:
             record = yaml.safe_load(Path(values).read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError):
             record = None  # the parser says it better
-        data = record.get("data", []) if isinstance(record, dict) else []
-        if not isinstance(data, list):
-            raise ConfigError(f"{values}: data is {data!r}; expected a list of {_ENTRIES}")
+        if isinstance(record, dict):
+            _check_lists(record, name=str(values))
+            for key in _FLAGS:
+                if not isinstance(record.get(key, False), bool):
+                    found = f"{values}: {key} is {record[key]!r}"
+                    raise ConfigError(f"{found}; expected true or false")
         super().__call__(parser, namespace, values, option_string)  # type: ignore[no-untyped-call]
+
+
+def _check_lists(record: Mapping[str, Any], *, name: str) -> None:
+    """Refuse what a list of texts is expected to be and is not; `languages` may be null."""
+    for key, what in _LISTS.items():
+        value = record.get(key, [])
+        if value is None and key == "languages":
+            continue
+        entries = value if isinstance(value, list) and key != "data" else []
+        if not isinstance(value, list) or not all(isinstance(each, str) for each in entries):
+            raise ConfigError(f"{name}: {key} is {value!r}; expected a list of {what}")
 
 
 class _SourceEntry:
@@ -137,6 +161,10 @@ def _source_of(entry: Mapping[str, Any]) -> RetrievalSource:
             raise ConfigError(f"a benchmark in data has no setting {key!r}; {hint}")
     if "path" not in entry:
         raise ConfigError(f"a benchmark in data has no path; found {', '.join(entry)}")
+    _check_lists(
+        {key: entry[key] for key in ("languages", "where") if entry.get(key) is not None},
+        name=f"the benchmark {entry['path']} in data",
+    )
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(RetrievalSource, as_group=False)
     return RetrievalSource(**vars(parser.instantiate(parser.parse_object(dict(entry)))))

@@ -5,7 +5,10 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from vlm.errors import ConfigError
 from vlm.retrieval.index_comparison import IndexPlan
+
+_DEFAULTS = IndexPlan()
 
 
 def add_index_arguments(parser: ArgumentParser, *, default: Sequence[str] = ()) -> None:
@@ -22,28 +25,37 @@ def add_index_arguments(parser: ArgumentParser, *, default: Sequence[str] = ()) 
         "size, memory and recall",
     )  # fmt: skip
     parser.add_argument(
-        "--target_recall", type=float, default=0.95,
-        help="share of the ten nearest neighbours to which search parameters are tuned",
+        "--target_recall", type=float | None, default=None,
+        help="share of the ten nearest neighbours to which search parameters are tuned; "
+        f"default: {_DEFAULTS.target_recall}",
     )  # fmt: skip
     parser.add_argument(
-        "--memory", type=str, default="1GiB", help="what an index chosen by auto may take"
-    )
+        "--memory", type=str | None, default=None,
+        help=f"what an index chosen by auto may take; default: {_DEFAULTS.memory}",
+    )  # fmt: skip
     parser.add_argument(
-        "--sweep", action="store_true", help="also measure each index over its search parameter"
-    )
+        "--sweep", action="store_true",
+        help="also measure each index over its search parameter, for --out or --json",
+    )  # fmt: skip
 
 
 def index_plan(options: Any) -> IndexPlan | None:
     """Return what `add_index_arguments` declared; None where no index was named.
 
+    Args:
+        options: That and what `add_output_arguments` declared, parsed.
+
     Raises:
-        ConfigError: a number or a size cannot be.
+        ConfigError: a number or a size cannot be, or an option would be ignored.
     """
+    given = {name: getattr(options, name) for name in ("target_recall", "memory", "sweep")}
+    given = {name: value for name, value in given.items() if value not in (None, False)}
     if not options.index:
+        if given:
+            raise ConfigError(
+                f"found {' and '.join(given)} without index; expected --index FACTORY as well"
+            )
         return None
-    return IndexPlan(
-        factories=options.index,
-        target_recall=options.target_recall,
-        memory=options.memory,
-        sweep=options.sweep,
-    )
+    if options.sweep and not (options.out or options.json):
+        raise ConfigError("found sweep, which a table does not show; expected --out or --json")
+    return IndexPlan(factories=options.index, **given)

@@ -38,11 +38,26 @@ VERBS = {
 }
 """Every verb with the module that runs it: `add_arguments(parser)` and `run(options)`."""
 
+_LITERAL = re.compile(r"\bLiteral\[([^\[\]]*)\]")
+_NESTED = r"\[((?:[^\[\]]|\[[^\[\]]*\])*)\]"
+_UNION, _OPTION = re.compile(r"\bUnion" + _NESTED), re.compile(r"\bOptional" + _NESTED)
+_COMMA = re.compile(r", (?![^\[]*\])")  # not one in the brackets of a type
 _OPTIONAL = re.compile(
     r"Does not validate against any of the Union subtypes\s+"
     r"Subtypes: \[(?:[^,\[]*|typing\.Literal\[[^\]]*\]), <class 'NoneType'>\].*",
     re.DOTALL,
 )
+_WRONG_TYPE = re.compile(
+    r'(?:Parser key "(?P<part>[\w.]+)": Problem with given class_path \S+: )?'
+    r'Parser key "(?P<key>[\w.]+)": Expected a (?P<type>.+?)\. Got value: (?P<value>.*)'
+)
+_TYPES = {
+    "<class 'int'>": "a whole number",
+    "<class 'float'>": "a number",
+    "<class 'bool'>": "true or false",
+    "<class 'str'>": "a text, which stands in quotes where it looks like something else",
+}
+_STRAY = re.compile(r"unrecognized arguments: ([^\s-]\S*)")
 _UNKNOWN_KEY = re.compile(r"(?:does not accept option|unrecognized arguments:|Option) '?([\w.-]+)")
 
 
@@ -53,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(words)
     except VlmError as error:
-        print(f"vlm: {error}", file=sys.stderr)
+        print(f"vlm: {_without_number(error)}", file=sys.stderr)
     except BrokenPipeError:
         # Whoever read the output has enough of it; the interpreter must not try once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -91,12 +106,14 @@ def _run(words: Sequence[str]) -> int:
         allow_abbrev=False,  # a misspelt option must not become another one
     )
     module.add_arguments(parser)
+    words = words[len(verb) :]
+    _refuse_repetition(parser, words)
     try:
-        options = parser.instantiate(parser.parse_args(list(words[len(verb) :])))
+        options = parser.instantiate(parser.parse_args(list(words)))
     except UnicodeDecodeError as error:
         raise VlmError(f"a configuration file is not UTF-8 text: {error.reason}") from error
     except (ArgumentError, ValueError) as error:
-        raise VlmError(_explain(_own_message(error), parser)) from error
+        raise VlmError(_explain(_own_message(error), parser, words)) from error
     module.run(options)
     return 0
 
@@ -108,7 +125,9 @@ class _HelpFormatter(DefaultHelpFormatter):
         text: str = super()._expand_help(action)
         for ours, theirs in (("path", "<class 'Path'>"), ("path | null", "Path | null")):
             text = text.replace(theirs, ours)
-        return text
+        text = _LITERAL.sub(lambda found: " | ".join(found[1].split(", ")), text)
+        text = _UNION.sub(lambda found: " | ".join(_COMMA.split(found[1])), text)
+        return _OPTION.sub(r"\1 | null", text)
 
 
 def _overview() -> str:
@@ -130,6 +149,14 @@ def _unknown_verb(words: Sequence[str]) -> str:
     return f"there is no verb {asked!r}; expected one of {', '.join(family or known)}"
 
 
+def _without_number(error: VlmError) -> str:
+    """Return the message without the system's number of a fault, and with the file told once."""
+    cause = error.__cause__
+    if isinstance(cause, OSError) and cause.strerror and cause.filename:
+        return str(error).replace(str(cause), cause.strerror)
+    return str(error)
+
+
 def _own_message(error: BaseException) -> str:
     """Return what our check said, or the parser, of a setting that may also be left out.
 
@@ -147,17 +174,54 @@ def _own_message(error: BaseException) -> str:
     return message[: wrapped.start()] + plain[0] if wrapped and plain else message
 
 
-def _explain(message: str, parser: ArgumentParser) -> str:
+def _refuse_repetition(parser: ArgumentParser, words: Sequence[str]) -> None:
+    """Refuse an option of many values that is given twice: the parser would keep the last alone."""
+    given = [word.partition("=")[0] for word in words]
+    for action in parser._actions:  # argparse has no public list of its options
+        times = sum(word in action.option_strings for word in given)
+        if action.nargs in ("+", "*") and times > 1:
+            raise VlmError(
+                f"{action.option_strings[0]} is given {times} times; expected once, with all its "
+                "values behind it"
+            )
+
+
+def _explain(message: str, parser: ArgumentParser, words: Sequence[str]) -> str:
     """Turn the parser's complaint into one line, with the nearest key where one is unknown."""
+    message = " ".join(message.split())
+    wrong = _WRONG_TYPE.search(message)
+    if wrong:
+        key = ".".join(filter(None, (wrong["part"], wrong["key"])))
+        return f"{key} is {wrong['value']}; expected {_in_words(wrong['type'])}"
+    stray = _STRAY.search(message)
+    if stray:
+        return _misplaced(stray[1], parser, words)
     unknown = _UNKNOWN_KEY.search(message)
     if unknown is None:
-        return " ".join(message.split())
+        return message
     key = unknown[1].lstrip("-")
     known = [
         option.lstrip("-")
-        for action in parser._actions  # argparse has no public list of its options
+        for action in parser._actions
         for option in action.option_strings
         if option.startswith("--")
     ]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"there is no option {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _in_words(kind: str) -> str:
+    """Name a type as a person would."""
+    literal = _LITERAL.search(kind)
+    return literal[1].replace(", ", " or ") if literal else _TYPES.get(kind, kind)
+
+
+def _misplaced(value: str, parser: ArgumentParser, words: Sequence[str]) -> str:
+    """Say of a word that nothing takes which option it follows, and what that one takes."""
+    before = words[: list(words).index(value)] if value in words else ()
+    option = next((w.partition("=")[0] for w in reversed(before) if w.startswith("--")), "")
+    action = next((each for each in parser._actions if option in each.option_strings), None)
+    takes = "no value" if action and action.nargs == 0 else "one value"
+    if action is None:
+        return f"found {value!r}, which no option takes; expected options by their names"
+    return f"{option} takes {takes}; found {value!r} behind it as well"

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from jaxtyping import Bool
 
-from vlm.classification.confusion_plot import confusion_png
 from vlm.classification.metrics import Classification
-from vlm.reports.classification_run import ClassificationRun, score_rows
+from vlm.reports.classification_run import ClassificationRun, classification_rows
+from vlm.reports.confusion_plot import MOST_CLASSES, confusion_png
 from vlm.reports.document import (
     Block,
     Bullets,
@@ -18,6 +18,7 @@ from vlm.reports.document import (
     Paragraph,
     Section,
     Table,
+    without_code,
 )
 from vlm.reports.examples import CaptionAnswer, CaptionExample, FoundCaption
 from vlm.retrieval.bootstrap import LEVEL
@@ -30,7 +31,8 @@ def classification_document(run: ClassificationRun) -> Document:
     """Return the whole report of a run."""
     pictures, classes = len(run.pictures.images), len(run.classes.ids)
     summary = (
-        f"`{run.bundle}` says which of {classes:,} classes each of {pictures:,} pictures shows."
+        f"`{without_code(run.bundle)}` says which of {classes:,} classes each of {pictures:,} "
+        "pictures shows."
     )
     return Document(
         title="Zero-shot classification",
@@ -46,7 +48,7 @@ def classification_document(run: ClassificationRun) -> Document:
 
 
 def _scores(run: ClassificationRun) -> Section:
-    header, rows = score_rows(run, with_intervals=True)
+    header, rows = classification_rows(run, with_intervals=True)
     return Section(
         title="Scores",
         blocks=[
@@ -55,7 +57,8 @@ def _scores(run: ClassificationRun) -> Section:
                 "top-k is the share of pictures whose right class is among the first k; the mean "
                 "per class is that of each class's own top-1, over classes with pictures.",
                 f"± is half the width of the {LEVEL:.0%} bootstrap interval, for which pictures "
-                "are drawn.",
+                "are drawn; those of a class that is not drawn count for nothing in the mean per "
+                "class.",
                 "`random` orders the classes by chance, `majority` by their number of pictures.",
             ]),
         ],
@@ -63,15 +66,16 @@ def _scores(run: ClassificationRun) -> Section:
 
 
 def _confusions(run: ClassificationRun) -> Iterator[Block]:
-    english = run.classes.names.get("en")
-    plotted = [names[0] for names in english] if english else run.classes.ids
-    for language, found in run.scores.items():
-        title = f"class names in {language!r}: top-1 {found.top1:.3f}"
-        yield Figure(
-            name=f"confusion_{language}.png",
-            content=confusion_png(found.confusion, plotted, title=title),
-            alt=f"What each class's pictures were given, by names in {language}",
+    drawn = len(run.classes.ids) <= MOST_CLASSES
+    if not drawn:
+        yield Paragraph(
+            f"There is no plot: {len(run.classes.ids):,} classes are more than the "
+            f"{MOST_CLASSES:,} that can be told apart in one. `classification.json` has what every "
+            "class was taken for."
         )
+    for language, found in run.scores.items():
+        if drawn:
+            yield _confusion_plot(run, language)
         rows = _confusion_rows(run, found)
         if rows:
             yield Table(
@@ -84,17 +88,30 @@ def _confusions(run: ClassificationRun) -> Iterator[Block]:
             yield Paragraph(f"By names in {language}, every picture was given its own class.")
 
 
+def _confusion_plot(run: ClassificationRun, language: str) -> Figure:
+    english = run.classes.names.get("en")  # the letters of plots are English
+    found = run.scores[language]
+    return Figure(
+        name=f"confusion_{language}.png",
+        content=confusion_png(
+            found.confusion,
+            [names[0] for names in english] if english else run.classes.ids,
+            title=f"class names in {language!r}: top-1 {found.top1:.3f}",
+        ),
+        alt=f"What each class's pictures were given, by names in {language}",
+    )
+
+
 def _confusion_rows(run: ClassificationRun, found: Classification) -> list[list[str]]:
-    wrong = found.confusion * ~np.eye(len(found.confusion), dtype=bool)
-    order = np.argsort(-wrong, axis=None, kind="stable")[:_CONFUSIONS]
-    of_class = found.confusion.sum(axis=1)
+    wrong = found.confusion[found.confusion[:, 0] != found.confusion[:, 1]]
+    order = np.argsort(-wrong[:, 2], kind="stable")[:_CONFUSIONS]
+    of_class = np.bincount(run.pictures.labels)
     return [
         [
-            _called(run, right), _called(run, given), f"{wrong[right, given]:,}",
-            f"{wrong[right, given] / of_class[right]:.1%}",
+            _called(run, right), _called(run, given), f"{pictures:,}",
+            f"{pictures / of_class[right]:.1%}",
         ]
-        for right, given in (divmod(place, len(wrong)) for place in order.tolist())
-        if wrong[right, given]
+        for right, given, pictures in wrong[order].tolist()
     ]  # fmt: skip
 
 
@@ -178,8 +195,8 @@ def _example(run: ClassificationRun, picture: int) -> CaptionExample:
 
 def _questions(run: ClassificationRun) -> Iterator[Block]:
     reading, source = run.reading, dict(run.source)
-    where = " ".join(source.pop("where", ()))
-    asked = ", ".join(f"{key} `{value}`" for key, value in source.items())
+    where = without_code(" ".join(source.pop("where", ())))
+    asked = ", ".join(f"{key} `{without_code(value)}`" for key, value in source.items())
     transform = ", ".join(f"{key} {value}" for key, value in reading.transform.items())
     yield Bullets([
         f"Pictures of {asked}{f', where `{where}`' if where else ''}: "
@@ -204,4 +221,5 @@ def _questions(run: ClassificationRun) -> Iterator[Block]:
 
 def _called(run: ClassificationRun, number: int) -> str:
     """Return what a class is called, in all languages."""
-    return " · ".join(dict.fromkeys(names[number][0] for names in run.classes.names.values()))
+    names = dict.fromkeys(names[number][0] for names in run.classes.names.values())
+    return without_code(" · ".join(names))

@@ -6,15 +6,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float64, Int
 
 from vlm.classification.class_names import ClassNames
 from vlm.classification.dataset import LabelledPictures
 from vlm.classification.metrics import TOP, Classification, ClassificationScores, baselines
 from vlm.markdown import markdown_table
 from vlm.reports.score_tables import Interval, in_interval
-from vlm.retrieval.bootstrap import LEVEL, interval_of, resampled_means
+from vlm.retrieval.bootstrap import LEVEL, RESAMPLES, interval_of, resampled_means
 from vlm.retrieval.protocol import Reading
 
+_FEWEST_PICTURES = 10
 _TIES = "a wrong class with the same score as the right one comes before it"
 
 
@@ -37,7 +39,7 @@ class ClassificationRun:
     scores: Mapping[str, Classification]
     """By language."""
     intervals: Mapping[str, Interval]
-    """What `intervals_of` returns for the scores."""
+    """What `classification_intervals` returns for the scores."""
 
     @property
     def baselines(self) -> dict[str, ClassificationScores]:
@@ -70,14 +72,20 @@ class ClassificationRun:
         }
 
 
-def intervals_of(scores: Mapping[str, Classification]) -> dict[str, Interval]:
-    """Return bootstrap intervals of the shares, `zh/top1` and so on; pictures are drawn.
+def classification_intervals(
+    scores: Mapping[str, Classification], labels: Int[np.ndarray, " pictures"]
+) -> dict[str, Interval]:
+    """Return bootstrap intervals of all scores, `zh/top1` and so on; pictures are drawn.
 
-    Languages get the same draws.
+    Languages get the same draws. Fewer than ten pictures have no intervals: of one, every draw is
+    the same.
 
     Args:
         scores: By language, of the same pictures.
+        labels: The number of each picture's class.
     """
+    if len(labels) < _FEWEST_PICTURES:
+        return {}
     counted = {}
     for language, found in scores.items():
         counted[f"{language}/top1"] = found.ranks == 1
@@ -85,10 +93,49 @@ def intervals_of(scores: Mapping[str, Classification]) -> dict[str, Interval]:
             counted[f"{language}/top5"] = found.ranks <= TOP
     values = list(counted.values())
     means = resampled_means(values, [np.arange(len(of_one)) for of_one in values])
-    return {name: interval_of(of_one) for name, of_one in zip(counted, means, strict=True)}
+    by_class = resampled_class_means(scores, labels)
+    return {
+        **{name: interval_of(of_one) for name, of_one in zip(counted, means, strict=True)},
+        **{
+            f"{language}/mean_class_recall": interval_of(of_one)
+            for language, of_one in by_class.items()
+        },
+    }
 
 
-def score_rows(
+def resampled_class_means(
+    scores: Mapping[str, Classification],
+    labels: Int[np.ndarray, " pictures"],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Float64[np.ndarray, " resamples"]]:
+    """Return by language the mean over classes of their top-1 for each resample of the pictures.
+
+    A class of which a resample has no picture is left out of its mean.
+
+    Args:
+        scores: By language, of the same pictures; languages get the same draws.
+        labels: The number of each picture's class.
+        resamples: How often to draw.
+        seed: Of the draws.
+    """
+    rng = np.random.default_rng(seed)
+    classes = int(labels.max()) + 1
+    # A picture that was not given its class counts to one further class, the last.
+    hits = {lang: np.where(found.ranks == 1, labels, classes) for lang, found in scores.items()}
+    means = {language: np.empty(resamples) for language in scores}
+    for number in range(resamples):
+        drawn = rng.integers(len(labels), size=len(labels))
+        pictures = np.bincount(labels[drawn], minlength=classes)
+        shown = pictures > 0
+        for language, of_language in hits.items():
+            right = np.bincount(of_language[drawn], minlength=classes + 1)[:-1]
+            means[language][number] = (right[shown] / pictures[shown]).mean()
+    return means
+
+
+def classification_rows(
     run: ClassificationRun, *, with_intervals: bool
 ) -> tuple[list[str], list[list[str]]]:
     """Return a header and a row for each language and each baseline; text in the first column."""
@@ -106,7 +153,7 @@ def score_rows(
 
 def format_classification(run: ClassificationRun) -> str:
     """Return how many pictures there are of how many classes, and a Markdown table of scores."""
-    table = markdown_table(*score_rows(run, with_intervals=False))
+    table = markdown_table(*classification_rows(run, with_intervals=False))
     shown, classes = len(np.unique(run.pictures.labels)), len(run.classes.ids)
     return (
         f"{len(run.pictures.images)} pictures of {shown} of {classes} classes; "
@@ -118,10 +165,20 @@ def _numbers(scores: ClassificationScores) -> dict[str, float | None]:
     return {"top1": scores.top1, "top5": scores.top5, "mean_class_recall": scores.mean_class_recall}
 
 
-def _record(scores: ClassificationScores, ids: Sequence[str]) -> dict[str, Any]:
+def _record(scores: Classification, ids: Sequence[str]) -> dict[str, Any]:
     recalls = zip(ids, scores.class_recall.tolist(), strict=True)
     return {
         **_numbers(scores),
         "class_recall": {name: None if math.isnan(recall) else recall for name, recall in recalls},
-        "confusion": scores.confusion.tolist(),
+        "confusion": _by_class(scores.confusion, ids),
     }
+
+
+def _by_class(
+    confusion: Int[np.ndarray, "found 3"], ids: Sequence[str]
+) -> dict[str, dict[str, int]]:
+    """Return the number of pictures by right class and, in it, by given class."""
+    found: dict[str, dict[str, int]] = {}
+    for right, given, pictures in confusion.tolist():
+        found.setdefault(ids[right], {})[ids[given]] = pictures
+    return found

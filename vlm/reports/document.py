@@ -148,6 +148,11 @@ def write_report(folder: Path, document: Document, *, name: str = "report") -> P
     return page
 
 
+def without_code(text: str) -> str:
+    """Return a text that comes from elsewhere, whose backticks shall be no mark-up."""
+    return text.replace("`", "'")
+
+
 def text_and_code(text: str) -> list[str]:
     """Return the parts of a text: plain text and code in turn, beginning with plain text."""
     return _CODE.split(" ".join(text.split()))

@@ -16,6 +16,11 @@ RECORD_NAME = "retrieval.json"
 SCORES = tuple(f"{direction}/recall@{k}" for direction in DIRECTIONS for k in CUTOFFS)
 """The names of a row's recalls, as `evaluate_retrieval` calls them after the language."""
 
+_OTHER_RECORDS = {
+    "classification.json": "vlm eval classification",
+    "index.json": "vlm eval index",
+}
+
 WORDS = {
     "images": "{} pictures",
     "captions": "{} captions",
@@ -57,7 +62,7 @@ def read_results(paths: Sequence[Path]) -> list[Result]:
     records: dict[Path, Mapping[str, Any]] = {}
     read: set[Path] = set()
     for given in paths:
-        path = given / RECORD_NAME if given.is_dir() else given
+        path = _record_path(given)
         if path.resolve() in read:
             raise ConfigError(f"the run {given} is given twice; expected each run once")
         read.add(path.resolve())
@@ -78,10 +83,30 @@ def read_results(paths: Sequence[Path]) -> list[Result]:
     return results
 
 
+def _record_path(given: Path) -> Path:
+    """Return the file with a run's scores.
+
+    Raises:
+        DataError: the folder is that of another verb's run.
+    """
+    if not given.is_dir():
+        return given
+    path = given / RECORD_NAME
+    for name, verb in _OTHER_RECORDS.items():
+        if (given / name).is_file() and not path.exists():
+            raise DataError(
+                f"{given} was written by `{verb} --out`; expected a folder that "
+                "`vlm eval retrieval --out` wrote"
+            )
+    return path
+
+
 def _record_of(path: Path) -> Mapping[str, Any]:
     try:
         record: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise DataError(f"cannot read the run {path}: {error.strerror}") from error
+    except ValueError as error:
         raise DataError(f"cannot read the run {path}: {error}") from error
     if isinstance(record, dict) and isinstance(record.get("bundle"), str):
         benchmarks = record.get("benchmarks")

@@ -11,6 +11,7 @@ from vlm.reports.document import (
     Paragraph,
     Section,
     Table,
+    without_code,
 )
 from vlm.reports.index_report import EXPLANATION, index_blocks
 from vlm.reports.plots import cosines_png, recall_curves_png
@@ -27,7 +28,7 @@ def retrieval_document(run: RetrievalRun) -> Document:
     names = ", ".join(run.benchmarks)
     return Document(
         title="Retrieval",
-        summary=[Paragraph(f"`{run.bundle}` scored on {names}.")],
+        summary=[Paragraph(f"`{without_code(run.bundle)}` scored on {without_code(names)}.")],
         sections=retrieval_sections(run),
     )
 
@@ -77,7 +78,7 @@ def _scores(run: RetrievalRun) -> Section:
 def _languages(run: RetrievalRun) -> Section:
     blocks: list[Block] = []
     agreement = [
-        [name, pair.replace("-", " and "), f"{found['translations']:,}",
+        [name, pair.replace("/", " and "), f"{found['translations']:,}",
          *(f"{value:.3f}" for key, value in found.items() if key != "translations")]
         for name, scored in run.benchmarks.items()
         for pair, found in scored.evaluation.agreement.items()
@@ -94,7 +95,8 @@ def _languages(run: RetrievalRun) -> Section:
             ),
             Table(header=header, rows=agreement, text_columns=2),
         ]
-    scale = next(iter(run.benchmarks.values())).evaluation.reading.logit_scale
+    reading = next(iter(run.benchmarks.values())).evaluation.reading
+    bias = f", plus {reading.logit_bias:.4g}" if reading.logit_bias else ""
     spreads = [
         [name, language, which, *_spread_cells(spread)]
         for name, scored in run.benchmarks.items()
@@ -106,7 +108,7 @@ def _languages(run: RetrievalRun) -> Section:
     blocks += [
         Paragraph(
             "Cosines of all texts with all pictures. Languages whose right pairs lie apart need "
-            f"thresholds of their own. Logits are {scale:.4g} times as large."
+            f"thresholds of their own. Logits are {reading.logit_scale:.4g} times as large{bias}."
         ),
         Table(header=header, rows=spreads, text_columns=3),
         Figure(
@@ -171,14 +173,15 @@ def _questions(run: RetrievalRun) -> Section:
     header += ["pictures", "captions", "captions a picture", "without caption"]
     reading = next(iter(run.benchmarks.values())).evaluation.reading
     cut = ", ".join(
-        f"{scored.evaluation.reading.truncated_share:.2%} of {name}"
+        f"{scored.evaluation.reading.truncated_share:.2%} of {without_code(name)}"
         for name, scored in run.benchmarks.items()
     )
     transform = ", ".join(f"{key} {value}" for key, value in reading.transform.items())
     found = [
-        f"{name}: {_findings(scored)}." for name, scored in run.benchmarks.items()
+        without_code(f"{name}: {_findings(scored)}.")
+        for name, scored in run.benchmarks.items()
         if scored.source.findings
-    ]  # fmt: skip
+    ]
     return Section(
         title="What was asked, and how it was read",
         blocks=[

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from vlm import __version__
 from vlm.markdown import markdown_table
 from vlm.reports.score_tables import format_scores
 from vlm.retrieval.evaluation import Evaluation
@@ -40,12 +41,18 @@ class ScoredBenchmark:
             language: (vectors.texts[language], of_language.matches)
             for language, of_language in self.source.pairs.texts.items()
         }
-        return replace(self, indexes=compare_indexes(vectors.images, texts, plan, device=device))
+        return replace(
+            self,
+            indexes=compare_indexes(
+                vectors.images, texts, plan, ranks=self.evaluation.ranks, device=device
+            ),
+        )
 
     def as_record(self) -> dict[str, Any]:
         """Return it as plain dictionaries, for JSON."""
         record = self.evaluation.as_record()
         record |= {"kind": self.source.kind, "split": self.source.split}
+        record["source"] = self.source.source.as_record()
         if self.source.findings:
             record["findings"] = dict(self.source.findings)
         if self.indexes:
@@ -65,6 +72,7 @@ class RetrievalRun:
         """Return it as plain dictionaries, for JSON."""
         return {
             "bundle": self.bundle,
+            "vlm": __version__,
             "benchmarks": {name: scored.as_record() for name, scored in self.benchmarks.items()},
         }
 

@@ -77,7 +77,7 @@ def tables_of(
         of_runs.setdefault((result.benchmark, result.language), []).append(result)
     beside = _published_by_place(published, results)
     if not of_runs and not beside:
-        raise ConfigError("there is nothing to tabulate; expected RUN.json files or --published")
+        raise ConfigError("there is nothing to tabulate; expected folders of runs, or --published")
     return [
         _table(place, of_runs.get(place, []), beside.get(place), mixed)
         for place in dict.fromkeys([*of_runs, *beside])

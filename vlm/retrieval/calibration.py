@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from vlm.calibration import Calibration
 from vlm.embedder import Embedder
-from vlm.errors import DataError, VlmError
+from vlm.errors import ConfigError, DataError, VlmError
 from vlm.retrieval.isotonic import PairCosines, fit_map, threshold_for
-from vlm.retrieval.pairs import RetrievalPairs
+from vlm.retrieval.pairs import RetrievalPairs, linked_groups
 
 _TILE = 1 << 16  # pairs whose vectors are multiplied at a time
 _BINS = 15
@@ -30,6 +30,17 @@ class CalibrationPlan:
     """About how many wrong pairs of a language to look at; all where there are fewer."""
     seed: int = 0
     """Decides the halves and the sample of wrong pairs."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.prior < 1:
+            raise ConfigError(f"the prior is {self.prior}; expected a share between 0 and 1")
+        if not 0 < self.precision <= 1:
+            raise ConfigError(
+                f"the precision is {self.precision}; expected a share above 0, at most 1"
+            )
+        for name, value, least in (("most_wrong", self.most_wrong, 1), ("seed", self.seed, 0)):
+            if value < least:
+                raise ConfigError(f"{name} is {value}; expected at least {least}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,16 +121,11 @@ def halves_of_pictures(pairs: RetrievalPairs, *, seed: int = 0) -> NDArray[np.bo
     Raises:
         DataError: texts join all pictures, so that there are no two halves.
     """
-    group = np.arange(len(pairs.images))
-    while True:  # until pictures that any chain of texts joins have one number
-        before = group.copy()
-        for of_language in pairs.texts.values():
-            text, image = of_language.matches.T
-            lowest = np.full(len(of_language.texts), len(group))
-            np.minimum.at(lowest, text, group[image])
-            np.minimum.at(group, image, lowest[text])
-        if (group == before).all():
-            break
+    matches, count = [], 0
+    for of_language in pairs.texts.values():
+        matches.append(of_language.matches + np.array([count, 0]))
+        count += len(of_language.texts)
+    _, group = linked_groups(np.concatenate(matches), texts=count, images=len(pairs.images))
     groups, number = np.unique(group, return_inverse=True)
     if len(groups) < 2:
         raise DataError(

@@ -58,7 +58,7 @@ def cosine_statistics(
     group = group or SINGLE
     sums = torch.zeros(2, dtype=torch.float64, device=products.device)
     extremes = torch.full((2,), -torch.inf, device=products.device)
-    for each in products.tiles(group=group, show_progress_bar=show_progress_bar):
+    for each in products.tiles(group=group, show_progress_bar=show_progress_bar, purpose="cosines"):
         scores, pairs = each.products, each.pairs
         for place, sign in enumerate((-1, 1)):
             scores[pairs] = -sign * torch.inf

@@ -48,7 +48,7 @@ class Evaluation:
     intervals: Mapping[str, tuple[float, float]]
     """95 % bootstrap intervals of those scores that are means, under the same keys."""
     agreement: Mapping[str, Mapping[str, float | int]]
-    """By a pair of languages such as `en-zh`, what `cross_lingual_agreement` returns, and the
+    """By a pair of languages such as `en/zh`, what `cross_lingual_agreement` returns, and the
     number of `translations` it was found with."""
     cosines: Mapping[str, CosineStatistics]
     """Of each language's texts with the pictures."""
@@ -94,7 +94,8 @@ def evaluate_retrieval(
     """
     check_cutoffs(cutoffs)
     bulk = BulkEmbedder(embedder, show_progress_bar=show_progress_bar)
-    return scores_of(ranks_of(embed_pairs(bulk, pairs), pairs), cutoffs)
+    ranks = ranks_of(embed_pairs(bulk, pairs), pairs, device=embedder.device)
+    return scores_of(ranks, cutoffs)
 
 
 def evaluate_with_protocol(
@@ -215,7 +216,7 @@ def agreement_of(
             for language, rows in zip(languages, translations.T, strict=True)
         ]
         shares = cross_lingual_agreement(sides[0], sides[1], cutoffs=cutoffs)
-        found["-".join(languages)] = {"translations": len(translations), **shares}
+        found["/".join(languages)] = {"translations": len(translations), **shares}
     return found
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Float32, Int, Int64
 
 from vlm.errors import SearchIndexError
 from vlm.retrieval.ranks import exact_ranks_both
+from vlm.retrieval.scores import Ranks
 from vlm.search.approximate import ApproximateIndex
 from vlm.search.index import Hits, VectorIndex
 
@@ -52,6 +53,8 @@ def cases_of(
     texts: Mapping[str, tuple[Float32[np.ndarray, "texts dim"], Int[np.ndarray, "matches 2"]]],
     *,
     ks: Sequence[int] = (1, 5, 10),
+    ranks: Mapping[str, Ranks] | None = None,
+    device: str | None = None,
 ) -> list[SearchCase]:
     """Search exactly, in both directions of every language and among the pictures themselves.
 
@@ -62,6 +65,8 @@ def cases_of(
         images: Unit vectors.
         texts: By language, unit vectors and the pairs (text, image) that belong together.
         ks: The numbers of answers that will be looked at.
+        ranks: By language, the exact ranks, where they are known.
+        device: Where to find them, where they are not.
 
     Raises:
         SearchIndexError: there are no pictures or, in a language, no right pairs, or a k is less
@@ -75,12 +80,17 @@ def cases_of(
         )
     cases, k = [], max(ks)
     for language, (vectors, matches) in texts.items():
-        to_images, to_texts = exact_ranks_both(vectors, images, matches)
-        cases.append(_case("text_to_image", language, (vectors, images), k, matches, to_images))
         asked, places = np.unique(matches[:, 1], return_inverse=True)
+        if ranks is None:
+            to_images, to_texts = exact_ranks_both(vectors, images, matches, device=device)
+            own: Ranks = {"text_to_image": to_images, "image_to_text": to_texts[asked]}
+        else:
+            own = ranks[language]
+        sides = (vectors, images)
+        cases.append(_case("text_to_image", language, sides, k, matches, own["text_to_image"]))
         mirrored = np.stack([places, matches[:, 0]], axis=1)
         sides = (np.ascontiguousarray(images[asked]), vectors)
-        cases.append(_case("image_to_text", language, sides, k, mirrored, to_texts[asked]))
+        cases.append(_case("image_to_text", language, sides, k, mirrored, own["image_to_text"]))
     if len(images) > 1:
         cases.append(_case("image_to_image", "", (images, images), k))
     return cases

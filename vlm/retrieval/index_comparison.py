@@ -11,6 +11,8 @@ from jaxtyping import Float32, Int
 from vlm.errors import ConfigError
 from vlm.retrieval.index_cases import BATCH, cases_of
 from vlm.retrieval.index_sweep import Comparison, SweepPoint, compare_all, loss_of, sweep
+from vlm.retrieval.scores import Ranks
+from vlm.search.approximate import check_factory
 from vlm.search.index_choice import AUTO
 
 _KS = (1, 5, 10)  # the numbers of answers that are looked at
@@ -41,6 +43,16 @@ class IndexPlan:
                 f"target_recall is {self.target_recall}; expected more than 0 and up to 1"
             )
         bytes_in(self.memory)  # a size that cannot be read is told before anything is embedded
+
+    def check(self, dim: int) -> None:
+        """Refuse indexes that FAISS does not know for vectors of this width.
+
+        Raises:
+            SearchIndexError: as `check_factory`.
+        """
+        for factory in self.factories:
+            if factory != AUTO:
+                check_factory(factory, dim)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +106,7 @@ def compare_indexes(
     texts: Mapping[str, tuple[Float32[np.ndarray, "_ dim"], Int[np.ndarray, "_ 2"]]],
     plan: IndexPlan,
     *,
+    ranks: Mapping[str, Ranks] | None = None,
     device: str | None = None,
 ) -> IndexReport:
     """Build indexes and put them beside exact search, in both directions of every language.
@@ -102,13 +115,14 @@ def compare_indexes(
         images: Unit vectors.
         texts: By language, unit vectors and the pairs (text, image) that belong together.
         plan: What to compare.
-        device: As for `build_index`.
+        ranks: By language, the exact ranks, where they are known.
+        device: As for `build_index`; exact ranks are found there as well.
 
     Raises:
         SearchIndexError: there is nothing to search with or in, FAISS cannot make an index, or
             none that `auto` knows fits into the memory.
     """
-    cases = cases_of(images, texts, ks=_KS)
+    cases = cases_of(images, texts, ks=_KS, ranks=ranks, device=device)
     comparisons: list[Comparison] = []
     curves: dict[str, dict[str, list[SweepPoint]]] = {}
     for index, case, comparison in compare_all(

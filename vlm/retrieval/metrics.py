@@ -70,8 +70,8 @@ def cross_lingual_agreement(
     """Return how often a caption and its translation find the same picture.
 
     Args:
-        first: Of the captions in one language, the picture that each finds first and the rank of
-            its best correct one.
+        first: Of the captions in one language, the picture that each finds first, less than 0
+            where it finds none, and the rank of its best correct one.
         second: The same of their translations, in the same order.
         cutoffs: Numbers `k` of at least 1.
 
@@ -89,6 +89,7 @@ def cross_lingual_agreement(
             f"found {counts[0]} and {counts[2]} pictures with {counts[1]} and {counts[3]} ranks "
             "of captions and their translations; expected as many of each, and at least one"
         )
-    shares = {"same_picture": float((first[0] == second[0]).mean())}
+    found = first[0] >= 0
+    shares = {"same_picture": float(((first[0] == second[0]) & found).mean())}
     worse = np.maximum(first[1], second[1])
     return shares | {f"both@{k}": recall_at(worse, k) for k in cutoffs}

@@ -38,7 +38,9 @@ def nearest(
     found = torch.full((len(queries),), -1, dtype=torch.int64, device=products.device)
     # An approximate product can lie this much below that of a candidate which it equals.
     slack = 2 * products.margin()
-    for each in products.tiles(group=group, show_progress_bar=show_progress_bar):
+    for each in products.tiles(
+        group=group, show_progress_bar=show_progress_bar, purpose="finding the first"
+    ):
         scores, columns = _best_of_tile(each, best[each.rows], slack)
         better = scores > best[each.rows]  # candidates come in order, so the first one stays
         best[each.rows][better] = scores[better]

@@ -1,7 +1,6 @@
 """What a retrieval evaluation asks: pictures, texts by language, and which belong together."""
 
-import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 from jaxtyping import Int, Int64
 
 from vlm.data.benchmarks.benchmark import Benchmark, DuplicatePolicy, correct_pairs
+from vlm.data.conditions import samples_where
 from vlm.data.dataset import ShardedSplit
 from vlm.data.sample import Sample
 from vlm.errors import DataError
@@ -59,21 +59,22 @@ def pairs_of_split(
         where: Conditions such as `source=noto` or `group!=flags` that samples must meet.
 
     Raises:
-        DataError: the split cannot be read, a condition is not one, or nothing is left.
+        DataError: the split cannot be read, a condition is not one or asks for what no sample
+            has, or nothing is left.
     """
-    conditions = [parse_condition(text) for text in where]
-    samples = [
-        sample for sample in ShardedSplit(folder, split) if all(c(sample) for c in conditions)
-    ]
+    name = f"the split {split!r} of {folder}"
+    samples = list(samples_where(ShardedSplit(folder, split), where, name=name))
     asked = {language: _main_captions(samples, language) for language in languages}
     asked = {language: concepts for language, concepts in asked.items() if concepts}
     texts = {
         language: _texts_of(samples, language, concepts) for language, concepts in asked.items()
     }
     if not texts:
+        known = _languages_of(samples)
         raise DataError(
-            f"the split {split!r} of {folder} has no sample with a caption in "
-            f"{' or '.join(languages)}" + (f" where {' and '.join(where)}" if where else "")
+            f"{name} has no sample with a caption in {' or '.join(languages)}"
+            + (f" where {' and '.join(where)}" if where else "")
+            + (f"; expected some of {known}" if known else "")
         )
     return RetrievalPairs(
         images=[sample.image for sample in samples],
@@ -124,7 +125,11 @@ def pairs_of_benchmark(
         duplicates=duplicates,
         cleaning="; ".join(cleaning) or "none",
         translations=_translations(
-            {language: benchmark.captions[language].pairs for language in texts}
+            {
+                language: np.column_stack([captions.pairs, captions.turns])
+                for language, captions in benchmark.captions.items()
+                if language in texts and captions.turns is not None
+            }
         ),
     )
 
@@ -162,23 +167,9 @@ def linked_groups(
             return of_node[:texts], of_node[texts:]
 
 
-def parse_condition(text: str) -> Callable[[Sample], bool]:
-    """Read `KEY=VALUE` or `KEY!=VALUE`; the key is `source`, `concept` or one of the labels.
-
-    Raises:
-        DataError: the text is no such condition.
-    """
-    key, sign, value = text.partition("=")
-    compare = operator.ne if key.endswith("!") else operator.eq
-    key = key.removesuffix("!")
-    if not (key and sign and value):
-        raise DataError(f"{text!r} is not a condition; expected KEY=VALUE or KEY!=VALUE")
-
-    def holds(sample: Sample) -> bool:
-        own = {"source": sample.source, "concept": sample.concept, **sample.labels}
-        return bool(compare(own.get(key, ""), value))
-
-    return holds
+def _languages_of(samples: Sequence[Sample]) -> str:
+    codes = (code for sample in samples for code, texts in sample.captions.items() if texts)
+    return ", ".join(dict.fromkeys(codes))
 
 
 def _main_captions(samples: Sequence[Sample], language: str) -> dict[str, str]:
@@ -208,50 +199,39 @@ def _numbers_of(asked: Mapping[str, str]) -> dict[str, int]:
 
 def _of_concepts(
     asked: Mapping[str, Mapping[str, str]],
-) -> dict[str, Int64[np.ndarray, "concepts 2"]]:
-    """Return by language the pairs (text, concept)."""
+) -> dict[str, Int64[np.ndarray, "concepts 3"]]:
+    """Return by language the text of each concept, the concept, and 0, for it has no other."""
     places: dict[str, int] = {}
     found = {}
     for language, of_language in asked.items():
         numbers = _numbers_of(of_language)
-        pairs = [
-            (numbers[text], places.setdefault(concept, len(places)))
+        rows = [
+            (numbers[text], places.setdefault(concept, len(places)), 0)
             for concept, text in of_language.items()
         ]
-        found[language] = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+        found[language] = np.array(rows, dtype=np.int64).reshape(-1, 3)
     return found
 
 
 def _translations(
-    described: Mapping[str, Int64[np.ndarray, "_ 2"]],
+    said: Mapping[str, Int64[np.ndarray, "_ 3"]],
 ) -> dict[tuple[str, str], Int64[np.ndarray, "pairs 2"]]:
-    """Pair what is said n-th of a thing in one language with what is said n-th in another.
+    """Pair what is said of a thing in one language with what is said at that turn in another.
 
     Args:
-        described: By language, the pairs (text, thing) in their order.
+        said: By language, rows (text, thing, turn); no two rows have thing and turn in common.
     """
-    if len(described) < 2:
+    if len(said) < 2:
         return {}
-    first = "en" if "en" in described else next(iter(described))
-    most = max(len(pairs) for pairs in described.values())
-    keys = {
-        language: pairs[:, 1] * most + _turns(pairs[:, 1]) for language, pairs in described.items()
-    }
+    first = "en" if "en" in said else next(iter(said))
+    most = 1 + max(rows[:, 2].max(initial=0) for rows in said.values())
+    keys = {language: rows[:, 1] * most + rows[:, 2] for language, rows in said.items()}
     found = {}
-    for other in (language for language in described if language != first):
+    for other in (language for language in said if language != first):
         _, here, there = np.intersect1d(
             keys[first], keys[other], assume_unique=True, return_indices=True
         )
-        pairs = np.stack([described[first][here, 0], described[other][there, 0]], axis=1)
+        pairs = np.stack([said[first][here, 0], said[other][there, 0]], axis=1)
         if len(pairs):
             found[first, other] = np.unique(pairs, axis=0)
     return found
-
-
-def _turns(things: Int64[np.ndarray, " pairs"]) -> Int64[np.ndarray, " pairs"]:
-    """Count how often each thing has occurred before."""
-    order = np.argsort(things, kind="stable")
-    ordered = things[order]
-    turns = np.empty(len(things), np.int64)
-    turns[order] = np.arange(len(things)) - np.searchsorted(ordered, ordered)
-    return turns

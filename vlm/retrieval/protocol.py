@@ -1,4 +1,4 @@
-"""`Protocol`: what a retrieval score depends on beside a model's weights, with a fingerprint."""
+"""What a retrieval score depends on beside the model, with a fingerprint."""
 
 import hashlib
 import json
@@ -46,7 +46,7 @@ class Reading:
     """How a model takes in what it is asked."""
 
     model: str
-    """Fingerprint of the bundle's weights."""
+    """Fingerprint of the bundle."""
     embed_dim: int
     tokenizer: str
     """Fingerprint of the tokenizer."""
@@ -58,6 +58,8 @@ class Reading:
     """open_clip's description of the picture transform."""
     logit_scale: float
     """What cosines are multiplied with to be the model's logits."""
+    logit_bias: float
+    """What is then added; 0 for a model without a bias."""
 
 
 def question_of(
@@ -145,6 +147,7 @@ def reading_of(embedder: Embedder, texts: Sequence[str]) -> Reading:
         texts: All captions that it is asked.
     """
     tokenizer = embedder.tokenizer
+    bias = embedder.model.logit_bias
     around = 1 + (tokenizer.special_ids.begin_of_text is not None)
     room = tokenizer.context_length - around
     cut = sum(len(row) > room for row in tokenizer.split(texts))
@@ -156,11 +159,12 @@ def reading_of(embedder: Embedder, texts: Sequence[str]) -> Reading:
         truncated_share=cut / max(1, len(texts)),
         transform=dict(embedder.transform_cfg),
         logit_scale=float(embedder.model.log_logit_scale.detach().exp()),
+        logit_bias=0.0 if bias is None else float(bias.detach()),
     )
 
 
 def sha256_of_images(images: Sequence[ImageSource], digests: Sequence[bytes] | None = None) -> str:
-    """Return a hash of the encoded pictures, or of the pixels of opened ones, in their order.
+    """Return a hash of the encoded pictures, or of the RGB pixels of opened ones, in their order.
 
     Args:
         images: The pictures.

@@ -108,7 +108,7 @@ def _ranks(
     before = [torch.zeros(len(bar), dtype=torch.int64, device=products.device) for bar in best]
     margin = products.margin()
     scratch = torch.empty(products.tile**2, device=products.device)
-    for tile in products.tiles(group=group, show_progress_bar=show_progress_bar):
+    for tile in products.tiles(group=group, show_progress_bar=show_progress_bar, purpose="ranking"):
         tile.products[tile.pairs] = torch.nan  # a correct answer is not before another one
         flags = scratch[: tile.products.numel()].view_as(tile.products)
         before[0][tile.rows] += _not_below(tile, best[0][tile.rows], margin, flags)

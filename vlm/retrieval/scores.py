@@ -20,6 +20,8 @@ from vlm.retrieval.pairs import Texts, linked_groups
 CUTOFFS = (1, 5, 10)
 DIRECTIONS = ("text_to_image", "image_to_text")
 
+_FEWEST_CASES = 10
+
 Ranks = Mapping[str, Int64[np.ndarray, " queries"]]
 """By direction, the rank of each query's best right answer. A picture without a caption is a wrong
 answer and no question, so the pictures are those that occur in right pairs, in their order."""
@@ -66,6 +68,8 @@ def intervals_of(
 ) -> dict[str, tuple[float, float]]:
     """Return 95 % bootstrap intervals of the scores that are means, under the keys of `scores_of`.
 
+    A language with fewer than ten cases to draw has none: of one case every draw is the same.
+
     Pictures are drawn together with all texts and pictures that right pairs link them to, so that
     captions of one picture, and pictures of one concept, count as what they are: one case.
 
@@ -79,6 +83,8 @@ def intervals_of(
     for language, of_language in ranks.items():
         own = texts[language]
         of_text, of_image = linked_groups(own.matches, texts=len(own.texts), images=images)
+        if len(np.unique(of_image[own.matches[:, 1]])) < _FEWEST_CASES:
+            continue
         sets = {
             "text_to_image": of_text,
             "image_to_text": of_image[np.unique(own.matches[:, 1])],

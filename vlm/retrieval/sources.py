@@ -8,7 +8,7 @@ from typing import Any
 from vlm.data.benchmarks.benchmark import DuplicatePolicy
 from vlm.data.benchmarks.opening import Kind, open_benchmark
 from vlm.data.manifest import is_data_folder
-from vlm.errors import ConfigError
+from vlm.errors import ConfigError, DataError
 from vlm.retrieval.pairs import RetrievalPairs, pairs_of_benchmark, pairs_of_split
 
 DATA_FOLDER = "data folder"
@@ -50,6 +50,13 @@ class RetrievalSource:
     """Of a benchmark: share of pictures and captions that may be missing or damaged; by default
     0.01."""
 
+    def as_record(self) -> dict[str, Any]:
+        """Return the settings as plain values, for JSON; None for what was not given."""
+        return {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in asdict(self).items()
+        }
+
     def __post_init__(self) -> None:
         if self.allowed_share is not None and not 0 <= self.allowed_share <= 1:
             raise ConfigError(f"allowed_share is {self.allowed_share}; expected a share in [0, 1]")
@@ -66,6 +73,8 @@ class OpenedSource:
     """`data folder`, or which kind of benchmark the files are."""
     split: str
     """Empty where the files have no splits."""
+    source: RetrievalSource
+    """What was asked for."""
     findings: Mapping[str, Any] = field(default_factory=dict)
     """What was found in a benchmark's files: what is not 0 or empty of its `Findings`."""
 
@@ -85,8 +94,10 @@ def sources_of(
         folder_split: The split of data folders for which none is given.
 
     Raises:
-        ConfigError: an entry names no path, or two sources have one name.
+        ConfigError: there is no entry, one names no path, or two sources have one name.
     """
+    if not entries:
+        raise ConfigError("no benchmark is given; expected at least one NAME=PATH or PATH")
     found: dict[str, RetrievalSource] = {}
     for entry in entries:
         source = parse_source(entry) if isinstance(entry, str) else entry
@@ -151,7 +162,15 @@ def _open_folder(source: RetrievalSource, languages: Sequence[str]) -> OpenedSou
         languages=source.languages or languages,
         where=source.where or (),
     )
-    return OpenedSource(name=source.name, pairs=pairs, kind=DATA_FOLDER, split=source.split)
+    missing = [language for language in source.languages or () if language not in pairs.texts]
+    if missing:
+        raise DataError(
+            f"the split {source.split!r} of {source.path} has no captions in "
+            f"{' or '.join(missing)} among the samples asked for; found {', '.join(pairs.texts)}"
+        )
+    return OpenedSource(
+        name=source.name, pairs=pairs, kind=DATA_FOLDER, split=source.split, source=source
+    )
 
 
 def _open_benchmark(source: RetrievalSource) -> OpenedSource:
@@ -179,8 +198,9 @@ def _open_benchmark(source: RetrievalSource) -> OpenedSource:
     )
     found = {key: value for key, value in asdict(benchmark.findings).items() if value}
     return OpenedSource(
-        name=source.name, pairs=pairs, kind=benchmark.kind, split=benchmark.split, findings=found
-    )
+        name=source.name, pairs=pairs, kind=benchmark.kind, split=benchmark.split, source=source,
+        findings=found,
+    )  # fmt: skip
 
 
 def _refuse(source: RetrievalSource, settings: Sequence[str], *, what: str, owner: str) -> None:

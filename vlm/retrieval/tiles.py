@@ -134,15 +134,25 @@ class TiledProducts:
         return 1.01 * (self._left.shape[1] + 8) * _ROUNDING * most  # 8: bounds are rounded as well
 
     def tiles(
-        self, *, group: RankGroup = SINGLE, show_progress_bar: bool = False
+        self,
+        *,
+        group: RankGroup = SINGLE,
+        show_progress_bar: bool = False,
+        purpose: str = "comparing",
     ) -> Iterator[Tile]:
-        """Give this rank's share of the tiles, which all ranks of the group cover together."""
+        """Give this rank's share of the tiles, which all ranks of the group cover together.
+
+        Args:
+            group: The ranks.
+            show_progress_bar: Whether to show progress on stderr.
+            purpose: What the progress is called.
+        """
         size = self.tile
         buffer = torch.empty(size * size, device=self.device)
         starts = range(0, self.shape[1], size)
         bounds = self._bounds_of_tiles(len(starts))
         bands = range(group.rank * size, self.shape[0], group.size * size)
-        for start in tqdm(bands, unit="band", desc="comparing", disable=not show_progress_bar):
+        for start in tqdm(bands, unit="band", desc=purpose, disable=not show_progress_bar):
             left = self._features(self._left[start : start + size])
             for place, begin in enumerate(starts):
                 right = self._features(self._right[begin : begin + size])

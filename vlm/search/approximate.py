@@ -86,6 +86,22 @@ class ApproximateIndex:
         return VectorIndex(self._index).search(queries, k)
 
 
+def check_factory(factory: str, dim: int) -> None:
+    """Refuse a string of `build_index` that FAISS does not know for vectors of this width.
+
+    It costs nothing, so that a slip of the pen is told before anything is computed.
+
+    Raises:
+        SearchIndexError: as `build_index`, but for what only the vectors tell.
+    """
+    kind, _, settings = factory.partition("@")
+    index = ApproximateIndex(
+        _empty_index(kind, dim), factory=kind, build_seconds=0.0, bytes_per_vector=0.0, tunable=None
+    )
+    for name, value in _parameters_in(settings).items():
+        index.set_parameter(name, value)
+
+
 def build_index(
     vectors: Float32[np.ndarray, "vectors dim"],
     factory: str,

@@ -55,6 +55,7 @@ def test_xm3600_has_its_languages(xm3600):
     assert found.captions["en"].texts == [EN[0], EN[3], EN[1], EN[4], EN[2], EN[5]]
     assert found.captions["en"].pairs.tolist() == [[n, n // 2] for n in range(6)]
     assert found.findings.captions_listed == 12
+    assert all(captions.turns is None for captions in found.captions.values())  # no translations
 
 
 def test_one_language_can_be_asked_for(xm3600):
@@ -80,6 +81,7 @@ def test_xtd10_has_one_caption_a_picture_and_language(xtd10):
     }  # fmt: skip
     for captions in found.captions.values():
         assert captions.pairs.tolist() == [[0, 0], [1, 1], [2, 2]]
+        assert captions.turns.tolist() == [0, 0, 0]
     assert len(found.files) == 4
 
 

@@ -59,6 +59,20 @@ def test_languages_have_columns_of_their_own(tmp_path, name, prefix):
     assert {code: of.texts for code, of in found.captions.items()} == {"zh": ZH[:3], "en": EN[:3]}
 
 
+def test_captions_keep_the_turn_that_the_file_gives_them(tmp_path):
+    columns = {
+        "image": ["1.png", "0.png", "1.png", "gone.png", "1.png"],
+        "zh": ["", ZH[0], ZH[1], ZH[2], ZH[3]],
+        "en": [EN[4], EN[0], " ", EN[2], EN[3]],
+    }
+    path = write_table(tmp_path / "a.csv", columns)
+    found = open_benchmark(path, images=tmp_path / "images", allowed_share=0.5)
+    assert found.captions["zh"].texts == [ZH[0], ZH[1], ZH[3]]
+    assert found.captions["zh"].turns.tolist() == [0, 1, 2]
+    assert found.captions["en"].texts == [EN[4], EN[0], EN[3]]
+    assert found.captions["en"].turns.tolist() == [0, 0, 2]
+
+
 def test_a_cell_of_parquet_may_hold_several_captions(tmp_path):
     columns = {"image": ["0.png", "1.png"], "caption": [[ZH[0], ZH[1]], [ZH[2]]]}
     path = write_table(tmp_path / "a.parquet", columns)

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -43,6 +43,8 @@ class Row(NamedTuple):
     """Where it is, counted from 1 in the listing's unit."""
     language: str = ""
     """Empty where the file does not say."""
+    turns: Mapping[str, int] = {}
+    """By the ids of pictures, as `Captions` has them; told when all rows are known."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +63,8 @@ class Listing:
     unit: str = "line"
     files: tuple[Path, ...]
     notes: Sequence[str] = ()
+    translated: bool = True
+    """Whether the n-th captions of a picture in two languages say the same."""
 
 
 def listing_of_files(
@@ -72,6 +76,7 @@ def listing_of_files(
     split: str = "",
     unit: str = "line",
     notes: Sequence[str] = (),
+    translated: bool = True,
 ) -> Listing:
     """List pictures that are files of their own, found by names, which are also their ids."""
     names = list(names)
@@ -81,6 +86,7 @@ def listing_of_files(
     return Listing(
         split=split, image_ids=names, read=PictureFiles(known), missing=missing,
         looked_in=folder.folder, rows=rows, unit=unit, files=files, notes=notes,
+        translated=translated,
     )  # fmt: skip
 
 
@@ -103,8 +109,13 @@ def assemble(listing: Listing, request: Request, *, kind: str) -> Benchmark:
         first = next(name for name in positions if name in listing.missing)
         examples["missing_pictures"] = f"{first!r} in {listing.looked_in}"
     rows, notes = _with_languages(_cleaned(listing.rows, counts), request)
-    usable = _usable(rows, positions, listing, counts, examples)
-    captions = _by_language(usable, {name: place for place, name in enumerate(kept)}, counts)
+    usable = _usable(_with_turns(rows), positions, listing, counts, examples)
+    captions = _by_language(
+        usable,
+        {name: place for place, name in enumerate(kept)},
+        counts,
+        translated=listing.translated,
+    )
     described = {picture for of_one in captions.values() for picture in of_one.pairs[:, 1].tolist()}
     findings = Findings(
         pictures_listed=len(positions),
@@ -183,6 +194,15 @@ def _with_languages(rows: Sequence[Row], request: Request) -> tuple[Sequence[Row
     return kept, notes
 
 
+def _with_turns(rows: Iterable[Row]) -> Iterator[Row]:
+    """Count the captions of each picture and language, before any is left out."""
+    seen: Counter[tuple[str, str]] = Counter()
+    for row in rows:
+        turns = {name: seen[row.language, name] for name in row.image_ids}
+        seen.update((row.language, name) for name in turns)
+        yield row._replace(turns=turns)
+
+
 def _usable(
     rows: Iterable[Row],
     positions: Mapping[str, int],
@@ -212,18 +232,20 @@ def _usable(
 
 
 def _by_language(
-    rows: Sequence[Row], places: Mapping[str, int], counts: Counter[str]
+    rows: Sequence[Row], places: Mapping[str, int], counts: Counter[str], *, translated: bool
 ) -> dict[str, Captions]:
-    of_language: dict[str, tuple[list[str], list[tuple[int, int]]]] = {}
+    of_language: dict[str, tuple[list[str], list[tuple[int, int, int]]]] = {}
     for row in rows:
-        own, pairs = of_language.setdefault(row.language, ([], []))
-        pairs += [(len(own), places[name]) for name in dict.fromkeys(row.image_ids)]
+        own, found = of_language.setdefault(row.language, ([], []))
+        names = dict.fromkeys(row.image_ids)
+        found += [(len(own), places[name], row.turns[name]) for name in names]
         own.append(row.text)
     captions = {}
-    for language, (own, pairs) in of_language.items():
+    for language, (own, found) in of_language.items():
         counts["duplicate_captions"] += len(own) - len(set(own))
+        columns = np.array(found, dtype=np.int64).reshape(-1, 3)
         captions[language] = Captions(
-            texts=own, pairs=np.array(pairs, dtype=np.int64).reshape(-1, 2)
+            texts=own, pairs=columns[:, :2], turns=columns[:, 2] if translated else None
         )
     return captions
 

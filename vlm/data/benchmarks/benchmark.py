@@ -22,6 +22,10 @@ class Captions:
     texts: Sequence[str]
     pairs: Int64[np.ndarray, "pairs 2"]
     """Pairs (text, picture) as the file has them, by text; MUGE's texts have several pictures."""
+    turns: Int64[np.ndarray, " pairs"] | None = None
+    """Of each pair, how many captions of the picture in this language the file has before the
+    text, those included that were left out: one that says the same in another language has the
+    same turn. None where captions of different languages were written apart from each other."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

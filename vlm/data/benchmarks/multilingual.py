@@ -18,7 +18,11 @@ def is_xm3600(path: Path) -> bool:
 
 
 def list_xm3600(request: Request) -> Listing:
-    """List the pictures `KEY.jpg` of a folder, or of `images` in it, and captions by language."""
+    """List the pictures `KEY.jpg` of a folder, or of `images` in it, and captions by language.
+
+    The captions of each language were written in view of the picture alone: they are no
+    translations.
+    """
     choose_split((), request.split, request.path)
     path = request.path / _XM3600 if request.path.is_dir() else request.path
     names, rows = [], []
@@ -31,7 +35,9 @@ def list_xm3600(request: Request) -> Listing:
             if isinstance(value, dict) and "caption" in value:
                 texts = texts_in(value["caption"], f"{path}, line {number}, {language!r}")
                 rows += [Row(text, (name,), number, language) for text in texts]
-    return listing_of_files(names, _pictures(request, path.parent), rows=rows, files=(path,))
+    return listing_of_files(
+        names, _pictures(request, path.parent), rows=rows, files=(path,), translated=False
+    )
 
 
 def is_xtd10(path: Path) -> bool:

@@ -4,15 +4,18 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float64, Int, Int64
 from matplotlib.figure import Figure
+
+MOST_CLASSES = 1000
+"""With more, a class would be narrower than two dots of the plot, and could not be told apart."""
 
 _MOST_NAMES = 120  # beyond so many, names are too small to read
 _LONGEST_NAME = 26
 
 
 def confusion_png(
-    confusion: Int[np.ndarray, "classes classes"], names: Sequence[str], *, title: str
+    confusion: Int64[np.ndarray, "found 3"], names: Sequence[str], *, title: str
 ) -> bytes:
     """Draw the shares of each class's pictures that were given each class; return a PNG.
 
@@ -20,13 +23,12 @@ def confusion_png(
     120 classes none is shown.
 
     Args:
-        confusion: Number of pictures by right class (rows) and given class (columns).
-        names: What to call the classes.
+        confusion: Rows (right class, given class, pictures), each pair of classes once.
+        names: What to call the classes; at most `MOST_CLASSES` of them.
         title: Stands over the plot.
     """
-    count = len(confusion)
-    pictures = confusion.sum(axis=1)
-    shares = 100 * confusion / np.maximum(pictures, 1)[:, None]
+    count = len(names)
+    pictures, shares = _shares(confusion, count)
     side = float(np.clip(3 + 0.14 * count, 6, 26))  # so that names are read at a page's width
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()
@@ -43,7 +45,7 @@ def confusion_png(
         axes.grid(which="minor", color="#dddddd", linewidth=0.4)
         axes.tick_params(which="minor", length=0)
     if 1 < count <= 20:
-        for row, column in np.argwhere(confusion > 0).tolist():
+        for row, column in np.argwhere(shares > 0).tolist():
             axes.text(
                 column, row, f"{shares[row, column]:.0f}", fontsize=8,
                 ha="center", va="center",
@@ -53,6 +55,16 @@ def confusion_png(
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight")
     return buffer.getvalue()
+
+
+def _shares(
+    confusion: Int64[np.ndarray, "found 3"], count: int
+) -> tuple[Int[np.ndarray, " classes"], Float64[np.ndarray, "classes classes"]]:
+    """Return how many pictures each class has, and what % of them was given each class."""
+    matrix = np.zeros((count, count), np.int64)
+    matrix[confusion[:, 0], confusion[:, 1]] = confusion[:, 2]
+    pictures = matrix.sum(axis=1)
+    return pictures, 100 * matrix / np.maximum(pictures, 1)[:, None]
 
 
 def _shown(name: str, number: int) -> str:

@@ -1,0 +1,48 @@
+"""The record of a run has what was asked for, as it was given."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import vlm
+from tests.builders import make_samples, write_split
+from vlm.bulk_embedding import BulkEmbedder
+from vlm.reports.retrieval_run import RetrievalRun, ScoredBenchmark
+from vlm.retrieval.evaluation import evaluate_with_protocol
+from vlm.retrieval.sources import RetrievalSource, open_source, sources_of
+
+
+@pytest.fixture
+def record_of(embedder, tmp_path, monkeypatch):
+    write_split(tmp_path / "data", make_samples(12), split="test")
+    monkeypatch.chdir(tmp_path)
+
+    def record(source):
+        (asked,) = sources_of([source], folder_split="test")
+        opened = open_source(asked, languages=embedder.languages)
+        evaluation = evaluate_with_protocol(BulkEmbedder(embedder), opened.pairs)
+        scored = ScoredBenchmark(source=opened, evaluation=evaluation)
+        run = RetrievalRun(bundle="b", benchmarks={asked.name: scored})
+        return json.loads(json.dumps(run.as_record()))
+
+    return record
+
+
+def test_a_run_names_the_version_and_what_was_asked_for(record_of):
+    source = RetrievalSource(
+        path=Path("data"), name="mine", languages=("en",), where=["source!=photo"]
+    )
+    record = record_of(source)
+    assert (record["bundle"], record["vlm"]) == ("b", vlm.__version__)
+    assert record["benchmarks"]["mine"]["source"] == {
+        "path": "data", "name": "mine", "kind": None, "split": "test", "images": None,
+        "languages": ["en"], "where": ["source!=photo"], "duplicates": None, "lower_case": None,
+        "allowed_share": None,
+    }  # fmt: skip
+
+
+def test_what_was_not_given_is_none_in_the_record(record_of):
+    (scored,) = record_of("x=data")["benchmarks"].values()
+    given = {name: value for name, value in scored["source"].items() if value is not None}
+    assert given == {"path": "data", "name": "x", "split": "test"}

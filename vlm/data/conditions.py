@@ -1,0 +1,67 @@
+"""Which samples are meant: conditions on their source, their concept and their labels."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from vlm.data.sample import Sample
+from vlm.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Condition:
+    """What a sample must be; what it has nothing of is taken for empty."""
+
+    key: str
+    """`source`, `concept` or the name of a label."""
+    value: str
+    equal: bool
+    """Whether the sample's must be this value, or any other."""
+
+    def __call__(self, sample: Sample) -> bool:
+        """Say whether a sample meets it."""
+        return (_values_of(sample).get(self.key, "") == self.value) == self.equal
+
+
+def parse_condition(text: str) -> Condition:
+    """Read `KEY=VALUE` or `KEY!=VALUE`; the key is `source`, `concept` or one of the labels.
+
+    Raises:
+        DataError: the text is no such condition.
+    """
+    key, sign, value = text.partition("=")
+    equal, key = not key.endswith("!"), key.removesuffix("!")
+    if not (key and sign and value):
+        raise DataError(f"{text!r} is not a condition; expected KEY=VALUE or KEY!=VALUE")
+    return Condition(key=key, value=value, equal=equal)
+
+
+def samples_where(
+    samples: Iterable[Sample], where: Sequence[str], *, name: str
+) -> Iterator[Sample]:
+    """Give the samples that meet all conditions.
+
+    Args:
+        samples: Those to choose from.
+        where: Conditions such as `source=noto` or `group!=flags`.
+        name: What to call the samples in an error.
+
+    Raises:
+        DataError: a condition is not one; or, after the last sample, one asks for a key that no
+            sample has.
+    """
+    conditions = [parse_condition(text) for text in where]
+    keys: dict[str, None] = {}
+    for sample in samples:
+        keys |= dict.fromkeys(_values_of(sample))
+        if all(holds(sample) for holds in conditions):
+            yield sample
+    for condition, text in zip(conditions, where, strict=True):
+        if condition.key not in keys:
+            raise DataError(
+                f"no sample of {name} has {condition.key!r}, which {text!r} asks for; expected one "
+                f"of {', '.join(keys)}"
+            )
+
+
+def _values_of(sample: Sample) -> dict[str, str]:
+    return {"source": sample.source, "concept": sample.concept, **sample.labels}

@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import vlm
 from tests.builders import make_samples, write_split
 from vlm.cli.main import VERBS, main
+from vlm.errors import VlmError
 
 
 @pytest.fixture(autouse=True)
@@ -289,15 +291,15 @@ def test_missing_or_contradicting_options_are_named(capsys, words, said):
     assert said in complaint(capsys, *words)
 
 
-def test_a_fault_of_the_system_is_told_without_its_number_and_the_file_once(
-    capsys, an_empty_folder
-):
-    write_split(an_empty_folder / "data", make_samples(2), split="train")
-    (shard,) = (an_empty_folder / "data").rglob("*.tar")
-    shard.unlink()
-    shard.mkdir()
-    said = complaint(capsys, "tokenizer", "train", "--zh", "data", "--out", "x")
-    assert said == f"shard data/{shard.name} cannot be read: Is a directory"
+def test_a_fault_of_the_system_is_told_without_its_number_and_the_file_once(capsys, monkeypatch):
+    def read(_):
+        try:
+            Path("gone").read_text(encoding="utf-8")
+        except OSError as error:
+            raise VlmError(f"cannot read gone: {error}") from error
+
+    monkeypatch.setattr("vlm.cli.main._run", read)
+    assert complaint(capsys) == "cannot read gone: No such file or directory"
 
 
 def test_results_go_to_stdout(capsys, an_empty_folder):

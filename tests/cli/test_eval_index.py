@@ -128,7 +128,7 @@ def test_losses_are_told_on_stderr(capsys, words):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--memory", "much"], "memory is 'much'; expected a size such as 512MiB"),
+        (["--memory", "much"], "memory is 'much'; expected a number of bytes above 0"),
         (["--memory", "1KiB"], "fits into 1024 bytes; expected at least"),
         (["--target_recall", "1.5"], "target_recall is 1.5; expected more than 0"),
         (["--sweep"], "found sweep, which a table does not show; expected --out or --json"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vlm.bulk_embedding import BulkEmbedder
-from vlm.reports.document import Examples, Table, as_markdown, write_report
+from vlm.reports.document import Bullets, Examples, Table, as_markdown, write_report
 from vlm.reports.retrieval_examples import MISSED_BEYOND, _text_example, drawn_examples
 from vlm.reports.retrieval_report import retrieval_document, retrieval_sections
 from vlm.reports.retrieval_run import RetrievalRun, ScoredBenchmark, format_run
@@ -68,6 +68,11 @@ def test_the_tables_hold_what_was_measured(run):
     assert len(indexes.rows) == 5  # both directions in two languages, and pictures alone
 
 
+def test_the_report_says_where_benchmarks_were_read_from(run, data_folder):
+    (said,) = blocks_of(retrieval_sections(run), "What was asked, and how it was read", Bullets)
+    assert f"both: data folder, {data_folder}; split test." in said.items
+
+
 def test_examples_can_be_shown_of_some_benchmarks(run):
     sections = retrieval_sections(run, examples_of=["chinese alone"])
     assert sum(section.title.startswith("Found and missed") for section in sections) == 1
@@ -88,7 +93,7 @@ def test_the_record_is_json_without_vectors(run):
     both = record["benchmarks"]["both"]
     assert both.keys() == {
         "scores", "intervals", "agreement", "cosines", "questions", "reading", "kind", "split",
-        "indexes",
+        "source", "indexes",
     }  # fmt: skip
     assert both["indexes"]["comparisons"][0]["factory"] == "HNSW8"
     assert "HNSW8" in format_run(run)

@@ -27,6 +27,7 @@ class TableEmbedder(Embedder):
 
     def __init__(self, table):
         self.table = table
+        self.embed_dim = len(next(iter(table.values())))
 
     def encode_text(self, texts, **_):
         return np.stack([self.table[text] for text in texts])

@@ -92,7 +92,8 @@ def test_rows_say_what_the_comparisons_do(report):
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ({"memory": "much"}, "memory is 'much'; expected a size such as 512MiB or 2GB"),
+        ({"memory": "much"}, "memory is 'much'; expected a number of bytes above 0"),
+        ({"memory": "0"}, "memory is '0'; expected a number of bytes above 0"),
         ({"target_recall": 0.0}, "target_recall is 0.0; expected more than 0 and up to 1"),
         ({"target_recall": 1.5}, "target_recall is 1.5; expected more than 0 and up to 1"),
         ({"factories": ()}, "no index is to be compared; expected some, such as auto"),

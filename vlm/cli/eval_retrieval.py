@@ -31,7 +31,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options of `vlm eval retrieval`."""
     parser.add_argument(
         "--config", action=SourcesFile,
-        help="YAML file with these options, such as configs/evaluate/five_benchmarks.yaml",
+        help="YAML file with these options, such as configs/evaluate/five_benchmarks.yaml; "
+        "the bundle stays on the command line",
     )  # fmt: skip
     parser.add_argument("bundle", type=Path, help="folder of the bundle to score")
     add_source_arguments(parser, many=True)

@@ -177,11 +177,7 @@ def _questions(run: RetrievalRun) -> Section:
         for name, scored in run.benchmarks.items()
     )
     transform = ", ".join(f"{key} {value}" for key, value in reading.transform.items())
-    found = [
-        without_code(f"{name}: {_findings(scored)}.")
-        for name, scored in run.benchmarks.items()
-        if scored.source.findings
-    ]
+    files = [without_code(f"{name}: {_files(scored)}.") for name, scored in run.benchmarks.items()]
     return Section(
         title="What was asked, and how it was read",
         blocks=[
@@ -192,15 +188,21 @@ def _questions(run: RetrievalRun) -> Section:
                 f"{reading.embed_dim} numbers.",
                 f"Texts of at most {reading.context_length} tokens; cut were {cut}.",
                 f"Pictures: {transform}.",
-                *found,
+                *files,
             ]),
         ],
     )  # fmt: skip
 
 
-def _findings(scored: ScoredBenchmark) -> str:
-    """Return what was found in a benchmark's files, in words."""
-    parts = []
+def _files(scored: ScoredBenchmark) -> str:
+    """Return in words where a benchmark was read from, how, and what was found in its files."""
+    settings = scored.source.source.as_record()
+    parts = [f"{scored.source.kind}, {settings.pop('path')}"]
+    for name, value in settings.items():
+        given = value is not None and value is not False and value not in ("", [], ())
+        if given and name not in ("name", "kind"):
+            said = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            parts.append(f"{name.replace('_', ' ')} {said}")
     for name, value in scored.source.findings.items():
         if isinstance(value, int):
             parts.append(f"{value:,} {name.replace('_', ' ')}")

@@ -166,9 +166,13 @@ def bytes_in(size: str) -> int:
         ConfigError: it is none.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", size.strip(), re.IGNORECASE)
-    if not found:
-        raise ConfigError(f"memory is {size!r}; expected a size such as 512MiB or 2GB")
-    return int(float(found[1]) * _UNITS[(found[2] or "").upper()])
+    count = int(float(found[1]) * _UNITS[(found[2] or "").upper()]) if found else 0
+    if not count:
+        raise ConfigError(
+            f"memory is {size!r}; expected a number of bytes above 0, or one with KB, MB, GB, KiB, "
+            "MiB or GiB, such as 512MiB"
+        )
+    return count
 
 
 def _row(each: Comparison) -> list[str]:

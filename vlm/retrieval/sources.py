@@ -50,16 +50,16 @@ class RetrievalSource:
     """Of a benchmark: share of pictures and captions that may be missing or damaged; by default
     0.01."""
 
+    def __post_init__(self) -> None:
+        if self.allowed_share is not None and not 0 <= self.allowed_share <= 1:
+            raise ConfigError(f"allowed_share is {self.allowed_share}; expected a share in [0, 1]")
+
     def as_record(self) -> dict[str, Any]:
         """Return the settings as plain values, for JSON; None for what was not given."""
         return {
             name: str(value) if isinstance(value, Path) else value
             for name, value in asdict(self).items()
         }
-
-    def __post_init__(self) -> None:
-        if self.allowed_share is not None and not 0 <= self.allowed_share <= 1:
-            raise ConfigError(f"allowed_share is {self.allowed_share}; expected a share in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 
 from tests.builders import THINGS, encoded, picture
 from vlm.cli.evaluation_sources import SourcesFile, add_source_arguments, sources
+from vlm.cli.main import main
 from vlm.errors import ConfigError, DataError
 from vlm.retrieval.evaluation import evaluate_retrieval
 from vlm.retrieval.sources import open_source
@@ -90,6 +91,24 @@ def test_one_file_asks_all_five_published_benchmarks(five, embedder):
         assert not any(text != text.lower() for text in texts.texts)
         scores = evaluate_retrieval(embedder, found.pairs)
         assert scores[f"{language}/text_to_image/recall@10"] == 1
+
+
+def test_one_command_scores_all_five(five, bundle, tmp_path, capsys):
+    words = [
+        "eval",
+        "retrieval",
+        str(bundle),
+        "--config",
+        str(FIVE),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert main(words) == 0
+    assert main(["eval", "table", str(tmp_path / "run"), "--published", "muge,coco-cn"]) == 0
+    said = capsys.readouterr().out
+    for name in ("MUGE", "COCO-CN", "Flickr30k-CN", "Flickr30k", "COCO"):
+        assert f"### {name}, " in said
+    assert "published" in said
 
 
 def test_the_file_allows_no_missing_picture(five, embedder):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
+from jsonargparse import ActionConfigFile, ArgumentParser
 
 from vlm.data.benchmarks.benchmark import DuplicatePolicy
 from vlm.errors import ConfigError
@@ -124,7 +124,8 @@ class SourcesFile(ActionConfigFile):
                 if not isinstance(record.get(key, False), bool):
                     found = f"{values}: {key} is {record[key]!r}"
                     raise ConfigError(f"{found}; expected true or false")
-        super().__call__(parser, namespace, values, option_string)  # type: ignore[no-untyped-call]
+        reading: Any = super()  # which carries no types
+        reading.__call__(parser, namespace, values, option_string)
 
 
 def _check_lists(record: Mapping[str, Any], *, name: str) -> None:

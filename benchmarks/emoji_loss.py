@@ -99,7 +99,7 @@ def train(name: str, flags: Sequence[str], folder: Path, options: argparse.Names
 
 def score(folder: Path) -> dict[str, Any]:
     """Return a run's last loss and the retrieval scores of its bundle."""
-    from vlm.embedder import Embedder
+    from vlm.embedding.embedder import Embedder
     from vlm.quickstart import score_benchmarks
 
     embedder = Embedder.load(folder / "bundle", device="cpu")

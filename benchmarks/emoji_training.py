@@ -51,7 +51,7 @@ class OpenClipEmbedder:
         self.tokenizer = open_clip.get_tokenizer(MODEL_NAME)
 
     def encode_image(self, images: Sequence[bytes], *, show_progress_bar: bool = False) -> Any:
-        """Return one float32 unit vector a picture."""
+        """Return one float32 unit vector an image."""
         import torch
 
         from vlm.images.decoding import decode_image
@@ -97,15 +97,15 @@ def train_vlm(folder: Path, *, seed: int, steps: int | None, threads: int) -> di
     return measured | {"config": config, "samples": samples, "pairs": pairs, "flags": flags}
 
 
-def write_pictures(folder: Path) -> list[list[str]]:
-    """Write the training pictures as PNG files; return a row (file, caption) for each pair."""
+def write_images(folder: Path) -> list[list[str]]:
+    """Write the training images as PNG files; return a row (file, caption) for each pair."""
     from vlm.data.dataset import ShardedSplit
     from vlm.images.decoding import decode_image
 
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     rows = []
     for i, sample in enumerate(ShardedSplit(DATA, "train")):
-        path = folder / "pictures" / f"{i:05}.png"
+        path = folder / "images" / f"{i:05}.png"
         decode_image(sample.image).save(path)
         rows += [[str(path), sample.captions[language][0]] for language in LANGUAGES]
     return rows
@@ -133,7 +133,7 @@ class OpenClipTrainer:
 
         assert config["precision"] == "fp32", "the trainers' bfloat16 modes are not the same"
         self.folder, self.config, self.options = folder, config, options
-        self.rows = write_pictures(folder)
+        self.rows = write_images(folder)
         self.sizes = {"context_length": smallest_context(), "vocab_size": CLIP_BPE_SIZE}
         model_cfg = {key: config["model"][key] for key in ("embed_dim", "vision_cfg")}
         model_cfg["text_cfg"] = config["model"]["text_cfg"] | self.sizes
@@ -203,7 +203,7 @@ def scored(run: Mapping[str, Any], embedder: Any) -> dict[str, Any]:
 
 def compare(options: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Train and score both, once a seed; return the runs of each."""
-    from vlm.embedder import Embedder
+    from vlm.embedding.embedder import Embedder
 
     runs: dict[str, list[dict[str, Any]]] = {"vlm": [], "open_clip": []}
     trainer, threads = None, options.threads

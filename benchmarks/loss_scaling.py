@@ -61,7 +61,7 @@ class Batch:
 
     @property
     def block(self) -> int:
-        """Similarities of one rank's pictures with all ranks' texts."""
+        """Similarities of one rank's images with all ranks' texts."""
         return self.rows * self.rows * self.world
 
     @property
@@ -75,7 +75,7 @@ class Cost:
     """What one step costs a rank, forward and backward."""
 
     candidates: int
-    """Texts that a picture is compared with."""
+    """Texts that an image is compared with."""
     units: float
     """FLOPs of matrix products, in U."""
     feature_bytes: int
@@ -147,14 +147,14 @@ def messages(
         dtype_named(name).itemsize if name else FLOAT
         for name in (plan.wire_dtype, plan.gradient_wire_dtype)
     )
-    # Texts travel along columns, of as many ranks as the mesh has rows; pictures along rows.
+    # Texts travel along columns, of as many ranks as the mesh has rows; images along rows.
     for ranks in mesh:
         if ranks == 1:
             continue
         others = (ranks - 1) * batch.rows
         yield "all-gather", others * batch.dim * wire
         yield "reduce-scatter", others * batch.dim * gradient_wire
-        if ids:  # of the sample, the picture and the caption
+        if ids:  # of the sample, the image and the caption
             yield "all-gather", others * 3 * INTEGER
         yield from merges(ranks, batch.rows, *statistics_kept(plan, ids=ids))
 

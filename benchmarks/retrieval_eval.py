@@ -38,7 +38,7 @@ CN_CLIP_TEXTS = (100, 600)
 
 
 def features(options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return unit vectors of texts and pictures, and the pairs; captions follow each other."""
+    """Return unit vectors of texts and images, and the pairs; captions follow each other."""
     rng = np.random.default_rng(0)
     images = unit(rng.standard_normal((options.images, options.dim), dtype=np.float32))
     owner = np.arange(options.texts) * options.images // options.texts
@@ -73,8 +73,8 @@ def our_recalls(
     texts: np.ndarray, images: np.ndarray, pairs: np.ndarray, *, both: bool
 ) -> list[float]:
     """Score with our ranks."""
-    from vlm.retrieval.metrics import recall_at
-    from vlm.retrieval.ranks import exact_ranks, exact_ranks_both
+    from vlm.evaluation.retrieval.metrics import recall_at
+    from vlm.evaluation.retrieval.ranks import exact_ranks, exact_ranks_both
 
     if both:
         sides = exact_ranks_both(texts, images, pairs, device="cpu")
@@ -262,8 +262,8 @@ def rank_large(rank: int, folder: str, processes: int, queries: int | None) -> N
     import torch.distributed as dist
 
     from vlm.distributed.groups import world_group
-    from vlm.retrieval.metrics import median_rank
-    from vlm.retrieval.ranks import exact_ranks_both
+    from vlm.evaluation.retrieval.metrics import median_rank
+    from vlm.evaluation.retrieval.ranks import exact_ranks_both
 
     torch.set_num_threads(1)
     if processes > 1:
@@ -299,7 +299,7 @@ def markdown(results: dict[str, Any]) -> str:
     if "large" in results:
         row = results["large"]
         lines += [
-            f"{row['images']:,} pictures x {row['queries']:,} of {row['texts']:,} texts x "
+            f"{row['images']:,} images x {row['queries']:,} of {row['texts']:,} texts x "
             f"{row['dim']}, {row['processes']} processes of one thread: {row['wall_s']:.0f} s, "
             f"{row['cpu_s']:.0f} CPU s, {row['own_memory_mib']:,.0f} MiB of own memory a process, "
             f"of which {row['added_mib']:,.0f} MiB added by ranking.",
@@ -347,7 +347,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--texts", type=int, default=25_010)
     parser.add_argument("--dim", type=int, default=512)
-    parser.add_argument("--signal", type=float, default=0.15, help="of its picture in a caption")
+    parser.add_argument("--signal", type=float, default=0.15, help="of its image in a caption")
     parser.add_argument("--threads", type=int, default=1, help="of each system")
     parser.add_argument("--mapped", action="store_true", help="every system maps the features")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each system")

@@ -115,9 +115,9 @@ def dictionary_vectors(path: Path, *, width: int = 128) -> None:
 
 def score(bundle: Path) -> dict[str, float]:
     """Return the mean recall of a bundle by split and language."""
-    from vlm.embedder import Embedder
-    from vlm.retrieval.evaluation import evaluate_retrieval
-    from vlm.retrieval.pairs import pairs_of_split
+    from vlm.embedding.embedder import Embedder
+    from vlm.evaluation.retrieval.evaluation import evaluate_retrieval
+    from vlm.evaluation.retrieval.pairs import pairs_of_split
 
     embedder = Embedder.load(bundle, device="cpu")
     result = {}

@@ -1,4 +1,4 @@
-"""Small real inputs for tests: pictures, samples, a data folder, a tokenizer, a model, a bundle.
+"""Small real inputs for tests: images, samples, a data folder, a tokenizer, a model, a bundle.
 
 Everything here is a function of its arguments: two calls give the same bytes.
 """
@@ -42,7 +42,7 @@ THING_TEXTS = {"zh": [zh for _, zh in THINGS] * 3, "en": [en for en, _ in THINGS
 """The same captions by language, each three times, as tokenizers are trained on them."""
 
 IMAGE_SIZE = 32
-"""Side of the tiny model's pictures."""
+"""Side of the tiny model's images."""
 
 TINY_MODEL = ModelConfig(
     embed_dim=32,
@@ -52,8 +52,8 @@ TINY_MODEL = ModelConfig(
 """Well under a million weights; builds in a fraction of a second and needs no download."""
 
 
-def picture(number: int, *, size: tuple[int, int] = (40, 40)) -> Image.Image:
-    """Draw an RGB picture whose colours and shape follow from its number."""
+def make_image(number: int, *, size: tuple[int, int] = (40, 40)) -> Image.Image:
+    """Draw an RGB image whose colours and shape follow from its number."""
     hue = (number * 0.381966) % 1
     back, front = (
         tuple(round(255 * part) for part in colorsys.hsv_to_rgb(turn % 1, 0.7, 0.9))
@@ -66,19 +66,19 @@ def picture(number: int, *, size: tuple[int, int] = (40, 40)) -> Image.Image:
 
 
 def encoded(image: Image.Image, file_format: str = "PNG", **options: object) -> bytes:
-    """Return the bytes of a picture file."""
+    """Return the bytes of an image file."""
     buffer = io.BytesIO()
     image.save(buffer, file_format, **options)
     return buffer.getvalue()
 
 
 def make_sample(number: int, *, prefix: str = "sample", **changes: object) -> Sample:
-    """Make sample `number`: its own picture, and the captions of concept `number % 12`."""
+    """Make sample `number`: its own image, and the captions of concept `number % 12`."""
     en, zh = THINGS[number % len(THINGS)]
     fields: dict[str, object] = {
         "uid": f"{prefix}-{number:04d}",
-        "image": encoded(picture(number)),
-        "captions": {"en": [en, f"a picture of a {en}"], "zh": [zh, f"{zh}的图片"]},
+        "image": encoded(make_image(number)),
+        "captions": {"en": [en, f"an image of a {en}"], "zh": [zh, f"{zh}的图片"]},
         "concept": f"thing-{number % len(THINGS)}",
         "source": ("drawing", "photo")[number // len(THINGS) % 2],
         "licence": "CC0-1.0",

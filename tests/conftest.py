@@ -58,6 +58,6 @@ def bundle(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def embedder(bundle):
-    from vlm.embedder import Embedder
+    from vlm.embedding.embedder import Embedder
 
     return Embedder.load(bundle, device="cpu")

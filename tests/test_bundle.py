@@ -16,14 +16,14 @@ from tests.builders import (
     THINGS,
     TINY_MODEL,
     encoded,
-    picture,
+    make_image,
     tiny_bundle,
     tiny_model,
     tiny_tokenizer,
 )
 from vlm.bundle import load_bundle, save_bundle, store_calibration
 from vlm.calibration import Calibration
-from vlm.embedder import Embedder
+from vlm.embedding.embedder import Embedder
 from vlm.errors import CheckpointError, TokenizerError, VlmError
 from vlm.images.transforms import PreprocessConfig, preprocess_cfg
 from vlm.models.build import build_encoder, build_from_config, encoder_model_cfg
@@ -54,7 +54,7 @@ def no_network(monkeypatch):
 
 
 def pixels(bundle, count=6):
-    return torch.stack([bundle.transform(picture(number)) for number in range(count)])
+    return torch.stack([bundle.transform(make_image(number)) for number in range(count)])
 
 
 def save(folder, model, tokenizer, **changes):
@@ -92,8 +92,8 @@ def test_the_transform_is_the_one_that_was_saved(tmp_path):
     changes = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "resize_mode": "squash"}
     save(tmp_path / "bundle", tiny_model(tokenizer), tokenizer, **changes)
     transform = load_bundle(tmp_path / "bundle").transform
-    tensor = transform(picture(0, size=(64, 32)))
-    resized = picture(0, size=(64, 32)).resize((32, 32), resample=3)
+    tensor = transform(make_image(0, size=(64, 32)))
+    resized = make_image(0, size=(64, 32)).resize((32, 32), resample=3)
     expected = torch.tensor(list(resized.tobytes())).view(32, 32, 3).permute(2, 0, 1)
     torch.testing.assert_close(tensor, (expected / 255 - 0.5) / 0.25)
 
@@ -196,7 +196,7 @@ def test_open_clip_reads_a_bundle_and_gives_the_same_features(folder):
     bundle = load_bundle(folder)
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     model.eval()
-    image = picture(1, size=(60, 40))
+    image = make_image(1, size=(60, 40))
     assert transform(image).equal(bundle.transform(image))
     images = pixels(bundle)
     features = F.normalize(model.encode_image(images), dim=-1)
@@ -329,7 +329,7 @@ def test_reading_asks_for_no_network_even_for_a_tower_that_began_with_published_
 
     change_json(copy / "open_clip_config.json", pretend)
     embedder = Embedder.load(copy, device="cpu")
-    assert embedder.encode_image([encoded(picture(0))]).shape == (1, 32)
+    assert embedder.encode_image([encoded(make_image(0))]).shape == (1, 32)
 
 
 def test_weights_are_stored_as_float32_under_open_clips_names(folder):

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.builders import THINGS, encoded, picture, tiny_bundle
+from tests.builders import THINGS, encoded, make_image, tiny_bundle
 from vlm.bundle import load_bundle, store_calibration
 from vlm.calibration import Calibration, calibration_from_record
-from vlm.embedder import Embedder
+from vlm.embedding.embedder import Embedder
 from vlm.errors import CheckpointError, VlmError
 
 MAP = Calibration(
@@ -141,7 +141,7 @@ def test_what_is_no_bundle_takes_no_calibration(tmp_path):
 def test_match_probability_is_the_map_of_the_cosines(calibrated):
     embedder = Embedder.load(calibrated, device="cpu")
     texts = embedder.encode_text([en for en, _ in THINGS])
-    images = embedder.encode_image([encoded(picture(number)) for number in range(5)])
+    images = embedder.encode_image([encoded(make_image(number)) for number in range(5)])
     found = embedder.match_probability(texts, images)
     assert found.shape == (12, 5)
     assert found.dtype == np.float32

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlm.embedder import Embedder
+    from vlm.embedding.embedder import Embedder
     from vlm.errors import VlmError
-    from vlm.retrieval.evaluation import evaluate_retrieval
+    from vlm.evaluation.retrieval.evaluation import evaluate_retrieval
     from vlm.text.tokenizer import Tokenizer, load_tokenizer
 
 __version__ = "0.1.0"
@@ -26,10 +26,10 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Embedder": "vlm.embedder",
+    "Embedder": "vlm.embedding.embedder",
     "Tokenizer": "vlm.text.tokenizer",
     "VlmError": "vlm.errors",
-    "evaluate_retrieval": "vlm.retrieval.evaluation",
+    "evaluate_retrieval": "vlm.evaluation.retrieval.evaluation",
     "load_tokenizer": "vlm.text.tokenizer",
 }
 
@@ -37,8 +37,8 @@ _HOMES = {
 def load(
     folder: str | Path, *, device: str | None = None, truncate_dim: int | None = None
 ) -> "Embedder":
-    """Read a bundle; see `vlm.embedder.Embedder.load`."""
-    from vlm.embedder import Embedder
+    """Read a bundle; see `vlm.embedding.embedder.Embedder.load`."""
+    from vlm.embedding.embedder import Embedder
 
     return Embedder.load(folder, device=device, truncate_dim=truncate_dim)
 

@@ -36,7 +36,7 @@ _OUR_SCALE, _OPEN_CLIP_SCALE = "log_logit_scale", "logit_scale"
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """A trained model with the tokenizer and picture transform it was trained with."""
+    """A trained model with the tokenizer and image transform it was trained with."""
 
     model: DualEncoder | MultiwayEncoder
     tokenizer: Tokenizer
@@ -46,16 +46,16 @@ class Bundle:
     model_cfg: Mapping[str, Any]
     """open_clip's description of the model, or that of a multiway one: see `build_encoder`."""
     preprocess_cfg: Mapping[str, Any]
-    """open_clip's description of the picture transform."""
+    """open_clip's description of the image transform."""
     first_new_id: int | None = None
     """The first id whose row of the embedding has not been trained yet; None where all have."""
     truncate_dims: tuple[int, ...] = ()
     """Widths at which features cut to their first numbers were trained as well (Matryoshka)."""
     calibration: Calibration | None = None
-    """What the cosine of a text and a picture says of a match; None where it was not fitted."""
+    """What the cosine of a text and an image says of a match; None where it was not fitted."""
     fingerprint: str
     """SHA-256 of all that vectors depend on: the weights, the descriptions of the model and of the
-    picture transform, the tokenizer. Two bundles with one fingerprint give the same embeddings."""
+    image transform, the tokenizer. Two bundles with one fingerprint give the same embeddings."""
 
 
 def save_bundle(
@@ -75,7 +75,7 @@ def save_bundle(
         folder: Where to; a bundle already there is replaced.
         model: The model whose weights are written, as float32.
         model_cfg: The description from which `build_encoder` builds the model.
-        preprocess_cfg: open_clip's description of the picture transform.
+        preprocess_cfg: open_clip's description of the image transform.
         tokenizer: The tokenizer the model was trained with.
         languages: Languages of the training captions.
         first_new_id: The first id of a grown vocabulary, where its rows are not trained yet.

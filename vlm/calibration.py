@@ -1,4 +1,4 @@
-"""`Calibration`: a bundle's map from the cosine of a text and a picture to a probability."""
+"""`Calibration`: a bundle's map from the cosine of a text and an image to a probability."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -13,7 +13,7 @@ from vlm.errors import VlmError
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """How probable it is that a text and a picture match, by their cosine.
+    """How probable it is that a text and an image match, by their cosine.
 
     The map is linear between its knots and constant beyond the first and the last.
 
@@ -60,7 +60,7 @@ class Calibration:
         """Return the probability in (0, 1) that a pair with such a cosine matches.
 
         Args:
-            cosines: Cosines of texts with pictures.
+            cosines: Cosines of texts with images.
             prior: Share of matching pairs among those asked about; None for the one fitted with.
                 By Bayes' rule the odds of a match grow in proportion to the odds of the prior.
 

@@ -10,7 +10,7 @@ class ConfigError(VlmError):
 
 
 class DataError(VlmError):
-    """A shard, manifest, caption or picture is missing, damaged or not what it claims to be."""
+    """A shard, manifest, caption or image is missing, damaged or not what it claims to be."""
 
 
 class TokenizerError(VlmError):

@@ -1,4 +1,4 @@
-"""The quickstart: train on the emoji pictures, score and index what was held out, report."""
+"""The quickstart: train on the emoji images, score and index what was held out, report."""
 
 import json
 import os
@@ -11,11 +11,15 @@ from pathlib import Path
 
 import torch
 
-from vlm.bulk_embedding import BulkEmbedder
 from vlm.data.dataset import ShardedSplit
 from vlm.data.sample import Sample
-from vlm.embedder import Embedder
+from vlm.embedding.bulk import BulkEmbedder
+from vlm.embedding.embedder import Embedder
+from vlm.embedding.parts import images_in_split, read_embeddings, write_embeddings
 from vlm.errors import ConfigError
+from vlm.evaluation.indexes.comparison import IndexPlan
+from vlm.evaluation.retrieval.evaluation import evaluate_with_protocol
+from vlm.evaluation.retrieval.sources import RetrievalSource, open_source
 from vlm.files import write_file
 from vlm.reports.document import (
     Bullets,
@@ -27,19 +31,15 @@ from vlm.reports.document import (
     Section,
     write_report,
 )
-from vlm.reports.examples import Answer, Example, FoundPicture
+from vlm.reports.examples import Answer, Example, FoundImage
 from vlm.reports.results import RECORD_NAME
 from vlm.reports.retrieval_report import retrieval_sections
 from vlm.reports.retrieval_run import RetrievalRun, ScoredBenchmark
-from vlm.retrieval.evaluation import evaluate_with_protocol
-from vlm.retrieval.index_comparison import IndexPlan
-from vlm.retrieval.sources import RetrievalSource, open_source
-from vlm.search.embeddings import pictures_in_split, read_embeddings, write_embeddings
+from vlm.reports.training_plots import loss_png, recall_png
 from vlm.search.index import VectorIndex
 from vlm.search.search_index import build_search_index
 from vlm.text.caption_ids import text_id
 from vlm.training.config import TrainConfig
-from vlm.training.plots import loss_png, recall_png
 from vlm.training.run import BUNDLE_NAME, CONFIG_NAME, train
 
 SEARCHED_SPLIT = "test_style"
@@ -61,7 +61,7 @@ FREE_QUERIES = (
 """Questions that are nobody's caption, for the contact sheet."""
 
 _INDEX = "HNSW32"  # approximate search, to show what it costs
-_PICTURES_PER_QUERY = 5
+_IMAGES_PER_QUERY = 5
 
 
 def run_quickstart(config: TrainConfig) -> tuple[Path, RetrievalRun]:
@@ -86,8 +86,8 @@ def run_quickstart(config: TrainConfig) -> tuple[Path, RetrievalRun]:
     scored = RetrievalRun(bundle=str(bundle), benchmarks=score_benchmarks(embedder, data))
     record = json.dumps(scored.as_record(), indent=1, ensure_ascii=False)
     write_file(folder / RECORD_NAME, (record + "\n").encode())
-    pictures = pictures_in_split(data, SEARCHED_SPLIT)
-    write_embeddings(embedder, pictures, folder / "embeddings", bundle=bundle)
+    images = images_in_split(data, SEARCHED_SPLIT)
+    write_embeddings(embedder, images, folder / "embeddings", bundle=bundle)
     build_search_index(folder / "embeddings", folder / "index")
     return write_report(folder, _document(config, embedder, scored, seconds)), scored
 
@@ -140,13 +140,13 @@ def _worked_examples(config: TrainConfig, embedder: Embedder) -> Examples:
     questions += [(query, "") for query in FREE_QUERIES]
     items = []
     for texts, concept in questions:
-        hits = index.search(embedder.encode_text(list(texts.values())), _PICTURES_PER_QUERY)
+        hits = index.search(embedder.encode_text(list(texts.values())), _IMAGES_PER_QUERY)
         answers = [
             Answer(
                 language=language,
                 query=text,
                 found=[
-                    FoundPicture(
+                    FoundImage(
                         image=samples[place].image,
                         correct=samples[place].concept == concept,
                         cosine=cosine,
@@ -223,7 +223,7 @@ def _summary(config: TrainConfig, embedder: Embedder, seconds: float) -> list[Pa
             "their names, among"
         ),
         Bullets([
-            f"`test_style`: a drawing style that training never saw, {gallery:,} pictures of "
+            f"`test_style`: a drawing style that training never saw, {gallery:,} images of "
             "concepts that it knows from other styles; picking at random finds "
             f"{1 / gallery:.2%} at rank 1,",
             "`test_style_no_flags`: the same without flags, which look alike in every style,",

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from open_clip.tokenizer import default_bpe
 from torch import Tensor, nn
 
-from tests.builders import THINGS, picture
+from tests.builders import THINGS, make_image
 from vlm.bundle import Bundle
 from vlm.text.clip_bpe import clip_tokenizer
 
@@ -34,8 +34,8 @@ def disturb(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def pixels(bundle: Bundle, count: int = 3) -> Tensor:
-    """Return pictures as the bundle's transform makes them."""
-    return torch.stack([bundle.transform(picture(number)) for number in range(count)])
+    """Return images as the bundle's transform makes them."""
+    return torch.stack([bundle.transform(make_image(number)) for number in range(count)])
 
 
 def close(ours: Tensor, theirs: Tensor) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cn_clip.clip.model import CLIP
 
-from tests.builders import picture
+from tests.builders import make_image
 from tests.checkpoints.sources import TEXTS, close, disturb, pixels
 from vlm.bundle import load_bundle
 from vlm.checkpoints.conversion import convert
@@ -92,10 +92,10 @@ def test_a_published_size_at_full_depth_gives_equal_features(tmp_path):
     agree(model, load_bundle(tmp_path / "bundle"))
 
 
-def test_pictures_are_prepared_as_cn_clip_prepares_them(small, tmp_path):
+def test_images_are_prepared_as_cn_clip_prepares_them(small, tmp_path):
     convert(small[1], tmp_path / "bundle", ConversionConfig())
     transform = cn_clip.clip.image_transform(64)
-    image = picture(2, size=(90, 50))
+    image = make_image(2, size=(90, 50))
     assert load_bundle(tmp_path / "bundle").transform(image).equal(transform(image))
 
 

@@ -77,7 +77,7 @@ def features(output):
 
 @torch.inference_mode()
 def agree(model, bundle, theirs, texts=TEXTS):
-    """Compare ids, and the features of texts and pictures."""
+    """Compare ids, and the features of texts and images."""
     tokens = bundle.tokenizer.encode(texts)
     rows = [ids[mask].tolist() for ids, mask in zip(tokens.ids, tokens.mask, strict=True)]
     assert rows == [theirs(text, truncation=True, max_length=tokens.ids.shape[1])["input_ids"]
@@ -204,7 +204,7 @@ def test_preprocessing_is_never_guessed_but_may_be_said(folder, tmp_path):
     [
         ({"image_mean": None}, "lacks 'image_mean'"),
         ({"resample": 0}, "lacks 0"),
-        ({"size": {"shortest_edge": 40}, "do_center_crop": True}, "expected pictures of 32 pixels"),
+        ({"size": {"shortest_edge": 40}, "do_center_crop": True}, "expected images of 32 pixels"),
         ({"size": 32, "do_center_crop": False}, "either cut or squashed"),
     ],
 )

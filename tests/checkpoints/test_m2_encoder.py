@@ -154,7 +154,7 @@ def test_texts_stand_between_glms_pieces_and_lose_their_head(glm, tmp_path):
 
 
 @torch.inference_mode()
-def test_positions_are_interpolated_for_another_picture_size(glm, tmp_path):
+def test_positions_are_interpolated_for_another_image_size(glm, tmp_path):
     theirs = released(glm)
     torch.save(theirs, tmp_path / "m2.ckpt")
     config = ConversionConfig(tokenizer=str(glm), image_size=48)
@@ -170,7 +170,7 @@ def test_positions_are_interpolated_for_another_picture_size(glm, tmp_path):
     torch.testing.assert_close(new[3], old[3])  # the first new patch lies in the first old one
 
 
-def test_a_picture_size_that_patches_do_not_fill_is_refused(glm, tmp_path):
+def test_an_image_size_that_patches_do_not_fill_is_refused(glm, tmp_path):
     torch.save(released(glm), tmp_path / "m2.ckpt")
     config = ConversionConfig(tokenizer=str(glm), image_size=47)
     with pytest.raises(ConfigError, match="expected a multiple of patch_size"):

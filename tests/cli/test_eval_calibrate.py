@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from tests.builders import THINGS, encoded, make_samples, picture, tiny_bundle, write_split
+from tests.builders import THINGS, encoded, make_image, make_samples, tiny_bundle, write_split
 from vlm.cli.main import main
-from vlm.embedder import Embedder
+from vlm.embedding.embedder import Embedder
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def test_a_bundle_learns_what_its_cosines_mean(capsys, bundle, data):
     assert set(record["checked"]) == {"zh", "en", "all"}
     embedder = Embedder.load(bundle, device="cpu")
     texts = embedder.encode_text([zh for _, zh in THINGS])
-    images = embedder.encode_image([encoded(picture(number)) for number in range(12)])
+    images = embedder.encode_image([encoded(make_image(number)) for number in range(12)])
     expected = np.interp(texts @ images.T, stored["cosines"], stored["probabilities"])
     np.testing.assert_allclose(embedder.match_probability(texts, images), expected, atol=1e-6)
     assert main(words) == 0
@@ -51,7 +51,7 @@ def test_a_precision_out_of_reach_leaves_the_bundle_alone(capsys, bundle, data):
 def test_the_files_of_a_benchmark_calibrate_as_well(capsys, bundle, tmp_path):
     rows = ["image,caption_en,caption_zh"]
     for number, (en, zh) in enumerate(THINGS):
-        (tmp_path / f"{number}.png").write_bytes(encoded(picture(number)))
+        (tmp_path / f"{number}.png").write_bytes(encoded(make_image(number)))
         rows.append(f"{number}.png,{en.title()},{zh}")
     path = tmp_path / "held_out.csv"
     path.write_text("\n".join(rows), encoding="utf-8")
@@ -64,7 +64,7 @@ def test_the_files_of_a_benchmark_calibrate_as_well(capsys, bundle, tmp_path):
     assert (fitted_on["data"], fitted_on["kind"]) == (str(path), "table")
     assert (fitted_on["duplicates"], fitted_on["languages"]) == ("by id", ["en"])
     assert "lower case" in fitted_on["cleaning"]
-    assert "held_out: {'pictures_listed': 12, 'captions_listed': 24" in err
+    assert "held_out: {'images_listed': 12, 'captions_listed': 24" in err
 
 
 def test_a_setting_that_would_be_ignored_leaves_the_bundle_alone(capsys, bundle, data):

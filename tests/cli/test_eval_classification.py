@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.builders import THINGS, encoded, make_sample, picture, tiny_bundle, write_split
+from tests.builders import THINGS, encoded, make_image, make_sample, tiny_bundle, write_split
 from tests.support.commands import run_vlm
 from vlm.cli.main import main
-from vlm.embedder import Embedder
+from vlm.embedding.embedder import Embedder
 
 TWO_PROCESSES = (
     "accelerate.commands.launch", "--config_file", "configs/accelerate/2-cpus.yaml",
@@ -44,7 +44,7 @@ def images(tmp_path_factory):
     for number in range(12):
         path = folder / f"n{number % 6}" / f"{number}.png"
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(encoded(picture(number)))
+        path.write_bytes(encoded(make_image(number)))
     return folder
 
 
@@ -62,7 +62,7 @@ def test_labels_are_scored_in_both_languages(capsys, bundle, data, tmp_path):
     record = json.loads(out)
     assert out == (tmp_path / "out" / "classification.json").read_text(encoding="utf-8")
     embedder = Embedder.load(bundle, device="cpu")
-    pictures = embedder.encode_image([encoded(picture(number)) for number in range(24)])
+    images = embedder.encode_image([encoded(make_image(number)) for number in range(24)])
     assert list(record["scores"]) == ["zh", "en"]
     for language, found in record["scores"].items():
         confusion = found["confusion"]
@@ -78,7 +78,7 @@ def test_labels_are_scored_in_both_languages(capsys, bundle, data, tmp_path):
             image.load()
     assert record["baselines"]["random"]["top1"] == pytest.approx(1 / 12)
     protocol = record["protocol"]
-    assert (protocol["pictures"], protocol["left_out"], protocol["classes"]) == (24, 1, 12)
+    assert (protocol["images"], protocol["left_out"], protocol["classes"]) == (24, 1, 12)
     assert protocol["bundle"] == embedder.fingerprint
     assert protocol["names"]["zh"][0] == ["红苹果"]
     names = run(
@@ -86,7 +86,7 @@ def test_labels_are_scored_in_both_languages(capsys, bundle, data, tmp_path):
         "--languages", "en",
     )  # fmt: skip
     texts = embedder.encode_text([en for en, _ in THINGS])
-    expected = ((pictures @ texts.T).argmax(axis=1) == np.arange(24) % 12).mean()
+    expected = ((images @ texts.T).argmax(axis=1) == np.arange(24) % 12).mean()
     assert json.loads(names)["scores"]["en"]["top1"] == pytest.approx(expected)
 
 
@@ -103,7 +103,7 @@ def test_a_report_lies_beside_the_record(capsys, bundle, data, tmp_path):
     assert f"{top5:.3f} ±{(high - low) / 2:.3f}" in text
     assert "±" not in out
     assert f"`{bundle}`" in text
-    assert record["protocol"]["pictures_sha256"] in text
+    assert record["protocol"]["images_sha256"] in text
     assert "(confusion_zh.png)" in text
 
 
@@ -112,7 +112,7 @@ def test_vectors_are_kept_beside_the_results_or_where_asked(capsys, bundle, data
     plain = run(capsys, *words)
     assert run(capsys, *words, "--out", tmp_path / "out") == plain
     kept = list((tmp_path / "out" / "cache").rglob("*.npy"))
-    assert len(kept) == 3  # pictures, and texts in two languages
+    assert len(kept) == 3  # images, and texts in two languages
     before = [path.stat().st_mtime_ns for path in kept]
     main(["eval", "classification", *map(str, words), "--out", str(tmp_path / "out")])
     out, err = capsys.readouterr()
@@ -138,9 +138,9 @@ def test_two_launched_processes_report_what_one_does(bundle, tmp_path):
         path.relative_to(tmp_path / "one"): path.read_bytes()
         for path in (tmp_path / "one" / "cache").rglob("*.npy")
     }
-    assert len(parts) == 4  # of 1,726 pictures, and of texts in two languages
+    assert len(parts) == 4  # of 1,726 images, and of texts in two languages
     assert all((tmp_path / "two" / name).read_bytes() == part for name, part in parts.items())
-    assert err.count("embedding pictures:   0%") == 1  # one rank shows progress
+    assert err.count("embedding images:   0%") == 1  # one rank shows progress
     assert "from the cache" not in err
     assert err.count(f"report: {tmp_path / 'two' / 'report.html'}") == 1  # so does one
 
@@ -151,7 +151,7 @@ def test_another_label_and_conditions_give_a_table(capsys, bundle, data):
         "--where", "source=drawing", "--templates", "drawings",
     )  # fmt: skip
     lines = out.splitlines()
-    assert lines[0] == "13 pictures of 2 of 2 classes; 0 left out"
+    assert lines[0] == "13 images of 2 of 2 classes; 0 left out"
     assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == [
         "names", "top-1", "top-5", "mean per class",
     ]  # fmt: skip
@@ -164,7 +164,7 @@ def test_folders_of_classes_are_scored(capsys, bundle, images, tmp_path):
     (tmp_path / "zh.json").write_text(json.dumps([zh for _, zh in THINGS[:6]]))
     both = [f"zh={tmp_path / 'zh.json'}", f"en={tmp_path / 'en.txt'}"]
     out = json.loads(run(capsys, bundle, "--images", images, "--classes", *both, "--json"))
-    assert (out["protocol"]["pictures"], out["protocol"]["classes"]) == (12, 6)
+    assert (out["protocol"]["images"], out["protocol"]["classes"]) == (12, 6)
     one = run(
         capsys, bundle, "--images", images, "--classes", tmp_path / "en.txt",
         "--languages", "en", "--json",
@@ -206,7 +206,7 @@ def test_folders_without_names_are_refused(capsys, bundle, images):
 def test_folders_with_what_is_for_samples_are_refused(capsys, bundle, images, words, found):
     err = run(capsys, bundle, "--images", images, "--classes", "a.txt", *words, code=2)
     (said,) = err.splitlines()
-    assert f"--images {images} is a folder of pictures by class; {found} the samples" in said
+    assert f"--images {images} is a folder of images by class; {found} the samples" in said
 
 
 def test_what_is_not_there_is_named_once(capsys, bundle, data, tmp_path):

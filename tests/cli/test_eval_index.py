@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.builders import encoded, make_samples, picture, tiny_bundle, write_split
+from tests.builders import encoded, make_image, make_samples, tiny_bundle, write_split
 from vlm.cli.main import main
-from vlm.embedder import Embedder
-from vlm.retrieval.evaluation import evaluate_retrieval
-from vlm.retrieval.index_comparison import IndexPlan, compare_indexes
-from vlm.retrieval.pairs import pairs_of_split
+from vlm.embedding.embedder import Embedder
+from vlm.evaluation.indexes.comparison import IndexPlan, compare_indexes
+from vlm.evaluation.retrieval.evaluation import evaluate_retrieval
+from vlm.evaluation.retrieval.pairs import pairs_of_split
 
 SEARCHES = [
     "zh text to image", "zh image to text", "en text to image", "en image to text",
@@ -100,9 +100,9 @@ def test_stored_embeddings_give_what_a_benchmarks_vectors_give(capsys, words, bu
         assert list(one["exact_recall"].values()) == list(other.exact_recall.values())
 
 
-def test_pictures_without_captions_are_searched_among_themselves(capsys, bundle, tmp_path):
+def test_images_without_captions_are_searched_among_themselves(capsys, bundle, tmp_path):
     for number in range(3):
-        (tmp_path / f"{number}.png").write_bytes(encoded(picture(number)))
+        (tmp_path / f"{number}.png").write_bytes(encoded(make_image(number)))
     folder = tmp_path / "embeddings"
     assert main(["embed", str(bundle), "--images", str(tmp_path), "--out", str(folder)]) == 0
     capsys.readouterr()
@@ -119,7 +119,7 @@ def test_the_table_has_a_row_a_search(capsys, words):
 
 
 def test_losses_are_told_on_stderr(capsys, words):
-    # One bit for a whole vector tells no picture from the others.
+    # One bit for a whole vector tells no image from the others.
     assert main([*words, "--index", "PQ1x1"]) == 0
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert any("PQ1x1 costs " in line and " points of R@1 in " in line for line in told)
@@ -167,13 +167,13 @@ def test_vectors_of_weights_that_are_gone_are_refused(capsys, embeddings, tmp_pa
     assert main(["eval", "index", str(folder)]) == 2
     said = capsys.readouterr().err
     assert "made by another model (000000000000) than is in" in said
-    assert "expected the same, so embed the pictures again" in said
+    assert "expected the same, so embed the images again" in said
 
 
-def test_one_picture_without_a_caption_is_nothing_to_compare(capsys, bundle, tmp_path):
-    (tmp_path / "0.png").write_bytes(encoded(picture(0)))
+def test_one_image_without_a_caption_is_nothing_to_compare(capsys, bundle, tmp_path):
+    (tmp_path / "0.png").write_bytes(encoded(make_image(0)))
     folder = tmp_path / "embeddings"
     assert main(["embed", str(bundle), "--images", str(tmp_path), "--out", str(folder)]) == 0
     assert np.load(folder / "img_emb/img_emb_0.npy").shape == (1, 32)
     assert main(["eval", "index", str(folder)]) == 2
-    assert "holds 1 pictures and no captions to search with" in capsys.readouterr().err
+    assert "holds 1 images and no captions to search with" in capsys.readouterr().err

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tests.builders import THINGS, encoded, make_samples, picture, tiny_bundle, write_split
+from tests.builders import THINGS, encoded, make_image, make_samples, tiny_bundle, write_split
 from tests.support.commands import run_vlm
 from vlm.cli.main import main
 
@@ -17,11 +17,11 @@ def bundle(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def muge(tmp_path_factory):
-    """Six pictures with two Chinese captions each, in Chinese-CLIP's layout."""
+    """Six images with two Chinese captions each, in Chinese-CLIP's layout."""
     folder = tmp_path_factory.mktemp("muge")
     rows, lines = [], []
     for number in range(6):
-        content = base64.b64encode(encoded(picture(number))).decode()
+        content = base64.b64encode(encoded(make_image(number))).decode()
         rows.append(f"{number}\t{content}\n")
         for text in (THINGS[number][1], f"{THINGS[number][1]}的图片"):
             line = {"text_id": len(lines), "text": text, "image_ids": [number]}
@@ -58,7 +58,7 @@ def test_embeddings_are_kept_and_found_again(bundle, muge, tmp_path, capsys):
     assert main(command) == 0
     first = capsys.readouterr().out
     kept = {path: path.stat().st_mtime_ns for path in (out / "cache").rglob("*.npy")}
-    assert len(kept) == 2  # pictures, and texts
+    assert len(kept) == 2  # images, and texts
     assert main(command) == 0
     assert capsys.readouterr().out == first
     assert {path: path.stat().st_mtime_ns for path in (out / "cache").rglob("*.npy")} == kept

@@ -8,12 +8,12 @@ import pytest
 import yaml
 from jsonargparse import ArgumentParser
 
-from tests.builders import THINGS, encoded, picture
+from tests.builders import THINGS, encoded, make_image
 from vlm.cli.evaluation_sources import SourcesFile, add_source_arguments, sources
 from vlm.cli.main import main
 from vlm.errors import ConfigError, DataError
-from vlm.retrieval.evaluation import evaluate_retrieval
-from vlm.retrieval.sources import open_source
+from vlm.evaluation.retrieval.evaluation import evaluate_retrieval
+from vlm.evaluation.retrieval.sources import open_source
 
 FIVE = Path(__file__).parents[2] / "configs/evaluate/five_benchmarks.yaml"
 
@@ -39,24 +39,24 @@ def complaint(capsys, file):
 
 
 def write_chinese_clip(folder, split):
-    """Write four pictures with two captions each, one of which has Latin letters."""
+    """Write four images with two captions each, one of which has Latin letters."""
     folder.mkdir(parents=True)
-    pictures, texts = [], []
+    images, texts = [], []
     for number in range(4):
-        pictures.append(f"{number}\t{base64.b64encode(encoded(picture(number))).decode()}\n")
+        images.append(f"{number}\t{base64.b64encode(encoded(make_image(number))).decode()}\n")
         for text in (THINGS[number][1], f"{THINGS[number][1]} A{number}"):
             line = {"text_id": len(texts), "text": text, "image_ids": [number]}
             texts.append(json.dumps(line, ensure_ascii=False) + "\n")
-    (folder / f"{split}_imgs.tsv").write_text("".join(pictures))
+    (folder / f"{split}_imgs.tsv").write_text("".join(images))
     (folder / f"{split}_texts.jsonl").write_text("".join(texts), encoding="utf-8")
 
 
-def write_karpathy(path, pictures, **more):
-    """Write six pictures with two captions each, of which the first four are the test split."""
-    pictures.mkdir(parents=True)
+def write_karpathy(path, images, **more):
+    """Write six images with two captions each, of which the first four are the test split."""
+    images.mkdir(parents=True)
     listed = []
     for number in range(6):
-        (pictures / f"{number}.jpg").write_bytes(encoded(picture(number), "JPEG"))
+        (images / f"{number}.jpg").write_bytes(encoded(make_image(number), "JPEG"))
         captions = [THINGS[number][0].title(), f"A {THINGS[number][0]}"]
         sentences = [{"raw": text, "tokens": text.split()} for text in captions]
         split = "test" if number < 4 else "restval"
@@ -118,10 +118,10 @@ def test_one_command_scores_all_five(five, bundle, tmp_path, capsys):
     assert "published" in said
 
 
-def test_the_file_allows_no_missing_picture(five, embedder):
+def test_the_file_allows_no_missing_image(five, embedder):
     (five / "COCO/val2014/2.jpg").unlink()
     coco = sources(parse("--config", FIVE))[-1]
-    with pytest.raises(DataError, match=r"1 of 4 pictures are not on the disk .*val2014/2.jpg"):
+    with pytest.raises(DataError, match=r"1 of 4 images are not on the disk .*val2014/2.jpg"):
         open_source(coco, languages=embedder.languages)
 
 

@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 from tqdm import tqdm
 
-from tests.builders import THINGS, encoded, make_sample, make_samples, picture, write_split
+from tests.builders import THINGS, encoded, make_image, make_sample, make_samples, write_split
 from vlm.data.captions import read_captions
 from vlm.data.dataset import ShardedSplit
 from vlm.data.manifest import read_manifest
@@ -26,7 +26,7 @@ from vlm.errors import TokenizerError
 EMOJI = Path(__file__).parents[2] / "data" / "emoji"
 ZH = [zh for _, zh in THINGS]
 EN = [en for en, _ in THINGS]
-PNG = encoded(picture(0))
+PNG = encoded(make_image(0))
 OWN = {"captions": {"zh": ["猫", "猫咪"], "en": ["a cat"]}}
 
 

@@ -170,7 +170,7 @@ def test_worker_processes_change_nothing(samples, tokenizer):
     assert [everything_in(b) for b in alone] == [everything_in(b) for b in shared]
 
 
-def test_keeping_decoded_pictures_changes_nothing(samples):
+def test_keeping_decoded_images_changes_nothing(samples):
     fresh = examples_of(samples)
     kept = TrainingExamples(samples, TRANSFORM, CaptionConfig(), seed=0, keep_decoded=True)
     for epoch in range(3):
@@ -293,8 +293,8 @@ def test_equal_concepts_and_captions_share_their_ids(samples, tokenizer):
         assert (ids[:, None] == ids[None, :]).tolist() == expected
 
 
-def test_a_damaged_picture_is_named_by_its_sample(tmp_path):
-    broken = make_sample(5, image=b"\x89PNG\r\n\x1a\n and no picture")
+def test_a_damaged_image_is_named_by_its_sample(tmp_path):
+    broken = make_sample(5, image=b"\x89PNG\r\n\x1a\n and no image")
     split = ShardedSplit(write_split(tmp_path, [broken]), "train")
     with pytest.raises(DataError, match="sample-0005"):
         examples_of(split)[ExampleKey(0, 0)]
@@ -348,9 +348,7 @@ def test_what_is_hidden_of_a_sample_does_not_depend_on_its_batch(samples, tokeni
             assert one.nonzero().tolist() == other.nonzero().tolist()
 
 
-def test_so_many_patches_of_each_picture_are_hidden_and_of_each_text_some_tokens(
-    samples, tokenizer
-):
+def test_so_many_patches_of_each_image_are_hidden_and_of_each_text_some_tokens(samples, tokenizer):
     batch = masked(samples, tokenizer)[0]
     assert batch.hidden_patches.shape == (6, 8)
     assert batch.hidden_patches.sum(dim=1).tolist() == [2] * 6

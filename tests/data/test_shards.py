@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from tests.builders import encoded, make_sample, make_samples, picture
+from tests.builders import encoded, make_image, make_sample, make_samples
 from vlm.data.manifest import ShardEntry, read_manifest
 from vlm.data.shards import describe_shard, index_folder, open_shard, write_shards
 from vlm.errors import DataError
 
-PNG = encoded(picture(0))
+PNG = encoded(make_image(0))
 RECORD = {"captions": {"en": ["a cat", "one cat"], "zh": ["猫"]}}
 
 
@@ -103,7 +103,7 @@ def test_members_carry_no_time_owner_or_machine(tmp_path):
     ("file_format", "extension"), [("PNG", "png"), ("JPEG", "jpg"), ("WEBP", "webp")]
 )
 def test_webdataset_itself_reads_the_shards(tmp_path, file_format, extension):
-    samples = [make_sample(n, image=encoded(picture(n), file_format)) for n in range(3)]
+    samples = [make_sample(n, image=encoded(make_image(n), file_format)) for n in range(3)]
     write_shards(samples, tmp_path, split="train", samples_per_shard=3)
     with (tmp_path / "train-00000.tar.gz").open("rb") as stream:
         files = tar_file_expander([{"url": "train-00000.tar.gz", "stream": stream}])
@@ -125,9 +125,9 @@ def test_the_command_tar_lists_a_shard(tmp_path):
     ]  # fmt: skip
 
 
-def test_a_picture_of_another_format_is_not_written(tmp_path):
-    sample = make_sample(0, image=encoded(picture(0), "GIF"))
-    with pytest.raises(DataError, match="the picture of 'sample-0000' is neither PNG, JPEG nor"):
+def test_an_image_of_another_format_is_not_written(tmp_path):
+    sample = make_sample(0, image=encoded(make_image(0), "GIF"))
+    with pytest.raises(DataError, match="the image of 'sample-0000' is neither PNG, JPEG nor"):
         write_shards([sample], tmp_path, split="train", samples_per_shard=1)
     assert list(tmp_path.iterdir()) == []
 
@@ -180,7 +180,7 @@ def test_another_number_of_samples_is_refused_with_both(shard, count):
 
 @pytest.mark.parametrize("name", ["train-0.tar", "train-0.tar.gz"])
 @pytest.mark.parametrize("extension", ["png", "PNG", "jpg", "jpeg", "webp"])
-def test_pictures_may_have_any_known_extension(tmp_path, name, extension):
+def test_images_may_have_any_known_extension(tmp_path, name, extension):
     record = json.dumps(RECORD).encode()
     path = write_tar(tmp_path / name, [(f"a.{extension}", PNG), ("a.json", record)])
     sample = open_as_it_is(path)[0]
@@ -244,15 +244,15 @@ def test_a_record_that_is_not_ours_is_refused_by_shard_and_sample(tmp_path, reco
 @pytest.mark.parametrize(
     ("members", "said"),
     [
-        ([("a.png", PNG)], "'a' needs one picture and one .json, has png"),
-        ([("a.json", b"{}")], "'a' needs one picture and one .json, has json"),
-        ([("a.txt", b"x")], "'a' needs one picture and one .json, has txt"),
+        ([("a.png", PNG)], "'a' needs one image and one .json, has png"),
+        ([("a.json", b"{}")], "'a' needs one image and one .json, has json"),
+        ([("a.txt", b"x")], "'a' needs one image and one .json, has txt"),
         ([("a.png", PNG), ("a.jpg", PNG), ("a.json", b"{}")], "has jpg, json, png"),
         ([("a.png", PNG), ("a.json", b"{}"), ("a.png", PNG)], "a.png occurs twice"),
         ([("a.png", PNG), ("a.json", b"{}"), ("a.JSON", b"{}")], "a.JSON occurs twice"),
     ],
     ids=[
-        "no record", "no picture", "neither", "two pictures", "a picture twice", "a record twice",
+        "no record", "no image", "neither", "two images", "an image twice", "a record twice",
     ],
 )  # fmt: skip
 def test_a_shard_whose_members_make_no_samples_is_refused(tmp_path, members, said):

@@ -12,7 +12,7 @@ from vlm.errors import DistributedError
         ("auto", range(8), 8, (2, 4)),
         ("auto", range(16), 16, (4, 4)),
         ("auto", range(7), 8, (1, 7)),
-        ("auto", range(16), 8, (2, 8)),  # pictures stay inside a node
+        ("auto", range(16), 8, (2, 8)),  # images stay inside a node
         ("auto", range(64), 8, (8, 8)),
         ("auto", range(0, 64, 8), 8, (2, 4)),  # one rank of each node
         ("auto", range(0, 16, 2), 8, (2, 4)),

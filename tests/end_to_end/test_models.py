@@ -12,7 +12,7 @@ from tests.end_to_end.test_training import TWO_PROCESSES, losses
 from tests.support.commands import ROOT, run_vlm
 from vlm.bundle import load_bundle
 from vlm.cli.main import main
-from vlm.embedder import Embedder
+from vlm.embedding.embedder import Embedder
 from vlm.models.config import ImageTowerConfig, ModelConfig, TextTowerConfig
 from vlm.training.config import TrainConfig
 from vlm.training.start import build_start

@@ -1,7 +1,7 @@
 """Scores on the shipped emoji are those of Chinese-CLIP's and CLIP_benchmark's own code.
 
-A tiny model that has learnt a little gives the features. Pictures have up to 17 captions, captions
-belong to up to 34 pictures, some pictures are there twice and some have no caption. Where a
+A tiny model that has learnt a little gives the features. Images have up to 17 captions, captions
+belong to up to 34 images, some images are there twice and some have no caption. Where a
 peer's score depends on the order of equal scores, a test of its own names the rule of either.
 """
 
@@ -16,19 +16,19 @@ from torch.utils.data import DataLoader
 from tests.builders import IMAGE_SIZE, tiny_model
 from tests.support.commands import ROOT
 from tests.support.peers import chinese_clip_scores
-from vlm.bulk_embedding import BulkEmbedder
-from vlm.classification.class_names import read_class_names
-from vlm.classification.dataset import pictures_of_split
-from vlm.classification.evaluation import classifier_weights, evaluate_classification
-from vlm.data.benchmarks.benchmark import Captions, correct_pairs
 from vlm.data.dataset import ShardedSplit
-from vlm.embedder import Embedder
+from vlm.embedding.bulk import BulkEmbedder
+from vlm.embedding.embedder import Embedder
+from vlm.evaluation.classification.class_names import read_class_names
+from vlm.evaluation.classification.dataset import images_of_split
+from vlm.evaluation.classification.evaluation import classifier_weights, evaluate_classification
+from vlm.evaluation.retrieval.benchmarks.benchmark import Captions, correct_pairs
+from vlm.evaluation.retrieval.evaluation import evaluate_retrieval
+from vlm.evaluation.retrieval.metrics import recall_at
+from vlm.evaluation.retrieval.pairs import RetrievalPairs, Texts
+from vlm.evaluation.retrieval.ranks import exact_ranks
 from vlm.images.decoding import decode_image
 from vlm.images.transforms import PreprocessConfig, evaluation_transform, preprocess_cfg
-from vlm.retrieval.evaluation import evaluate_retrieval
-from vlm.retrieval.metrics import recall_at
-from vlm.retrieval.pairs import RetrievalPairs, Texts
-from vlm.retrieval.ranks import exact_ranks
 from vlm.text.tokenizer import TokenBatch, load_tokenizer
 
 DATA = ROOT / "data" / "emoji"
@@ -40,14 +40,14 @@ TEMPLATES = {
 }
 
 pytestmark = pytest.mark.filterwarnings(
-    # Of scikit-learn, in CLIP_benchmark: its mean leaves out classes without pictures, as ours.
+    # Of scikit-learn, in CLIP_benchmark: its mean leaves out classes without images, as ours.
     "ignore:y_pred contains classes not in y_true:UserWarning"
 )
 
 
 @dataclass(frozen=True)
 class Emoji:
-    """A picture and all its captions by language."""
+    """An image and all its captions by language."""
 
     image: bytes
     captions: dict[str, list[str]]
@@ -55,20 +55,20 @@ class Emoji:
 
 @pytest.fixture(scope="module")
 def emoji():
-    """The 365 pictures of the validation split: 332 things, some in several styles."""
+    """The 365 images of the validation split: 332 things, some in several styles."""
     return [Emoji(sample.image, dict(sample.captions)) for sample in ShardedSplit(DATA, "val")]
 
 
 @pytest.fixture(scope="module")
 def silent():
-    """20 pictures of other things, whose captions nobody is told."""
+    """20 images of other things, whose captions nobody is told."""
     split = ShardedSplit(DATA, "test_novel_style")
     return [Emoji(split[number].image, {}) for number in range(20)]
 
 
 @pytest.fixture(scope="module")
 def embedder(emoji):
-    """A tiny model after a few steps on these pictures, so that scores are far from 0 and 1."""
+    """A tiny model after a few steps on these images, so that scores are far from 0 and 1."""
     tokenizer = load_tokenizer(ROOT / "tokenizers" / "emoji-zh-en")
     transform = evaluation_transform(preprocess_cfg(PreprocessConfig(), IMAGE_SIZE))
     model = tiny_model(tokenizer).train()
@@ -92,7 +92,7 @@ def embedder(emoji):
 
 
 def captions_of(emoji, language):
-    """Return all captions, those of a picture after each other, and the picture of each."""
+    """Return all captions, those of an image after each other, and the image of each."""
     owned = [(text, n) for n, each in enumerate(emoji) for text in each.captions.get(language, [])]
     texts, owners = zip(*owned, strict=True)
     return list(texts), np.array(owners)
@@ -124,10 +124,10 @@ def features_of(embedder, emoji, texts):
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("language", ["zh", "en"])
-def test_scores_are_chinese_clips_where_a_caption_is_right_for_all_pictures_that_have_it(
+def test_scores_are_chinese_clips_where_a_caption_is_right_for_all_images_that_have_it(
     tmp_path, embedder, emoji, silent, language, direction
 ):
-    asked = [*emoji, *silent, *emoji[:40]]  # forty pictures are there twice
+    asked = [*emoji, *silent, *emoji[:40]]  # forty images are there twice
     texts, owners = captions_of(asked, language)
     right = {text: [] for text in texts}
     for text, owner in zip(texts, owners.tolist(), strict=True):
@@ -144,7 +144,7 @@ def test_scores_are_chinese_clips_where_a_caption_is_right_for_all_pictures_that
 
 
 @pytest.mark.parametrize("language", ["zh", "en"])
-def test_scores_are_chinese_clips_where_a_caption_is_right_for_its_own_picture_only(
+def test_scores_are_chinese_clips_where_a_caption_is_right_for_its_own_image_only(
     tmp_path, embedder, emoji, silent, language
 ):
     asked = [*silent, *emoji]
@@ -232,7 +232,7 @@ def clip_benchmark_scores(embedder, emoji, language):
 
 
 def with_own_captions(emoji, language):
-    """Leave each caption to the first picture that has it, and say each picture's first twice."""
+    """Leave each caption to the first image that has it, and say each image's first twice."""
     seen, asked = set(), []
     for each in emoji:
         own = [text for text in each.captions[language] if text not in seen]
@@ -243,7 +243,7 @@ def with_own_captions(emoji, language):
 
 
 @pytest.mark.parametrize("language", ["zh", "en"])
-def test_scores_are_clip_benchmarks_where_no_pictures_share_a_caption(embedder, emoji, language):
+def test_scores_are_clip_benchmarks_where_no_images_share_a_caption(embedder, emoji, language):
     asked = with_own_captions(emoji, language)
     assert len(asked) > 300
     ours = our_scores(embedder, asked, language, "by id")
@@ -261,7 +261,7 @@ def test_of_equal_captions_the_wrong_is_first_here_and_either_in_clip_benchmark(
     ours = our_scores(embedder, emoji, language, "by id")
     assert ours["text_to_image"] == pytest.approx(theirs["text_to_image"], abs=1e-6)
     # The fewest and the most that an order of equal scores can give: here the equal caption of
-    # another picture is right as well.
+    # another image is right as well.
     most = our_scores(embedder, emoji, language, "by string")["image_to_text"]
     bounds = zip(ours["image_to_text"], theirs["image_to_text"], most, strict=True)
     for low, found, high in bounds:
@@ -269,7 +269,7 @@ def test_of_equal_captions_the_wrong_is_first_here_and_either_in_clip_benchmark(
         assert low - 1e-6 <= found <= high + 1e-6
 
 
-def test_a_picture_without_a_caption_is_no_question_here_and_an_unanswered_one_in_clip_benchmark(
+def test_an_image_without_a_caption_is_no_question_here_and_an_unanswered_one_in_clip_benchmark(
     embedder, emoji, silent
 ):
     told = with_own_captions(emoji, "zh")
@@ -294,13 +294,13 @@ def classification(monkeypatch):
     return zeroshot_classification
 
 
-def classified_by_clip_benchmark(classification, embedder, pictures, names, templates):
-    class Pictures(list):
+def classified_by_clip_benchmark(classification, embedder, images, names, templates):
+    class Images(list):
         classes = names
 
-    rows = Pictures(
+    rows = Images(
         (embedder.transform(decode_image(image)), label)
-        for image, label in zip(pictures.images, pictures.labels.tolist(), strict=True)
+        for image, label in zip(images.images, images.labels.tolist(), strict=True)
     )
     loader = DataLoader(rows, batch_size=64)
     return classification.evaluate(
@@ -310,22 +310,22 @@ def classified_by_clip_benchmark(classification, embedder, pictures, names, temp
 
 def emoji_classes(label):
     names = read_class_names([str(DATA / "classes.json")], ["zh", "en"], label=label)
-    return pictures_of_split(DATA, "val", label=label, class_ids=names.ids), {
+    return images_of_split(DATA, "val", label=label, class_ids=names.ids), {
         language: [name for (name,) in of_language] for language, of_language in names.names.items()
     }
 
 
 @pytest.mark.parametrize(("label", "classes"), [("class", 59), ("group", 9)])
 def test_classification_is_clip_benchmarks(classification, embedder, label, classes):
-    pictures, names = emoji_classes(label)
+    images, names = emoji_classes(label)
     ours = evaluate_classification(
-        BulkEmbedder(embedder), pictures.images, pictures.labels, names, TEMPLATES
+        BulkEmbedder(embedder), images.images, images.labels, names, TEMPLATES
     )
     assert ours.keys() == {"zh", "en"}
     for language, found in ours.items():
         asked = names[language], TEMPLATES[language]
         assert len(asked[0]) == classes
-        theirs = classified_by_clip_benchmark(classification, embedder, pictures, *asked)
+        theirs = classified_by_clip_benchmark(classification, embedder, images, *asked)
         assert 1 / classes < found.top1 < found.top5 < 1
         assert found.top1 == pytest.approx(theirs["acc1"], abs=1e-6)
         assert found.top5 == pytest.approx(theirs["acc5"], abs=1e-6)
@@ -341,12 +341,10 @@ def test_classification_is_clip_benchmarks(classification, embedder, label, clas
 def test_a_class_called_as_the_right_one_comes_before_it_here_and_may_not_in_clip_benchmark(
     classification, embedder
 ):
-    pictures, names = emoji_classes("group")
+    images, names = emoji_classes("group")
     twice = [*names["en"], *names["en"]]
     ours = evaluate_classification(
-        BulkEmbedder(embedder), pictures.images, pictures.labels, {"en": twice}, TEMPLATES
+        BulkEmbedder(embedder), images.images, images.labels, {"en": twice}, TEMPLATES
     )["en"]
-    theirs = classified_by_clip_benchmark(
-        classification, embedder, pictures, twice, TEMPLATES["en"]
-    )
+    theirs = classified_by_clip_benchmark(classification, embedder, images, twice, TEMPLATES["en"])
     assert ours.top1 == 0 < theirs["mean_per_class_recall"]

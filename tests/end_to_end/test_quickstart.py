@@ -65,12 +65,12 @@ def test_its_scores_are_those_of_the_evaluation_command(quickstart):
 
 
 @pytest.mark.slow
-def test_its_index_answers_texts_and_pictures_like_the_python_interface(quickstart, tmp_path):
+def test_its_index_answers_texts_and_images_like_the_python_interface(quickstart, tmp_path):
     folder, _, _ = quickstart
     sample = ShardedSplit(ROOT / "data/emoji", "test_style")[7]
-    picture = tmp_path / "query.webp"
-    picture.write_bytes(sample.image)
-    out, _ = run_vlm("search", folder / "index", "--image", picture, "--k", "3", "--json")
+    image = tmp_path / "query.webp"
+    image.write_bytes(sample.image)
+    out, _ = run_vlm("search", folder / "index", "--image", image, "--k", "3", "--json")
     hits = json.loads(out)
     assert [hit["rank"] for hit in hits] == [1, 2, 3]
     assert hits[0]["uid"] == sample.uid
@@ -80,23 +80,23 @@ def test_its_index_answers_texts_and_pictures_like_the_python_interface(quicksta
     out, _ = run_vlm("search", folder / "index", "--text", "一只猫", "--k", "2", "--json")
     model = vlm.load(folder / "bundle")
     query = model.encode_text(["一只猫"])
-    pictures = [sample.image for sample in ShardedSplit(ROOT / "data/emoji", "test_style")]
-    cosines = model.similarity(query, model.encode_image(pictures))[0]
+    images = [sample.image for sample in ShardedSplit(ROOT / "data/emoji", "test_style")]
+    cosines = model.similarity(query, model.encode_image(images))[0]
     assert [hit["score"] for hit in json.loads(out)] == pytest.approx(
         np.sort(cosines)[::-1][:2], abs=1e-5
     )
 
 
 @pytest.mark.slow
-def test_a_folder_of_pictures_can_be_embedded_indexed_and_searched(quickstart, tmp_path):
+def test_a_folder_of_images_can_be_embedded_indexed_and_searched(quickstart, tmp_path):
     folder, _, _ = quickstart
     samples = [ShardedSplit(ROOT / "data/emoji", "val")[index] for index in range(5)]
     for number, sample in enumerate(samples):
-        path = tmp_path / "pictures" / f"图 {number}" / "picture.webp"
+        path = tmp_path / "images" / f"图 {number}" / "image.webp"
         path.parent.mkdir(parents=True)
         path.write_bytes(sample.image)
     embeddings, index = tmp_path / "embeddings", tmp_path / "index"
-    run_vlm("embed", folder / "bundle", "--images", tmp_path / "pictures", "--out", embeddings)
+    run_vlm("embed", folder / "bundle", "--images", tmp_path / "images", "--out", embeddings)
     run_vlm("index", embeddings, "--out", index)
     out, _ = run_vlm("search", index, "--image", path, "--k", "99")
     lines = out.splitlines()

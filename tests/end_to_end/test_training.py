@@ -1,4 +1,4 @@
-"""The training command on the real emoji pictures, in real processes."""
+"""The training command on the real emoji images, in real processes."""
 
 import json
 import shutil

@@ -10,8 +10,8 @@ import pytest
 from tests.builders import (
     THINGS,
     encoded,
+    make_image,
     make_samples,
-    picture,
     tiny_bundle,
     tiny_tokenizer,
     write_split,
@@ -50,23 +50,23 @@ def workspace(tmp_path_factory):
 
 
 def write_chinese_clip(folder, split, numbers):
-    """Write pictures in Chinese-CLIP's layout, each with one caption."""
+    """Write images in Chinese-CLIP's layout, each with one caption."""
     folder.mkdir(exist_ok=True)
-    pictures, texts = [], []
+    images, texts = [], []
     for number in numbers:
-        pictures.append(f"{number}\t{base64.b64encode(encoded(picture(number))).decode()}\n")
+        images.append(f"{number}\t{base64.b64encode(encoded(make_image(number))).decode()}\n")
         line = {"text_id": number, "text": THINGS[number % 12][1], "image_ids": [number]}
         texts.append(json.dumps(line, ensure_ascii=False) + "\n")
-    (folder / f"{split}_imgs.tsv").write_text("".join(pictures))
+    (folder / f"{split}_imgs.tsv").write_text("".join(images))
     (folder / f"{split}_texts.jsonl").write_text("".join(texts), encoding="utf-8")
 
 
 def write_table(folder, count=4):
-    """Write a table of pictures that lie beside it."""
+    """Write a table of images that lie beside it."""
     folder.mkdir()
     rows = ["image,caption"]
     for number in range(count):
-        (folder / f"{number}.png").write_bytes(encoded(picture(number)))
+        (folder / f"{number}.png").write_bytes(encoded(make_image(number)))
         rows.append(f"{number}.png,{THINGS[number][0]}")
     (folder / "mine.csv").write_text("\n".join(rows), encoding="utf-8")
     return folder / "mine.csv"
@@ -81,7 +81,7 @@ def test_captions_of_another_split_are_refused_with_the_first_case(workspace, tm
         "eval", "retrieval", workspace / "bundle", "--data", folder, "--split", "valid"
     )
     assert said == (
-        f"{folder} (valid): 6 of 6 captions name a picture that is not listed (first: line 1, '20')"
+        f"{folder} (valid): 6 of 6 captions name an image that is not listed (first: line 1, '20')"
         "; at most 1.0% may be so"
     )
 
@@ -89,24 +89,24 @@ def test_captions_of_another_split_are_refused_with_the_first_case(workspace, tm
 def test_captions_of_another_file_are_refused_by_calibration_too(workspace, tmp_path):
     path = write_table(tmp_path / "mine")
     with path.open("a") as file:
-        file.write("\nelsewhere/99.png,a picture of another split")
+        file.write("\nelsewhere/99.png,an image of another split")
     before = (workspace / "bundle/vlm.json").read_bytes()
     said = refusal_of("eval", "calibrate", workspace / "bundle", "--data", path)
     assert said == (
-        f"{path}: 1 of 5 pictures are not on the disk (first: 'elsewhere/99.png' in {path.parent})"
+        f"{path}: 1 of 5 images are not on the disk (first: 'elsewhere/99.png' in {path.parent})"
         "; at most 1.0% may be so"
     )
     assert (workspace / "bundle/vlm.json").read_bytes() == before
 
 
-def test_a_wrong_folder_of_pictures_is_refused_with_counts(workspace, tmp_path):
+def test_a_wrong_folder_of_images_is_refused_with_counts(workspace, tmp_path):
     path = write_table(tmp_path / "mine")
-    wrong = tmp_path / "other pictures"
+    wrong = tmp_path / "other images"
     wrong.mkdir()
-    (wrong / "cat.png").write_bytes(encoded(picture(0)))
+    (wrong / "cat.png").write_bytes(encoded(make_image(0)))
     words = ["eval", "retrieval", workspace / "bundle", "--data", path, "--images"]
     assert refusal_of(*words, wrong) == (
-        f"{path}: 4 of 4 pictures are not on the disk (first: '0.png' in {wrong})"
+        f"{path}: 4 of 4 images are not on the disk (first: '0.png' in {wrong})"
         "; at most 1.0% may be so"
     )
 
@@ -143,11 +143,11 @@ def test_embeddings_of_a_bundle_that_was_trained_again_in_place_are_refused(work
     own, other = (load_bundle(workspace / name).fingerprint for name in ("bundle", "other"))
     assert refusal_of("eval", "index", folder) == (
         f"the embeddings in {folder} were made by another model ({own[:12]}) than is in {bundle} "
-        f"now ({other[:12]}); expected the same, so embed the pictures again"
+        f"now ({other[:12]}); expected the same, so embed the images again"
     )
 
 
-def test_a_picture_that_is_cut_off_is_named(workspace, tmp_path):
+def test_an_image_that_is_cut_off_is_named(workspace, tmp_path):
     path = write_table(tmp_path / "mine")
     damaged = path.parent / "2.png"
     damaged.write_bytes(damaged.read_bytes()[:60])

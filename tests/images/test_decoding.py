@@ -1,4 +1,4 @@
-"""Pictures become upright RGB on white; what is damaged, unknown or huge is refused by name."""
+"""Images become upright RGB on white; what is damaged, unknown or huge is refused by name."""
 
 import io
 import resource
@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.builders import encoded, picture
+from tests.builders import encoded, make_image
 from vlm.errors import DataError
 from vlm.images.decoding import MAX_PIXELS, decode_image
 
 ORIENTATION = 0x0112
 GRAY, RGB = 0, 2
 
-TURNS = {  # EXIF orientation: how the stored rows and columns become the upright picture
+TURNS = {  # EXIF orientation: how the stored rows and columns become the upright image
     1: lambda stored: stored,
     2: lambda stored: stored[:, ::-1],
     3: lambda stored: stored[::-1, ::-1],
@@ -71,21 +71,21 @@ def test_the_pixels_of_each_format_come_back(file_format, options, atol):
     assert_close(decode_image(data), pixels, atol=atol)
 
 
-def test_a_path_bytes_and_an_open_picture_give_the_same_pixels(tmp_path):
-    data = encoded(picture(3, size=(30, 20)))
-    (tmp_path / "picture.png").write_bytes(data)
+def test_a_path_bytes_and_an_open_image_give_the_same_pixels(tmp_path):
+    data = encoded(make_image(3, size=(30, 20)))
+    (tmp_path / "image.png").write_bytes(data)
     decoded = [
         decode_image(source)
-        for source in (data, tmp_path / "picture.png", Image.open(io.BytesIO(data)))
+        for source in (data, tmp_path / "image.png", Image.open(io.BytesIO(data)))
     ]
-    assert {image.tobytes() for image in decoded} == {picture(3, size=(30, 20)).tobytes()}
+    assert {image.tobytes() for image in decoded} == {make_image(3, size=(30, 20)).tobytes()}
     assert {(image.mode, image.size) for image in decoded} == {("RGB", (30, 20))}
 
 
-def test_an_open_picture_is_not_changed_by_changing_the_result():
-    source = picture(1)
+def test_an_open_image_is_not_changed_by_changing_the_result():
+    source = make_image(1)
     decode_image(source).paste("black", (0, 0, 40, 40))
-    assert source.tobytes() == picture(1).tobytes()
+    assert source.tobytes() == make_image(1).tobytes()
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
@@ -96,7 +96,7 @@ def test_half_transparent_colours_are_laid_on_white(file_format):
     assert_close(decode_image(data), on_white(pixels[..., :3], pixels[..., 3]), atol=1)
 
 
-def test_an_open_picture_with_transparency_is_laid_on_white():
+def test_an_open_image_with_transparency_is_laid_on_white():
     pixels = random_pixels(16, 16, 4)
     expected = on_white(pixels[..., :3], pixels[..., 3])
     assert_close(decode_image(Image.fromarray(pixels, "RGBA")), expected, atol=1)
@@ -134,7 +134,7 @@ def test_a_transparent_shade_of_grey_is_laid_on_white():
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P"])
-def test_pictures_without_colour_become_rgb(mode):
+def test_images_without_colour_become_rgb(mode):
     image = Image.new("L", (4, 4), 0)
     image.paste(255, (0, 0, 2, 4))
     decoded = decode_image(encoded(image.convert(mode)))
@@ -143,8 +143,8 @@ def test_pictures_without_colour_become_rgb(mode):
 
 @pytest.mark.parametrize("orientation", TURNS)
 @pytest.mark.parametrize("file_format", ["PNG", "WEBP", "JPEG"])
-def test_a_picture_is_turned_upright(file_format, orientation):
-    stored = np.asarray(picture(2, size=(48, 32)))
+def test_an_image_is_turned_upright(file_format, orientation):
+    stored = np.asarray(make_image(2, size=(48, 32)))
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}
@@ -179,14 +179,14 @@ def test_16_bit_colours_keep_their_upper_byte():
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])
 def test_a_truncated_file_is_refused_by_its_name(tmp_path, file_format, share):
     data = encoded(Image.fromarray(random_pixels(40, 40, 3)), file_format)
-    path = tmp_path / "picture.bin"
+    path = tmp_path / "image.bin"
     path.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(DataError, match=r"picture\.bin is damaged"):
+    with pytest.raises(DataError, match=r"image\.bin is damaged"):
         decode_image(path)
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])
-def test_changed_bytes_give_a_picture_or_a_data_error(file_format):
+def test_changed_bytes_give_an_image_or_a_data_error(file_format):
     data = encoded(Image.fromarray(random_pixels(24, 24, 3)), file_format)
     rng = np.random.default_rng(1)
     refused = 0
@@ -202,19 +202,19 @@ def test_changed_bytes_give_a_picture_or_a_data_error(file_format):
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"a text, no picture", b"\x89PNG\r\n\x1a\n", b"RIFF", b"<svg></svg>", b"%PDF-1.4"],
+    [b"", b"a text, no image", b"\x89PNG\r\n\x1a\n", b"RIFF", b"<svg></svg>", b"%PDF-1.4"],
     ids=["zero bytes", "text", "PNG signature alone", "RIFF alone", "SVG", "PDF"],
 )
-def test_what_is_no_picture_is_refused_by_its_name(data):
+def test_what_is_no_image_is_refused_by_its_name(data):
     with pytest.raises(DataError, match=r"sample-7 is (not one of JPEG, PNG, WEBP|damaged)"):
         decode_image(data, name="sample-7")
 
 
 @pytest.mark.parametrize("file_format", ["GIF", "BMP", "TIFF", "PPM", "ICO"])
 def test_other_formats_are_refused_whatever_the_file_is_called(tmp_path, file_format):
-    (tmp_path / "picture.png").write_bytes(encoded(picture(0), file_format))
-    with pytest.raises(DataError, match=r"picture\.png is not one of JPEG, PNG, WEBP"):
-        decode_image(tmp_path / "picture.png")
+    (tmp_path / "image.png").write_bytes(encoded(make_image(0), file_format))
+    with pytest.raises(DataError, match=r"image\.png is not one of JPEG, PNG, WEBP"):
+        decode_image(tmp_path / "image.png")
 
 
 # Pillow itself warns above 89 million pixels; a warning is no refusal outside of tests.
@@ -245,7 +245,7 @@ def test_a_missing_file_is_named(tmp_path):
         decode_image(tmp_path / "gone.png")
 
 
-def test_a_folder_in_the_place_of_a_picture_is_named(tmp_path):
+def test_a_folder_in_the_place_of_an_image_is_named(tmp_path):
     with pytest.raises(DataError, match=f"{tmp_path} cannot be read: Is a directory"):
         decode_image(tmp_path)
 
@@ -262,10 +262,10 @@ def test_a_transparent_colour_without_an_alpha_channel_is_laid_on_white():
     assert np.asarray(decoded).tolist() == [[[255, 255, 255], [0, 0, 255]]]
 
 
-def test_an_open_picture_is_treated_as_its_file(tmp_path):
+def test_an_open_image_is_treated_as_its_file(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    data = encoded(picture(1, size=(48, 32)), exif=exif)
+    data = encoded(make_image(1, size=(48, 32)), exif=exif)
     with Image.open(io.BytesIO(data)) as opened:
         np.testing.assert_array_equal(
             np.asarray(decode_image(opened)), np.asarray(decode_image(data))

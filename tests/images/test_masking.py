@@ -1,4 +1,4 @@
-"""Hidden patches are drawn evenly, as many of every picture."""
+"""Hidden patches are drawn evenly, as many of every image."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def draw(batch, grid, share, seed=0):
 @pytest.mark.parametrize(
     ("grid", "share", "expected"), [((14, 14), 0.4, 78), ((3, 5), 0.5, 8), ((4, 4), 0.0, 0)]
 )
-def test_every_picture_has_the_same_number_of_hidden_patches(grid, share, expected):
+def test_every_image_has_the_same_number_of_hidden_patches(grid, share, expected):
     hidden = draw(20, grid, share)
     assert hidden.shape == (20, grid[0] * grid[1])
     assert hidden.sum(1).tolist() == [expected] * 20

@@ -1,4 +1,4 @@
-"""Evaluation sees open_clip's picture; training's changes follow from its generator alone."""
+"""Evaluation sees open_clip's image; training's changes follow from its generator alone."""
 
 import random
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.builders import picture
+from tests.builders import make_image
 from vlm.errors import ConfigError
 from vlm.images.transforms import (
     OPENAI_MEAN,
@@ -40,7 +40,7 @@ def shown(tensor: torch.Tensor) -> np.ndarray:
     return tensor.double().numpy().transpose(1, 2, 0) * OPENAI_STD + OPENAI_MEAN
 
 
-def muted_picture() -> Image.Image:
+def muted_image() -> Image.Image:
     """Draw colours that no change of colour in these tests drives to black or white."""
     pixels = np.random.default_rng(0).integers(100, 156, (SIZE, SIZE, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
@@ -67,19 +67,19 @@ def augment(image: Image.Image, seed: int = 0, **fields: object) -> torch.Tensor
     ids=["wide", "tall", "small", "very wide"],
 )
 def test_the_shorter_side_is_resized_and_the_middle_cut_out(size, resized, box, interpolation):
-    image = picture(1, size=size)
+    image = make_image(1, size=size)
     expected = normalised(image.resize(resized, RESAMPLING[interpolation]).crop(box))
     torch.testing.assert_close(evaluate(image, interpolation=interpolation), expected)
 
 
 def test_squashing_gives_up_the_proportions():
-    image = picture(1, size=(60, 40))
+    image = make_image(1, size=(60, 40))
     expected = normalised(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
     torch.testing.assert_close(evaluate(image, resize_mode="squash"), expected)
 
 
 def test_the_longer_side_is_resized_and_the_rest_is_white():
-    image = picture(1, size=(60, 30))
+    image = make_image(1, size=(60, 30))
     whole = Image.new("RGB", (SIZE, SIZE), "white")
     whole.paste(image.resize((32, 16), Image.Resampling.BICUBIC), (0, 8))
     torch.testing.assert_close(evaluate(image, resize_mode="longest"), normalised(whole))
@@ -87,7 +87,7 @@ def test_the_longer_side_is_resized_and_the_rest_is_white():
 
 def test_mean_and_deviation_are_those_of_the_description():
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
-    image = picture(1, size=(SIZE, SIZE))
+    image = make_image(1, size=(SIZE, SIZE))
     torch.testing.assert_close(
         evaluate(image, mean=mean, std=std), normalised(image, mean=mean, std=std)
     )
@@ -114,13 +114,13 @@ def test_an_unknown_choice_is_refused_with_those_there_are(fields, said):
         PreprocessConfig(**fields)
 
 
-def test_training_without_augmentation_only_normalises_a_picture_of_the_right_size():
-    image = picture(1, size=(SIZE, SIZE))
+def test_training_without_augmentation_only_normalises_an_image_of_the_right_size():
+    image = make_image(1, size=(SIZE, SIZE))
     torch.testing.assert_close(augment(image), normalised(image))
 
 
 @pytest.mark.parametrize("factor", [2, 3, 5])
-def test_training_without_augmentation_averages_a_picture_of_a_multiple_of_the_size(factor):
+def test_training_without_augmentation_averages_an_image_of_a_multiple_of_the_size(factor):
     side = factor * SIZE
     pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     blocks = pixels.reshape(SIZE, factor, SIZE, factor, 3).mean(axis=(1, 3))
@@ -128,7 +128,7 @@ def test_training_without_augmentation_averages_a_picture_of_a_multiple_of_the_s
 
 
 @pytest.mark.parametrize("size", [(50, 50), (100, 100), (32, 60), (90, 40), (20, 20)], ids=str)
-def test_training_without_augmentation_is_close_to_resizing_the_whole_picture(size):
+def test_training_without_augmentation_is_close_to_resizing_the_whole_image(size):
     ramp = np.linspace(20, 230, 400)
     pixels = np.stack(np.broadcast_arrays(ramp[:, None], ramp, ramp[::-1, None]), axis=-1)
     image = Image.fromarray(pixels.astype(np.uint8)).resize(size, Image.Resampling.BOX)
@@ -175,9 +175,9 @@ def test_the_interpolation_of_training_is_the_configured_one():
         assert distances[name] < 0.04
 
 
-def test_equal_generators_give_equal_pictures_and_others_give_others():
+def test_equal_generators_give_equal_images_and_others_give_others():
     transform = TrainingTransform(PreprocessConfig(), STRONG, SIZE)
-    image = picture(1)
+    image = make_image(1)
     first, again, other = (transform(image, random.Random(seed)) for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -192,25 +192,25 @@ def test_global_generators_are_neither_read_nor_moved():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
-            results.append(transform(picture(1), random.Random(7)))
+            results.append(transform(make_image(1), random.Random(7)))
             after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
         assert before[:2] == after[:2]
         assert before[2].equal(after[2])
     assert torch.equal(*results)
 
 
-def test_the_picture_given_is_left_as_it_was():
-    image = picture(1)
+def test_the_image_given_is_left_as_it_was():
+    image = make_image(1)
     TrainingTransform(PreprocessConfig(), STRONG, SIZE)(image, random.Random(0))
-    assert image.tobytes() == picture(1).tobytes()
+    assert image.tobytes() == make_image(1).tobytes()
 
 
 @pytest.mark.parametrize(
     "size", [(40, 40), (90, 20), (20, 90), (1, 1), (1, 50), (300, 200)], ids=str
 )
-def test_pictures_of_any_shape_become_squares(size):
+def test_images_of_any_shape_become_squares(size):
     transform = TrainingTransform(PreprocessConfig(), STRONG, SIZE)
-    tensor = transform(picture(1, size=size), random.Random(0))
+    tensor = transform(make_image(1, size=size), random.Random(0))
     assert tensor.shape == (3, SIZE, SIZE)
     assert tensor.dtype == torch.float32
     assert tensor.isfinite().all()
@@ -233,21 +233,23 @@ def test_pictures_of_any_shape_become_squares(size):
     ],
     ids=lambda fields: next(iter(fields)),
 )
-def test_each_augmentation_changes_the_picture(fields):
-    assert not torch.allclose(augment(picture(1), 3, **fields), augment(picture(1)), atol=0.05)
+def test_each_augmentation_changes_the_image(fields):
+    assert not torch.allclose(
+        augment(make_image(1), 3, **fields), augment(make_image(1)), atol=0.05
+    )
 
 
-def test_a_certain_flip_mirrors_the_picture():
+def test_a_certain_flip_mirrors_the_image():
     torch.testing.assert_close(
-        augment(picture(1), flip=1.0), augment(picture(1)).flip(dims=[2]), atol=0.02, rtol=0
+        augment(make_image(1), flip=1.0), augment(make_image(1)).flip(dims=[2]), atol=0.02, rtol=0
     )
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.25, 1.0])
 def test_a_flip_is_as_frequent_as_asked(probability):
-    plain = augment(picture(1))
+    plain = augment(make_image(1))
     flipped = [
-        not torch.allclose(augment(picture(1), seed, flip=probability), plain)
+        not torch.allclose(augment(make_image(1), seed, flip=probability), plain)
         for seed in range(400)
     ]
     assert abs(np.mean(flipped) - probability) < 0.06
@@ -255,7 +257,7 @@ def test_a_flip_is_as_frequent_as_asked(probability):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_brightness_multiplies_every_pixel_by_one_factor(seed):
-    image = muted_picture()
+    image = muted_image()
     factors = shown(augment(image, seed, brightness=0.5)) / shown(augment(image))
     np.testing.assert_allclose(factors, factors.mean(), rtol=1e-4)
     assert 0.5 <= factors.mean() <= 1.5
@@ -263,7 +265,7 @@ def test_brightness_multiplies_every_pixel_by_one_factor(seed):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_contrast_moves_every_pixel_away_from_the_mean_grey_by_one_factor(seed):
-    image = muted_picture()
+    image = muted_image()
     plain = shown(augment(image))
     grey = (plain @ LUMA).mean()
     found = shown(augment(image, seed, contrast=0.5))
@@ -274,7 +276,7 @@ def test_contrast_moves_every_pixel_away_from_the_mean_grey_by_one_factor(seed):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_saturation_moves_every_pixel_away_from_its_own_grey_by_one_factor(seed):
-    image = muted_picture()
+    image = muted_image()
     plain = shown(augment(image))
     grey = (plain @ LUMA)[..., None]
     found = shown(augment(image, seed, saturation=0.5))
@@ -286,7 +288,7 @@ def test_saturation_moves_every_pixel_away_from_its_own_grey_by_one_factor(seed)
 @pytest.mark.parametrize("seed", range(6))
 def test_hue_turns_every_colour_by_one_angle_and_keeps_its_grey_and_strength(seed):
     axes = np.array([[0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])  # NTSC's I and Q
-    image = muted_picture()
+    image = muted_image()
     plain, found = shown(augment(image)), shown(augment(image, seed, hue=40.0))
     np.testing.assert_allclose(found @ LUMA, plain @ LUMA, atol=1e-4)
     before, after = ((pixels @ axes.T) @ [1, 1j] for pixels in (plain, found))
@@ -298,19 +300,19 @@ def test_hue_turns_every_colour_by_one_angle_and_keeps_its_grey_and_strength(see
 
 
 def test_losing_colour_leaves_the_grey_of_each_pixel():
-    image = muted_picture()
+    image = muted_image()
     found, plain = shown(augment(image, grayscale=1.0)), shown(augment(image))
     np.testing.assert_allclose(found, (plain @ LUMA)[..., None].repeat(3, axis=-1), atol=1e-3)
 
 
 def test_colours_stay_between_black_and_white():
     for seed in range(10):
-        found = shown(augment(picture(seed), seed, brightness=0.9, contrast=0.9, saturation=0.9))
+        found = shown(augment(make_image(seed), seed, brightness=0.9, contrast=0.9, saturation=0.9))
         assert found.min() >= -1e-6
         assert found.max() <= 1 + 1e-6
 
 
-def place_picture(side: int) -> Image.Image:
+def place_image(side: int) -> Image.Image:
     """Draw each pixel in the colour (2 * column, 2 * row, 0)."""
     steps = np.arange(side, dtype=np.uint8) * 2
     columns, rows = np.broadcast_arrays(steps, steps[:, None])
@@ -318,13 +320,13 @@ def place_picture(side: int) -> Image.Image:
 
 
 def places(tensor: torch.Tensor) -> np.ndarray:
-    """Return from which (column, row) of `place_picture` each pixel comes."""
+    """Return from which (column, row) of `place_image` each pixel comes."""
     return shown(tensor)[..., :2] * 255 / 2
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_crop_is_a_part_of_the_picture_with_the_area_asked_for(seed):
-    found = places(augment(place_picture(4 * SIZE), seed, crop_area=(0.25, 0.25)))
+def test_a_crop_is_a_part_of_the_image_with_the_area_asked_for(seed):
+    found = places(augment(place_image(4 * SIZE), seed, crop_area=(0.25, 0.25)))
     # Half a side of 128 pixels in 32 steps: two pixels a step, the same way everywhere.
     np.testing.assert_allclose(np.diff(found[..., 0], axis=1), 2, atol=0.6)
     np.testing.assert_allclose(np.diff(found[..., 1], axis=0), 2, atol=0.6)
@@ -333,16 +335,16 @@ def test_a_crop_is_a_part_of_the_picture_with_the_area_asked_for(seed):
 
 
 def test_the_ratio_of_a_crop_is_its_width_over_its_height():
-    found = places(augment(place_picture(120), crop_area=(0.25, 0.25), crop_ratio=(2.0, 2.0)))
+    found = places(augment(place_image(120), crop_area=(0.25, 0.25), crop_ratio=(2.0, 2.0)))
     width = found[16, -1, 0] - found[16, 0, 0]
     height = found[-1, 16, 1] - found[0, 16, 1]
     assert width / height == pytest.approx(2, abs=0.1)
 
 
-def test_crops_move_over_the_whole_picture_and_not_beyond():
+def test_crops_move_over_the_whole_image_and_not_beyond():
     corners = np.array(
         [
-            places(augment(place_picture(64), seed, crop_area=(0.25, 0.25)))[0, 0]
+            places(augment(place_image(64), seed, crop_area=(0.25, 0.25)))[0, 0]
             for seed in range(300)
         ]
     )
@@ -353,7 +355,7 @@ def test_crops_move_over_the_whole_picture_and_not_beyond():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_rotation_turns_around_the_middle_and_keeps_lengths(seed):
-    found = places(augment(place_picture(128), seed, rotation=40.0))
+    found = places(augment(place_image(128), seed, rotation=40.0))
     right, down = found[16, 20] - found[16, 12], found[20, 16] - found[12, 16]
     for step in (right, down):
         assert np.hypot(*step) == pytest.approx(8 * 4, abs=1.5)
@@ -365,7 +367,7 @@ def test_a_rotation_turns_around_the_middle_and_keeps_lengths(seed):
 def test_a_shift_is_at_most_the_share_asked_for():
     middles = np.array(
         [
-            places(augment(place_picture(64), seed, translation=0.1))[15:17, 15:17].mean((0, 1))
+            places(augment(place_image(64), seed, translation=0.1))[15:17, 15:17].mean((0, 1))
             for seed in range(200)
         ]
     )
@@ -387,7 +389,7 @@ def test_what_comes_into_view_is_white(fields):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_a_crop_larger_than_the_picture_holds_all_of_it(seed):
+def test_a_crop_larger_than_the_image_holds_all_of_it(seed):
     found = shown(augment(Image.new("RGB", (64, 64), "black"), seed, crop_area=(4.0, 4.0)))
     black = (found < 0.5).all(axis=-1)
     assert black.sum() == pytest.approx((SIZE / 2) ** 2, rel=0.15)

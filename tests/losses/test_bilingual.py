@@ -217,10 +217,10 @@ def _counted(rank):
 
 
 @pytest.mark.distributed
-def test_pictures_travel_once_for_all_languages():
+def test_images_travel_once_for_all_languages():
     for collectives in run_in_processes(_counted, 2):
         assert collectives == {
-            # What each brings, pictures, ids, and one merge a language.
+            # What each brings, images, ids, and one merge a language.
             "_allgather_base_": 5,
             "_reduce_scatter_base_": 1,
         }

@@ -154,9 +154,9 @@ def _sent_and_contrasted(rank, widths):
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("widths", "message"),
-    [(False, "bring 3, 2 samples"), (True, "3, 3 pictures of width 3 and 3, 3 texts of width 4")],
+    [(False, "bring 3, 2 samples"), (True, "3, 3 images of width 3 and 3, 3 texts of width 4")],
 )
-def test_every_rank_refuses_pictures_that_do_not_go_with_the_texts_sent_before(widths, message):
+def test_every_rank_refuses_images_that_do_not_go_with_the_texts_sent_before(widths, message):
     errors = run_in_processes(_sent_and_contrasted, 2, widths)
     assert errors[0] == errors[1]
     assert message in errors[0]

@@ -18,12 +18,12 @@ from tests.support.processes import run_in_processes
 from vlm.distributed.mesh import build_mesh
 from vlm.losses.bilingual import BilingualLoss
 from vlm.losses.block import AxisLayout, AxisStatistics, Block
-from vlm.losses.cached import CachedContrast
 from vlm.losses.contrastive import ContrastiveLoss
 from vlm.losses.matches import OwnPairs
 from vlm.losses.plan import LossPlan
 from vlm.models.encoder import MAIN
 from vlm.models.pretraining import Encoded, Features
+from vlm.training.step import CachedContrast
 
 LOCAL, WIDTH, DIM = 3, 5, 4
 WORLDS = [1, 2, 3, 4, 6]
@@ -260,7 +260,7 @@ def _swapped(rank, world):
 
 
 @pytest.mark.distributed
-def test_swapping_pictures_and_texts_on_the_transposed_mesh_swaps_the_gradients():
+def test_swapping_images_and_texts_on_the_transposed_mesh_swaps_the_gradients():
     """Identity 6."""
     for straight, swapped in run_in_processes(_swapped, 6, 6):
         # A rank's share of the scale's gradient is of its block, which is another one now.

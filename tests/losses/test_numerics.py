@@ -20,7 +20,7 @@ def features(samples, dim, seed=0, dtype=torch.float32):
 
 
 def opposite_and_equal():
-    """Pictures and texts with cosines of -1, 0.05 and 1."""
+    """Images and texts with cosines of -1, 0.05 and 1."""
     axes = torch.eye(4)
     tilted = 0.05 * axes[0] + (1 - 0.05**2) ** 0.5 * axes[1]
     images = torch.stack([axes[0], -axes[0], tilted, axes[0]])

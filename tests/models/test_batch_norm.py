@@ -17,7 +17,7 @@ def tower():
     return timm.create_model("test_resnet", num_classes=5).double().train()
 
 
-def pictures(step, count):
+def images(step, count):
     generator = torch.Generator().manual_seed(step)
     return torch.randn(count, 3, 32, 32, generator=generator, dtype=torch.float64)
 
@@ -26,7 +26,7 @@ def train(model, rows, average):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(STEPS):
         optimizer.zero_grad()
-        output = model(pictures(step, 2 * LOCAL)[rows])
+        output = model(images(step, 2 * LOCAL)[rows])
         (output.square() * torch.arange(1, 6)).mean().backward()
         average(model)
         optimizer.step()
@@ -56,10 +56,10 @@ def test_two_processes_normalise_and_train_like_one_on_the_whole_batch():
 
 def evaluate_on_this_rank(rank):
     model = tower()
-    model(pictures(0, 8))  # gives the running statistics other values than 0 and 1
+    model(images(0, 8))  # gives the running statistics other values than 0 and 1
     plain = copy.deepcopy(model).eval()
     synchronized = synchronize_batch_norm(model, world_group(), torch.device("cpu")).eval()
-    batch = pictures(rank, 3)
+    batch = images(rank, 3)
     return [synchronized(batch).detach(), plain(batch).detach()]
 
 

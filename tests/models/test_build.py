@@ -117,7 +117,7 @@ def test_a_multiway_model_needs_a_piece_that_begins_every_text():
         encoder_model_cfg(ModelConfig(multiway=TINY_MULTIWAY), plain)
 
 
-def test_pictures_that_the_patches_of_a_timm_transformer_do_not_fill_are_refused():
+def test_images_that_the_patches_of_a_timm_transformer_do_not_fill_are_refused():
     tower = replace(TINY_MODEL.vision_cfg, timm_model_name="test_vit", image_size=40)
     with pytest.raises(ConfigError, match=r"image_size is 40; expected a multiple of .*, 16"):
         build_from_config(replace(TINY_MODEL, vision_cfg=tower), tiny_tokenizer())
@@ -137,7 +137,7 @@ def test_a_text_tower_whose_features_have_another_width_is_refused():
         build_encoder(described)
 
 
-def test_pictures_that_are_not_square_have_no_one_side():
+def test_images_that_are_not_square_have_no_one_side():
     described = encoder_model_cfg(TINY_MODEL, tiny_tokenizer())
     assert image_size(described) == IMAGE_SIZE
     assert image_size({"multiway": {"image_size": 48}}) == 48

@@ -76,7 +76,7 @@ def sides_of(vision_cfg):
     return (size, size) if isinstance(size, int) else size
 
 
-def pictures(vision_cfg, count=2):
+def make_images(vision_cfg, count=2):
     generator = torch.Generator().manual_seed(3)
     return torch.randn(count, 3, *sides_of(vision_cfg), generator=generator, dtype=torch.float64)
 
@@ -95,7 +95,7 @@ def last_maps(visual, images):
 
 @kinds
 def test_one_pass_gives_the_towers_features_and_gradients_and_its_last_states(vision_cfg):
-    visual, images = image_tower(vision_cfg).eval(), pictures(vision_cfg)
+    visual, images = image_tower(vision_cfg).eval(), make_images(vision_cfg)
     features, states = states_of(visual, images)
     expected = visual(images)
     torch.testing.assert_close(features, expected, rtol=1e-10, atol=1e-12)
@@ -133,19 +133,19 @@ def test_hidden_patches_become_the_mean_colour_cell_by_cell(grid, size):
     hidden = torch.rand(3, grid[0] * grid[1], generator=generator) < 0.5
     expected = images.clone()
     height, width = size[0] // grid[0], size[1] // grid[1]
-    for picture in range(3):
+    for image in range(3):
         for y in range(size[0]):
             for x in range(size[1]):
                 cell = min(y // height, grid[0] - 1) * grid[1] + min(x // width, grid[1] - 1)
-                if hidden[picture, cell]:
-                    expected[picture, :, y, x] = 0
+                if hidden[image, cell]:
+                    expected[image, :, y, x] = 0
     assert torch.equal(hide_patches(images, hidden, grid), expected)
 
 
 @pytest.mark.parametrize("vision_cfg", TRANSFORMERS.values(), ids=TRANSFORMERS.keys())
 def test_cells_are_the_patches_of_the_tower(vision_cfg):
     """A patch that is hidden changes its own embedding, and no other."""
-    visual, images = image_tower(vision_cfg).eval(), pictures(vision_cfg, 1)
+    visual, images = image_tower(vision_cfg).eval(), make_images(vision_cfg, 1)
     rows, columns = patch_layout(visual).grid
     for patch in (0, columns + 1, rows * columns - 1):
         hidden = torch.zeros(1, rows * columns, dtype=torch.bool)
@@ -160,7 +160,7 @@ DROPPING = {name: KINDS[name] for name in (*TRANSFORMERS, "test_vit", "test_vit4
 
 @pytest.mark.parametrize("vision_cfg", DROPPING.values(), ids=DROPPING.keys())
 def test_patch_dropout_leaves_out_its_share_in_training_and_nothing_from_states(vision_cfg):
-    visual, images = image_tower(vision_cfg), pictures(vision_cfg)
+    visual, images = image_tower(vision_cfg), make_images(vision_cfg)
     rows, columns = patch_layout(visual).grid
     plain = visual.eval()(images)
     plain_states = states_of(visual, images)[1]
@@ -198,7 +198,7 @@ def test_a_share_of_patches_out_of_range_is_refused(share):
 
 
 @kinds
-def test_every_weight_is_in_one_group_between_the_pictures_and_the_features(vision_cfg):
+def test_every_weight_is_in_one_group_between_the_images_and_the_features(vision_cfg):
     visual = image_tower(vision_cfg)
     groups = image_groups(visual)
     inside = [id(parameter) for group in groups for parameter in group]
@@ -226,7 +226,7 @@ def test_the_last_groups_are_those_that_open_clip_unlocks(vision_cfg):
 
 @kinds
 def test_checkpointing_changes_no_gradient_or_is_refused(vision_cfg):
-    visual, images = image_tower(vision_cfg).eval(), pictures(vision_cfg)
+    visual, images = image_tower(vision_cfg).eval(), make_images(vision_cfg)
     parameters = [each for each in visual.parameters() if each.requires_grad]
     set_image_checkpointing(visual, False)
     wanted = torch.autograd.grad(visual(images).square().sum(), parameters)
@@ -248,10 +248,10 @@ def test_blocks_that_open_clip_cannot_checkpoint_are_refused():
 
 
 @pytest.mark.parametrize("changes", [{"attentional_pool": "parallel"}, {"pool_type": "none"}])
-def test_a_tower_that_gives_more_than_one_vector_a_picture_is_refused(changes):
+def test_a_tower_that_gives_more_than_one_vector_an_image_is_refused(changes):
     vision_cfg = VIT | {"width": 32, "attn_pooler_heads": 2} | changes
     visual = open_clip.CustomTextCLIP(32, vision_cfg, TEXT).visual
-    with pytest.raises(ConfigError, match="pools to more than one vector a picture"):
+    with pytest.raises(ConfigError, match="pools to more than one vector an image"):
         check_image_tower(visual)
 
 

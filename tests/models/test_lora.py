@@ -13,7 +13,7 @@ from vlm.models.batch_norm import synchronize_batch_norm
 from vlm.models.build import build_from_config
 from vlm.models.lora import add_lora, without_lora
 
-TEXTS = ["red apple", "小狗", "a picture of a hot soup"]
+TEXTS = ["red apple", "小狗", "an image of a hot soup"]
 
 
 def encoder_of(kind, tokenizer):

@@ -1,4 +1,4 @@
-"""Masked words are told from the picture and hidden patches from the text, and nothing leaks."""
+"""Masked words are told from the image and hidden patches from the text, and nothing leaks."""
 
 import math
 from pathlib import Path
@@ -125,7 +125,7 @@ def words_by_definition(module, encoder, images, texts, hidden):
 
 
 def patches_by_definition(module, encoder, images, texts, hidden, teacher_tokens=None):
-    """Go from picture to picture and from patch to patch."""
+    """Go from image to image and from patch to patch."""
     queries = encoder.image_states(images, hidden.patches).tokens
     states = [encoder.text_states(tokens) for tokens in texts.values()]
     losses = []
@@ -338,7 +338,7 @@ def test_every_parameter_of_the_module_is_trained(encoder, images, texts, hidden
     assert all(p.grad.norm() > 0 for n, p in module.named_parameters() if "in_proj_bias" not in n)
 
 
-def test_a_picture_without_text_has_a_loss_of_its_own(encoder, images, texts, hidden):
+def test_an_image_without_text_has_a_loss_of_its_own(encoder, images, texts, hidden):
     module = modelling(encoder, cmlm_weight=0.0)
     zh = texts["zh"]
     mask = zh.mask.clone()
@@ -386,14 +386,14 @@ def test_patches_are_the_cells_of_a_grid_row_by_row():
         assert cells[:, patch].equal(images[:, :, top : top + 2, left : left + 2].flatten(1))
 
 
-def test_pictures_that_the_grid_does_not_divide_are_refused(encoder):
+def test_images_that_the_grid_does_not_divide_are_refused(encoder):
     config = MaskedConfig(**BOTH)
     with pytest.raises(ConfigError, match="9 x 9 pixels cannot be divided into the 2 x 3 patches"):
         MaskedModelling(config, encoder, image_size=9)
     MaskedModelling(config, encoder, image_size=9, teacher_width=7)  # needs no pixels
 
 
-def test_pictures_and_teachers_of_other_sizes_are_refused(encoder, images, texts, hidden):
+def test_images_and_teachers_of_other_sizes_are_refused(encoder, images, texts, hidden):
     larger = MaskedModelling(MaskedConfig(**BOTH), encoder, image_size=(16, 24)).double()
     with pytest.raises(ConfigError, match="6 patches of 48 numbers to tell; expected 6 of 192"):
         losses_of(larger, encoder, images, texts, hidden)

@@ -38,7 +38,7 @@ def multiway(config=TINY, **options):
     return model
 
 
-def pictures(count=3):
+def make_images(count=3):
     return torch.randn(
         count, 3, TINY.image_size, TINY.image_size, dtype=torch.float64,
         generator=torch.Generator().manual_seed(1),
@@ -78,7 +78,7 @@ def assert_same_gradients(found, expected):
 def expected_of(kind, model):
     naive, tokens = NaiveMultiway(model.config, dict(model.named_parameters())), texts()
     if kind == "image":
-        each = [naive.image(image) for image in pictures()]
+        each = [naive.image(image) for image in make_images()]
     else:
         each = [naive.text(ids[mask]) for ids, mask in zip(tokens.ids, tokens.mask, strict=True)]
     main, unimodal, states = zip(*each, strict=True)
@@ -88,7 +88,9 @@ def expected_of(kind, model):
 @pytest.mark.parametrize("kind", ["image", "text"])
 def test_features_are_those_of_a_plain_reading_of_the_forward_pass(kind):
     model = multiway()
-    features = model.image_features(pictures()) if kind == "image" else model.text_features(texts())
+    features = (
+        model.image_features(make_images()) if kind == "image" else model.text_features(texts())
+    )
     main, unimodal, _ = expected_of(kind, model)
     torch.testing.assert_close(features[MAIN], main, rtol=0, atol=1e-6)
     torch.testing.assert_close(features[UNIMODAL], unimodal, rtol=0, atol=1e-6)
@@ -99,7 +101,7 @@ def test_features_are_those_of_a_plain_reading_of_the_forward_pass(kind):
 @pytest.mark.parametrize("kind", ["image", "text"])
 def test_states_are_those_of_a_plain_reading_of_the_forward_pass(kind):
     model = multiway()
-    states = model.image_states(pictures()) if kind == "image" else model.text_states(texts())
+    states = model.image_states(make_images()) if kind == "image" else model.text_states(texts())
     main, unimodal, tokens = expected_of(kind, model)
     torch.testing.assert_close(states.features[MAIN], main, rtol=0, atol=1e-6)
     torch.testing.assert_close(states.features[UNIMODAL], unimodal, rtol=0, atol=1e-6)
@@ -113,7 +115,7 @@ def test_encodings_are_float32_unit_vectors_of_the_main_head():
     model = multiway()
     main = expected_of("image", model)[0]
     expected = (main / main.norm(dim=1, keepdim=True)).float()
-    torch.testing.assert_close(model.encode_image(pictures()), expected)
+    torch.testing.assert_close(model.encode_image(make_images()), expected)
     main = expected_of("text", model)[0]
     expected = (main / main.norm(dim=1, keepdim=True)).float()
     torch.testing.assert_close(model.encode_text(texts()), expected)
@@ -139,7 +141,7 @@ def test_ids_at_padding_change_nothing():
 
 
 def test_what_is_hidden_cannot_be_told_and_the_rest_still_counts():
-    model, images = multiway(), pictures()
+    model, images = multiway(), make_images()
     hidden = torch.zeros(3, 9, dtype=torch.bool)
     hidden[:, 4] = True  # the middle patch
     changed, seen = images.clone(), images.clone()
@@ -179,7 +181,7 @@ def test_checkpointing_changes_no_gradient(drop_path):
 
     def run():
         torch.manual_seed(4)
-        image, text = model.image_features(pictures()), model.text_states(texts())
+        image, text = model.image_features(make_images()), model.text_states(texts())
         return gradients(model, *image.values(), *text.features.values(), text.tokens)
 
     expected = run()
@@ -197,7 +199,7 @@ def test_checkpointing_keeps_fewer_activations():
         with torch.autograd.graph.saved_tensors_hooks(
             lambda tensor: sizes.append(tensor.numel()) or tensor, lambda tensor: tensor
         ):
-            model.image_features(pictures())
+            model.image_features(make_images())
         return sum(sizes)
 
     plain = kept()
@@ -212,31 +214,31 @@ def test_stochastic_depth_rises_evenly_over_both_encoders_and_rests_in_evaluatio
     rates = [layer.drop_path.drop_prob for layer in layers]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3])
     plain = multiway(TINY)
-    torch.testing.assert_close(model.encode_image(pictures()), plain.encode_image(pictures()))
+    torch.testing.assert_close(model.encode_image(make_images()), plain.encode_image(make_images()))
     model.train()
-    assert not torch.allclose(model.encode_image(pictures()), plain.encode_image(pictures()))
+    assert not torch.allclose(model.encode_image(make_images()), plain.encode_image(make_images()))
 
 
 def test_patch_dropout_leaves_out_patches_in_training_only(monkeypatch):
     model = multiway()
-    everything = model.encode_image(pictures())
+    everything = model.encode_image(make_images())
     lengths = []
     model.backbone.encoder.register_forward_pre_hook(
         lambda module, inputs: lengths.append(inputs[0].shape[1])
     )
     model.set_patch_dropout(0.5)
-    torch.testing.assert_close(model.encode_image(pictures()), everything)
+    torch.testing.assert_close(model.encode_image(make_images()), everything)
     model.train()
-    assert not torch.allclose(model.encode_image(pictures()), everything)
-    model.image_states(pictures())
-    model.image_states(pictures(), torch.ones(3, 9, dtype=torch.bool))
+    assert not torch.allclose(model.encode_image(make_images()), everything)
+    model.image_states(make_images())
+    model.image_states(make_images(), torch.ones(3, 9, dtype=torch.bool))
     model.set_patch_dropout(0.0)
-    model.encode_image(pictures())
+    model.encode_image(make_images())
     assert lengths == [10, 1 + 4, 10, 10, 10]
 
 
 @pytest.mark.parametrize(("share", "kept"), [(0.25, 12), (0.5, 8), (0.99, 1)])
-def test_dropped_patches_are_drawn_for_each_picture_on_its_own(share, kept):
+def test_dropped_patches_are_drawn_for_each_image_on_its_own(share, kept):
     torch.manual_seed(5)
     numbers = torch.arange(17.0).expand(64, 17)
     left = drop_patches(numbers[..., None].expand(-1, -1, 2), share)[..., 0]
@@ -298,7 +300,7 @@ def test_what_no_gradient_reaches_is_known():
     model, tokens = multiway(), texts()
     hidden = torch.ones(3, 9, dtype=torch.bool)
     for unimodal, patches in ((True, True), (True, False), (False, True), (False, False)):
-        states = model.image_states(pictures(), hidden if patches else None)
+        states = model.image_states(make_images(), hidden if patches else None)
         text = model.text_features(tokens)
         heads = [MAIN, UNIMODAL] if unimodal else [MAIN]
         results = [model.logit_scales[head] for head in heads]

@@ -75,7 +75,7 @@ def test_multiway_towers_have_a_second_head_with_a_temperature_of_its_own(tokeni
     assert heads[MAIN].logit_scale.item() == pytest.approx(1 / 0.07)
 
 
-def test_every_head_is_sent_before_the_pictures_are_encoded(tokenizer, batch):
+def test_every_head_is_sent_before_the_images_are_encoded(tokenizer, batch):
     sent = []
     model = PretrainingModel(multiway(tokenizer), matryoshka=[8]).eval()
 
@@ -192,7 +192,7 @@ def test_features_without_a_graph_draw_the_random_numbers_of_those_with_one(toke
         assert torch.equal(found[0].text[language].detach(), found[1].text[language])
 
 
-def test_pictures_with_hidden_patches_leave_running_statistics_alone(tokenizer, batch):
+def test_images_with_hidden_patches_leave_running_statistics_alone(tokenizer, batch):
     found = []
     for cmim in (0.0, 1.0):
         encoder = tiny_model(tokenizer)

@@ -7,10 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.builders import THINGS, encoded, picture
-from vlm.classification.class_names import ClassNames
-from vlm.classification.dataset import LabelledPictures
-from vlm.classification.metrics import score_classification
+from tests.builders import THINGS, encoded, make_image
+from vlm.evaluation.classification.class_names import ClassNames
+from vlm.evaluation.classification.dataset import LabelledImages
+from vlm.evaluation.classification.metrics import score_classification
+from vlm.evaluation.retrieval.protocol import Reading
 from vlm.reports import classification_report
 from vlm.reports.classification_report import classification_document
 from vlm.reports.classification_run import (
@@ -19,10 +20,9 @@ from vlm.reports.classification_run import (
     format_classification,
 )
 from vlm.reports.document import Bullets, Examples, Figure, Paragraph, Table, write_report
-from vlm.retrieval.protocol import Reading
 
 CLASSES = 24
-"""More than twice the ten that are shown; the last has no pictures."""
+"""More than twice the ten that are shown; the last has no images."""
 
 
 def made_run(languages=("zh", "en"), *, noise=1.5, classes=CLASSES):
@@ -44,10 +44,10 @@ def made_run(languages=("zh", "en"), *, noise=1.5, classes=CLASSES):
     return ClassificationRun(
         bundle="runs/a/bundle",
         source={"data": "data/emoji", "split": "val", "label": "class", "where": ["source=noto"]},
-        pictures=LabelledPictures(
-            images=[encoded(picture(number)) for number in range(200)], labels=labels, left_out=7
+        images=LabelledImages(
+            images=[encoded(make_image(number)) for number in range(200)], labels=labels, left_out=7
         ),
-        pictures_sha256="5" * 64,
+        images_sha256="5" * 64,
         classes=ClassNames(ids=tuple(f"c{number}" for number in range(classes)), names=names),
         templates={language: (f"{{}} {language}", "{}") for language in languages},
         reading=Reading(
@@ -81,7 +81,7 @@ def test_a_report_has_scores_confusions_classes_examples_and_questions(document)
     ]  # fmt: skip
 
 
-def test_intervals_are_quantiles_of_means_over_drawn_pictures(run):
+def test_intervals_are_quantiles_of_means_over_drawn_images(run):
     for language, found in run.scores.items():
         for key, k in (("top1", 1), ("top5", 5)):
             right = (found.ranks <= k).astype(float)
@@ -100,7 +100,7 @@ def naive_mean_of_classes(right, labels):
 @pytest.mark.parametrize("classes", [6, 100], ids=["many a class", "two a class"])
 def test_the_interval_of_the_mean_per_class_is_of_the_classes_drawn(classes):
     run = made_run(classes=classes)
-    labels = run.pictures.labels
+    labels = run.images.labels
     for language, found in run.scores.items():
         right = found.ranks == 1
         assert found.mean_class_recall == pytest.approx(naive_mean_of_classes(right, labels))
@@ -112,7 +112,7 @@ def test_the_interval_of_the_mean_per_class_is_of_the_classes_drawn(classes):
         assert interval == pytest.approx(expected, abs=0.1 * (expected[1] - expected[0]))
 
 
-def test_fewer_than_ten_pictures_have_no_intervals():
+def test_fewer_than_ten_images_have_no_intervals():
     rng = np.random.default_rng(0)
     images, weights = (rng.normal(size=(n, 8)).astype(np.float32) for n in (10, 6))
     labels = np.arange(10) % 6
@@ -129,7 +129,7 @@ def test_scores_have_their_intervals_and_baselines_none(run, document):
         low, high = run.intervals[f"zh/{key}"]
         assert cell == f"{getattr(zh, key):.3f} ±{(high - low) / 2:.3f}"
     assert scores.rows[2][1:] == [f"{1 / CLASSES:.3f}", f"{5 / CLASSES:.3f}", f"{1 / CLASSES:.3f}"]
-    largest = max(Counter(run.pictures.labels.tolist()).values())
+    largest = max(Counter(run.images.labels.tolist()).values())
     assert scores.rows[3][1] == f"{largest / 200:.3f}"
 
 
@@ -137,10 +137,10 @@ def test_the_most_frequent_confusions_are_counted(run, document):
     tables = blocks_of(document, "What is taken for what", Table)
     plots = blocks_of(document, "What is taken for what", Figure)
     assert [plot.name for plot in plots] == ["confusion_zh.png", "confusion_en.png"]
-    of_class = Counter(run.pictures.labels.tolist())
+    of_class = Counter(run.images.labels.tolist())
     for language, table in zip(("zh", "en"), tables, strict=True):
         given = run.scores[language].best[:, 0].tolist()
-        pairs = zip(run.pictures.labels.tolist(), given, strict=True)
+        pairs = zip(run.images.labels.tolist(), given, strict=True)
         counted = Counter(pair for pair in pairs if pair[0] != pair[1])
         assert [int(row[2]) for row in table.rows] == [n for _, n in counted.most_common(10)]
         for row in table.rows:
@@ -163,7 +163,7 @@ def test_more_classes_than_a_plot_can_show_have_none(monkeypatch):
 
 def test_the_best_and_the_worst_classes_are_told_apart(run, document):
     best, worst = blocks_of(document, "Classes", Table)
-    labels = run.pictures.labels
+    labels = run.images.labels
     expected = {}
     for number in sorted(set(labels.tolist())):
         of_class = labels == number
@@ -172,11 +172,11 @@ def test_the_best_and_the_worst_classes_are_told_apart(run, document):
     means = sorted(np.mean(recalls) for recalls, _ in expected.values())
     for table, ends in ((best, means[::-1]), (worst, means)):
         for row, mean in zip(table.rows, ends[:10], strict=True):
-            recalls, pictures = expected[row[0]]
-            assert row[1:] == [str(pictures), *(f"{recall:.3f}" for recall in recalls)]
+            recalls, images = expected[row[0]]
+            assert row[1:] == [str(images), *(f"{recall:.3f}" for recall in recalls)]
             assert np.mean(recalls) == pytest.approx(mean)
     (last,) = blocks_of(document, "Classes", Paragraph)[1:]
-    assert last.text == f"{CLASSES - len(expected)} further classes have no pictures here."
+    assert last.text == f"{CLASSES - len(expected)} further classes have no images here."
 
 
 def test_few_classes_are_shown_in_one_table():
@@ -189,11 +189,11 @@ def test_examples_are_right_where_they_say_and_show_their_own_class(run, documen
     groups = blocks_of(document, "Right and wrong", Examples)
     kinds = ("Right in every language", "Right in one language alone", "Wrong in every language")
     for group, title, languages in zip(groups, kinds, (2, 1, 0), strict=True):
-        assert group.title == f"{title}: {(right == languages).sum()} of 200 pictures"
+        assert group.title == f"{title}: {(right == languages).sum()} of 200 images"
         assert len(group.items) == 3
         for example in group.items:
-            number = run.pictures.images.index(example.image)
-            own = run.pictures.labels[number]
+            number = run.images.images.index(example.image)
+            own = run.images.labels[number]
             assert sum(answer.rank == 1 for answer in example.answers) == languages
             for answer in example.answers:
                 found = [caption.text for caption in answer.found]
@@ -205,7 +205,7 @@ def test_examples_are_right_where_they_say_and_show_their_own_class(run, documen
                 assert cosines == sorted(cosines, reverse=True)
 
 
-def test_one_language_has_right_and_wrong_pictures():
+def test_one_language_has_right_and_wrong_images():
     groups = blocks_of(
         classification_document(made_run(["en"], classes=8)), "Right and wrong", Examples
     )
@@ -217,7 +217,7 @@ def test_a_model_that_is_always_right_has_no_confusions_and_no_wrong_examples():
     assert blocks_of(document, "What is taken for what", Table) == []
     assert len(blocks_of(document, "What is taken for what", Paragraph)) == 2
     (group,) = blocks_of(document, "Right and wrong", Examples)
-    assert group.title == "Right in every language: 200 of 200 pictures"
+    assert group.title == "Right in every language: 200 of 200 images"
 
 
 def test_fewer_than_five_classes_have_no_top_5():
@@ -244,7 +244,7 @@ def test_what_was_asked_is_told(document):
     assert en.text.startswith("2 templates in en")
 
 
-def test_the_report_is_written_with_its_pictures(document, tmp_path):
+def test_the_report_is_written_with_its_images(document, tmp_path):
     page = write_report(tmp_path, document)
     names = {"confusion_zh.png", "confusion_en.png"} | {f"examples_{n}.svg" for n in (1, 2, 3)}
     assert {path.name for path in tmp_path.iterdir()} == names | {"report.html", "report.md"}
@@ -260,20 +260,20 @@ def test_the_record_is_json_with_intervals(run):
     assert record["intervals"]["of"]["en/top1"] == list(run.intervals["en/top1"])
     assert record["scores"]["zh"]["class_recall"][f"c{CLASSES - 1}"] is None
     given = run.scores["zh"].best[:, 0].tolist()
-    counted = Counter(zip(run.pictures.labels.tolist(), given, strict=True))
+    counted = Counter(zip(run.images.labels.tolist(), given, strict=True))
     assert {
-        (right, wrong): pictures
+        (right, wrong): images
         for right, of_class in record["scores"]["zh"]["confusion"].items()
-        for wrong, pictures in of_class.items()
-    } == {(f"c{right}", f"c{wrong}"): pictures for (right, wrong), pictures in counted.items()}
+        for wrong, images in of_class.items()
+    } == {(f"c{right}", f"c{wrong}"): images for (right, wrong), images in counted.items()}
     assert record["protocol"]["truncated_share"] == 0.25
     assert record["protocol"]["where"] == ["source=noto"]
 
 
-def test_the_table_counts_pictures_and_their_classes(run):
-    shown = len(set(run.pictures.labels.tolist()))
+def test_the_table_counts_images_and_their_classes(run):
+    shown = len(set(run.images.labels.tolist()))
     lines = format_classification(run).splitlines()
-    assert lines[0] == f"200 pictures of {shown} of {CLASSES} classes; 7 left out"
+    assert lines[0] == f"200 images of {shown} of {CLASSES} classes; 7 left out"
     assert lines[4].split()[1:4] == ["zh", "|", f"{run.scores['zh'].top1:.3f}"]
     assert "±" not in lines[4]
 

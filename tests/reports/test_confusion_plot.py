@@ -1,4 +1,4 @@
-"""The plot of the confusion is a picture of a bounded size, whatever the classes are called."""
+"""The plot of the confusion is an image of a bounded size, whatever the classes are called."""
 
 import io
 
@@ -10,7 +10,7 @@ from vlm.reports.confusion_plot import MOST_CLASSES, confusion_png
 
 
 def entries(matrix):
-    """What is not 0 of a matrix, as rows (right class, given class, pictures)."""
+    """What is not 0 of a matrix, as rows (right class, given class, images)."""
     matrix = np.asarray(matrix)
     return np.column_stack([*np.nonzero(matrix), matrix[matrix != 0]]).astype(np.int64)
 
@@ -50,7 +50,7 @@ def test_dollars_and_long_names_are_drawn():
     opened(entries(np.eye(2)), ["$5 and $6 \\frac", "a very long name " * 20])
 
 
-def test_classes_without_pictures_are_blank_rows():
+def test_classes_without_images_are_blank_rows():
     opened(entries(np.zeros((3, 3))), ["a", "b", "c"])
 
 

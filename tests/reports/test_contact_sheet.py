@@ -1,4 +1,4 @@
-"""A contact sheet is valid SVG with every text and every picture in its place."""
+"""A contact sheet is valid SVG with every text and every image in its place."""
 
 import base64
 import io
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.builders import encoded, picture
+from tests.builders import encoded, make_image
 from vlm.reports.contact_sheet import examples_svg
 from vlm.reports.examples import (
     LEGEND,
@@ -19,30 +19,28 @@ from vlm.reports.examples import (
     CaptionExample,
     Example,
     FoundCaption,
-    FoundPicture,
+    FoundImage,
 )
 
 SVG = "{http://www.w3.org/2000/svg}"
 GREEN = "#1a7f37"
-PICTURE = encoded(picture(0, size=(100, 50)), "WEBP", lossless=True)
+IMAGE = encoded(make_image(0, size=(100, 50)), "WEBP", lossless=True)
 
 
-def pictures(*correct: bool) -> list[FoundPicture]:
+def images(*correct: bool) -> list[FoundImage]:
     return [
-        FoundPicture(image=PICTURE, correct=right, cosine=0.5 - place / 10)
+        FoundImage(image=IMAGE, correct=right, cosine=0.5 - place / 10)
         for place, right in enumerate(correct)
     ]
 
 
 def asking(query: str, *correct: bool, language: str = "en", rank: int | None = None) -> Answer:
-    return Answer(language=language, query=query, found=pictures(*correct), rank=rank)
+    return Answer(language=language, query=query, found=images(*correct), rank=rank)
 
 
 def captioned(*texts: str) -> CaptionExample:
     found = [FoundCaption(text=text, correct=text == texts[0], cosine=0.25) for text in texts]
-    return CaptionExample(
-        image=PICTURE, answers=[CaptionAnswer(language="zh", found=found, rank=1)]
-    )
+    return CaptionExample(image=IMAGE, answers=[CaptionAnswer(language="zh", found=found, rank=1)])
 
 
 def parse(*items, title="title"):
@@ -54,7 +52,7 @@ def texts_of(sheet):
 
 
 def places(element, x=0, y=0):
-    """Give every picture and text of a drawing with its position on the sheet."""
+    """Give every image and text of a drawing with its position on the sheet."""
     moved = re.fullmatch(r"translate\((\d+) (\d+)\)", element.get("transform", "translate(0 0)"))
     x, y = x + int(moved[1]), y + int(moved[2])
     if element.tag in (f"{SVG}image", f"{SVG}text"):
@@ -63,7 +61,7 @@ def places(element, x=0, y=0):
         yield from places(child, x, y)
 
 
-def test_queries_ranks_cosines_and_pictures_of_all_examples_are_there():
+def test_queries_ranks_cosines_and_images_of_all_examples_are_there():
     sheet = parse(
         Example(
             answers=[
@@ -86,14 +84,14 @@ def test_queries_ranks_cosines_and_pictures_of_all_examples_are_there():
     assert (languages["红苹果"], languages["red apple"]) == ("zh", "en")
 
 
-def test_a_right_picture_that_was_missed_is_shown_in_green():
-    missed = parse(Example(answers=[asking("q", False, rank=9)], right=PICTURE))
-    assert texts_of(missed) == ["q", "rank 9", "0.500", "a right picture"]
+def test_a_right_image_that_was_missed_is_shown_in_green():
+    missed = parse(Example(answers=[asking("q", False, rank=9)], right=IMAGE))
+    assert texts_of(missed) == ["q", "rank 9", "0.500", "a right image"]
     frames = [rect for rect in missed.iter(f"{SVG}rect") if rect.get("fill") == "none"]
     assert [rect.get("stroke") == GREEN for rect in frames] == [False, True]
 
 
-def test_a_picture_and_the_captions_that_it_finds_are_there():
+def test_an_image_and_the_captions_that_it_finds_are_there():
     sheet = parse(captioned("一只猫", "一条狗"))
     assert texts_of(sheet) == ["zh", "rank 1", "✓ 一只猫", "0.250", "一条狗", "0.250"]
     colours = {text.text: text.get("fill") for text in sheet.iter(f"{SVG}text")}
@@ -127,24 +125,24 @@ def test_a_long_text_is_cut_with_an_ellipsis_and_a_shorter_one_is_not(letter):
     assert 40 <= columns * len(shown[1]) <= 50
 
 
-def test_pictures_are_small_png_of_the_right_content():
+def test_images_are_small_png_of_the_right_content():
     image = next(parse(Example(answers=[asking("q", True)])).iter(f"{SVG}image"))
     kind, _, content = image.get("href").partition(",")
     assert kind == "data:image/png;base64"
     shown = Image.open(io.BytesIO(base64.b64decode(content, validate=True)))
     assert (shown.format, shown.size) == ("PNG", (64, 32))
-    expected = np.asarray(picture(0, size=(100, 50)).resize((64, 32)), np.float64)
+    expected = np.asarray(make_image(0, size=(100, 50)).resize((64, 32)), np.float64)
     assert np.abs(np.asarray(shown, np.float64) - expected).mean() < 5
 
 
 def test_everything_lies_inside_the_sheet_and_nothing_overlaps():
     answers = [asking("a", *[True] * 7), asking("b", *[False] * 3)]
-    items = [Example(answers=answers, right=PICTURE), captioned(*"abcdefg"), captioned("a")] * 2
+    items = [Example(answers=answers, right=IMAGE), captioned(*"abcdefg"), captioned("a")] * 2
     sheet = parse(*items)
     width, height = int(sheet.get("width")), int(sheet.get("height"))
     found = [(x, y, node.tag == f"{SVG}image") for node, x, y in places(sheet)]
-    corners = [(x, y) for x, y, is_picture in found if is_picture]
-    lines = [(x, y) for x, y, is_picture in found if not is_picture]
+    corners = [(x, y) for x, y, is_image in found if is_image]
+    lines = [(x, y) for x, y, is_image in found if not is_image]
     assert len(corners) == 2 * (11 + 1 + 1)
     assert all(0 <= x <= width - 64 and 0 <= y <= height - 64 for x, y in corners)
     assert all(0 <= x <= width and 10 <= y <= height for x, y in lines)

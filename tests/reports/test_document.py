@@ -6,7 +6,7 @@ from html import unescape
 import pytest
 from markdown_it import MarkdownIt
 
-from tests.builders import encoded, picture
+from tests.builders import encoded, make_image
 from vlm.errors import ConfigError, DataError, VlmError
 from vlm.reports.contact_sheet import examples_svg
 from vlm.reports.document import (
@@ -21,14 +21,14 @@ from vlm.reports.document import (
     as_markdown,
     write_report,
 )
-from vlm.reports.examples import Answer, Example, FoundPicture
+from vlm.reports.examples import Answer, Example, FoundImage
 from vlm.reports.html_page import as_html
 
-PLOT = encoded(picture(3))
+PLOT = encoded(make_image(3))
 HOSTILE = [
     "<script>alert(1)</script>", "<b>bold</b> & <!-- no comment -->", "&lt; &amp; &#39;",
     "a < b > c", "*stars* **two** * one", "_under_ __two__ snake_case_name _a",
-    "[link](https://example.org)", "![picture](x.png)", "[a][b] [c]: d", "# no heading",
+    "[link](https://example.org)", "![image](x.png)", "[a][b] [c]: d", "# no heading",
     "## no heading", "- no item", "+ no item", "1. no item", "12) no item", "> no quote",
     ">quote", "---", "===", "***", "~~struck~~", "$x$ $$", "a | b", "back\\slash \\* \\`",
     "one ` backtick", '"quotes" and it\'s', "`` two", "-5 degrees", "https://example.org/a_b_c",
@@ -43,7 +43,7 @@ def document(*blocks, summary=()):
 
 
 def examples(name="found.svg", *, image=PLOT):
-    found = [FoundPicture(image=image, correct=True, cosine=0.5)]
+    found = [FoundImage(image=image, correct=True, cosine=0.5)]
     answer = Answer(language="en", query="a cat", found=found, rank=1)
     return Examples(name=name, items=[Example(answers=[answer])], title="What it finds")
 
@@ -117,7 +117,7 @@ def test_a_code_block_shows_its_lines_as_they_are(text):
     assert unescape(found[1]) == text
 
 
-def test_a_picture_is_found_under_any_name_and_text():
+def test_an_image_is_found_under_any_name_and_text():
     figure = Figure(name="红 (1).png", content=PLOT, alt="a] *b* [c <i>&amp; `d`")
     page = rendered(as_markdown(document(figure)))
     source, alt = re.search('<img src="([^"]*)" alt="([^"]*)"', page).groups()
@@ -153,14 +153,14 @@ def test_the_same_document_is_written_the_same(tmp_path):
         assert path.read_bytes() == (pages[1].parent / path.name).read_bytes()
 
 
-def test_two_pictures_of_one_name_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"two pictures of a report are named found\.svg"):
+def test_two_images_of_one_name_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"two images of a report are named found\.svg"):
         write_report(tmp_path, document(examples(), examples()))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_damaged_picture_leaves_no_report(tmp_path):
-    with pytest.raises(DataError, match="the picture is not one of"):
+def test_a_damaged_image_leaves_no_report(tmp_path):
+    with pytest.raises(DataError, match="the image is not one of"):
         write_report(tmp_path, document(examples(image=b"nothing")))
     assert list(tmp_path.iterdir()) == []
 
@@ -172,7 +172,7 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../plot.png", "a/b.png", "plot", "plot.jpg", ".png", ""])
-def test_a_picture_needs_a_plain_file_name(name):
+def test_an_image_needs_a_plain_file_name(name):
     with pytest.raises(ConfigError, match=r"expected a file name that ends in \.png or \.svg"):
         Figure(name=name, content=PLOT, alt="plot")
     with pytest.raises(ConfigError, match=r"expected a file name that ends in \.svg"):

@@ -1,4 +1,4 @@
-"""Thumbnails are small, whole and white where the picture is transparent."""
+"""Thumbnails are small, whole and white where the image is transparent."""
 
 import io
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.builders import encoded, picture
+from tests.builders import encoded, make_image
 from vlm.errors import DataError
 from vlm.reports.examples import cosine_in_words, thumbnail
 
@@ -20,16 +20,16 @@ def shown(content: bytes) -> Image.Image:
     ("size", "expected"),
     [((100, 50), (64, 32)), ((30, 300), (6, 64)), ((20, 10), (20, 10)), ((2000, 1), (64, 1))],
 )
-def test_a_thumbnail_keeps_the_shape_and_is_never_larger_than_the_picture(
+def test_a_thumbnail_keeps_the_shape_and_is_never_larger_than_the_image(
     file_format, size, expected
 ):
-    small = shown(thumbnail(picture(1, size=size), side=64, file_format=file_format))
+    small = shown(thumbnail(make_image(1, size=size), side=64, file_format=file_format))
     assert (small.format, small.size) == (file_format, expected)
 
 
-def test_bytes_files_and_open_pictures_give_the_same_thumbnail(tmp_path):
-    original = picture(2, size=(120, 90))
-    path = tmp_path / "picture.png"
+def test_bytes_files_and_open_images_give_the_same_thumbnail(tmp_path):
+    original = make_image(2, size=(120, 90))
+    path = tmp_path / "image.png"
     path.write_bytes(encoded(original))
     thumbnails = {
         thumbnail(source, side=64, file_format="PNG")
@@ -47,7 +47,7 @@ def test_transparency_is_white():
     assert np.asarray(small.convert("RGB")).min() == 255
 
 
-def test_what_is_no_picture_is_refused():
+def test_what_is_no_image_is_refused():
     with pytest.raises(DataError, match="not one of JPEG, PNG, WEBP"):
         thumbnail(b"<svg/>", side=64, file_format="PNG")
 

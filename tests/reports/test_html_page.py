@@ -1,4 +1,4 @@
-"""The page is well-formed, needs nothing else, and shows texts and pictures as what they are."""
+"""The page is well-formed, needs nothing else, and shows texts and images as what they are."""
 
 import base64
 import io
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.builders import encoded, picture
+from tests.builders import encoded, make_image
 from vlm.reports.document import (
     Bullets,
     CodeBlock,
@@ -27,11 +27,11 @@ from vlm.reports.examples import (
     CaptionExample,
     Example,
     FoundCaption,
-    FoundPicture,
+    FoundImage,
 )
 from vlm.reports.html_page import as_html
 
-PICTURE = encoded(picture(0, size=(200, 100)))
+IMAGE = encoded(make_image(0, size=(200, 100)))
 HOSTILE = [
     "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</style></p></body>",
     "&lt;b&gt;", "it's \"quoted\" & more", "javascript:alert(1)", "<!-- -->", "]]>",
@@ -82,7 +82,7 @@ def texts(root, path):
 
 
 def asking(query, *correct, language="en", rank=None):
-    found = [FoundPicture(image=PICTURE, correct=right, cosine=0.5) for right in correct]
+    found = [FoundImage(image=IMAGE, correct=right, cosine=0.5) for right in correct]
     return Answer(language=language, query=query, found=found, rank=rank)
 
 
@@ -103,7 +103,7 @@ def test_every_block_has_its_elements():
             header=["name", "kind", "R@1"], rows=[["cat", "a", "0.5"], ["dog", "b", "1"]],
             text_columns=2, caption="All of them",
         ),
-        Figure(name="plot.png", content=PICTURE, alt="recall"),
+        Figure(name="plot.png", content=IMAGE, alt="recall"),
         CodeBlock("vlm search\n  --k 1\n"),
         title="The `report`",
         summary=[Paragraph("In short.")],
@@ -124,7 +124,7 @@ def test_every_block_has_its_elements():
     assert texts(root, ".//pre/code") == ["vlm search\n  --k 1"]
     figure = root.find(".//figure/img")
     assert figure.get("alt") == "recall"
-    assert figure.get("src") == f"data:image/png;base64,{base64.b64encode(PICTURE).decode()}"
+    assert figure.get("src") == f"data:image/png;base64,{base64.b64encode(IMAGE).decode()}"
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -135,13 +135,13 @@ def test_text_of_strangers_is_never_mark_up(text):
             Paragraph(text),
             Bullets([text]),
             Table(header=[text], rows=[[text]], caption=text),
-            Figure(name="plot.png", content=PICTURE, alt=text),
+            Figure(name="plot.png", content=IMAGE, alt=text),
             CodeBlock(text),
             Examples(
                 name="found.svg",
                 items=[
                     Example(answers=[asking(text, True, language=text)]),
-                    CaptionExample(image=PICTURE, answers=[finding(text, language=text)]),
+                    CaptionExample(image=IMAGE, answers=[finding(text, language=text)]),
                 ],
                 title=text,
             ),
@@ -164,7 +164,7 @@ def test_text_of_strangers_is_never_mark_up(text):
 
 def test_the_page_needs_nothing_else_and_forbids_it():
     figures = [
-        Figure(name="a.png", content=PICTURE, alt="a"),
+        Figure(name="a.png", content=IMAGE, alt="a"),
         Figure(name="b.svg", content=b"<svg/>", alt="b"),
     ]
     root = read(*figures, examples(Example(answers=[asking("https://example.org", True)])))
@@ -192,8 +192,8 @@ def test_the_page_is_for_phones_dark_screens_and_paper():
         for node in read(
             Table(header=["a", "b"], rows=[]),
             examples(
-                Example(answers=[asking("q", True)], right=PICTURE),
-                CaptionExample(image=PICTURE, answers=[finding("a", rank=1)]),
+                Example(answers=[asking("q", True)], right=IMAGE),
+                CaptionExample(image=IMAGE, answers=[finding("a", rank=1)]),
             ),
         ).iter()
         for kind in node.get("class", "").split()
@@ -230,7 +230,7 @@ def test_an_example_shows_each_language_its_rank_and_what_is_right_in_words_too(
                     asking("红苹果", False, True, language="zh", rank=2),
                     asking("red apple", False, rank=1204),
                 ],
-                right=PICTURE,
+                right=IMAGE,
             ),
             Example(answers=[asking("free", False)]),
         )
@@ -240,25 +240,25 @@ def test_an_example_shows_each_language_its_rank_and_what_is_right_in_words_too(
         ("zh", "红苹果"), ("en", "red apple"),
     ]  # fmt: skip
     assert texts(first, ".//p[@class='rank']") == [
-        "right picture at rank 2", "right picture at rank 1,204",
+        "right image at rank 2", "right image at rank 1,204",
     ]  # fmt: skip
     assert texts(free, ".//p[@class='rank']") == []
     zh, en = first.findall(".//ol")
     assert [li.get("class") for li in zh] == ["other", "right"]
     assert texts(zh, "li/small") == ["0.500", "✓ 0.500"]
     assert [image.get("alt") for image in zh.iter("img")] == [
-        "picture found at rank 1", "picture found at rank 2, right",
+        "image found at rank 1", "image found at rank 2, right",
     ]  # fmt: skip
     assert texts(en, "li/small") == ["0.500"]
-    assert texts(first, "figure/figcaption") == ["a right picture"]
-    assert first.find("figure/img").get("alt") == "a right picture"
+    assert texts(first, "figure/figcaption") == ["a right image"]
+    assert first.find("figure/img").get("alt") == "a right image"
     assert free.find("figure") is None
 
 
-def test_captions_stand_beside_their_picture_with_their_language():
+def test_captions_stand_beside_their_image_with_their_language():
     answers = [finding("一只猫", "一条狗", language="zh", rank=1), finding("a cat", rank=3)]
-    root = read(examples(CaptionExample(image=PICTURE, answers=answers)))
-    assert root.find(".//article/img").get("alt") == "picture that is asked"
+    root = read(examples(CaptionExample(image=IMAGE, answers=answers)))
+    assert root.find(".//article/img").get("alt") == "image that is asked"
     zh, en = root.findall(".//article/div")
     assert texts(zh, "div/p") == ["zh", "right caption at rank 1"]
     assert texts(en, "div/p") == ["en", "right caption at rank 3"]
@@ -273,7 +273,7 @@ def test_thumbnails_are_small_webp_of_the_right_content():
     assert kind == "data:image/webp;base64"
     shown = Image.open(io.BytesIO(base64.b64decode(content, validate=True)))
     assert (shown.format, shown.size) == ("WEBP", (96, 48))
-    expected = np.asarray(picture(0, size=(200, 100)).resize((96, 48)), np.float64)
+    expected = np.asarray(make_image(0, size=(200, 100)).resize((96, 48)), np.float64)
     assert np.abs(np.asarray(shown.convert("RGB"), np.float64) - expected).mean() < 8
 
 

@@ -1,4 +1,4 @@
-"""The plot of recall against time is a picture of any number of searches and indexes."""
+"""The plot of recall against time is an image of any number of searches and indexes."""
 
 import io
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlm.evaluation.indexes.sweep import SweepPoint
 from vlm.reports.index_plot import recall_latency_png
-from vlm.retrieval.index_sweep import SweepPoint
 
 
 def point(value, recall):

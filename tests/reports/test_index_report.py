@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from vlm.evaluation.indexes.comparison import IndexPlan, compare_indexes
 from vlm.reports.document import Bullets, Figure, Table, write_report
 from vlm.reports.index_report import index_blocks, index_document
-from vlm.retrieval.index_comparison import IndexPlan, compare_indexes
 
 
 def unit_vectors(rng, rows):
@@ -23,7 +23,7 @@ def report_of(plan, *, languages=("zh", "en")):
 
 @pytest.fixture(scope="module")
 def swept():
-    # One bit for a whole vector tells no picture from the others.
+    # One bit for a whole vector tells no image from the others.
     return report_of(IndexPlan(factories=["HNSW8", "PQ1x1"], sweep=True, memory="512MiB"))
 
 
@@ -65,17 +65,17 @@ def test_the_report_tells_what_was_asked(swept, tmp_path):
     assert page.name == "report.html"
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     for part in (
-        "`runs/a/embeddings` has 60 pictures, vectors of 16 numbers", "`HNSW8`, `PQ1x1`",
-        "main captions in zh, en find each other", "Pictures find pictures",
+        "`runs/a/embeddings` has 60 images, vectors of 16 numbers", "`HNSW8`, `PQ1x1`",
+        "main captions in zh, en find each other", "Images find images",
         "95% of the 10 nearest neighbours; `auto` may take 512MiB", "`aaaaaaaaaaaa`",
         "median of batches", "(index.png)",
     ):  # fmt: skip
         assert part in text
 
 
-def test_pictures_without_captions_are_said_to_find_pictures_alone(tmp_path):
+def test_images_without_captions_are_said_to_find_images_alone(tmp_path):
     report = report_of(IndexPlan(factories=["Flat"]), languages=())
     write_report(tmp_path, index_document(report, embeddings="e", model="a"))
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "captions" not in text
-    assert "Pictures find pictures" in text
+    assert "Images find images" in text

@@ -1,4 +1,4 @@
-"""Plots of an evaluation: pictures of the right shape, drawn from what was measured."""
+"""Plots of an evaluation: images of the right shape, drawn from what was measured."""
 
 import io
 
@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlm.evaluation.retrieval.cosines import CosineStatistics, Spread
+from vlm.evaluation.retrieval.metrics import NOT_FOUND
 from vlm.reports import plots
 from vlm.reports.plots import cosines_png, recall_curves_png
-from vlm.retrieval.cosines import CosineStatistics, Spread
-from vlm.retrieval.metrics import NOT_FOUND
 
 
 def ranks(seed, queries=50):
@@ -26,7 +26,7 @@ NOTHING = Spread(count=0, mean=np.nan, std=np.nan, min=np.nan, max=np.nan)
 
 @pytest.fixture
 def figures(monkeypatch):
-    """Collect the figures as they are turned into pictures."""
+    """Collect the figures as they are turned into images."""
     drawn, as_png = [], plots._as_png
 
     def collect(figure):
@@ -39,8 +39,8 @@ def figures(monkeypatch):
 
 def test_a_recall_curve_goes_through_the_recalls(figures):
     found = {"zh": ranks(0), "en": ranks(1)}
-    with Image.open(io.BytesIO(recall_curves_png({"a": found, "中文 $x": found}))) as picture:
-        assert picture.width > 800
+    with Image.open(io.BytesIO(recall_curves_png({"a": found, "中文 $x": found}))) as image:
+        assert image.width > 800
     axes = figures[0].axes[0]
     assert len(axes.lines) == 4
     k, shares = axes.lines[0].get_data()
@@ -59,8 +59,8 @@ def test_cosines_are_drawn_for_every_benchmark_and_language(figures):
     both = CosineStatistics(correct=spread(0.5), wrong=spread(0.0))
     right_alone = CosineStatistics(correct=spread(0.5), wrong=NOTHING)
     png = cosines_png({"a": {"zh": both, "en": right_alone}, "b": {"en": both}})
-    with Image.open(io.BytesIO(png)) as picture:
-        assert picture.height > 100
+    with Image.open(io.BytesIO(png)) as image:
+        assert image.height > 100
     lines = figures[0].axes[0].lines
     assert len(lines) == 3 * 3  # nothing is drawn of pairs that are not there
     assert lines[0].get_xdata() == pytest.approx([0.3, 0.7])

@@ -78,7 +78,7 @@ def test_known_traps_are_recorded():
     assert all(row.recalls[3:] == (None, None, None) for row in rows_of("muge"))
 
 
-def test_pictures_find_one_of_five_captions_more_easily_than_a_caption_its_picture():
+def test_images_find_one_of_five_captions_more_easily_than_a_caption_its_image():
     # Where a row has it the other way round, its directions are exchanged or its captions fewer.
     for row in ROWS:
         if row.captions == 5 * row.images:

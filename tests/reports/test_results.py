@@ -42,10 +42,10 @@ def test_runs_of_one_bundle_are_told_apart_by_their_files(tmp_path):
 
 def test_equal_numbers_of_other_captions_differ_as_well():
     first, second = question(), question(sha256="f" * 64, fingerprint="other")
-    assert difference(second, first).startswith("as many pictures and captions, but others")
+    assert difference(second, first).startswith("as many images and captions, but others")
     assert difference(first, first) == ""
     several = question(captions_per_image=[1, 1.053, 3])
-    assert difference(several, first) == "1 to 3 (mean 1.053) captions a picture against 2"
+    assert difference(several, first) == "1 to 3 (mean 1.053) captions an image against 2"
     assert difference(first | {"new": 1}, first) == "new 1 against unknown"
 
 

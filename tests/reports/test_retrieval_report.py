@@ -6,14 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from vlm.bulk_embedding import BulkEmbedder
+from vlm.embedding.bulk import BulkEmbedder
+from vlm.evaluation.indexes.comparison import IndexPlan
+from vlm.evaluation.retrieval.evaluation import Vectors, evaluate_with_protocol, ranks_of
+from vlm.evaluation.retrieval.sources import RetrievalSource, open_source
 from vlm.reports.document import Bullets, Examples, Table, as_markdown, write_report
 from vlm.reports.retrieval_examples import MISSED_BEYOND, _text_example, drawn_examples
 from vlm.reports.retrieval_report import retrieval_document, retrieval_sections
 from vlm.reports.retrieval_run import RetrievalRun, ScoredBenchmark, format_run
-from vlm.retrieval.evaluation import Vectors, evaluate_with_protocol, ranks_of
-from vlm.retrieval.index_comparison import IndexPlan
-from vlm.retrieval.sources import RetrievalSource, open_source
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_the_tables_hold_what_was_measured(run):
     expected = evaluation.scores["zh/text_to_image/recall@5"]
     assert row[4] == f"{expected:.3f} ±{(high - low) / 2:.3f}"
     agreement, cosines = blocks_of(sections, "Languages", Table)
-    same = evaluation.agreement["en/zh"]["same_picture"]
+    same = evaluation.agreement["en/zh"]["same_image"]
     assert agreement.rows == [
         ["both", "en and zh", "12", f"{same:.3f}", *(
             f"{evaluation.agreement['en/zh'][f'both@{k}']:.3f}" for k in (1, 5, 10)
@@ -65,7 +65,7 @@ def test_the_tables_hold_what_was_measured(run):
     assert asked.rows[0][2] == evaluation.questions["zh"].fingerprint
     (indexes,) = blocks_of(sections, "Exact and approximate search", Table)
     assert {row[0] for row in indexes.rows} == {"HNSW8"}
-    assert len(indexes.rows) == 5  # both directions in two languages, and pictures alone
+    assert len(indexes.rows) == 5  # both directions in two languages, and images alone
 
 
 def test_the_report_says_where_benchmarks_were_read_from(run, data_folder):
@@ -78,7 +78,7 @@ def test_examples_can_be_shown_of_some_benchmarks(run):
     assert sum(section.title.startswith("Found and missed") for section in sections) == 1
 
 
-def test_a_report_is_written_as_markdown_page_and_pictures(run, tmp_path):
+def test_a_report_is_written_as_markdown_page_and_images(run, tmp_path):
     page = write_report(tmp_path, retrieval_document(run))
     assert page.name == "report.html"
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
@@ -104,7 +104,7 @@ def test_found_questions_were_found_and_missed_ones_were_missed(run):
     scored = run.benchmarks["both"]
     groups = drawn_examples(scored.source.pairs, scored.evaluation, of_each=4)
     titles = [group.title for group in groups]
-    assert titles[-1] == "Pictures, and the captions they find"
+    assert titles[-1] == "Images, and the captions they find"
     assert len(titles) > 1
     for group in groups[:-1]:
         for example in group.items:
@@ -117,15 +117,15 @@ def test_found_questions_were_found_and_missed_ones_were_missed(run):
                 assert max(ranks) == 1
                 assert example.right is None
             for answer in example.answers:
-                first_right = [picture.correct for picture in answer.found].index(True) + 1 if any(
-                    picture.correct for picture in answer.found
+                first_right = [image.correct for image in answer.found].index(True) + 1 if any(
+                    image.correct for image in answer.found
                 ) else None  # fmt: skip
                 assert (first_right == answer.rank) == (answer.rank <= len(answer.found))
-                cosines = [picture.cosine for picture in answer.found]
+                cosines = [image.cosine for image in answer.found]
                 assert cosines == sorted(cosines, reverse=True)
 
 
-def test_examples_of_pictures_show_the_best_captions(run, embedder):
+def test_examples_of_images_show_the_best_captions(run, embedder):
     scored = run.benchmarks["both"]
     group = drawn_examples(scored.source.pairs, scored.evaluation, of_each=2)[-1]
     assert len(group.items) == 2
@@ -143,21 +143,21 @@ def test_nothing_is_drawn_of_a_kind_that_does_not_occur(run):
                       scored.evaluation.ranks["zh"].items()}}  # fmt: skip
     groups = drawn_examples(scored.source.pairs, replace(scored.evaluation, ranks=perfect))
     assert [group.title for group in groups] == [
-        "Found at rank 1", "Pictures, and the captions they find"
+        "Found at rank 1", "Images, and the captions they find"
     ]  # fmt: skip
     assert all(isinstance(group.items, list) for group in groups)
     assert Examples(name="a.svg", items=groups[0].items, title="x").items
 
 
 def test_examples_stand_in_the_order_of_their_ranks_where_cosines_tie(run):
-    """Two equal pictures, of which the right one comes first in the benchmark."""
+    """Two equal images, of which the right one comes first in the benchmark."""
     scored = run.benchmarks["chinese alone"]
     images = scored.evaluation.vectors.images.copy()
     own = scored.source.pairs.texts["zh"]
     texts = scored.evaluation.vectors.texts["zh"].copy()
     for row, image in own.matches[:12].tolist():
         images[image + 12] = images[image] = texts[row] = np.eye(32, dtype=np.float32)[row]
-    matches = own.matches[own.matches[:, 1] < 12]  # the second picture of each is wrong
+    matches = own.matches[own.matches[:, 1] < 12]  # the second image of each is wrong
     pairs = replace(scored.source.pairs, texts={"zh": replace(own, matches=matches)})
     vectors = Vectors(images=images, texts={"zh": texts})
     ranks = ranks_of(vectors, pairs)

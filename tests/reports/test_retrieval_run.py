@@ -7,10 +7,10 @@ import pytest
 
 import vlm
 from tests.builders import make_samples, write_split
-from vlm.bulk_embedding import BulkEmbedder
+from vlm.embedding.bulk import BulkEmbedder
+from vlm.evaluation.retrieval.evaluation import evaluate_with_protocol
+from vlm.evaluation.retrieval.sources import RetrievalSource, open_source, sources_of
 from vlm.reports.retrieval_run import RetrievalRun, ScoredBenchmark
-from vlm.retrieval.evaluation import evaluate_with_protocol
-from vlm.retrieval.sources import RetrievalSource, open_source, sources_of
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def test_real_runs_of_two_models_share_a_table(real_runs, capsys):
     runs = [json.loads((real_runs / f"{seed}" / "retrieval.json").read_text()) for seed in (0, 1)]
     for language in ("zh", "en"):
         asked = runs[0]["benchmarks"]["things"]["questions"][language]
-        assert f"Question {asked['fingerprint']}: 12 pictures, 12 captions" in text
+        assert f"Question {asked['fingerprint']}: 12 images, 12 captions" in text
     rows = [row for row in lines_of(text) if "bundle_" in row[0]]
     assert len(rows) == 4
     for row in rows:
@@ -59,12 +59,12 @@ def test_real_runs_of_two_models_share_a_table(real_runs, capsys):
     assert sorted(found) == pytest.approx(sorted(expected), abs=0.051)
 
 
-def test_real_runs_on_other_pictures_are_refused(real_runs, capsys):
+def test_real_runs_on_other_images_are_refused(real_runs, capsys):
     words = ["eval", "table", str(real_runs / "0"), str(real_runs / "more")]
     assert main(words) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "24 pictures against 12" in error
+    assert "24 images against 12" in error
     assert main([*words, "--mixed"]) == 0
     assert "bundle_1 ≠ [1]" in capsys.readouterr().out
 
@@ -86,7 +86,7 @@ def test_halves_are_rounded_upwards(tmp_path):
 @pytest.mark.parametrize(
     ("other", "said"),
     [
-        ({"texts": 4}, "4 captions against 8, 1 captions a picture against 2"),
+        ({"texts": 4}, "4 captions against 8, 1 captions an image against 2"),
         ({"duplicates": "by string"}, "duplicates by string against by id"),
         ({"cleaning": "lower case"}, "cleaning lower case against none"),
     ],

@@ -7,7 +7,7 @@ from jsonargparse import ArgumentParser
 
 from vlm.checkpoints.recipe import ConversionConfig
 from vlm.cli.main import VERBS, main
-from vlm.retrieval.calibration import CalibrationPlan
+from vlm.evaluation.calibration import CalibrationPlan
 from vlm.text.tokenizer import TokenizerConfig
 from vlm.text.training import SentencePieceConfig
 from vlm.training.config import TrainConfig
@@ -45,7 +45,6 @@ PINNED = {
     "convert": {*ConversionConfig.__dataclass_fields__, *GrowthConfig.__dataclass_fields__}
     | {"to", "format", "extend"},
     "grow": {*GrowthConfig.__dataclass_fields__, "tokenizer", "out"},
-    "data emoji": {"out", "cache"},
     "data index": set(),
     "data check": set(),
 }

@@ -36,8 +36,8 @@ def workspace(quickstart):
     folder = quickstart[0].parents[1]
     for name in ("configs", "data", "tokenizers"):
         shutil.copytree(ROOT / name, folder / name)
-    (folder / "PICTURES").mkdir()
-    Image.new("RGB", (40, 30), "orange").save(folder / "PICTURES" / "one.jpg")
+    (folder / "IMAGES").mkdir()
+    Image.new("RGB", (40, 30), "orange").save(folder / "IMAGES" / "one.jpg")
     shutil.copytree(ROOT / "data/emoji", folder / "FOLDER", ignore=shutil.ignore_patterns("train*"))
     (folder / "FOLDER" / "manifest.json").unlink()
     return folder

@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from tests.builders import encoded, make_sample, make_samples, picture, tiny_bundle
-from vlm.embedder import Embedder
+from tests.builders import encoded, make_image, make_sample, make_samples, tiny_bundle
+from vlm.embedding.embedder import Embedder
+from vlm.embedding.parts import images_in_folder, images_in_split, write_embeddings
 from vlm.errors import DataError, SearchIndexError
-from vlm.search.embeddings import pictures_in_folder, pictures_in_split, write_embeddings
 from vlm.search.search_index import SearchIndex, build_search_index, hits_as_records
 
 
@@ -20,9 +20,9 @@ def run_folder(tmp_path_factory, data_folder):
     """Return a run with its bundle, the embeddings of a split and their index."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     bundle = tiny_bundle(folder / "bundle", context_length=32)
-    pictures = pictures_in_split(data_folder, "test")
+    images = images_in_split(data_folder, "test")
     write_embeddings(
-        Embedder.load(bundle, device="cpu"), pictures, folder / "embeddings", bundle=bundle,
+        Embedder.load(bundle, device="cpu"), images, folder / "embeddings", bundle=bundle,
         part_size=7,
     )  # fmt: skip
     assert build_search_index(folder / "embeddings", folder / "index") == 24
@@ -39,7 +39,7 @@ def change_description(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_a_text_finds_the_pictures_with_the_highest_cosines(run_folder, embedder):
+def test_a_text_finds_the_images_with_the_highest_cosines(run_folder, embedder):
     index = SearchIndex.open(run_folder / "index")
     images = embedder.encode_image([sample.image for sample in make_samples(24)])
     for text in ("grey cat", "圆圆的月亮"):
@@ -54,7 +54,7 @@ def test_a_text_finds_the_pictures_with_the_highest_cosines(run_folder, embedder
 
 
 @pytest.mark.parametrize("number", [0, 8, 23])
-def test_a_picture_finds_itself_with_its_captions(run_folder, embedder, number):
+def test_an_image_finds_itself_with_its_captions(run_folder, embedder, number):
     sample = make_sample(number)
     hit = SearchIndex.open(run_folder / "index").search(embedder.encode_image([sample.image]), 1)[0]
     assert hit.uid == sample.uid
@@ -63,27 +63,27 @@ def test_a_picture_finds_itself_with_its_captions(run_folder, embedder, number):
     assert hit.path == ""
 
 
-def test_more_hits_than_pictures_give_all_pictures(run_folder, embedder):
+def test_more_hits_than_images_give_all_images(run_folder, embedder):
     hits = SearchIndex.open(run_folder / "index").search(embedder.encode_text(["cat"]), 100)
     assert len(hits) == len({hit.uid for hit in hits}) == 24
 
 
-def test_pictures_of_a_folder_are_found_by_their_path_without_captions(tmp_path, embedder, bundle):
-    (tmp_path / "pictures").mkdir()
+def test_images_of_a_folder_are_found_by_their_path_without_captions(tmp_path, embedder, bundle):
+    (tmp_path / "images").mkdir()
     for number in range(5):
-        (tmp_path / f"pictures/{number}.png").write_bytes(encoded(picture(number)))
-    pictures = pictures_in_folder(tmp_path / "pictures")
-    write_embeddings(embedder, pictures, tmp_path / "embeddings", bundle=bundle)
+        (tmp_path / f"images/{number}.png").write_bytes(encoded(make_image(number)))
+    images = images_in_folder(tmp_path / "images")
+    write_embeddings(embedder, images, tmp_path / "embeddings", bundle=bundle)
     build_search_index(tmp_path / "embeddings", tmp_path / "index")
-    query = embedder.encode_image([picture(3)])
+    query = embedder.encode_image([make_image(3)])
     hit = SearchIndex.open(tmp_path / "index").search(query, 1)[0]
-    assert (hit.uid, hit.path) == ("3.png", str(tmp_path / "pictures/3.png"))
+    assert (hit.uid, hit.path) == ("3.png", str(tmp_path / "images/3.png"))
     assert hit.captions == {}
 
 
 def test_hits_become_plain_records(run_folder, embedder):
     index = SearchIndex.open(run_folder / "index")
-    records = hits_as_records(index.search(embedder.encode_image([picture(1)]), 2))
+    records = hits_as_records(index.search(embedder.encode_image([make_image(1)]), 2))
     read = json.loads(json.dumps(records))
     assert [record["rank"] for record in read] == [1, 2]
     assert set(read[0]) == {"rank", "score", "uid", "path", "captions"}

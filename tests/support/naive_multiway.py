@@ -6,7 +6,7 @@ import torch
 
 
 class NaiveMultiway:
-    """Reads pictures and texts with weights that have the names of M2-Encoder's checkpoints."""
+    """Reads images and texts with weights that have the names of M2-Encoder's checkpoints."""
 
     def __init__(self, config, weights):
         self.config = config

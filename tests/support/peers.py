@@ -29,7 +29,7 @@ def chinese_clip_scores(
     Args:
         folder: An empty folder for the files between the scripts.
         features: The vectors of `text` and of `image`; a row's number is its id.
-        right: The ids of the right pictures of every text that has any.
+        right: The ids of the right images of every text that has any.
         direction: `text_to_image` or `image_to_text`.
         last_first: Whether the files have the features from the last to the first.
     """

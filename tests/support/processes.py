@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_PRELOADED = ["torch", "vlm.losses.cached", "vlm.models.batch_norm"]
+_PRELOADED = ["torch", "vlm.training.step", "vlm.models.batch_norm"]
 
 
 def run_in_processes(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:

@@ -5,11 +5,11 @@ from dataclasses import asdict
 
 import numpy as np
 
+from vlm.evaluation.retrieval.protocol import question_of
 from vlm.reports.results import SCORES
-from vlm.retrieval.protocol import question_of
 
 RECALLS = (0.72514, 0.924, 0.964, 0.879, 0.984, 0.994)
-IMAGES = [f"picture {number}".encode() for number in range(4)]
+IMAGES = [f"image {number}".encode() for number in range(4)]
 
 
 def question(*, texts=8, language="zh", **changes):

@@ -294,7 +294,7 @@ def test_a_table_has_a_row_a_tokenizer_and_lines_up(clip):
 
 
 @pytest.mark.parametrize("languages", [("zh", "en"), ("en",)], ids=["two languages", "one"])
-def test_a_plot_is_a_picture_whatever_the_names_are(tmp_path, languages):
+def test_a_plot_is_an_image_whatever_the_names_are(tmp_path, languages):
     tokenizers = {name: word_pieces() for name in ("很小", "_old", "$x$ $y")}
     report = compare(tokenizers, dict.fromkeys(languages, CAPTIONS["en"]))
     plot_report(report, tmp_path / "new" / "plot.png")

@@ -20,12 +20,11 @@ from tests.models.test_pretraining import TINY_MULTIWAY
 from tests.support.processes import run_in_processes
 from vlm.data.loader import MaskPlan
 from vlm.data.sample import Batch
-from vlm.embedder import Embedder
+from vlm.embedding.embedder import Embedder
 from vlm.errors import ConfigError, VlmError
 from vlm.images.masking import draw_patches
 from vlm.images.transforms import PreprocessConfig, preprocess_cfg
 from vlm.losses.bilingual import BilingualLoss, LossConfig
-from vlm.losses.cached import CachedContrast
 from vlm.models.build import build_from_config
 from vlm.models.masked import Hidden, MaskedConfig
 from vlm.training.adaptation import AdaptationConfig
@@ -38,6 +37,7 @@ from vlm.training.objectives import (
 )
 from vlm.training.run import train
 from vlm.training.schedule import ScheduleConfig
+from vlm.training.step import CachedContrast
 
 LANGUAGES = {"zh": "zh", "en": "en"}
 BOTH = MaskedConfig(cmlm_weight=0.5, cmim_weight=2.0, image_share=0.6, decoder_layers=1)
@@ -157,9 +157,9 @@ def test_a_teachers_states_are_what_hidden_patches_are_recovered_as(tmp_path):
     assert not any("teacher" in name for name in model.state_dict())
 
 
-def test_a_teacher_of_other_pictures_is_refused(tmp_path):
+def test_a_teacher_of_other_images_is_refused(tmp_path):
     masked = MaskedConfig(cmim_weight=1.0, teacher=tiny_bundle(tmp_path / "teacher"))
-    with pytest.raises(ConfigError, match="teacher reads pictures of another kind: size 32 for 64"):
+    with pytest.raises(ConfigError, match="teacher reads images of another kind: size 32 for 64"):
         build_pretraining_model(
             tiny_model(tiny_tokenizer()),
             ObjectivesConfig(masked=masked),

@@ -1,4 +1,4 @@
-"""A run goes on from a bundle: its model, its tokenizer, its pictures; new rows alone at first."""
+"""A run goes on from a bundle: its model, its tokenizer, its images; new rows alone at first."""
 
 from dataclasses import replace
 

@@ -9,13 +9,13 @@ from vlm.data.sample import Batch
 from vlm.errors import TrainingError
 from vlm.images.transforms import AugmentationConfig, PreprocessConfig, TrainingTransform
 from vlm.losses.bilingual import BilingualLoss
-from vlm.losses.cached import CachedContrast
 from vlm.models.pretraining import PretrainingModel
 from vlm.text.tokenizer import TokenBatch
 from vlm.training.checkpoint import Checkpoints, Progress
 from vlm.training.optimizer import OptimizerConfig, build_optimizer
 from vlm.training.reporter import METRICS_NAME, Reporter, read_metrics
 from vlm.training.schedule import ScheduleConfig
+from vlm.training.step import CachedContrast
 from vlm.training.trainer import LoopConfig, Trainer
 
 STEPS, BATCH = 7, 4

@@ -59,7 +59,7 @@ def read_chinese_clip(tensors: Tensors, config: ConversionConfig) -> Recipe:
         positions=bert["max_position_embeddings"],
         context_length=CONTEXT_LENGTH,
     )
-    # `cn_clip` squashes pictures, and normalises as CLIP does.
+    # `cn_clip` squashes images, and normalises as CLIP does.
     preprocess = config.preprocess or PreprocessConfig(resize_mode="squash")
     return Recipe(
         kind="a Chinese-CLIP checkpoint",

@@ -44,7 +44,7 @@ def export(bundle: Bundle, out: Path, target: Format) -> list[str]:
         Sentences on what the target has to do without.
 
     Raises:
-        CheckpointError: the format cannot express the model, its pictures or its tokenizer.
+        CheckpointError: the format cannot express the model, its images or its tokenizer.
     """
     return _WRITERS[target](bundle, out)
 
@@ -109,7 +109,7 @@ def _to_chinese_clip(bundle: Bundle, out: Path) -> list[str]:
         raise CheckpointError(f"Chinese-CLIP cannot express the model: {error}") from error
     _same(bundle, again, "Chinese-CLIP")
     _save_torch({f"module.{name}": tensor for name, tensor in theirs.items()}, out)
-    return ["the file holds no tokenizer and no picture transform; cn_clip has its own"]
+    return ["the file holds no tokenizer and no image transform; cn_clip has its own"]
 
 
 def _to_hugging_face(bundle: Bundle, out: Path) -> list[str]:
@@ -152,7 +152,7 @@ def _to_m2(bundle: Bundle, out: Path) -> list[str]:
     return [
         f"left out {len(absent)} tensors that released checkpoints have and nothing reads: "
         f"{', '.join(absent)}",
-        "the file holds no tokenizer and no picture transform",
+        "the file holds no tokenizer and no image transform",
     ]
 
 

@@ -103,7 +103,7 @@ def hugging_face_model_cfg(record: Mapping[str, Any], tokenizer: Tokenizer) -> d
 
 
 def read_preprocessing(folder: Path, image_size: int) -> PreprocessConfig:
-    """Read how a folder's pictures become tensors.
+    """Read how a folder's images become tensors.
 
     Raises:
         CheckpointError: the folder does not say it, or says what open_clip's transform cannot do.
@@ -111,7 +111,7 @@ def read_preprocessing(folder: Path, image_size: int) -> PreprocessConfig:
     path = folder / PREPROCESSOR
     if not path.is_file():
         raise CheckpointError(
-            f"{folder} does not say how pictures become tensors: it has no {PREPROCESSOR}; "
+            f"{folder} does not say how images become tensors: it has no {PREPROCESSOR}; "
             "expected it, or --preprocess.mean, .std, .interpolation and .resize_mode"
         )
     record = read_json(path)
@@ -124,7 +124,7 @@ def read_preprocessing(folder: Path, image_size: int) -> PreprocessConfig:
     mode = _resize_mode(size, crop, crops=record.get("do_center_crop", True), side=image_size)
     if mode is None:
         raise CheckpointError(
-            f"{path} resizes to {size} and crops to {crop}; expected pictures of {image_size} "
+            f"{path} resizes to {size} and crops to {crop}; expected images of {image_size} "
             "pixels a side, either cut or squashed"
         )
     return PreprocessConfig(

@@ -56,7 +56,7 @@ def model_config(model_cfg: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str
 
 
 def preprocessor_config(preprocess_cfg: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Return the `preprocessor_config.json` of a picture transform.
+    """Return the `preprocessor_config.json` of an image transform.
 
     Raises:
         CheckpointError: the transform pads, which CLIP's processors do not.
@@ -64,7 +64,7 @@ def preprocessor_config(preprocess_cfg: Mapping[str, Any], kind: str) -> dict[st
     side, mode = preprocess_cfg["size"], preprocess_cfg["resize_mode"]
     square = {"height": side, "width": side}
     if mode == "longest":
-        raise CheckpointError("transformers' CLIP cuts or squashes pictures; the bundle pads them")
+        raise CheckpointError("transformers' CLIP cuts or squashes images; the bundle pads them")
     numbers = {name: number for number, name in RESAMPLING.items()}
     return {
         "image_processor_type": f"{_CLASSES[kind]}ImageProcessor",

@@ -21,7 +21,7 @@ CONTEXT_LENGTH = 52
 ALLOWED = (r"visual_tokenizer\..*", r"norm\..*", r"pooler\..*", r"backbone_vl\..*\.B\..*")
 """What no feature needs: targets of training, an unused head, the texts' branch of shared layers.
 
-Texts go through the shared layers by the pictures' branch.
+Texts go through the shared layers by the images' branch.
 """
 
 _ROWS = "backbone.text_embed.weight"
@@ -64,7 +64,7 @@ def read_m2_encoder(tensors: Tensors, config: ConversionConfig) -> Recipe:
         towers = MultiwayConfig(**asdict(towers) | {"image_size": config.image_size})
         positions = resized_image_positions(tensors[_POSITIONS], towers.grid_size)
         tensors = tensors | {_POSITIONS: positions}
-    # M2-Encoder squashes pictures, and brings their values to [-1, 1].
+    # M2-Encoder squashes images, and brings their values to [-1, 1].
     half = (0.5, 0.5, 0.5)
     preprocess = config.preprocess or PreprocessConfig(mean=half, std=half, resize_mode="squash")
     return Recipe(

@@ -49,7 +49,7 @@ def read_open_clip_file(tensors: Tensors, config: ConversionConfig) -> Recipe:
 
     Raises:
         CheckpointError: no model is named, open_clip has none of the name, or it is not known how
-            pictures become tensors or texts ids.
+            images become tensors or texts ids.
     """
     if config.model is None:
         raise CheckpointError(
@@ -63,8 +63,8 @@ def read_open_clip_file(tensors: Tensors, config: ConversionConfig) -> Recipe:
         )
     preprocess = config.preprocess or _published_preprocessing(config.model)
     image_size = model_cfg["vision_cfg"].get("image_size", 224)
-    picture = preprocess_cfg(preprocess, image_size)
-    return _recipe(tensors, model_cfg, picture, config, own_tokenizer=None)
+    image = preprocess_cfg(preprocess, image_size)
+    return _recipe(tensors, model_cfg, image, config, own_tokenizer=None)
 
 
 def read_open_clip_folder(folder: Path, config: ConversionConfig) -> Recipe:
@@ -77,21 +77,21 @@ def read_open_clip_folder(folder: Path, config: ConversionConfig) -> Recipe:
     try:
         model_cfg, said = dict(record["model_cfg"]), dict(record["preprocess_cfg"])
         said = {name: said[name] for name in said if said[name] is not None}
-        pictures = {"mean": said["mean"], "std": said["std"]}
+        images = {"mean": said["mean"], "std": said["std"]}
         image_size = model_cfg["vision_cfg"].get("image_size", 224)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / CONFIG} lacks {error}") from error
     if config.preprocess is not None:
-        picture = preprocess_cfg(config.preprocess, image_size)
+        image = preprocess_cfg(config.preprocess, image_size)
     else:
         # What such a file leaves out is open_clip's default, but for mean and std.
         known = asdict(PreprocessCfg(size=image_size))
-        picture = known | {name: said[name] for name in said if name in known} | pictures
+        image = known | {name: said[name] for name in said if name in known} | images
     tensors = read_tensors(find_weights(folder))
     # Without a name open_clip takes its own tokenizer, whatever files lie there.
     named = (folder / "tokenizer.json").is_file() and model_cfg["text_cfg"].get("hf_tokenizer_name")
     own = str(folder) if named else None
-    return _recipe(tensors, model_cfg, picture, config, own_tokenizer=own)
+    return _recipe(tensors, model_cfg, image, config, own_tokenizer=own)
 
 
 def open_clip_origin(tensors: Mapping[str, Tensor]) -> OriginOf:
@@ -109,7 +109,7 @@ def open_clip_origin(tensors: Mapping[str, Tensor]) -> OriginOf:
 def _recipe(
     tensors: Tensors,
     model_cfg: Mapping[str, Any],
-    picture: Mapping[str, Any],
+    image: Mapping[str, Any],
     config: ConversionConfig,
     *,
     own_tokenizer: str | None,
@@ -141,7 +141,7 @@ def _recipe(
         origin_of=open_clip_origin(tensors),
         allowed=_ALLOWED,
         model_cfg=cfg,
-        preprocess_cfg=picture,
+        preprocess_cfg=image,
         tokenizer=tokenizer,
         languages=config.languages or languages_of(tokenizer),
     )
@@ -194,7 +194,7 @@ def _hf_config(config: ConversionConfig, name: str) -> dict[str, Any]:
 
 
 def _published_preprocessing(model: str) -> PreprocessConfig:
-    """Return how pictures become tensors for every published checkpoint of a model.
+    """Return how images become tensors for every published checkpoint of a model.
 
     Raises:
         CheckpointError: there are none, or they differ.
@@ -204,7 +204,7 @@ def _published_preprocessing(model: str) -> PreprocessConfig:
     if len(ways) != 1:
         found = "differ in it" if ways else "do not exist"
         raise CheckpointError(
-            f"a weights file does not say how pictures become tensors, and published checkpoints "
+            f"a weights file does not say how images become tensors, and published checkpoints "
             f"of {model} {found}; say it by --preprocess.mean, .std, .interpolation, .resize_mode"
         )
     return PreprocessConfig(**{name: value for name, value in ways.pop() if value is not None})

@@ -24,11 +24,11 @@ class ConversionConfig:
     """`clip`, a tokenizer folder, or a `.model`, `vocab.txt` or `tokenizer.json` file; none is the
     source's own."""
     preprocess: PreprocessConfig | None = None
-    """How pictures become tensors, where the source does not say it or it shall be otherwise."""
+    """How images become tensors, where the source does not say it or it shall be otherwise."""
     hf_config: Path | None = None
     """For a text tower of transformers: its `config.json`, or the folder that has it."""
     image_size: int | None = None
-    """For M2-Encoder: another side of the pictures, whose positions are interpolated."""
+    """For M2-Encoder: another side of the images, whose positions are interpolated."""
     context_length: int | None = None
     """Longest text in tokens, where it shall be shorter than the model's."""
     languages: tuple[str, ...] | None = None

@@ -12,10 +12,10 @@ from jsonargparse import ArgumentParser
 from vlm.bundle import store_calibration
 from vlm.cli.evaluation_sources import add_source_arguments, sources
 from vlm.cli.processes import refuse_several_processes
-from vlm.embedder import Embedder
+from vlm.embedding.embedder import Embedder
+from vlm.evaluation.calibration import CalibrationPlan, Reliability, calibrate
+from vlm.evaluation.retrieval.sources import open_source
 from vlm.markdown import markdown_table
-from vlm.retrieval.calibration import CalibrationPlan, Reliability, calibrate
-from vlm.retrieval.sources import open_source
 
 _SPLIT = "val"
 

@@ -9,15 +9,6 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from vlm.classification.class_names import ClassNames, read_class_names
-from vlm.classification.dataset import (
-    LabelledPictures,
-    class_folders,
-    pictures_in_class_folders,
-    pictures_of_split,
-)
-from vlm.classification.evaluation import evaluate_classification
-from vlm.classification.prompts import prompts_of, read_templates
 from vlm.cli.evaluation_runs import (
     add_embedder_arguments,
     add_output_arguments,
@@ -26,15 +17,24 @@ from vlm.cli.evaluation_runs import (
 )
 from vlm.data.manifest import read_manifest
 from vlm.distributed.launched import launched_group
-from vlm.embedder import Embedder
+from vlm.embedding.embedder import Embedder
 from vlm.errors import ConfigError, DataError
+from vlm.evaluation.classification.class_names import ClassNames, read_class_names
+from vlm.evaluation.classification.dataset import (
+    LabelledImages,
+    class_folders,
+    images_in_class_folders,
+    images_of_split,
+)
+from vlm.evaluation.classification.evaluation import evaluate_classification
+from vlm.evaluation.classification.prompts import prompts_of, read_templates
+from vlm.evaluation.retrieval.protocol import Reading, reading_of
 from vlm.reports.classification_report import classification_document
 from vlm.reports.classification_run import (
     ClassificationRun,
     classification_intervals,
     format_classification,
 )
-from vlm.retrieval.protocol import Reading, reading_of
 
 _RECORD_NAME = "classification.json"
 
@@ -61,7 +61,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--images", type=Path | None, default=None,
-        help="instead of a data folder, one with a folder of pictures for each class",
+        help="instead of a data folder, one with a folder of images for each class",
     )  # fmt: skip
     parser.add_argument(
         "--classes", nargs="+", default=[],
@@ -87,22 +87,22 @@ def run(options: Any) -> None:
         bulk = bulk_embedder(options, group)
         languages = _languages(options, bulk.embedder)
         templates = read_templates(options.templates, languages)
-        classes, pictures = _read_data(options, source, languages)
-        digests = bulk.digests_of(pictures.images)
+        classes, images = _read_data(options, source, languages)
+        digests = bulk.digests_of(images.images)
         scores = evaluate_classification(
-            bulk, pictures.images, pictures.labels, classes.names, templates, digests=digests
+            bulk, images.images, images.labels, classes.names, templates, digests=digests
         )
     if group.rank == 0:  # the others need not wait for what one process does
         classified = ClassificationRun(
             bundle=str(options.bundle),
             source=source,
-            pictures=pictures,
-            pictures_sha256=pictures.fingerprint(digests),
+            images=images,
+            images_sha256=images.fingerprint(digests),
             classes=classes,
             templates=templates,
             reading=_reading(bulk.embedder, classes, templates),
             scores=scores,
-            intervals=classification_intervals(scores, pictures.labels),
+            intervals=classification_intervals(scores, images.labels),
         )
         deliver(
             options,
@@ -114,7 +114,7 @@ def run(options: Any) -> None:
 
 
 def _source(options: Any) -> dict[str, Any]:
-    """Return which pictures are asked for, as the record says it."""
+    """Return which images are asked for, as the record says it."""
     given = {name: getattr(options, name) for name in _SAMPLES}
     given = {name: value for name, value in given.items() if value is not None}
     if options.images is None:
@@ -123,7 +123,7 @@ def _source(options: Any) -> dict[str, Any]:
     if given:
         found = " and ".join(f"--{name}" for name in given)
         raise ConfigError(
-            f"--images {options.images} is a folder of pictures by class; found {found}, which "
+            f"--images {options.images} is a folder of images by class; found {found}, which "
             f"{'is' if len(given) == 1 else 'are'} for the samples of a data folder; expected none"
         )
     if not options.classes:
@@ -152,19 +152,19 @@ def _reading(
 
 def _read_data(
     options: Any, source: Mapping[str, Any], languages: Sequence[str]
-) -> tuple[ClassNames, LabelledPictures]:
+) -> tuple[ClassNames, LabelledImages]:
     if options.images is not None:
         folders = class_folders(options.images)
         classes = read_class_names(options.classes, languages, folders=folders)
-        return classes, pictures_in_class_folders(options.images, classes.ids)
+        return classes, images_in_class_folders(options.images, classes.ids)
     data = Path(source["data"])
     read_manifest(data)  # a folder that is none is said to be so, rather than to lack class names
     own = data / "classes.json"
     if not options.classes and not own.is_file():
         raise DataError(f"{data} has no {own.name}; expected one, or class names by --classes")
     classes = read_class_names(options.classes or [str(own)], languages, label=source["label"])
-    pictures = pictures_of_split(
+    images = images_of_split(
         data, source["split"], label=source["label"], class_ids=classes.ids,
         where=source["where"],
     )  # fmt: skip
-    return classes, pictures
+    return classes, images

@@ -13,17 +13,17 @@ from vlm.bundle import is_bundle
 from vlm.cli.evaluation_runs import add_output_arguments, check_folders, deliver
 from vlm.cli.index_options import add_index_arguments, index_plan
 from vlm.cli.processes import refuse_several_processes
-from vlm.embedder import Embedder
+from vlm.embedding.embedder import Embedder
+from vlm.embedding.parts import DESCRIPTION_NAME, read_embeddings
 from vlm.errors import ConfigError, DataError, SearchIndexError
-from vlm.markdown import markdown_table
-from vlm.reports.index_report import index_document
-from vlm.retrieval.index_comparison import (
+from vlm.evaluation.indexes.comparison import (
     IndexPlan,
     IndexReport,
     compare_indexes,
     comparison_rows,
 )
-from vlm.search.embeddings import DESCRIPTION_NAME, read_embeddings
+from vlm.markdown import markdown_table
+from vlm.reports.index_report import index_document
 from vlm.search.index_choice import AUTO
 
 _RECORD_NAME = "index.json"
@@ -34,7 +34,7 @@ class _Vectors(NamedTuple):
 
     images: NDArray[np.float32]
     texts: Mapping[str, tuple[NDArray[np.float32], NDArray[np.int64]]]
-    """By language: vectors, and pairs (text, picture) that belong together."""
+    """By language: vectors, and pairs (text, image) that belong together."""
     fingerprint: str
     """Of the model that made them."""
 
@@ -69,7 +69,7 @@ def run(options: Any) -> None:
 
 
 def _vectors_of(folder: Path, device: str | None) -> _Vectors:
-    """Read pictures' vectors, and embed their main captions with the model that made them."""
+    """Read images' vectors, and embed their main captions with the model that made them."""
     if not (folder / DESCRIPTION_NAME).is_file() and is_bundle(folder):
         raise ConfigError(
             f"{folder} is a bundle; expected a folder that `vlm embed` wrote, or "
@@ -81,8 +81,8 @@ def _vectors_of(folder: Path, device: str | None) -> _Vectors:
     captions = {language: texts for language, texts in captions.items() if any(texts)}
     if not captions and len(images) < 2:
         raise DataError(
-            f"{folder} holds {len(images)} pictures and no captions to search with; expected "
-            "captions, or at least 2 pictures"
+            f"{folder} holds {len(images)} images and no captions to search with; expected "
+            "captions, or at least 2 images"
         )
     if not captions:
         return _Vectors(images, {}, description.fingerprint)
@@ -91,15 +91,13 @@ def _vectors_of(folder: Path, device: str | None) -> _Vectors:
         raise SearchIndexError(
             f"the embeddings in {folder} were made by another model "
             f"({description.fingerprint[:12]}) than is in {description.bundle} now "
-            f"({embedder.fingerprint[:12]}); expected the same, so embed the pictures again"
+            f"({embedder.fingerprint[:12]}); expected the same, so embed the images again"
         )
     embedder = embedder.truncated(description.dim)
     texts = {}
-    for language, of_pictures in captions.items():
-        places = {
-            text: place for place, text in enumerate(dict.fromkeys(filter(None, of_pictures)))
-        }
-        pairs = [(places[text], image) for image, text in enumerate(of_pictures) if text]
+    for language, of_images in captions.items():
+        places = {text: place for place, text in enumerate(dict.fromkeys(filter(None, of_images)))}
+        pairs = [(places[text], image) for image, text in enumerate(of_images) if text]
         texts[language] = (embedder.encode_text(list(places)), np.array(pairs, dtype=np.int64))
     return _Vectors(images, texts, description.fingerprint)
 

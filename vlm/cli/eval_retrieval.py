@@ -20,11 +20,11 @@ from vlm.cli.evaluation_sources import SourcesFile, add_source_arguments, source
 from vlm.cli.index_options import add_index_arguments, index_plan
 from vlm.distributed.launched import launched_group
 from vlm.errors import SearchIndexError
+from vlm.evaluation.retrieval.evaluation import evaluate_with_protocol
+from vlm.evaluation.retrieval.sources import open_source
 from vlm.reports.results import RECORD_NAME
 from vlm.reports.retrieval_report import retrieval_document
 from vlm.reports.retrieval_run import RetrievalRun, ScoredBenchmark, format_run
-from vlm.retrieval.evaluation import evaluate_with_protocol
-from vlm.retrieval.sources import open_source
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from vlm.bulk_embedding import BulkEmbedder
 from vlm.distributed.groups import RankGroup
-from vlm.embedder import Embedder
+from vlm.embedding.bulk import BulkEmbedder
+from vlm.embedding.embedder import Embedder
 from vlm.errors import ConfigError
 from vlm.files import write_file
 from vlm.reports.document import Document, write_report
@@ -58,7 +58,7 @@ def add_output_arguments(parser: ArgumentParser, *, record_name: str) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
         "--out", type=Path | None, default=None,
-        help=f"folder for report.html, report.md with its pictures, and {record_name}",
+        help=f"folder for report.html, report.md with its images, and {record_name}",
     )  # fmt: skip
 
 

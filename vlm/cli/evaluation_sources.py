@@ -9,9 +9,9 @@ from typing import Any, get_args
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from vlm.data.benchmarks.benchmark import DuplicatePolicy
 from vlm.errors import ConfigError
-from vlm.retrieval.sources import FOLDER_SPLIT, RetrievalSource, sources_of
+from vlm.evaluation.retrieval.benchmarks.benchmark import DuplicatePolicy
+from vlm.evaluation.retrieval.sources import FOLDER_SPLIT, RetrievalSource, sources_of
 
 _SETTINGS = tuple(RetrievalSource.__dataclass_fields__)
 _COMMON = ("split", "languages", "where", "images", "duplicates", "lower_case", "allowed_share")
@@ -62,11 +62,11 @@ def add_source_arguments(
     )  # fmt: skip
     parser.add_argument(
         "--images", type=Path | None, default=None,
-        help="of a benchmark: the folder of its pictures, where they are not beside its file",
+        help="of a benchmark: the folder of its images, where they are not beside its file",
     )  # fmt: skip
     parser.add_argument(
         "--duplicates", type=DuplicatePolicy | None, default=None,
-        help="of a benchmark: which pictures are right where several have the same caption; "
+        help="of a benchmark: which images are right where several have the same caption; "
         f"default: {get_args(DuplicatePolicy)[0]}",
     )  # fmt: skip
     parser.add_argument(
@@ -75,7 +75,7 @@ def add_source_arguments(
     )  # fmt: skip
     parser.add_argument(
         "--allowed_share", type=float | None, default=None,
-        help="of a benchmark: share of pictures and captions that may be missing or damaged; "
+        help="of a benchmark: share of images and captions that may be missing or damaged; "
         "default: 0.01",
     )  # fmt: skip
 

@@ -6,7 +6,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from vlm.errors import ConfigError
-from vlm.retrieval.index_comparison import IndexPlan
+from vlm.evaluation.indexes.comparison import IndexPlan
 
 _DEFAULTS = IndexPlan()
 

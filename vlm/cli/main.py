@@ -15,16 +15,16 @@ from vlm.errors import VlmError
 from vlm.files import FULL_DISK
 
 VERBS = {
-    ("quickstart",): ("vlm.cli.quickstart", "train and score a small model on the emoji pictures"),
+    ("quickstart",): ("vlm.cli.quickstart", "train and score a small model on the emoji images"),
     ("train",): ("vlm.cli.train", "train a model; also under `accelerate launch -m vlm train`"),
     ("eval", "retrieval"): ("vlm.cli.eval_retrieval", "score a bundle on retrieval"),
     ("eval", "classification"): ("vlm.cli.eval_classification", "score zero-shot classification"),
     ("eval", "table"): ("vlm.cli.eval_table", "put results side by side, with published ones"),
     ("eval", "calibrate"): ("vlm.cli.eval_calibrate", "learn which cosines mean a match"),
     ("eval", "index"): ("vlm.cli.eval_index", "put approximate search beside exact search"),
-    ("embed",): ("vlm.cli.embed", "turn pictures into vectors"),
+    ("embed",): ("vlm.cli.embed", "turn images into vectors"),
     ("index",): ("vlm.cli.index", "make vectors searchable"),
-    ("search",): ("vlm.cli.search", "find pictures by a text or a picture"),
+    ("search",): ("vlm.cli.search", "find images by a text or an image"),
     ("tokenizer", "report"): ("vlm.cli.tokenizer_report", "what tokenizers make of texts"),
     ("tokenizer", "import"): ("vlm.cli.tokenizer_import", "read another project's tokenizer"),
     ("tokenizer", "extend"): ("vlm.cli.tokenizer_extend", "add Chinese pieces to a tokenizer"),
@@ -32,7 +32,6 @@ VERBS = {
     ("tokenizer", "prune"): ("vlm.cli.tokenizer_prune", "keep only the pieces that texts use"),
     ("convert",): ("vlm.cli.convert", "read or write other projects' checkpoints"),
     ("grow",): ("vlm.cli.grow", "let a model read an extended tokenizer and longer texts"),
-    ("data", "emoji"): ("vlm.cli.data_emoji", "rebuild the emoji pictures from their sources"),
     ("data", "index"): ("vlm.cli.data_index", "write the manifest of your own shards"),
     ("data", "check"): ("vlm.cli.data_check", "verify every shard of a data folder"),
 }

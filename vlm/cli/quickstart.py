@@ -1,4 +1,4 @@
-"""Train a small bilingual model on the emoji pictures, score it on what was held out, report."""
+"""Train a small bilingual model on the emoji images, score it on what was held out, report."""
 
 import sys
 from dataclasses import replace
@@ -33,7 +33,7 @@ def run(options: Any) -> None:
     config = replace(TrainConfig(**fields), run_folder=options.out)
     report, scored = run_quickstart(config)
     print(format_run(scored))
-    print(f"\nThe report with plots and pictures: {report}\n\nTry next:", file=sys.stderr)
+    print(f"\nThe report with plots and images: {report}\n\nTry next:", file=sys.stderr)
     print(
         "\n".join(f"  {command}" for command in next_commands(config.run_folder)), file=sys.stderr
     )

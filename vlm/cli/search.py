@@ -1,4 +1,4 @@
-"""Find the pictures of an index that are nearest to a text, in any language, or to a picture."""
+"""Find the images of an index that are nearest to a text, in any language, or to an image."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from vlm.embedder import Embedder
+from vlm.embedding.embedder import Embedder
 from vlm.errors import VlmError
 from vlm.search.search_index import Hit, SearchIndex, hits_as_records
 
@@ -18,9 +18,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--text", type=str | None, default=None, help="what to look for, such as 一只猫"
     )
     parser.add_argument(
-        "--image", type=Path | None, default=None, help="picture to look for, instead"
+        "--image", type=Path | None, default=None, help="image to look for, instead"
     )
-    parser.add_argument("--k", type=int, default=5, help="how many pictures to show")
+    parser.add_argument("--k", type=int, default=5, help="how many images to show")
     parser.add_argument(
         "--bundle", type=Path | None, default=None, help="the model's folder, if it has been moved"
     )

@@ -54,9 +54,9 @@ class MaskPlan:
     text_share: float = 0.0
     """Share in [0, 1] of a main caption's tokens, whole words; 0 hides none."""
     image_share: float = 0.0
-    """Share in [0, 1) of a picture's patches; 0 hides none."""
+    """Share in [0, 1) of an image's patches; 0 hides none."""
     grid: tuple[int, int] = (1, 1)
-    """Rows and columns of a picture's patches."""
+    """Rows and columns of an image's patches."""
 
 
 class ExampleKey(NamedTuple):
@@ -81,16 +81,16 @@ class Example:
 
 
 class TrainingExamples(Dataset[Example]):
-    """Samples with a caption chosen for each language and their picture augmented.
+    """Samples with a caption chosen for each language and their image augmented.
 
     Caption choice, augmentation and what is hidden are a function of (seed, epoch, uid).
 
     Args:
         samples: The split to read.
-        transform: Augments a picture.
+        transform: Augments an image.
         captions: Which captions to read.
         seed: Decides everything random.
-        keep_decoded: Whether each process keeps the pictures it has decoded.
+        keep_decoded: Whether each process keeps the images it has decoded.
     """
 
     def __init__(
@@ -125,12 +125,12 @@ class TrainingExamples(Dataset[Example]):
                 second_of(language): choose_caption(sample, language, 0.0, rng)
                 for language in self.captions.languages
             }
-        image = self.transform(self._picture(key.place, sample), rng)
+        image = self.transform(self._image(key.place, sample), rng)
         return Example(
             sample.uid, image, text_id(sample.concept), captions, seed=rng.getrandbits(63)
         )
 
-    def _picture(self, place: int, sample: Sample) -> Image.Image:
+    def _image(self, place: int, sample: Sample) -> Image.Image:
         if place in self._decoded:
             return self._decoded[place]
         image = decode_image(sample.image, name=sample.uid)

@@ -12,20 +12,20 @@ from vlm.text.tokenizer import TokenBatch
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One picture with its captions, as stored in a shard."""
+    """One image with its captions, as stored in a shard."""
 
     uid: str
     """Unique name of the sample; also its key in the shard."""
     image: bytes
-    """The encoded picture (WebP, PNG or JPEG)."""
+    """The encoded image (WebP, PNG or JPEG)."""
     captions: Mapping[str, Sequence[str]]
     """Captions by language code (`zh`, `en`, ...); the first of a language is its main caption."""
     concept: str
-    """What the picture shows: samples of one concept are never negatives of each other."""
+    """What the image shows: samples of one concept are never negatives of each other."""
     source: str = ""
-    """Where the picture comes from, for example the drawing style."""
+    """Where the image comes from, for example the drawing style."""
     licence: str = ""
-    """SPDX identifier of the picture's licence."""
+    """SPDX identifier of the image's licence."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """Further labels, for example the class used in zero-shot classification."""
 
@@ -38,7 +38,7 @@ class Batch:
     texts: Mapping[str, TokenBatch]
     """One caption a sample for each language; an empty text where the language is missing."""
     image_ids: Int64[Tensor, " batch"]
-    """Equal where two pictures show the same concept."""
+    """Equal where two images show the same concept."""
     caption_ids: Mapping[str, Int64[Tensor, " batch"]]
     """Per language, equal where two captions are the same text; `NO_CAPTION` where missing."""
     uids: tuple[str, ...]

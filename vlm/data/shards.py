@@ -134,7 +134,7 @@ def write_shards(
     The bytes depend on the samples alone: members carry no time, owner or machine.
 
     Raises:
-        DataError: a uid has a dot in its last part or occurs twice, or a picture is of no known
+        DataError: a uid has a dot in its last part or occurs twice, or an image is of no known
             format.
     """
     if samples_per_shard < 1:
@@ -202,7 +202,7 @@ def _image_extension(sample: Sample) -> str:
     for extension, signature in _IMAGE_SIGNATURES.items():
         if sample.image.startswith(signature):
             return extension
-    raise DataError(f"the picture of {sample.uid!r} is neither PNG, JPEG nor WebP")
+    raise DataError(f"the image of {sample.uid!r} is neither PNG, JPEG nor WebP")
 
 
 def _sample_from_record(key: str, image: bytes, record: Mapping[str, object]) -> Sample:
@@ -240,7 +240,7 @@ def _index_shard(path: Path, packed: bytes | mmap.mmap) -> Shard:
     """Find where every sample's members lie.
 
     Raises:
-        DataError: the tar cannot be read to its end, or a sample lacks its picture or record.
+        DataError: the tar cannot be read to its end, or a sample lacks its image or record.
     """
     try:
         content = gzip.decompress(packed) if path.name.endswith(".gz") else packed
@@ -252,7 +252,7 @@ def _index_shard(path: Path, packed: bytes | mmap.mmap) -> Shard:
         images = [span for extension, span in parts.items() if extension in _IMAGE_EXTENSIONS]
         if len(images) != 1 or "json" not in parts:
             found = ", ".join(sorted(parts))
-            raise DataError(f"shard {path}: {key!r} needs one picture and one .json, has {found}")
+            raise DataError(f"shard {path}: {key!r} needs one image and one .json, has {found}")
         members.append(_Members(key=key, image=images[0], record=parts["json"]))
     return Shard(path, content, members)
 

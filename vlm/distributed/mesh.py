@@ -1,4 +1,4 @@
-"""The mesh of ranks on which a loss group compares pictures with texts."""
+"""The mesh of ranks on which a loss group compares images with texts."""
 
 import os
 from collections import Counter
@@ -19,7 +19,7 @@ Grouping = Literal["contiguous", "strided"]
 class RankMesh:
     """A loss group's ranks in `rows` x `columns`, as the rank at (p, q) sees them.
 
-    This rank compares the pictures of mesh row p with the texts of mesh column q: pictures
+    This rank compares the images of mesh row p with the texts of mesh column q: images
     travel along rows, texts along columns. A group's members are numbered row by row.
     """
 
@@ -104,7 +104,7 @@ def mesh_shape(shape: MeshShape, members: Sequence[int], ranks_per_node: int) ->
     """Return (rows, columns) for one loss group.
 
     `text` is (g, 1), where only texts travel, and `image` is (1, g). `auto` makes a mesh row of
-    the ranks in a node where a group spans several nodes evenly, so that pictures stay inside
+    the ranks in a node where a group spans several nodes evenly, so that images stay inside
     nodes; otherwise it takes the squarest mesh, which sends least, with no more rows than columns.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Encoded pictures to RGB, safely: known formats, bounded size, nothing half read."""
+"""Encoded images to RGB, safely: known formats, bounded size, nothing half read."""
 
 import io
 import struct
@@ -11,17 +11,17 @@ from vlm.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 64_000_000
-"""A picture that claims more is refused before its pixels are unpacked."""
+"""An image that claims more is refused before its pixels are unpacked."""
 
 ImageSource = Image.Image | Path | bytes
 
 
-def decode_image(source: ImageSource, *, name: str = "the picture") -> Image.Image:
-    """Return an upright RGB picture; transparency is laid on white.
+def decode_image(source: ImageSource, *, name: str = "the image") -> Image.Image:
+    """Return an upright RGB image; transparency is laid on white.
 
     Args:
-        source: An open picture, the path of a file or the encoded bytes.
-        name: What to call the picture in an error where `source` is no path.
+        source: An open image, the path of a file or the encoded bytes.
+        name: What to call the image in an error where `source` is no path.
 
     Raises:
         DataError: the file is missing, no JPEG, PNG or WebP, too large, or damaged.

@@ -1,4 +1,4 @@
-"""Which patches of a picture are hidden from its tower."""
+"""Which patches of an image are hidden from its tower."""
 
 import torch
 from jaxtyping import Bool
@@ -10,10 +10,10 @@ from vlm.errors import ConfigError
 def draw_patches(
     batch: int, grid: tuple[int, int], *, share: float, generator: torch.Generator
 ) -> Bool[Tensor, "batch patches"]:
-    """Draw as many patches of each picture, uniformly and each picture by itself.
+    """Draw as many patches of each image, uniformly and each image by itself.
 
     Args:
-        batch: Number of pictures.
+        batch: Number of images.
         grid: Rows and columns of patches.
         share: Share in [0, 1) of the patches to draw, rounded to a whole number of them.
         generator: Where chance comes from; the result is on its device.

@@ -1,4 +1,4 @@
-"""Pictures to normalised tensors, for evaluation and, with seeded augmentation, for training."""
+"""Images to normalised tensors, for evaluation and, with seeded augmentation, for training."""
 
 import math
 import random
@@ -28,7 +28,7 @@ _LUMA = _YIQ_FROM_RGB[0]
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessConfig:
-    """How a picture becomes a tensor; the fields are those of open_clip's `preprocess_cfg`."""
+    """How an image becomes a tensor; the fields are those of open_clip's `preprocess_cfg`."""
 
     mean: tuple[float, float, float] = OPENAI_MEAN
     """Mean of the channels (red, green, blue), which are in [0, 1]."""
@@ -54,7 +54,7 @@ class PreprocessConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentationConfig:
-    """Random changes of a training picture; each is drawn evenly from its range."""
+    """Random changes of a training image; each is drawn evenly from its range."""
 
     crop_area: tuple[float, float] = (0.9, 1.0)
     """Area of the random crop as a share of evaluation's crop; above 1 leaves a white border."""
@@ -65,7 +65,7 @@ class AugmentationConfig:
     rotation: float = 0.0
     """Largest rotation either way, in degrees."""
     flip: float = 0.0
-    """Probability of a left-right flip; pictures with text or direction are better off at 0."""
+    """Probability of a left-right flip; images with text or direction are better off at 0."""
     brightness: float = 0.0
     """Largest change of brightness, as a share of it."""
     contrast: float = 0.0
@@ -113,10 +113,10 @@ def evaluation_transform(
 
 
 class TrainingTransform:
-    """Augments a picture with random numbers from the generator it is given, and no others.
+    """Augments an image with random numbers from the generator it is given, and no others.
 
     Crop, shift, rotation, flip and resizing are one affine map of the plane, and all changes of
-    colour are one affine map of RGB: each picture is sampled once and multiplied once.
+    colour are one affine map of RGB: each image is sampled once and multiplied once.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class TrainingTransform:
         self._std = torch.tensor(preprocess.std)[:, None]
 
     def __call__(self, image: Image.Image, rng: random.Random) -> Float[Tensor, "3 height width"]:
-        """Change an RGB picture at random and return it as a normalised tensor."""
+        """Change an RGB image at random and return it as a normalised tensor."""
         image = self._sample(image, rng)
         pixels = torch.from_numpy(np.array(image)).view(-1, 3).T.float().div_(255)
         pixels = self._recolour(pixels, rng)
@@ -144,7 +144,7 @@ class TrainingTransform:
         whole_width, whole_height = self._whole(image)
         width = whole_width * math.sqrt(area * ratio)
         height = whole_height * math.sqrt(area / ratio)
-        # A crop lies anywhere in the picture; one that is larger has the picture anywhere in it.
+        # A crop lies anywhere in the image; one that is larger has the image anywhere in it.
         middle_x, middle_y = (
             extent / 2
             + rng.uniform(-1, 1) * abs(extent - crop) / 2
@@ -153,7 +153,7 @@ class TrainingTransform:
         )
         angle = math.radians(rng.uniform(-config.rotation, config.rotation))
         mirror = -1 if rng.random() < config.flip else 1
-        # The sampler looks at few pixels around each point, so large pictures are shrunk before.
+        # The sampler looks at few pixels around each point, so large images are shrunk before.
         shrink = max(1, int(min(width, height) / side))
         image = image.reduce(shrink) if shrink > 1 else image
         step_x, step_y = mirror * width / side / shrink, height / side / shrink
@@ -189,7 +189,7 @@ class TrainingTransform:
         if rng.random() < config.grayscale:
             saturation = 0.0
         colours = _hue_and_saturation(hue, saturation) * (brightness * contrast)
-        # Contrast moves away from the picture's mean grey, which the other changes leave alone.
+        # Contrast moves away from the image's mean grey, which the other changes leave alone.
         grey = brightness * float(_LUMA @ pixels.mean(dim=1))
         return (colours @ pixels).add_((1 - contrast) * grey).clamp_(0, 1)
 

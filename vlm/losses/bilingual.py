@@ -1,4 +1,4 @@
-"""Contrastive terms of pictures with captions in several languages, sharing one exchange."""
+"""Contrastive terms of images with captions in several languages, sharing one exchange."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,9 +23,9 @@ class LossConfig:
     plan: LossPlan = field(default_factory=LossPlan)
     """Who contrasts with whom, and how."""
     captions: Literal["apart", "together"] = "apart"
-    """Contrast pictures with each language's captions apart, or with those of all languages.
+    """Contrast images with each language's captions apart, or with those of all languages.
 
-    Together, a picture's captions in all languages are its positives in one softmax.
+    Together, an image's captions in all languages are its positives in one softmax.
     """
     second_weight: float = 1.0
     """Weight of a second caption's term beside a main caption's, at least 0."""
@@ -66,7 +66,7 @@ class SentTexts:
 
     languages: tuple[str, ...]
     columns: tuple[SentRows, ...]
-    """What pictures are compared with: one a language, or one for all captions together."""
+    """What images are compared with: one a language, or one for all captions together."""
     pair: tuple[SentRows, SentRows | None] | None
     """The rows of a text-text term, and its columns where they are not among the others."""
     shares: Shares
@@ -84,7 +84,7 @@ class _Term(NamedTuple):
 class BilingualLoss(nn.Module):
     """The weighted mean of a contrastive term for each language, and of one between two.
 
-    Pictures travel once for all terms. Samples of one concept, and samples that share a
+    Images travel once for all terms. Samples of one concept, and samples that share a
     caption, are each other's positives (or ignored, as the plan says); a sample that lacks a
     language takes no part in that language's terms.
 
@@ -93,7 +93,7 @@ class BilingualLoss(nn.Module):
     Args:
         plan: Who contrasts with whom, and how.
         weights: Weight of a language's term; 1 where it is not named.
-        together: Contrast pictures with the captions of all languages in one term of weight 1.
+        together: Contrast images with the captions of all languages in one term of weight 1.
         text_pair: Two languages to contrast with each other.
         text_pair_weight: Weight of that term.
 
@@ -118,7 +118,7 @@ class BilingualLoss(nn.Module):
         self.text_pair_weight = text_pair_weight
 
     def send_texts(self, text_features: Mapping[str, Float[Tensor, "local dim"]]) -> SentTexts:
-        """Start to send the texts, so that they travel while the pictures are encoded.
+        """Start to send the texts, so that they travel while the images are encoded.
 
         Args:
             text_features: By language, unit vectors of this rank's captions.
@@ -143,7 +143,7 @@ class BilingualLoss(nn.Module):
         """Return this rank's share of the loss.
 
         Args:
-            image_features: Unit vectors of this rank's pictures.
+            image_features: Unit vectors of this rank's images.
             text_features: By language, unit vectors of their captions, or what `send_texts`
                 made of them.
             logit_scale: Inverse temperature, not its logarithm.
@@ -233,13 +233,13 @@ class BilingualLoss(nn.Module):
         captions = range(_FIRST_CAPTION, _FIRST_CAPTION + number)
         row_ids = gather_ids(table, shares, "row")
         column_ids = gather_ids(table, shares, "column")
-        pictures = receive(images, row_ids, shares, "row")
+        image_side = receive(images, row_ids, shares, "row")
         terms = []
         if self.together:
             each = torch.cat([table[:, [0, 1, caption]] for caption in captions])
             ids = gather_ids(each, shares, "column", per_sample=number)
             side = receive(texts.columns[0], ids, shares, "column", per_sample=number)
-            rows = pictures.with_captions(captions, counts[number], every=False)
+            rows = image_side.with_captions(captions, counts[number], every=False)
             columns = side.with_captions([_FIRST_CAPTION], sum(counts[:number]))
             terms.append(_Term("image-text", 1.0, rows, columns))
         sides = (
@@ -248,7 +248,7 @@ class BilingualLoss(nn.Module):
             else [receive(sent, column_ids, shares, "column") for sent in texts.columns]
         )
         for language, caption, side, count in zip(languages, captions, sides, counts, strict=False):
-            rows, columns = (each.with_captions([caption], count) for each in (pictures, side))
+            rows, columns = (each.with_captions([caption], count) for each in (image_side, side))
             weight = self.weights.get(language, 1.0)
             terms.append(_Term(f"image-{language}", weight, rows, columns))
         if texts.pair and self.text_pair:
@@ -269,7 +269,7 @@ class BilingualLoss(nn.Module):
 def _check_against(texts: Shares, images: Shares) -> None:
     if (texts.sizes, texts.dim) != (images.sizes, images.dim):
         raise DistributedError(
-            f"the ranks of a loss group bring {_listed(images.sizes)} pictures of width "
+            f"the ranks of a loss group bring {_listed(images.sizes)} images of width "
             f"{images.dim} and {_listed(texts.sizes)} texts of width {texts.dim}; expected as many "
             "of both on each, of one width"
         )

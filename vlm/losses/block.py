@@ -53,7 +53,7 @@ class Block:
 
 
 class RowStatistics(NamedTuple):
-    """What is known of this rank's pictures against texts, or of its texts against pictures."""
+    """What is known of this rank's images against texts, or of its texts against images."""
 
     loss: Float[Tensor, " local"]
     """Each row's loss, in nats."""

@@ -1,4 +1,4 @@
-"""The contrastive loss of pictures and texts over a group of ranks.
+"""The contrastive loss of images and texts over a group of ranks.
 
 Convention, here and everywhere: the mean over ranks of the returned loss is the loss, and
 averaging parameter gradients over ranks, as DDP and FSDP do, gives its true gradient, for
@@ -33,7 +33,7 @@ class PairIds(NamedTuple):
     """By which the pairs of a batch are known to match each other, on any rank."""
 
     image: Int64[Tensor, " local"]
-    """Equal for samples of the same concept or picture; not negative."""
+    """Equal for samples of the same concept or image; not negative."""
     caption: Int64[Tensor, " local"]
     """Equal for equal captions, not negative; `NO_CAPTION` for a pair that takes no part."""
 
@@ -45,7 +45,7 @@ class ContrastiveOutput:
     loss: Float[Tensor, ""]
     """This rank's share: the mean over ranks is the loss."""
     candidates: int
-    """How many texts of the group each picture was compared with."""
+    """How many texts of the group each image was compared with."""
     statistics: Callable[[], tuple[RowStatistics, RowStatistics]]
     """Returns `image_to_text` and `text_to_image`; small batches make them when asked for."""
 
@@ -55,7 +55,7 @@ class ContrastiveOutput:
 
     @property
     def image_to_text(self) -> RowStatistics:
-        """Of this rank's pictures."""
+        """Of this rank's images."""
         return self._statistics[0]
 
     @property
@@ -65,14 +65,14 @@ class ContrastiveOutput:
 
     @property
     def accuracy(self) -> Float[Tensor, ""]:
-        """Share of this rank's pictures and texts whose most similar candidate is right."""
+        """Share of this rank's images and texts whose most similar candidate is right."""
         of_rows, of_columns = self._statistics
         correct = torch.cat([of_rows.correct, of_columns.correct]).to(of_rows.loss.dtype)
         return correct.sum() / max(len(correct), 1)
 
 
 class ContrastiveLoss(nn.Module):
-    """Contrasts pictures with texts inside groups of ranks, as a plan says.
+    """Contrasts images with texts inside groups of ranks, as a plan says.
 
     Making one is a collective operation: every rank must do it at the same point.
 
@@ -98,7 +98,7 @@ class ContrastiveLoss(nn.Module):
         """Return this rank's share of the loss.
 
         Args:
-            image_features: Unit vectors of this rank's pictures.
+            image_features: Unit vectors of this rank's images.
             text_features: Unit vectors of their texts.
             logit_scale: Inverse temperature, not its logarithm.
             logit_bias: Added to every scaled similarity; for a sigmoid loss.
@@ -171,7 +171,7 @@ def contrast(
     """Contrast what this rank received with each other.
 
     Args:
-        rows: Pictures of its mesh row; for a text-text term, texts.
+        rows: Images of its mesh row; for a text-text term, texts.
         columns: Texts of its mesh column.
         exchange: How they came.
         shares: What the ranks declared.

@@ -43,7 +43,7 @@ class Shares:
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """The pictures of a mesh row, or the texts of a mesh column, as this rank received them."""
+    """The images of a mesh row, or the texts of a mesh column, as this rank received them."""
 
     features: Float[Tensor, "rows dim"]
     ids: Int64[Tensor, "rows ids"] | None

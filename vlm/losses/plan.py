@@ -31,7 +31,7 @@ class LossPlan:
     """(rows, columns) of a group's ranks; `text` is (g, 1), `image` (1, g).
 
     `auto` is the squarest, which sends least, on one machine; on several it is machines x ranks of
-    a machine, which sends pictures inside machines only.
+    a machine, which sends images inside machines only.
     """
     label_smoothing: float = 0.0
     """Share of a softmax's target that is spread over all candidates, in [0, 1)."""

@@ -34,7 +34,7 @@ def sigmoid_loss(
     group's ranks is that loss. Every rank must differentiate its share with the same factor.
 
     Args:
-        rows: Pictures of the mesh row, this rank's among them.
+        rows: Images of the mesh row, this rank's among them.
         columns: Texts of the mesh column, this rank's among them.
         logit_scale: Inverse temperature.
         logit_bias: Added to every scaled similarity.

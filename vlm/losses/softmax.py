@@ -42,7 +42,7 @@ def softmax_loss(
     to another's rows takes that factor for the other's.
 
     Args:
-        rows: Pictures of the mesh row, this rank's among them.
+        rows: Images of the mesh row, this rank's among them.
         columns: Texts of the mesh column, this rank's among them.
         logit_scale: Inverse temperature.
         block: What lies where, and how to compute it.

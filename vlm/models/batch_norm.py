@@ -1,4 +1,4 @@
-"""Batch normalisation over the pictures of all ranks, on any device."""
+"""Batch normalisation over the images of all ranks, on any device."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,7 +39,7 @@ def synchronize_batch_norm(model: nn.Module, group: RankGroup, device: torch.dev
 def kept_statistics(model: nn.Module) -> Iterator[None]:
     """Leave the running statistics of a model's batch norms alone while it is run.
 
-    For passes over pictures of another kind than evaluation's. Batches are normalised as ever.
+    For passes over images of another kind than evaluation's. Batches are normalised as ever.
     """
     norms = [each for each in model.modules() if isinstance(each, _BatchNorm | GroupBatchNorm2d)]
     momenta = [norm.momentum for norm in norms]

@@ -91,7 +91,7 @@ def build_encoder(model_cfg: Mapping[str, Any]) -> AnyEncoder:
 
 
 def image_size(model_cfg: Mapping[str, Any]) -> int:
-    """Return the side, in pixels, of the square pictures that a described model reads.
+    """Return the side, in pixels, of the square images that a described model reads.
 
     Raises:
         ConfigError: they are not square.
@@ -100,7 +100,7 @@ def image_size(model_cfg: Mapping[str, Any]) -> int:
     size = cfg.get("image_size", _DEFAULT_IMAGE_SIZE)
     sides = {size} if isinstance(size, int) else set(size)
     if len(sides) != 1:
-        raise ConfigError(f"the model's pictures are of size {size}; expected squares")
+        raise ConfigError(f"the model's images are of size {size}; expected squares")
     return int(sides.pop())
 
 

@@ -45,7 +45,7 @@ class TextTowerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A model of pictures and texts: two towers described here, open_clip's, or M2-Encoder's.
+    """A model of images and texts: two towers described here, open_clip's, or M2-Encoder's.
 
     The fields of two towers have the names and meanings of open_clip's model configs.
     """

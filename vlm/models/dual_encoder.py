@@ -17,10 +17,10 @@ from vlm.text.tokenizer import TokenBatch
 
 
 class DualEncoder(nn.Module):
-    """Two towers that map pictures and texts to unit vectors of one space: an `Encoder`.
+    """Two towers that map images and texts to unit vectors of one space: an `Encoder`.
 
     Args:
-        visual: Maps normalised pictures to `embed_dim` features.
+        visual: Maps normalised images to `embed_dim` features.
         text: A transformer that `encode_tokens` can run.
         init_logit_scale: Inverse temperature at the start.
         init_logit_bias: Bias of a sigmoid loss's logits at the start; None for no bias.
@@ -86,7 +86,7 @@ class DualEncoder(nn.Module):
     def encode_image(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch dim"]:
-        """Return a float32 unit vector for each picture."""
+        """Return a float32 unit vector for each image."""
         return F.normalize(self.image_features(images)[MAIN], dim=-1)
 
     def encode_text(self, tokens: TokenBatch) -> Float[Tensor, "batch dim"]:
@@ -96,7 +96,7 @@ class DualEncoder(nn.Module):
     def image_features(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> dict[str, Float[Tensor, "batch dim"]]:
-        """Return the features of pictures by head, float32 and not normalised."""
+        """Return the features of images by head, float32 and not normalised."""
         return {MAIN: self.visual(images.contiguous(memory_format=self._memory_format)).float()}
 
     def text_features(self, tokens: TokenBatch) -> dict[str, Float[Tensor, "batch dim"]]:
@@ -108,12 +108,12 @@ class DualEncoder(nn.Module):
         images: Float[Tensor, "batch 3 height width"],
         hidden: Bool[Tensor, "batch patches"] | None = None,
     ) -> States:
-        """Return the features of pictures and the states of their patches.
+        """Return the features of images and the states of their patches.
 
         Patch dropout leaves none out here.
 
         Args:
-            images: Normalised pictures.
+            images: Normalised images.
             hidden: True at patches, of `grid_size` row by row, whose pixels become the mean
                 colour before the tower sees them.
 
@@ -155,7 +155,7 @@ class DualEncoder(nn.Module):
         text_tower.set_text_checkpointing(self.text, enable)
 
     def set_patch_dropout(self, share: float) -> None:
-        """Leave out a share in [0, 1) of a picture's patches in training (FLIP, Li et al. 2023).
+        """Leave out a share in [0, 1) of an image's patches in training (FLIP, Li et al. 2023).
 
         Raises:
             ConfigError: the image tower has no patches to leave out.

@@ -1,4 +1,4 @@
-"""`Encoder`: what every model of pictures and texts can do, whatever its towers are."""
+"""`Encoder`: what every model of images and texts can do, whatever its towers are."""
 
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -20,14 +20,14 @@ class States(NamedTuple):
     features: dict[str, Float[Tensor, "batch dim"]]
     """By head, `MAIN` first; not normalised."""
     tokens: Float[Tensor, "batch length width"]
-    """The last states of a text's tokens, or of a picture's patches row by row."""
+    """The last states of a text's tokens, or of an image's patches row by row."""
     mask: Bool[Tensor, "batch length"] | None
-    """True at the tokens of a text, false at padding; None for pictures: all patches count."""
+    """True at the tokens of a text, false at padding; None for images: all patches count."""
 
 
 @runtime_checkable
 class Encoder(Protocol):
-    """A module that maps pictures and texts to unit vectors of one space."""
+    """A module that maps images and texts to unit vectors of one space."""
 
     log_logit_scale: nn.Parameter
     """The logarithm of the inverse temperature."""
@@ -61,7 +61,7 @@ class Encoder(Protocol):
     def encode_image(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch dim"]:
-        """Return a float32 unit vector for each picture."""
+        """Return a float32 unit vector for each image."""
 
     def encode_text(self, tokens: TokenBatch) -> Float[Tensor, "batch dim"]:
         """Return a float32 unit vector for each text."""
@@ -69,7 +69,7 @@ class Encoder(Protocol):
     def image_features(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> dict[str, Float[Tensor, "batch dim"]]:
-        """Return the features of pictures by head, not normalised."""
+        """Return the features of images by head, not normalised."""
 
     def text_features(self, tokens: TokenBatch) -> dict[str, Float[Tensor, "batch dim"]]:
         """Return the features of texts by head, not normalised."""
@@ -79,10 +79,10 @@ class Encoder(Protocol):
         images: Float[Tensor, "batch 3 height width"],
         hidden: Bool[Tensor, "batch patches"] | None = None,
     ) -> States:
-        """Return the features of pictures and the states of their patches.
+        """Return the features of images and the states of their patches.
 
         Args:
-            images: Normalised pictures.
+            images: Normalised images.
             hidden: True at patches, of `grid_size` row by row, that the tower must not see.
         """
 
@@ -105,7 +105,7 @@ class Encoder(Protocol):
         """Compute activations again in the backward pass instead of keeping them, or do not."""
 
     def set_patch_dropout(self, share: float) -> None:
-        """Leave out a share in [0, 1) of a picture's patches in training (FLIP, Li et al. 2023).
+        """Leave out a share in [0, 1) of an image's patches in training (FLIP, Li et al. 2023).
 
         Raises:
             ConfigError: the image tower has no patches to leave out.

@@ -33,7 +33,7 @@ _DROPOUTS = (PatchDropout, TimmPatchDropout, PatchDropoutWithIndices)
 
 
 class PatchLayout(NamedTuple):
-    """What `image_states` gives of a picture."""
+    """What `image_states` gives of an image."""
 
     grid: tuple[int, int]
     """Rows and columns of patches."""
@@ -42,7 +42,7 @@ class PatchLayout(NamedTuple):
 
 
 def check_image_tower(visual: ImageTower) -> None:
-    """Refuse a tower whose features are not one vector a picture.
+    """Refuse a tower whose features are not one vector an image.
 
     Raises:
         ConfigError: it has open_clip's unfinished pooling, or none.
@@ -51,13 +51,13 @@ def check_image_tower(visual: ImageTower) -> None:
         return
     if getattr(visual, "attn_pool_contrastive", None) is not None or visual.pool_type == "none":
         raise ConfigError(
-            "the image tower pools to more than one vector a picture; "
+            "the image tower pools to more than one vector an image; "
             "expected pool_type tok or avg, and attentional_pool true or false"
         )
 
 
 def memory_format_of(visual: ImageTower) -> torch.memory_format:
-    """Return the layout of a tower's pictures and weights: channels innermost where it can be.
+    """Return the layout of a tower's images and weights: channels innermost where it can be.
 
     Convolutions run up to half as fast again so. But torch 2.14 on a CPU writes past its memory
     in the backward pass of one whose kernel is a single pixel, with a stride and few channels,
@@ -73,9 +73,9 @@ def memory_format_of(visual: ImageTower) -> torch.memory_format:
 
 
 def patch_layout(visual: ImageTower) -> PatchLayout:
-    """Return how many patches a tower's picture has, and how wide their states are.
+    """Return how many patches a tower's image has, and how wide their states are.
 
-    A timm model is run on one picture of zeros, because no attribute tells it for all of them.
+    A timm model is run on one image of zeros, because no attribute tells it for all of them.
 
     Raises:
         ConfigError: the model has no states of patches.
@@ -86,9 +86,9 @@ def patch_layout(visual: ImageTower) -> PatchLayout:
         side = visual.image_size // 32  # as its pooling has positions for
         return PatchLayout((side, side), int(visual.attnpool.k_proj.in_features))
     like = next(visual.parameters())
-    picture = torch.zeros(1, 3, *visual.image_size, dtype=like.dtype, device=like.device)
+    image = torch.zeros(1, 3, *visual.image_size, dtype=like.dtype, device=like.device)
     with _in_evaluation(visual), torch.no_grad():
-        output = _timm_states(visual, picture)
+        output = _timm_states(visual, image)
     if output.ndim == 4:
         rows, columns, width = _channels_last(visual.trunk, output).shape[1:]
         return PatchLayout((rows, columns), width)
@@ -99,7 +99,7 @@ def patch_layout(visual: ImageTower) -> PatchLayout:
 def states_of(
     visual: ImageTower, images: Float[Tensor, "batch 3 height width"]
 ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch patches states"]]:
-    """Return the features of pictures, not normalised, and the states of all their patches.
+    """Return the features of images, not normalised, and the states of all their patches.
 
     In one pass, whose features are those of the tower itself without patch dropout. States are
     taken after the tower's last normalisation: of open_clip's transformer before the projection,
@@ -129,13 +129,13 @@ def hide_patches(
     hidden: Bool[Tensor, "batch patches"],
     grid: tuple[int, int],
 ) -> Float[Tensor, "batch 3 height width"]:
-    """Give the pixels of hidden patches the mean colour, which is 0 in normalised pictures.
+    """Give the pixels of hidden patches the mean colour, which is 0 in normalised images.
 
     Args:
-        images: Normalised pictures.
+        images: Normalised images.
         hidden: True at the patches to hide, row by row.
         grid: Rows and columns of patches. Pixels that are left over on the right and below,
-            where the grid does not divide the picture, belong to the last ones.
+            where the grid does not divide the image, belong to the last ones.
     """
     blank = hidden.view(len(images), *grid)
     for axis, size in enumerate(images.shape[2:], start=1):
@@ -146,7 +146,7 @@ def hide_patches(
 
 
 def set_patch_dropout(visual: ImageTower, share: float) -> None:
-    """Leave out a share of a picture's patches in training (FLIP, Li et al. 2023, section 3).
+    """Leave out a share of an image's patches in training (FLIP, Li et al. 2023, section 3).
 
     Raises:
         ConfigError: the share is out of range, or the tower has no patches to leave out.
@@ -241,7 +241,7 @@ def _timm_grid(visual: TimmModel, count: int) -> tuple[int, int]:
     if count == 1 or side * side != count or visual.image_size[0] != visual.image_size[1]:
         raise ConfigError(
             f"timm's {type(visual.trunk).__name__} gives {count} states, which are no grid of "
-            f"patches on a picture of {visual.image_size}"
+            f"patches on an image of {visual.image_size}"
         )
     return (side, side)
 

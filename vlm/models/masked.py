@@ -1,4 +1,4 @@
-"""Masked words told from the picture, hidden patches from the text: fine-grained objectives.
+"""Masked words told from the image, hidden patches from the text: fine-grained objectives.
 
 Cross-modal masked language and image modelling, CMLM and CMIM, of M2-Encoder (Guo et al. 2024),
 which follow SyCoCa (Ma et al. 2024). Each has a decoder that only training needs.
@@ -42,7 +42,7 @@ class MaskedConfig:
     text_share: float = 0.5
     """Share in (0, 1] of a text's tokens to mask, by the word; `mvlm_prob` of M2-Encoder's code."""
     image_share: float = 0.4
-    """Share in (0, 1) of a picture's patches to hide; M2-Encoder's code has 80 of 196."""
+    """Share in (0, 1) of an image's patches to hide; M2-Encoder's code has 80 of 196."""
     decoder_layers: int = 2
     """Layers of each decoder, at least 1."""
     decoder_width: int | None = None
@@ -89,11 +89,11 @@ class MaskedModelling(nn.Module):
     Args:
         config: The settings; a weight at least is above 0.
         encoder: The model to train, for its sizes only.
-        image_size: Height and width of the pictures in pixels, or both in one.
+        image_size: Height and width of the images in pixels, or both in one.
         teacher_width: Width of the teacher's patch states; None without a teacher.
 
     Raises:
-        ConfigError: no loss is on, or the pictures cannot be divided into the encoder's patches.
+        ConfigError: no loss is on, or the images cannot be divided into the encoder's patches.
     """
 
     def __init__(
@@ -141,15 +141,15 @@ class MaskedModelling(nn.Module):
         hidden: Hidden,
         teacher_tokens: Float[Tensor, "batch patches teacher_width"] | None = None,
     ) -> dict[str, Float[Tensor, ""]]:
-        """Encode texts without their words, pictures without patches, and tell what is missing.
+        """Encode texts without their words, images without patches, and tell what is missing.
 
         Where nothing is hidden a loss is 0, with gradients of 0.
 
         Args:
             encoder: The model that gave the states; its other passes are made here.
-            images: Normalised pictures.
+            images: Normalised images.
             image_states: Their states, nothing hidden.
-            texts: One or more captions of each picture, by language.
+            texts: One or more captions of each image, by language.
             text_states: Their states, nothing masked.
             hidden: What is to be hidden.
             teacher_tokens: The teacher's patch states, where there is one.
@@ -158,7 +158,7 @@ class MaskedModelling(nn.Module):
             Means over all masked words (cross-entropy) and all hidden patches, not weighted.
 
         Raises:
-            ConfigError: pictures, or a teacher's states, do not have the sizes agreed on.
+            ConfigError: images, or a teacher's states, do not have the sizes agreed on.
         """
         losses = {}
         if CMLM in self.names:
@@ -168,7 +168,7 @@ class MaskedModelling(nn.Module):
             target = patch_pixels(images, encoder.grid_size) if self.pixels else teacher_tokens
             assert target is not None
             assert isinstance(encoder, nn.Module)
-            with kept_statistics(encoder):  # evaluation sees whole pictures
+            with kept_statistics(encoder):  # evaluation sees whole images
                 states = encoder.image_states(images, hidden=hidden.patches)
             losses[CMIM] = self._patches_loss(states, text_states, hidden.patches, target)
         return losses
@@ -201,7 +201,7 @@ class MaskedModelling(nn.Module):
         expected = (patches.shape[1], self.patch_head.out_features)
         if target.shape[1:] != expected:
             raise ConfigError(
-                f"pictures have {target.shape[1]} patches of {target.shape[2]} numbers to tell; "
+                f"images have {target.shape[1]} patches of {target.shape[2]} numbers to tell; "
                 f"expected {expected[0]} of {expected[1]}"
             )
         texts = text_states.values()
@@ -253,10 +253,10 @@ class _WordHead(nn.Module):
 def patch_pixels(
     images: Float[Tensor, "batch 3 height width"], grid: tuple[int, int]
 ) -> Float[Tensor, "batch patches numbers"]:
-    """Return the pixels of each cell of a grid over pictures, row by row.
+    """Return the pixels of each cell of a grid over images, row by row.
 
     Raises:
-        ConfigError: the grid does not divide the pictures.
+        ConfigError: the grid does not divide the images.
     """
     height, width = _cell((images.shape[2], images.shape[3]), grid)
     cells = images.reshape(len(images), 3, grid[0], height, grid[1], width)
@@ -266,7 +266,7 @@ def patch_pixels(
 def _cell(size: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
     if size[0] % grid[0] or size[1] % grid[1]:
         raise ConfigError(
-            f"pictures of {size[0]} x {size[1]} pixels cannot be divided into the "
+            f"images of {size[0]} x {size[1]} pixels cannot be divided into the "
             f"{grid[0]} x {grid[1]} patches of the image tower, which masked pixels need"
         )
     return size[0] // grid[0], size[1] // grid[1]

@@ -1,4 +1,4 @@
-"""`MultiwayEncoder`: M2-Encoder's towers, which end in layers that pictures and texts share."""
+"""`MultiwayEncoder`: M2-Encoder's towers, which end in layers that images and texts share."""
 
 import math
 from collections import OrderedDict
@@ -26,9 +26,9 @@ _KEPT_POSITIONS = POSITION_OFFSET + 1  # no position, twice, and the class token
 
 
 class MultiwayEncoder(nn.Module):
-    """Pictures and texts through encoders of their own, then through one that they share.
+    """Images and texts through encoders of their own, then through one that they share.
 
-    The vision-language encoder reads a picture or a text, never both together. Its first state
+    The vision-language encoder reads an image or a text, never both together. Its first state
     gives the feature of head `MAIN`, the first state before it that of head `UNIMODAL`
     (M2-Encoder, Guo et al. 2024). A text's first token stands for it all: the tokenizer should
     begin every text with the same piece.
@@ -110,7 +110,7 @@ class MultiwayEncoder(nn.Module):
     def encode_image(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch dim"]:
-        """Return a float32 unit vector for each picture."""
+        """Return a float32 unit vector for each image."""
         return F.normalize(self.image_features(images)[MAIN].float(), dim=-1)
 
     def encode_text(self, tokens: TokenBatch) -> Float[Tensor, "batch dim"]:
@@ -120,7 +120,7 @@ class MultiwayEncoder(nn.Module):
     def image_features(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> dict[str, Float[Tensor, "batch dim"]]:
-        """Return the features of pictures by head, not normalised.
+        """Return the features of images by head, not normalised.
 
         Cheaper than `image_states`, and in training the patches that `set_patch_dropout` says
         are left out: `image_states` always reads them all.
@@ -141,10 +141,10 @@ class MultiwayEncoder(nn.Module):
         images: Float[Tensor, "batch 3 height width"],
         hidden: Bool[Tensor, "batch patches"] | None = None,
     ) -> States:
-        """Return the features of pictures and the vision-language states of their patches.
+        """Return the features of images and the vision-language states of their patches.
 
         Args:
-            images: Normalised pictures.
+            images: Normalised images.
             hidden: True at patches, of `grid_size` row by row, that the tower must not see: the
                 mask token takes their place.
         """
@@ -184,7 +184,7 @@ class MultiwayEncoder(nn.Module):
         self.backbone_vl.grad_checkpointing = enable
 
     def set_patch_dropout(self, share: float) -> None:
-        """Leave out a share in [0, 1) of a picture's patches in training (FLIP, Li et al. 2023).
+        """Leave out a share in [0, 1) of an image's patches in training (FLIP, Li et al. 2023).
 
         Only where no states of patches are asked for: by `encode_image` and `image_features`.
 
@@ -268,7 +268,7 @@ class MultiwayEncoder(nn.Module):
 def resized_image_positions(
     table: Float[Tensor, "rows width"], grid: tuple[int, int]
 ) -> Float[Tensor, "new_rows width"]:
-    """Return a picture's position table for another grid of patches.
+    """Return an image's position table for another grid of patches.
 
     The rows before the patches are kept; each new patch has the mean of the old ones that its
     area covers, as M2-Encoder's own loader has it.

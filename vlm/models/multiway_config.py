@@ -9,7 +9,7 @@ IMAGE_BRANCH, TEXT_BRANCH = "A", "B"
 """The names of the two sets of weights in a multiway layer."""
 
 SHARED_BRANCH = IMAGE_BRANCH
-"""The branch of the vision-language encoder that reads pictures and texts alike."""
+"""The branch of the vision-language encoder that reads images and texts alike."""
 
 POSITION_OFFSET = 2
 """Position tables follow fairseq: their first two rows stand for no position."""
@@ -76,7 +76,7 @@ class MultiwayConfig:
 
     @property
     def image_positions(self) -> int:
-        """Rows of the pictures' position table: the patches, the class token, and two more."""
+        """Rows of the images' position table: the patches, the class token, and two more."""
         rows, columns = self.grid_size
         return rows * columns + 1 + POSITION_OFFSET
 

@@ -11,7 +11,7 @@ from vlm.text.tokenizer import TokenBatch
 
 
 class UnimodalEncoders(nn.Module):
-    """The pictures' and the texts' encoders: their embeddings, and one stack with two branches."""
+    """The images' and the texts' encoders: their embeddings, and one stack with two branches."""
 
     def __init__(self, config: MultiwayConfig, vocab_size: int) -> None:
         super().__init__()
@@ -33,12 +33,12 @@ class UnimodalEncoders(nn.Module):
         """Return the class token and the patches, with their positions.
 
         Raises:
-            ConfigError: the pictures are not of the configured size.
+            ConfigError: the images are not of the configured size.
         """
         size = self.config.image_size
         if images.shape[-2:] != (size, size):
             raise ConfigError(
-                f"the pictures are {images.shape[-1]} x {images.shape[-2]} pixels; "
+                f"the images are {images.shape[-1]} x {images.shape[-2]} pixels; "
                 f"expected {size} x {size}"
             )
         return self.encoder.add_positions(self.vision_embed(images, hidden), IMAGE_BRANCH)
@@ -97,7 +97,7 @@ class PatchEmbedding(nn.Module):
 def drop_patches(
     states: Float[Tensor, "batch length width"], share: float
 ) -> Float[Tensor, "batch kept width"]:
-    """Keep the class token, and patches drawn at random for each picture on its own.
+    """Keep the class token, and patches drawn at random for each image on its own.
 
     Args:
         states: The class token and the patches, with their positions.

@@ -79,7 +79,7 @@ def _check_timm_name(name: str) -> None:
 
 
 def _check_patches(trunk: nn.Module) -> None:
-    """Refuse a picture that the patches of a resized transformer of timm's do not fill."""
+    """Refuse an image that the patches of a resized transformer of timm's do not fill."""
     patches = getattr(trunk, "patch_embed", None)
     if not isinstance(patches, PatchEmbed) or patches.strict_img_size or patches.dynamic_img_pad:
         return
@@ -94,7 +94,7 @@ def _check_patches(trunk: nn.Module) -> None:
 def _fit_timm_tower(visual: TimmModel, vision_cfg: Mapping[str, Any]) -> None:
     """Mend what open_clip's adapter leaves wrong for some of timm's models.
 
-    It does not tell a transformer the size of its pictures, and it reads a projection's width
+    It does not tell a transformer the size of its images, and it reads a projection's width
     from `num_features` even where the model's own head widens its features first.
     """
     trunk = visual.trunk

@@ -20,7 +20,7 @@ class Features(NamedTuple):
     """A batch in the space of one head."""
 
     image: Float[Tensor, "batch dim"] | None
-    """Unit vectors, float32; None where no pictures were given."""
+    """Unit vectors, float32; None where no images were given."""
     text: dict[str, Float[Tensor, "batch dim"]]
     """Unit vectors by language, float32."""
     logit_scale: Float[Tensor, ""]
@@ -101,12 +101,12 @@ class PretrainingModel(nn.Module):
         on_texts: Callable[[Mapping[str, Tensor]], Any] | None = None,
         hidden: Hidden | None = None,
     ) -> Encoded:
-        """Encode a batch's captions in every language, then its pictures.
+        """Encode a batch's captions in every language, then its images.
 
         Args:
-            images: Normalised pictures, or None.
+            images: Normalised images, or None.
             texts: Captions by language; none at all is possible.
-            on_texts: Called with the text features of each head before the pictures are encoded,
+            on_texts: Called with the text features of each head before the images are encoded,
                 so that they can travel meanwhile; the head carries what it returns.
             hidden: What masked modelling hides; its losses are there where both sides are given
                 and gradients are asked for.

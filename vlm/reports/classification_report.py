@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from jaxtyping import Bool
 
-from vlm.classification.metrics import Classification
+from vlm.evaluation.bootstrap import LEVEL
+from vlm.evaluation.classification.metrics import Classification
 from vlm.reports.classification_run import ClassificationRun, classification_rows
 from vlm.reports.confusion_plot import MOST_CLASSES, confusion_png
 from vlm.reports.document import (
@@ -21,7 +22,6 @@ from vlm.reports.document import (
     without_code,
 )
 from vlm.reports.examples import CaptionAnswer, CaptionExample, FoundCaption
-from vlm.retrieval.bootstrap import LEVEL
 
 _CONFUSIONS, _CLASSES, _EXAMPLES = 10, 10, 3  # that are shown of each kind
 _SEED = 0
@@ -29,10 +29,10 @@ _SEED = 0
 
 def classification_document(run: ClassificationRun) -> Document:
     """Return the whole report of a run."""
-    pictures, classes = len(run.pictures.images), len(run.classes.ids)
+    images, classes = len(run.images.images), len(run.classes.ids)
     summary = (
-        f"`{without_code(run.bundle)}` says which of {classes:,} classes each of {pictures:,} "
-        "pictures shows."
+        f"`{without_code(run.bundle)}` says which of {classes:,} classes each of {images:,} "
+        "images shows."
     )
     return Document(
         title="Zero-shot classification",
@@ -54,12 +54,12 @@ def _scores(run: ClassificationRun) -> Section:
         blocks=[
             Table(header=header, rows=rows),
             Bullets([
-                "top-k is the share of pictures whose right class is among the first k; the mean "
-                "per class is that of each class's own top-1, over classes with pictures.",
-                f"± is half the width of the {LEVEL:.0%} bootstrap interval, for which pictures "
+                "top-k is the share of images whose right class is among the first k; the mean "
+                "per class is that of each class's own top-1, over classes with images.",
+                f"± is half the width of the {LEVEL:.0%} bootstrap interval, for which images "
                 "are drawn; those of a class that is not drawn count for nothing in the mean per "
                 "class.",
-                "`random` orders the classes by chance, `majority` by their number of pictures.",
+                "`random` orders the classes by chance, `majority` by their number of images.",
             ]),
         ],
     )  # fmt: skip
@@ -79,13 +79,13 @@ def _confusions(run: ClassificationRun) -> Iterator[Block]:
         rows = _confusion_rows(run, found)
         if rows:
             yield Table(
-                header=["right class", "given class", "pictures", "of the class"],
+                header=["right class", "given class", "images", "of the class"],
                 rows=rows,
                 text_columns=2,
                 caption=f"The most frequent confusions, by names in {language}",
             )
         else:
-            yield Paragraph(f"By names in {language}, every picture was given its own class.")
+            yield Paragraph(f"By names in {language}, every image was given its own class.")
 
 
 def _confusion_plot(run: ClassificationRun, language: str) -> Figure:
@@ -98,31 +98,31 @@ def _confusion_plot(run: ClassificationRun, language: str) -> Figure:
             [names[0] for names in english] if english else run.classes.ids,
             title=f"class names in {language!r}: top-1 {found.top1:.3f}",
         ),
-        alt=f"What each class's pictures were given, by names in {language}",
+        alt=f"What each class's images were given, by names in {language}",
     )
 
 
 def _confusion_rows(run: ClassificationRun, found: Classification) -> list[list[str]]:
     wrong = found.confusion[found.confusion[:, 0] != found.confusion[:, 1]]
     order = np.argsort(-wrong[:, 2], kind="stable")[:_CONFUSIONS]
-    of_class = np.bincount(run.pictures.labels)
+    of_class = np.bincount(run.images.labels)
     return [
         [
-            _called(run, right), _called(run, given), f"{pictures:,}",
-            f"{pictures / of_class[right]:.1%}",
+            _called(run, right), _called(run, given), f"{images:,}",
+            f"{images / of_class[right]:.1%}",
         ]
-        for right, given, pictures in wrong[order].tolist()
+        for right, given, images in wrong[order].tolist()
     ]  # fmt: skip
 
 
 def _classes(run: ClassificationRun) -> Iterator[Block]:
     recalls = np.stack([found.class_recall for found in run.scores.values()], axis=1)
-    pictures = np.bincount(run.pictures.labels, minlength=len(recalls))
-    shown = np.flatnonzero(pictures)
+    images = np.bincount(run.images.labels, minlength=len(recalls))
+    shown = np.flatnonzero(images)
     means = recalls[shown].mean(axis=1)
-    best, worst = (shown[np.lexsort((-pictures[shown], order))] for order in (-means, means))
+    best, worst = (shown[np.lexsort((-images[shown], order))] for order in (-means, means))
     yield Paragraph(
-        "Share of each class's pictures that were given it, by the names of each language; in the "
+        "Share of each class's images that were given it, by the names of each language; in the "
         f"order of the mean, which is 0 for {int((means == 0).sum()):,} of the {len(shown):,} "
         "classes."
     )
@@ -134,39 +134,39 @@ def _classes(run: ClassificationRun) -> Iterator[Block]:
         }
     for caption, part in parts.items():
         yield Table(
-            header=["class", "pictures", *run.scores],
+            header=["class", "images", *run.scores],
             rows=[
-                [_called(run, number), f"{pictures[number]:,}",
+                [_called(run, number), f"{images[number]:,}",
                  *(f"{recall:.3f}" for recall in recalls[number])]
                 for number in part.tolist()
             ],
             caption=caption,
         )  # fmt: skip
     if len(shown) < len(recalls):
-        yield Paragraph(f"{len(recalls) - len(shown):,} further classes have no pictures here.")
+        yield Paragraph(f"{len(recalls) - len(shown):,} further classes have no images here.")
 
 
 def _examples(run: ClassificationRun) -> Iterator[Block]:
     yield Paragraph(
-        "Pictures drawn by chance from each kind, and the classes that score highest in each "
-        "language. A picture is right where its own class comes first; a right class that is not "
+        "Images drawn by chance from each kind, and the classes that score highest in each "
+        "language. An image is right where its own class comes first; a right class that is not "
         "among those shown stands below them, without its cosine."
     )
     right = np.stack([found.ranks == 1 for found in run.scores.values()])
     for number, (title, holds) in enumerate(_kinds(right).items(), start=1):
-        pictures = np.flatnonzero(holds)
-        if len(pictures):
-            drawn = np.random.default_rng(_SEED).permutation(pictures)[:_EXAMPLES]
+        images = np.flatnonzero(holds)
+        if len(images):
+            drawn = np.random.default_rng(_SEED).permutation(images)[:_EXAMPLES]
             yield Examples(
                 name=f"examples_{number}.svg",
-                items=[_example(run, picture) for picture in drawn.tolist()],
-                title=f"{title}: {len(pictures):,} of {len(holds):,} pictures",
+                items=[_example(run, image) for image in drawn.tolist()],
+                title=f"{title}: {len(images):,} of {len(holds):,} images",
             )
 
 
 def _kinds(
-    right: Bool[np.ndarray, "languages pictures"],
-) -> Mapping[str, Bool[np.ndarray, " pictures"]]:
+    right: Bool[np.ndarray, "languages images"],
+) -> Mapping[str, Bool[np.ndarray, " images"]]:
     if len(right) == 1:
         return {"Right": right[0], "Wrong": ~right[0]}
     return {
@@ -176,21 +176,21 @@ def _kinds(
     }
 
 
-def _example(run: ClassificationRun, picture: int) -> CaptionExample:
-    """Return which classes score highest for a picture in each language, and its own."""
+def _example(run: ClassificationRun, image: int) -> CaptionExample:
+    """Return which classes score highest for an image in each language, and its own."""
     answers = []
     for language, found in run.scores.items():
-        names, own = run.classes.names[language], int(run.pictures.labels[picture])
-        best, cosines = found.best[picture].tolist(), found.cosines[picture].tolist()
+        names, own = run.classes.names[language], int(run.images.labels[image])
+        best, cosines = found.best[image].tolist(), found.cosines[image].tolist()
         shown = [
             FoundCaption(text=names[number][0], correct=number == own, cosine=cosine)
             for number, cosine in zip(best, cosines, strict=True)
         ]
         if own not in best:
             shown.append(FoundCaption(text=names[own][0], correct=True))
-        rank = int(found.ranks[picture])
+        rank = int(found.ranks[image])
         answers.append(CaptionAnswer(language=language, found=shown, rank=rank, what="class"))
-    return CaptionExample(image=run.pictures.images[picture], answers=answers)
+    return CaptionExample(image=run.images.images[image], answers=answers)
 
 
 def _questions(run: ClassificationRun) -> Iterator[Block]:
@@ -199,16 +199,16 @@ def _questions(run: ClassificationRun) -> Iterator[Block]:
     asked = ", ".join(f"{key} `{without_code(value)}`" for key, value in source.items())
     transform = ", ".join(f"{key} {value}" for key, value in reading.transform.items())
     yield Bullets([
-        f"Pictures of {asked}{f', where `{where}`' if where else ''}: "
-        f"{len(run.pictures.images):,}, and {run.pictures.left_out:,} left out. Their SHA-256, "
-        f"with their labels, is `{run.pictures_sha256}`.",
+        f"Images of {asked}{f', where `{where}`' if where else ''}: "
+        f"{len(run.images.images):,}, and {run.images.left_out:,} left out. Their SHA-256, "
+        f"with their labels, is `{run.images_sha256}`.",
         f"{len(run.classes.ids):,} classes; a wrong class with the same cosine as the right one "
         "comes before it.",
         f"Weights `{reading.model[:12]}`, tokenizer `{reading.tokenizer[:12]}`, vectors of "
         f"{reading.embed_dim} numbers.",
         f"Prompts of at most {reading.context_length} tokens; cut were "
         f"{reading.truncated_share:.2%}.",
-        f"How pictures are read: {transform}.",
+        f"How images are read: {transform}.",
     ])  # fmt: skip
     for language, templates in run.templates.items():
         plural = "s" if len(templates) != 1 else ""

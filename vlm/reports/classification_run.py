@@ -8,34 +8,39 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64, Int
 
-from vlm.classification.class_names import ClassNames
-from vlm.classification.dataset import LabelledPictures
-from vlm.classification.metrics import TOP, Classification, ClassificationScores, baselines
+from vlm.evaluation.bootstrap import LEVEL, RESAMPLES, interval_of, resampled_means
+from vlm.evaluation.classification.class_names import ClassNames
+from vlm.evaluation.classification.dataset import LabelledImages
+from vlm.evaluation.classification.metrics import (
+    TOP,
+    Classification,
+    ClassificationScores,
+    baselines,
+)
+from vlm.evaluation.retrieval.protocol import Reading
 from vlm.markdown import markdown_table
 from vlm.reports.score_tables import Interval, in_interval
-from vlm.retrieval.bootstrap import LEVEL, RESAMPLES, interval_of, resampled_means
-from vlm.retrieval.protocol import Reading
 
-_FEWEST_PICTURES = 10
+_FEWEST_IMAGES = 10
 _TIES = "a wrong class with the same score as the right one comes before it"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassificationRun:
-    """What a bundle scored on labelled pictures, and all that the scores depend on."""
+    """What a bundle scored on labelled images, and all that the scores depend on."""
 
     bundle: str
     """The bundle's folder."""
     source: Mapping[str, Any]
-    """Where the pictures are from: `data` and `where`, of a data folder `split` and `label`."""
-    pictures: LabelledPictures
-    pictures_sha256: str
-    """Of the pictures and their labels."""
+    """Where the images are from: `data` and `where`, of a data folder `split` and `label`."""
+    images: LabelledImages
+    images_sha256: str
+    """Of the images and their labels."""
     classes: ClassNames
     templates: Mapping[str, Sequence[str]]
     """By language."""
     reading: Reading
-    """How the model takes in the prompts and the pictures."""
+    """How the model takes in the prompts and the images."""
     scores: Mapping[str, Classification]
     """By language."""
     intervals: Mapping[str, Interval]
@@ -44,7 +49,7 @@ class ClassificationRun:
     @property
     def baselines(self) -> dict[str, ClassificationScores]:
         """Return what is reached without a model."""
-        return baselines(np.bincount(self.pictures.labels, minlength=len(self.classes.ids)))
+        return baselines(np.bincount(self.images.labels, minlength=len(self.classes.ids)))
 
     def as_record(self) -> dict[str, Any]:
         """Return it as plain dictionaries, for JSON."""
@@ -55,12 +60,12 @@ class ClassificationRun:
             "baselines": {name: _numbers(found) for name, found in self.baselines.items()},
             "protocol": {
                 **self.source,
-                "pictures": len(self.pictures.images),
-                "left_out": self.pictures.left_out,
+                "images": len(self.images.images),
+                "left_out": self.images.left_out,
                 "classes": len(ids),
                 "names": self.classes.names,
                 "ties": _TIES,
-                "pictures_sha256": self.pictures_sha256,
+                "images_sha256": self.images_sha256,
                 "templates": self.templates,
                 "bundle": self.reading.model,
                 "tokenizer": self.reading.tokenizer,
@@ -73,18 +78,18 @@ class ClassificationRun:
 
 
 def classification_intervals(
-    scores: Mapping[str, Classification], labels: Int[np.ndarray, " pictures"]
+    scores: Mapping[str, Classification], labels: Int[np.ndarray, " images"]
 ) -> dict[str, Interval]:
-    """Return bootstrap intervals of all scores, `zh/top1` and so on; pictures are drawn.
+    """Return bootstrap intervals of all scores, `zh/top1` and so on; images are drawn.
 
-    Languages get the same draws. Fewer than ten pictures have no intervals: of one, every draw is
+    Languages get the same draws. Fewer than ten images have no intervals: of one, every draw is
     the same.
 
     Args:
-        scores: By language, of the same pictures.
-        labels: The number of each picture's class.
+        scores: By language, of the same images.
+        labels: The number of each image's class.
     """
-    if len(labels) < _FEWEST_PICTURES:
+    if len(labels) < _FEWEST_IMAGES:
         return {}
     counted = {}
     for language, found in scores.items():
@@ -105,33 +110,33 @@ def classification_intervals(
 
 def resampled_class_means(
     scores: Mapping[str, Classification],
-    labels: Int[np.ndarray, " pictures"],
+    labels: Int[np.ndarray, " images"],
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> dict[str, Float64[np.ndarray, " resamples"]]:
-    """Return by language the mean over classes of their top-1 for each resample of the pictures.
+    """Return by language the mean over classes of their top-1 for each resample of the images.
 
-    A class of which a resample has no picture is left out of its mean.
+    A class of which a resample has no image is left out of its mean.
 
     Args:
-        scores: By language, of the same pictures; languages get the same draws.
-        labels: The number of each picture's class.
+        scores: By language, of the same images; languages get the same draws.
+        labels: The number of each image's class.
         resamples: How often to draw.
         seed: Of the draws.
     """
     rng = np.random.default_rng(seed)
     classes = int(labels.max()) + 1
-    # A picture that was not given its class counts to one further class, the last.
+    # An image that was not given its class counts to one further class, the last.
     hits = {lang: np.where(found.ranks == 1, labels, classes) for lang, found in scores.items()}
     means = {language: np.empty(resamples) for language in scores}
     for number in range(resamples):
         drawn = rng.integers(len(labels), size=len(labels))
-        pictures = np.bincount(labels[drawn], minlength=classes)
-        shown = pictures > 0
+        images = np.bincount(labels[drawn], minlength=classes)
+        shown = images > 0
         for language, of_language in hits.items():
             right = np.bincount(of_language[drawn], minlength=classes + 1)[:-1]
-            means[language][number] = (right[shown] / pictures[shown]).mean()
+            means[language][number] = (right[shown] / images[shown]).mean()
     return means
 
 
@@ -152,12 +157,12 @@ def classification_rows(
 
 
 def format_classification(run: ClassificationRun) -> str:
-    """Return how many pictures there are of how many classes, and a Markdown table of scores."""
+    """Return how many images there are of how many classes, and a Markdown table of scores."""
     table = markdown_table(*classification_rows(run, with_intervals=False))
-    shown, classes = len(np.unique(run.pictures.labels)), len(run.classes.ids)
+    shown, classes = len(np.unique(run.images.labels)), len(run.classes.ids)
     return (
-        f"{len(run.pictures.images)} pictures of {shown} of {classes} classes; "
-        f"{run.pictures.left_out} left out\n\n{table}"
+        f"{len(run.images.images)} images of {shown} of {classes} classes; "
+        f"{run.images.left_out} left out\n\n{table}"
     )
 
 
@@ -177,8 +182,8 @@ def _record(scores: Classification, ids: Sequence[str]) -> dict[str, Any]:
 def _by_class(
     confusion: Int[np.ndarray, "found 3"], ids: Sequence[str]
 ) -> dict[str, dict[str, int]]:
-    """Return the number of pictures by right class and, in it, by given class."""
+    """Return the number of images by right class and, in it, by given class."""
     found: dict[str, dict[str, int]] = {}
-    for right, given, pictures in confusion.tolist():
-        found.setdefault(ids[right], {})[ids[given]] = pictures
+    for right, given, images in confusion.tolist():
+        found.setdefault(ids[right], {})[ids[given]] = images
     return found

@@ -13,7 +13,7 @@ from vlm.markdown import width_in_columns
 from vlm.reports.elements import data_uri, element, svg_of
 from vlm.reports.examples import (
     LEGEND,
-    RIGHT_PICTURE,
+    RIGHT_IMAGE,
     RIGHT_SIGN,
     Answer,
     CaptionAnswer,
@@ -23,9 +23,9 @@ from vlm.reports.examples import (
     thumbnail,
 )
 
-_PICTURE, _GAP, _MARGIN = 64, 8, 16
-_ANSWER = 5 * (_PICTURE + _GAP) - _GAP
-"""Width of an answer in words, which is that of its pictures where there are five."""
+_IMAGE, _GAP, _MARGIN = 64, 8, 16
+_ANSWER = 5 * (_IMAGE + _GAP) - _GAP
+"""Width of an answer in words, which is that of its images where there are five."""
 
 _LETTER = 0.55  # mean width of a letter, in font sizes; a Chinese one takes twice as much
 _RIGHT, _OTHER, _PALE = "#1a7f37", "#dddddd", "#666666"
@@ -52,7 +52,7 @@ def examples_svg(items: Sequence[Example | CaptionExample], *, title: str) -> st
         title: Stands over the sheet.
 
     Raises:
-        DataError: a picture cannot be read.
+        DataError: an image cannot be read.
     """
     heading = _stacked(
         _line(title, size=17, width=2 * _ANSWER),
@@ -72,24 +72,24 @@ def examples_svg(items: Sequence[Example | CaptionExample], *, title: str) -> st
 
 def _example(item: Example | CaptionExample) -> _Box:
     if isinstance(item, CaptionExample):
-        boxes = [_picture(item.image), *map(_captions, item.answers)]
+        boxes = [_image(item.image), *map(_captions, item.answers)]
     else:
-        boxes = [_pictures(answer) for answer in item.answers]
+        boxes = [_images(answer) for answer in item.answers]
         if item.right is not None:
-            name = _line(RIGHT_PICTURE, size=12, fill=_PALE, width=2 * _PICTURE)
-            boxes.append(_stacked(name, _picture(item.right, right=True)))
+            name = _line(RIGHT_IMAGE, size=12, fill=_PALE, width=2 * _IMAGE)
+            boxes.append(_stacked(name, _image(item.right, right=True)))
     return _side_by_side(*boxes, gap=3 * _GAP)
 
 
-def _pictures(answer: Answer) -> _Box:
-    """Draw a query with its rank, and the pictures that it found below."""
+def _images(answer: Answer) -> _Box:
+    """Draw a query with its rank, and the images that it found below."""
     query = _line(answer.query, _rank(answer.rank), language=answer.language)
     found = [
         _stacked(
-            _picture(one.image, right=one.correct),
+            _image(one.image, right=one.correct),
             _line(
                 f"{RIGHT_SIGN if one.correct else ''} {cosine_in_words(one.cosine)}".strip(),
-                size=11, fill=_RIGHT if one.correct else _PALE, width=_PICTURE,
+                size=11, fill=_RIGHT if one.correct else _PALE, width=_IMAGE,
             ),
         )
         for one in answer.found
@@ -98,7 +98,7 @@ def _pictures(answer: Answer) -> _Box:
 
 
 def _captions(answer: CaptionAnswer) -> _Box:
-    """Draw the rank of the first right caption, and the captions that a picture found below."""
+    """Draw the rank of the first right caption, and the captions that an image found below."""
     found = [
         _line(
             f"{RIGHT_SIGN} {one.text}" if one.correct else one.text, cosine_in_words(one.cosine),
@@ -113,16 +113,16 @@ def _rank(rank: int | None) -> str:
     return "" if rank is None else f"rank {rank:,}"
 
 
-def _picture(image: ImageSource, *, right: bool = False) -> _Box:
-    """Draw a picture in its frame; PNG, because few viewers of SVG show WebP."""
-    content = thumbnail(image, side=_PICTURE, file_format="PNG")
-    side = str(_PICTURE)
+def _image(image: ImageSource, *, right: bool = False) -> _Box:
+    """Draw an image in its frame; PNG, because few viewers of SVG show WebP."""
+    content = thumbnail(image, side=_IMAGE, file_format="PNG")
+    side = str(_IMAGE)
     shown = element("image", width=side, height=side, href=data_uri(content, "image/png"))
     frame = element(
-        "rect", x="-2", y="-2", width=str(_PICTURE + 4), height=str(_PICTURE + 4), fill="none",
+        "rect", x="-2", y="-2", width=str(_IMAGE + 4), height=str(_IMAGE + 4), fill="none",
         stroke=_RIGHT if right else _OTHER, stroke_width="3" if right else "1",
     )  # fmt: skip
-    return _Box(node=element("g", shown, frame), width=_PICTURE, height=_PICTURE)
+    return _Box(node=element("g", shown, frame), width=_IMAGE, height=_IMAGE)
 
 
 def _line(

@@ -52,7 +52,7 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figure:
-    """A picture.
+    """An image.
 
     Raises:
         ConfigError: its name is no file name that ends in `.png` or `.svg`.
@@ -114,7 +114,7 @@ class Document:
 
 
 def as_markdown(document: Document) -> str:
-    """Return a document as Markdown, whose pictures are the files of `write_report`."""
+    """Return a document as Markdown, whose images are the files of `write_report`."""
     parts = [f"# {_inline(document.title)}", *map(_markdown, document.summary)]
     for section in document.sections:
         parts += [f"## {_inline(section.title)}", *map(_markdown, section.blocks)]
@@ -122,7 +122,7 @@ def as_markdown(document: Document) -> str:
 
 
 def write_report(folder: Path, document: Document, *, name: str = "report") -> Path:
-    """Write a document as Markdown and as a page, with its pictures; return the page.
+    """Write a document as Markdown and as a page, with its images; return the page.
 
     Args:
         folder: Where the files go; made where it is missing.
@@ -130,17 +130,17 @@ def write_report(folder: Path, document: Document, *, name: str = "report") -> P
         name: Of the two files, without `.md` and `.html`.
 
     Raises:
-        ConfigError: two pictures have the same name.
-        DataError: a picture of an example cannot be read.
+        ConfigError: two images have the same name.
+        DataError: an image of an example cannot be read.
         VlmError: a file cannot be written.
     """
     from vlm.reports.html_page import as_html  # which knows the blocks of this module
 
     files: dict[str, bytes] = {}
-    for picture, content in _pictures(document):
-        if picture in files:
-            raise ConfigError(f"two pictures of a report are named {picture}; expected one")
-        files[picture] = content
+    for image, content in _images(document):
+        if image in files:
+            raise ConfigError(f"two images of a report are named {image}; expected one")
+        files[image] = content
     page = folder / f"{name}.html"
     files |= {f"{name}.md": as_markdown(document).encode(), page.name: as_html(document).encode()}
     for file, content in files.items():
@@ -158,7 +158,7 @@ def text_and_code(text: str) -> list[str]:
     return _CODE.split(" ".join(text.split()))
 
 
-def _pictures(document: Document) -> Iterator[tuple[str, bytes]]:
+def _images(document: Document) -> Iterator[tuple[str, bytes]]:
     for blocks in (document.summary, *(section.blocks for section in document.sections)):
         for block in blocks:
             if isinstance(block, Figure):
@@ -176,13 +176,13 @@ def _markdown(block: Block) -> str:
         case Table():
             return _table(block)
         case Figure():
-            return _picture(block.alt, block.name)
+            return _image(block.alt, block.name)
         case CodeBlock():
             longest = max(map(len, re.findall("`+", block.text)), default=0)
             fence = "`" * max(3, longest + 1)
             return f"{fence}\n{block.text.rstrip()}\n{fence}"
         case Examples():
-            return f"### {_inline(block.title)}\n\n{_picture(block.title, block.name)}"
+            return f"### {_inline(block.title)}\n\n{_image(block.title, block.name)}"
 
 
 def _table(table: Table) -> str:
@@ -191,7 +191,7 @@ def _table(table: Table) -> str:
     return f"{_paragraph(table.caption)}\n\n{lines}" if table.caption else lines
 
 
-def _picture(alt: str, name: str) -> str:
+def _image(alt: str, name: str) -> str:
     plain = re.sub(r"[\\\[\]`*_<&]", r"\\\g<0>", " ".join(alt.split()))
     return f"![{plain}]({quote(name)})"
 
@@ -213,6 +213,6 @@ def _inline(text: str) -> str:
 def _check_name(name: str, endings: Collection[str]) -> None:
     if Path(name).name != name or Path(name).suffix not in endings:
         raise ConfigError(
-            f"a picture of a report is named {name!r}; expected a file name that ends in "
+            f"an image of a report is named {name!r}; expected a file name that ends in "
             f"{' or '.join(endings)}"
         )

@@ -1,4 +1,4 @@
-"""Examples of what a model answers: pictures found by texts, and captions found by pictures."""
+"""Examples of what a model answers: images found by texts, and captions found by images."""
 
 import io
 from collections.abc import Sequence
@@ -10,32 +10,32 @@ from vlm.images.decoding import ImageSource, decode_image
 RIGHT_SIGN = "✓"
 """Stands beside right answers, for those who cannot tell their colour."""
 
-RIGHT_PICTURE = "a right picture"
+RIGHT_IMAGE = "a right image"
 """What `Example.right` is called where it is shown."""
 
 LEGEND = f"{RIGHT_SIGN} marks right answers; the small numbers are cosines."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FoundPicture:
-    """One picture that a query found."""
+class FoundImage:
+    """One image that a query found."""
 
     image: ImageSource
     correct: bool
     """Whether it is known to be a right answer."""
     cosine: float | None = None
-    """Of the query and the picture; None leaves it out."""
+    """Of the query and the image; None leaves it out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """A query in one language and the pictures that it finds, best first."""
+    """A query in one language and the images that it finds, best first."""
 
     language: str
     query: str
-    found: Sequence[FoundPicture]
+    found: Sequence[FoundImage]
     rank: int | None = None
-    """Of the first right picture, 1 the best; None where nobody knows what is right."""
+    """Of the first right image, 1 the best; None where nobody knows what is right."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,23 +44,23 @@ class Example:
 
     answers: Sequence[Answer]
     right: ImageSource | None = None
-    """A right picture to show after the answers, where they miss it."""
+    """A right image to show after the answers, where they miss it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FoundCaption:
-    """One caption that a picture found."""
+    """One caption that an image found."""
 
     text: str
     correct: bool
     """Whether it is known to be a right answer."""
     cosine: float | None = None
-    """Of the picture and the caption; None leaves it out."""
+    """Of the image and the caption; None leaves it out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CaptionAnswer:
-    """The captions of one language that a picture finds, best first."""
+    """The captions of one language that an image finds, best first."""
 
     language: str
     found: Sequence[FoundCaption]
@@ -72,22 +72,22 @@ class CaptionAnswer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CaptionExample:
-    """A picture, and the captions that it finds in each language."""
+    """An image, and the captions that it finds in each language."""
 
     image: ImageSource
     answers: Sequence[CaptionAnswer]
 
 
 def thumbnail(image: ImageSource, *, side: int, file_format: Literal["PNG", "WEBP"]) -> bytes:
-    """Return a small picture file: at most `side` pixels wide and high, transparency on white.
+    """Return a small image file: at most `side` pixels wide and high, transparency on white.
 
     Raises:
-        DataError: the picture cannot be read.
+        DataError: the image cannot be read.
     """
-    picture = decode_image(image)
-    picture.thumbnail((side, side))
+    small = decode_image(image)
+    small.thumbnail((side, side))
     buffer = io.BytesIO()
-    picture.save(buffer, file_format, **({"optimize": True} if file_format == "PNG" else {}))
+    small.save(buffer, file_format, **({"optimize": True} if file_format == "PNG" else {}))
     return buffer.getvalue()
 
 

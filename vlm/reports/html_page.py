@@ -24,14 +24,14 @@ from vlm.reports.document import (
 from vlm.reports.elements import Node, data_uri, element, html_of
 from vlm.reports.examples import (
     LEGEND,
-    RIGHT_PICTURE,
+    RIGHT_IMAGE,
     RIGHT_SIGN,
     Answer,
     CaptionAnswer,
     CaptionExample,
     Example,
     FoundCaption,
-    FoundPicture,
+    FoundImage,
     cosine_in_words,
     thumbnail,
 )
@@ -45,10 +45,10 @@ _NOTHING_ELSE = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def as_html(document: Document) -> str:
-    """Return a document as a page with its pictures and its style inside.
+    """Return a document as a page with its images and its style inside.
 
     Raises:
-        DataError: a picture of an example cannot be read.
+        DataError: an image of an example cannot be read.
     """
     style = resources.files("vlm.reports").joinpath("html_page.css").read_text(encoding="utf-8")
     head = element(
@@ -146,34 +146,34 @@ def _examples(block: Examples) -> Element:
 
 def _example(item: Example | CaptionExample) -> Element:
     if isinstance(item, CaptionExample):
-        picture = _picture(item.image, alt="picture that is asked", kind="asked")
-        return element("article", picture, *map(_captions, item.answers), class_="example")
+        image = _image(item.image, alt="image that is asked", kind="asked")
+        return element("article", image, *map(_captions, item.answers), class_="example")
     missed = []
     if item.right is not None:
-        picture = _picture(item.right, alt=RIGHT_PICTURE, kind="right")
-        missed = [element("figure", picture, element("figcaption", RIGHT_PICTURE), class_="missed")]
-    return element("article", *map(_pictures, item.answers), *missed, class_="example")
+        image = _image(item.right, alt=RIGHT_IMAGE, kind="right")
+        missed = [element("figure", image, element("figcaption", RIGHT_IMAGE), class_="missed")]
+    return element("article", *map(_images, item.answers), *missed, class_="example")
 
 
-def _pictures(answer: Answer) -> Element:
-    """Return a query with its rank, and the pictures that it found."""
+def _images(answer: Answer) -> Element:
+    """Return a query with its rank, and the images that it found."""
     query = element("p", answer.query, class_="query", lang=answer.language)
-    found = [_found_picture(one, place) for place, one in enumerate(answer.found, start=1)]
-    heading = _answer_heading(query, "picture", answer.rank)
-    return element("div", heading, element("ol", *found, class_="pictures"), class_="answer")
+    found = [_found_image(one, place) for place, one in enumerate(answer.found, start=1)]
+    heading = _answer_heading(query, "image", answer.rank)
+    return element("div", heading, element("ol", *found, class_="images"), class_="answer")
 
 
-def _found_picture(found: FoundPicture, place: int) -> Element:
+def _found_image(found: FoundImage, place: int) -> Element:
     kind = "right" if found.correct else "other"
-    alt = f"picture found at rank {place}{', right' if found.correct else ''}"
+    alt = f"image found at rank {place}{', right' if found.correct else ''}"
     verdict = f"{RIGHT_SIGN if found.correct else ''} {cosine_in_words(found.cosine)}".strip()
     return element(
-        "li", _picture(found.image, alt=alt, kind=kind), element("small", verdict), class_=kind
+        "li", _image(found.image, alt=alt, kind=kind), element("small", verdict), class_=kind
     )
 
 
 def _captions(answer: CaptionAnswer) -> Element:
-    """Return the captions of one language that a picture found, with the rank of a right one."""
+    """Return the captions of one language that an image found, with the rank of a right one."""
     found = [_found_caption(one, answer.language) for one in answer.found]
     language = element("p", answer.language, class_="language")
     heading = _answer_heading(language, answer.what, answer.rank)
@@ -196,7 +196,7 @@ def _answer_heading(words: Element, what: str, rank: int | None) -> Element:
     return element("div", words, *found, class_="question")
 
 
-def _picture(image: ImageSource, *, alt: str, kind: str) -> Element:
+def _image(image: ImageSource, *, alt: str, kind: str) -> Element:
     content = thumbnail(image, side=_THUMBNAIL, file_format="WEBP")
     return element("img", src=data_uri(content, "image/webp"), alt=alt, class_=kind)
 

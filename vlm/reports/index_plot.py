@@ -1,4 +1,4 @@
-"""Recall of approximate search against the time it takes, as a picture."""
+"""Recall of approximate search against the time it takes, as an image."""
 
 import io
 import math
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from vlm.retrieval.index_sweep import SweepPoint
+from vlm.evaluation.indexes.sweep import SweepPoint
 
 _COLUMNS = 3
 _MARKERS = "osD^vP*X"

@@ -1,8 +1,8 @@
 """The report of `vlm eval index`: approximate beside exact search of stored embeddings."""
 
+from vlm.evaluation.indexes.comparison import IndexReport, comparison_rows
 from vlm.reports.document import Block, Bullets, Document, Figure, Paragraph, Section, Table
 from vlm.reports.index_plot import recall_latency_png
-from vlm.retrieval.index_comparison import IndexReport, comparison_rows
 
 EXPLANATION = (
     "The same queries through FAISS indexes. `ann_recall@10` is the share of the ten nearest "
@@ -31,7 +31,7 @@ def index_blocks(report: IndexReport, *, name: str, number: int | None = None) -
                     report.curves,
                     exact_milliseconds=report.exact_milliseconds,
                     k=report.k,
-                    title=f"{report.pictures} pictures, {report.dim} numbers each",
+                    title=f"{report.images} images, {report.dim} numbers each",
                 ),
                 alt=f"Recall of approximate search against its time on {name}",
             )
@@ -52,7 +52,7 @@ def index_document(report: IndexReport, *, embeddings: str, model: str) -> Docum
         title="Exact and approximate search",
         summary=[
             Paragraph(
-                f"`{embeddings}` has {report.pictures:,} pictures, vectors of {report.dim} numbers."
+                f"`{embeddings}` has {report.images:,} images, vectors of {report.dim} numbers."
             )
         ],
         sections=[
@@ -82,7 +82,7 @@ def _searches(report: IndexReport) -> list[str]:
     said = []
     languages = dict.fromkeys(each.language for each in report.comparisons if each.language)
     if languages:
-        said.append(f"Pictures and their main captions in {', '.join(languages)} find each other.")
+        said.append(f"Images and their main captions in {', '.join(languages)} find each other.")
     if any(each.direction == "image_to_image" for each in report.comparisons):
-        said.append("Pictures find pictures; none is an answer to itself.")
+        said.append("Images find images; none is an answer to itself.")
     return said

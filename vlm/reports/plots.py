@@ -9,8 +9,8 @@ from jaxtyping import Int64
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vlm.retrieval.cosines import CosineStatistics, Spread
-from vlm.retrieval.scores import DIRECTIONS, Ranks
+from vlm.evaluation.retrieval.cosines import CosineStatistics, Spread
+from vlm.evaluation.retrieval.scores import DIRECTIONS, Ranks
 
 _COLUMNS = 3
 _STYLES = dict(zip(DIRECTIONS, ("-", "--"), strict=True))

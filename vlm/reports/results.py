@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.errors import ConfigError, DataError
-from vlm.retrieval.scores import CUTOFFS, DIRECTIONS
+from vlm.evaluation.retrieval.scores import CUTOFFS, DIRECTIONS
 
 RECORD_NAME = "retrieval.json"
 """The file of a run's folder in which the scores are."""
@@ -22,10 +22,10 @@ _OTHER_RECORDS = {
 }
 
 WORDS = {
-    "images": "{} pictures",
+    "images": "{} images",
     "captions": "{} captions",
-    "captions_per_image": "{} captions a picture",
-    "images_without_caption": "{} pictures without a caption",
+    "captions_per_image": "{} captions an image",
+    "images_without_caption": "{} images without a caption",
     "duplicates": "duplicates {}",
     "cleaning": "cleaning {}",
 }
@@ -41,7 +41,7 @@ class Result:
     benchmark: str
     language: str
     question: Mapping[str, Any]
-    """What was asked, as `vlm.retrieval.protocol.Question` says it, with its fingerprint."""
+    """What was asked, as `vlm.evaluation.retrieval.protocol.Question` says it."""
     recalls: tuple[float, ...]
     """In per cent, in the order of `SCORES`."""
     context_length: int
@@ -147,7 +147,7 @@ def difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
         if key not in ("fingerprint", "sha256") and found.get(key) != expected.get(key)
     ]
     if not parts and found.get("fingerprint") != expected.get("fingerprint"):
-        return "as many pictures and captions, but others, in another order or paired otherwise"
+        return "as many images and captions, but others, in another order or paired otherwise"
     return ", ".join(parts)
 
 

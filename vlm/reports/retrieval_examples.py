@@ -6,21 +6,21 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float32, Int, Int64
 
+from vlm.evaluation.retrieval.evaluation import Evaluation
+from vlm.evaluation.retrieval.pairs import RetrievalPairs
 from vlm.reports.examples import (
     Answer,
     CaptionAnswer,
     CaptionExample,
     Example,
     FoundCaption,
-    FoundPicture,
+    FoundImage,
 )
-from vlm.retrieval.evaluation import Evaluation
-from vlm.retrieval.pairs import RetrievalPairs
 
 MISSED_BEYOND = 10
 """A question is called missed where its first right answer has a higher rank than this."""
 
-_PICTURES, _CAPTIONS = 5, 3  # that are shown of what a question found
+_IMAGES, _CAPTIONS = 5, 3  # that are shown of what a question found
 _SEED = 0
 _ROUNDING = 1e-5  # products of unit vectors in float32 are nearer to the exact ones
 
@@ -63,11 +63,11 @@ def drawn_examples(
     captioned = np.ones(len(pairs.images), bool)
     for language in languages:
         captioned &= np.isin(np.arange(len(captioned)), pairs.texts[language].matches[:, 1])
-    pictures = [
-        _picture_example(pairs, evaluation, languages, image)
+    images = [
+        _image_example(pairs, evaluation, languages, image)
         for image in _drawn(captioned, of_each).tolist()
     ]
-    groups.append(ExampleGroup(title="Pictures, and the captions they find", items=pictures))
+    groups.append(ExampleGroup(title="Images, and the captions they find", items=images))
     return [group for group in groups if group.items]
 
 
@@ -112,28 +112,28 @@ def _drawn(holds: Bool[np.ndarray, " cases"], most: int) -> Int64[np.ndarray, " 
 def _text_example(
     pairs: RetrievalPairs, evaluation: Evaluation, rows: Mapping[str, int]
 ) -> Example:
-    """Return what a text, and its translation, find; and a right picture where neither shows it."""
+    """Return what a text, and its translation, find; and a right image where neither shows it."""
     answers, right = [], None
     for language, row in rows.items():
         own, vectors = pairs.texts[language], evaluation.vectors
         correct = own.matches[own.matches[:, 0] == row, 1]
         found = [
-            FoundPicture(image=pairs.images[place], correct=place in correct, cosine=cosine)
+            FoundImage(image=pairs.images[place], correct=place in correct, cosine=cosine)
             for place, cosine in _best(
-                vectors.texts[language][row], vectors.images, _PICTURES, correct
+                vectors.texts[language][row], vectors.images, _IMAGES, correct
             )
         ]
         rank = int(evaluation.ranks[language]["text_to_image"][row])
         answers.append(Answer(language=language, query=own.texts[row], found=found, rank=rank))
         right = pairs.images[int(correct[0])]
-    shown = any(picture.correct for answer in answers for picture in answer.found)
+    shown = any(image.correct for answer in answers for image in answer.found)
     return Example(answers=answers, right=None if shown else right)
 
 
-def _picture_example(
+def _image_example(
     pairs: RetrievalPairs, evaluation: Evaluation, languages: Sequence[str], image: int
 ) -> CaptionExample:
-    """Return which captions a picture finds in each language."""
+    """Return which captions an image finds in each language."""
     answers = []
     for language in languages:
         own, vectors = pairs.texts[language], evaluation.vectors

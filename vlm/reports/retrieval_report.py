@@ -2,6 +2,8 @@
 
 from collections.abc import Collection
 
+from vlm.evaluation.bootstrap import LEVEL
+from vlm.evaluation.retrieval.cosines import Spread
 from vlm.reports.document import (
     Block,
     Bullets,
@@ -19,8 +21,6 @@ from vlm.reports.results import in_words
 from vlm.reports.retrieval_examples import MISSED_BEYOND, drawn_examples
 from vlm.reports.retrieval_run import RetrievalRun, ScoredBenchmark
 from vlm.reports.score_tables import score_rows
-from vlm.retrieval.bootstrap import LEVEL
-from vlm.retrieval.cosines import Spread
 
 
 def retrieval_document(run: RetrievalRun) -> Document:
@@ -62,8 +62,8 @@ def _scores(run: RetrievalRun) -> Section:
             Bullets([
                 "R@k is the share of queries with a right answer among the first k, MR the mean of "
                 "a row's R@k, MRR the mean of 1 / rank. Ranks are exact, among all candidates.",
-                f"± is half the width of the {LEVEL:.0%} bootstrap interval, for which pictures "
-                "are drawn together with all texts and pictures that right pairs link them to.",
+                f"± is half the width of the {LEVEL:.0%} bootstrap interval, for which images "
+                "are drawn together with all texts and images that right pairs link them to.",
             ]),
             Figure(
                 name="recall_curves.png",
@@ -90,7 +90,7 @@ def _languages(run: RetrievalRun) -> Section:
         header = ["benchmark", "languages", "translations", *map(_agreement_name, keys)]
         blocks += [
             Paragraph(
-                "Do a text and its translation find the same picture first, right or wrong, and "
+                "Do a text and its translation find the same image first, right or wrong, and "
                 "do both find a right one among their first k?"
             ),
             Table(header=header, rows=agreement, text_columns=2),
@@ -107,7 +107,7 @@ def _languages(run: RetrievalRun) -> Section:
     cosines = {name: scored.evaluation.cosines for name, scored in run.benchmarks.items()}
     blocks += [
         Paragraph(
-            "Cosines of all texts with all pictures. Languages whose right pairs lie apart need "
+            "Cosines of all texts with all images. Languages whose right pairs lie apart need "
             f"thresholds of their own. Logits are {reading.logit_scale:.4g} times as large{bias}."
         ),
         Table(header=header, rows=spreads, text_columns=3),
@@ -121,7 +121,7 @@ def _languages(run: RetrievalRun) -> Section:
 
 
 def _agreement_name(key: str) -> str:
-    return "same picture first" if key == "same_picture" else key.replace("both@", "both right @")
+    return "same image first" if key == "same_image" else key.replace("both@", "both right @")
 
 
 def _spread_cells(spread: Spread) -> list[str]:
@@ -170,7 +170,7 @@ def _questions(run: RetrievalRun) -> Section:
         for name, scored in run.benchmarks.items()
         for language, question in scored.evaluation.questions.items()
     ]  # fmt: skip
-    header += ["pictures", "captions", "captions a picture", "without caption"]
+    header += ["images", "captions", "captions an image", "without caption"]
     reading = next(iter(run.benchmarks.values())).evaluation.reading
     cut = ", ".join(
         f"{scored.evaluation.reading.truncated_share:.2%} of {without_code(name)}"
@@ -187,7 +187,7 @@ def _questions(run: RetrievalRun) -> Section:
                 f"Weights `{reading.model[:12]}`, tokenizer `{reading.tokenizer[:12]}`, vectors of "
                 f"{reading.embed_dim} numbers.",
                 f"Texts of at most {reading.context_length} tokens; cut were {cut}.",
-                f"Pictures: {transform}.",
+                f"Images: {transform}.",
                 *files,
             ]),
         ],

@@ -5,16 +5,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vlm import __version__
-from vlm.markdown import markdown_table
-from vlm.reports.score_tables import format_scores
-from vlm.retrieval.evaluation import Evaluation
-from vlm.retrieval.index_comparison import (
+from vlm.evaluation.indexes.comparison import (
     IndexPlan,
     IndexReport,
     compare_indexes,
     comparison_rows,
 )
-from vlm.retrieval.sources import OpenedSource
+from vlm.evaluation.retrieval.evaluation import Evaluation
+from vlm.evaluation.retrieval.sources import OpenedSource
+from vlm.markdown import markdown_table
+from vlm.reports.score_tables import format_scores
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 
+from vlm.evaluation.retrieval.metrics import mean_recall
+from vlm.evaluation.retrieval.scores import DIRECTIONS
 from vlm.markdown import markdown_table
-from vlm.retrieval.metrics import mean_recall
-from vlm.retrieval.scores import DIRECTIONS
 
 Interval = tuple[float, float]
 

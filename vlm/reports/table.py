@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vlm.errors import ConfigError, DataError
+from vlm.evaluation.retrieval.metrics import mean_recall
 from vlm.markdown import markdown_table
 from vlm.reports.published import (
     PublishedBenchmark,
@@ -15,7 +16,6 @@ from vlm.reports.published import (
     published_rows,
 )
 from vlm.reports.results import SCORES, WORDS, Result, difference, in_words
-from vlm.retrieval.metrics import mean_recall
 
 _OTHER = "≠"
 _SHORT = {
@@ -161,7 +161,7 @@ def _row_of_run(result: Result, first: Result, other: bool) -> Row:
 
 def _row_of_others(row: PublishedRow, expected: Mapping[str, Any]) -> Row:
     said = difference({"images": row.images, "captions": row.captions}, expected)
-    remarks = [f"published: {row.source}; {row.images:,} pictures, {row.captions:,} captions, "
+    remarks = [f"published: {row.source}; {row.images:,} images, {row.captions:,} captions, "
                f"{row.protocol}"]  # fmt: skip
     remarks += [f"{_OTHER} another question: {said}"] if said else []
     remarks += [row.note] if row.note else []
@@ -216,7 +216,7 @@ def _format(table: Table) -> str:
         row.other_question for row in table.rows
     )
     which = "the question" if table.question else "the usual question"
-    below += [f"Published rows are compared with {which} by numbers of pictures and captions only."
+    below += [f"Published rows are compared with {which} by numbers of images and captions only."
               ] * any(row.published for row in table.rows)  # fmt: skip
     below += [f"[{number[remark]}] {remark}" for remark in footnotes]
     text = f"### {table.benchmark}, {table.language}\n\n{_question_of(table)}"

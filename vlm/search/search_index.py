@@ -11,10 +11,10 @@ import pyarrow
 import pyarrow.parquet
 from jaxtyping import Float32
 
-from vlm.embedder import Embedder
+from vlm.embedding.embedder import Embedder
+from vlm.embedding.parts import read_embeddings
 from vlm.errors import DataError, SearchIndexError
 from vlm.files import sha256_of, write_folder
-from vlm.search.embeddings import read_embeddings
 from vlm.search.index import VectorIndex
 
 _INDEX, _METADATA, _DESCRIPTION = "image.index", "metadata.parquet", "index.json"
@@ -22,7 +22,7 @@ _INDEX, _METADATA, _DESCRIPTION = "image.index", "metadata.parquet", "index.json
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One picture that a search found."""
+    """One image that a search found."""
 
     rank: int
     """Counted from 1."""
@@ -30,7 +30,7 @@ class Hit:
     """Cosine in [-1, 1]."""
     uid: str
     path: str
-    """The picture's file; empty where it lies in a shard."""
+    """The image's file; empty where it lies in a shard."""
     captions: Mapping[str, str]
 
 
@@ -97,7 +97,7 @@ class SearchIndex:
         return embedder.truncated(self.index.dim)
 
     def search(self, query: Float32[np.ndarray, "1 dim"], k: int) -> list[Hit]:
-        """Return the `k` pictures nearest to one query vector."""
+        """Return the `k` images nearest to one query vector."""
         hits = self.index.search(query, k)
         rows = self.metadata.take(hits.ids[0]).to_pylist()
         return [

@@ -1,4 +1,4 @@
-"""Whole-word masks: which tokens of a text are hidden, so that the others and a picture say them.
+"""Whole-word masks: which tokens of a text are hidden, so that the others and an image say them.
 
 A word is masked as a whole or not at all, in Chinese as in English (Cui et al. 2021, "Pre-training
 with whole word masking for Chinese BERT"): what is left of a word would give the rest away.

@@ -414,9 +414,9 @@ def plot_report(report: Report, path: Path) -> None:
     tokens.set_xticklabels([f"{language}, per {_unit_of(language)}" for language in languages])
     legend = [_drawable(name) for name in names]
     figure.legend(tokens.containers, legend, loc="outside upper center", ncols=3)
-    picture = io.BytesIO()
-    figure.savefig(picture, format=path.suffix[1:].lower(), dpi=120)
-    write_file(path, picture.getvalue())
+    image = io.BytesIO()
+    figure.savefig(image, format=path.suffix[1:].lower(), dpi=120)
+    write_file(path, image.getvalue())
 
 
 def _tokens_a_unit(language: str, statistics: TextStatistics) -> float:

@@ -26,7 +26,7 @@ class AdaptationConfig:
     lora_towers: tuple[Literal["image", "text"], ...] = ("image", "text")
     """The towers that have adapters; the other is trained whole, unless it is locked."""
     patch_dropout: float = 0.0
-    """Share in [0, 1) of a picture's patches that training leaves out (FLIP); not beside masked
+    """Share in [0, 1) of an image's patches that training leaves out (FLIP); not beside masked
     modelling."""
     grad_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""

@@ -20,7 +20,7 @@ from vlm.training.schedule import ScheduleConfig
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The pictures and captions of a run."""
+    """The images and captions of a run."""
 
     folder: Path = Path("data/emoji")
     """A data folder with a manifest."""
@@ -29,9 +29,9 @@ class DataConfig:
     batch_size: int = 256
     """Samples in one step, all processes together."""
     workers: int = 2
-    """Processes that decode pictures, for each training process; 0 does it in that process."""
+    """Processes that decode images, for each training process; 0 does it in that process."""
     keep_decoded: bool = False
-    """Keep decoded pictures in each of those processes: for many epochs over few small ones."""
+    """Keep decoded images in each of those processes: for many epochs over few small ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class TrainConfig:
     A small model is hardly faster with more, and much slower where others use the machine.
     """
     start_from: Path | None = None
-    """A bundle to go on with, its model, tokenizer and picture transform; `model`, `tokenizer` and
+    """A bundle to go on with, its model, tokenizer and image transform; `model`, `tokenizer` and
     `preprocess` are then left out. The optimizer and the schedule start anew."""
     tokenizer: Path = Path("tokenizers/emoji-zh-en")
     """A tokenizer folder."""

@@ -44,10 +44,10 @@ class Teacher:
 
     Args:
         bundle: The model's bundle.
-        preprocess_cfg: How the pictures to come were made.
+        preprocess_cfg: How the images to come were made.
 
     Raises:
-        ConfigError: it was trained on pictures of another size or normalisation.
+        ConfigError: it was trained on images of another size or normalisation.
     """
 
     def __init__(self, bundle: Bundle, preprocess_cfg: Mapping[str, Any]) -> None:
@@ -58,8 +58,8 @@ class Teacher:
         ]
         if wrong:
             raise ConfigError(
-                f"the teacher reads pictures of another kind: {', '.join(wrong)}; expected one "
-                "trained on pictures like the run's"
+                f"the teacher reads images of another kind: {', '.join(wrong)}; expected one "
+                "trained on images like the run's"
             )
         self.model = bundle.model
         self.width = bundle.model.image_width
@@ -68,7 +68,7 @@ class Teacher:
     def __call__(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch patches states"]:
-        """Return the states of pictures' patches."""
+        """Return the states of images' patches."""
         return self.model.to(images.device).image_states(images).tokens
 
 
@@ -85,7 +85,7 @@ def build_pretraining_model(
         encoder: The model.
         config: What is trained.
         languages: The language of each name under which batches have captions.
-        preprocess_cfg: open_clip's description of the pictures.
+        preprocess_cfg: open_clip's description of the images.
 
     Raises:
         ConfigError: the parts do not fit the encoder.

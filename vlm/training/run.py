@@ -12,18 +12,17 @@ from vlm.data.dataset import ShardedSplit
 from vlm.data.loader import BatchOrder, TrainingExamples, TrainingLoader, second_of
 from vlm.data.sample import Batch
 from vlm.distributed.groups import world_group
-from vlm.embedder import Embedder
+from vlm.embedding.embedder import Embedder
 from vlm.errors import ConfigError
+from vlm.evaluation.retrieval.evaluation import evaluate_retrieval
+from vlm.evaluation.retrieval.pairs import pairs_of_split
 from vlm.files import write_file
 from vlm.images.transforms import TrainingTransform, evaluation_transform
 from vlm.losses.bilingual import BilingualLoss
-from vlm.losses.cached import CachedContrast
 from vlm.models.batch_norm import synchronize_batch_norm
 from vlm.models.encoder import Encoder
 from vlm.models.lora import without_lora
 from vlm.models.pretraining import PretrainingModel
-from vlm.retrieval.evaluation import evaluate_retrieval
-from vlm.retrieval.pairs import pairs_of_split
 from vlm.training.adaptation import adapt
 from vlm.training.checkpoint import Checkpoints, Progress
 from vlm.training.config import TrainConfig, config_as_yaml
@@ -36,6 +35,7 @@ from vlm.training.objectives import (
 from vlm.training.optimizer import build_optimizer
 from vlm.training.reporter import Reporter
 from vlm.training.start import Start, build_start
+from vlm.training.step import CachedContrast
 from vlm.training.trainer import LoopConfig, Trainer
 
 BUNDLE_NAME, CONFIG_NAME = "bundle", "config.yaml"

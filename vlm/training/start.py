@@ -24,7 +24,7 @@ class Start:
     """The model's description, from which `build_encoder` builds it."""
     preprocess: PreprocessConfig
     image_size: int
-    """Side of the model's pictures, in pixels."""
+    """Side of the model's images, in pixels."""
     languages: tuple[str, ...] = ()
     """Languages that the model has been trained in already."""
     first_new_id: int | None = None
@@ -32,7 +32,7 @@ class Start:
 
     @property
     def preprocess_cfg(self) -> dict[str, Any]:
-        """open_clip's description of the picture transform."""
+        """open_clip's description of the image transform."""
         return preprocess_cfg(self.preprocess, self.image_size)
 
 
@@ -76,7 +76,7 @@ def _from_bundle(config: TrainConfig) -> Start:
     ]
     if described:
         raise ConfigError(
-            f"start_from brings a model with its tokenizer and its pictures' transform; expected "
+            f"start_from brings a model with its tokenizer and its images' transform; expected "
             f"no settings of {', '.join(described)}"
         )
     bundle = load_bundle(config.start_from)

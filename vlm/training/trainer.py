@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from vlm.data.loader import TrainingLoader
 from vlm.data.sample import Batch
 from vlm.errors import TrainingError
-from vlm.losses.cached import CachedContrast
 from vlm.models.encoder import MAIN, Encoder
 from vlm.models.growth import only_new_rows
 from vlm.models.masked import Hidden
@@ -22,6 +21,7 @@ from vlm.text.caption_ids import text_id
 from vlm.training.checkpoint import Checkpoints, Progress
 from vlm.training.reporter import Reporter
 from vlm.training.schedule import ScheduleConfig, learning_rate_share
+from vlm.training.step import CachedContrast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +47,9 @@ class StepResult:
     parts: Mapping[str, Tensor]
     """What it is made of, by head and objective, where it has more than one part."""
     accuracy: Tensor
-    """Share of pictures and texts whose most similar candidate in the batch is right."""
+    """Share of images and texts whose most similar candidate in the batch is right."""
     candidates: int
-    """How many texts a picture was compared with."""
+    """How many texts an image was compared with."""
     gradient_norm: Tensor
     """Before clipping."""
     logit_scale: Tensor
@@ -129,7 +129,7 @@ class Trainer:
                 raise TrainingError(
                     f"the gradient at step {step} is {gradient_norm.item()} "
                     f"(loss {output.loss.item():.4g}); "
-                    "lower optimizer.learning_rate or look at the batch's pictures: "
+                    "lower optimizer.learning_rate or look at the batch's images: "
                     + ", ".join(batch.uids[:3])
                 )
             logit_scale = self._encoder.logit_scales[MAIN].detach()

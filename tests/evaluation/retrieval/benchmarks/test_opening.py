@@ -1,0 +1,111 @@
+"""A path is recognised by what it holds; languages are told; images reach a model and workers."""
+
+import json
+import multiprocessing
+
+import numpy as np
+import pytest
+
+from tests.builders import THINGS, encoded, make_image, tiny_bundle
+from vlm.embedding.embedder import Embedder
+from vlm.errors import DataError
+from vlm.evaluation.retrieval.benchmarks.opening import kind_of, open_benchmark
+
+ZH = [zh for _, zh in THINGS]
+
+
+def write_lines(path, texts):
+    for number in range(len(texts)):
+        (path.parent / f"{number}.png").write_bytes(encoded(make_image(number)))
+    records = [{"image": f"{n}.png", "caption": text} for n, text in enumerate(texts)]
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def test_a_name_says_nothing_of_the_kind(tmp_path):
+    for name in ("xm3600.tar", "dataset_coco.json", "flickr30k-cn_test.txt", "a.csv"):
+        assert kind_of(write_lines(tmp_path / name, ZH)) == "m2-encoder"
+
+
+@pytest.mark.parametrize("content", ["", "a\n", "{}\n", "[1]", "\x00\x01", "PAR1"])
+def test_what_is_of_no_known_kind_lists_what_is_known(tmp_path, content):
+    path = tmp_path / "a.jsonl"
+    path.write_text(content)
+    for unknown in (path, tmp_path):
+        with pytest.raises(
+            DataError, match=r"no benchmark of a known kind.*webdataset \(tar files"
+        ):
+            open_benchmark(unknown)
+    with pytest.raises(DataError, match=r"no\.csv does not exist"):
+        open_benchmark(tmp_path / "no.csv")
+
+
+def test_of_two_kinds_one_must_be_named(tmp_path):
+    (tmp_path / "a.txt").write_text("0.png#0 a cat\n")
+    (tmp_path / "b.csv").write_text("image,caption\n0.png,a dog\n")
+    (tmp_path / "0.png").write_bytes(encoded(make_image(0)))
+    with pytest.raises(DataError, match="may be numbered-captions or table; say which"):
+        open_benchmark(tmp_path)
+    assert open_benchmark(tmp_path, kind="table").captions["en"].texts == ["a dog"]
+    assert open_benchmark(tmp_path, kind="numbered-captions").captions["en"].texts == ["a cat"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "language"),
+    [(ZH, "zh"), (["T恤 3D 打印 新款", "红苹果"], "zh"), (["a cat", "un café"], "en")],
+)
+def test_the_language_is_told_by_the_letters(tmp_path, texts, language):
+    found = open_benchmark(write_lines(tmp_path / "a.jsonl", texts))
+    assert list(found.captions) == [language]
+    assert f"taken for {'Chinese' if language == 'zh' else 'English'}" in found.findings.notes[0]
+
+
+@pytest.mark.parametrize("texts", [["猫がいる", "犬がいる"], ["고양이"], ["кошка"], ["12", "3"]])
+def test_another_language_must_be_named(tmp_path, texts):
+    path = write_lines(tmp_path / "a.jsonl", texts)
+    with pytest.raises(DataError, match="clearly neither zh nor en; say which language it is"):
+        open_benchmark(path)
+    found = open_benchmark(path, language="xx")
+    assert found.captions["xx"].texts == texts
+    assert not found.findings.notes
+
+
+def test_texts_without_any_caption_are_refused(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [[], []])
+    with pytest.raises(DataError, match="has no caption with an image"):
+        open_benchmark(path)
+
+
+def test_images_can_be_embedded_and_sent_to_workers(tmp_path):
+    found = open_benchmark(write_lines(tmp_path / "a.jsonl", ZH[:5]))
+    embedder = Embedder.load(tiny_bundle(tmp_path / "bundle"), device="cpu")
+    vectors = embedder.encode_image(found.images, batch_size=2)
+    expected = embedder.encode_image([make_image(number) for number in range(5)])
+    np.testing.assert_allclose(vectors, expected, atol=1e-6)
+    with multiprocessing.get_context("spawn").Pool(1) as workers:
+        assert workers.apply(list, (found.images,)) == list(found.images)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b'{"images": 3, "sentences": 1}', 'has no list of "images"; found images, sent'),
+        ("a.json", b'{"images": [{"sentences": "\xbb\xd2', "is not text in UTF-8"),
+        ("a.json", b'{"images": [{"sentences": ', "is not JSON"),
+        ("a.jsonl", b'{"image": "%s", "caption": "x"}' % (b"n" * 5000), "1 of 1 images are not"),
+    ],
+)
+def test_what_only_looks_like_a_benchmark_is_refused_in_a_sentence(
+    tmp_path, name, content, message
+):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        open_benchmark(tmp_path / name)
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path):
+    (tmp_path / "valid_texts.jsonl").mkdir()
+    (tmp_path / "valid_imgs.tsv").touch()
+    with pytest.raises(DataError, match=r"valid_texts.jsonl cannot be read: Is a directory"):
+        open_benchmark(tmp_path)

@@ -1,0 +1,77 @@
+"""Statistics of cosines by tiles equal those of the whole matrix."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.processes import run_in_processes
+from vlm.distributed.groups import world_group
+from vlm.evaluation.retrieval.cosines import cosine_statistics
+
+
+def case():
+    rng = np.random.default_rng(0)
+    texts, images = (rng.standard_normal((count, 16)) for count in (83, 37))
+    texts, images = (
+        (array / np.linalg.norm(array, axis=1, keepdims=True)).astype(np.float32)
+        for array in (texts, images)
+    )
+    return texts, images, np.argwhere(rng.random((83, 37)) < 0.05)
+
+
+def record(spread):
+    return [spread.count, spread.mean, spread.std, spread.min, spread.max]
+
+
+@pytest.mark.parametrize("tile", [1, 5, 40, None])
+def test_correct_and_wrong_cosines_are_summarised_as_over_the_whole_matrix(tile):
+    texts, images, matches = case()
+    cosines = texts.astype(np.float64) @ images.astype(np.float64).T
+    correct = np.zeros(cosines.shape, bool)
+    correct[tuple(matches.T)] = True
+    # The extremes are among the correct pairs, where those of the wrong ones must not find them.
+    texts[matches[0, 0]] = images[matches[0, 1]]
+    texts[matches[-1, 0]] = -images[matches[-1, 1]]
+    cosines = texts.astype(np.float64) @ images.astype(np.float64).T
+    found = cosine_statistics(texts, images, np.concatenate([matches, matches]), tile=tile)
+    for spread, values in ((found.correct, cosines[correct]), (found.wrong, cosines[~correct])):
+        expected = [len(values), values.mean(), values.std(), values.min(), values.max()]
+        assert record(spread) == pytest.approx(expected, abs=1e-7)
+
+
+def test_cosines_that_are_all_equal_do_not_spread():
+    ones = np.full((20, 4), 0.5, np.float32)
+    found = cosine_statistics(ones, ones, np.array([[0, 0]]))
+    assert record(found.wrong) == [399, 1, 0, 1, 1]
+    assert record(found.correct) == [1, 1, 0, 1, 1]
+
+
+def test_where_there_is_no_pair_the_statistics_are_no_numbers():
+    one = np.ones((1, 1), np.float32)
+    wrong = cosine_statistics(one, one, np.array([[0, 0]])).wrong
+    correct = cosine_statistics(one, one, np.zeros((0, 2), np.int64)).correct
+    for spread in (wrong, correct):
+        assert spread.count == 0
+        assert all(math.isnan(number) for number in record(spread)[1:])
+
+
+def test_vectors_that_are_no_numbers_show():
+    texts, images, matches = case()
+    texts[matches[0, 0]] = np.nan
+    found = cosine_statistics(texts, images, matches, tile=8)
+    for spread in (found.wrong, found.correct):
+        assert all(math.isnan(number) for number in record(spread)[1:])
+
+
+def _statistics(rank):
+    found = cosine_statistics(*case(), tile=7, group=world_group())
+    return torch.tensor([record(found.correct), record(found.wrong)], dtype=torch.float64)
+
+
+@pytest.mark.distributed
+def test_several_processes_find_what_one_finds():
+    expected = _statistics(0)
+    for found in run_in_processes(_statistics, 3):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)

@@ -1,0 +1,25 @@
+"""Rebuild the emoji images and captions from their pinned packages, the same bytes every time.
+
+Run in a clone of the project: `python -m tools.emoji --out data/emoji`.
+"""
+
+from pathlib import Path
+
+from jsonargparse import auto_cli
+
+from tools.emoji.build import build_emoji
+
+
+def build(*, out: Path, cache: Path = Path.home() / ".cache/vlm/emoji") -> None:
+    """Build the data folder; print it.
+
+    Args:
+        out: Folder for the shards.
+        cache: Folder for the downloaded packages.
+    """
+    build_emoji(out, cache=cache)
+    print(out)
+
+
+if __name__ == "__main__":
+    auto_cli(build, as_positional=False)

@@ -1,1 +1,0 @@
-"""Zero-shot classification: class names, prompts, labelled pictures and scores."""

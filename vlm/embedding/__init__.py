@@ -1,0 +1,1 @@
+"""From images and texts to vectors: one at a time, in bulk, and kept in folders."""

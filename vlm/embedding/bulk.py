@@ -1,0 +1,324 @@
+"""`BulkEmbedder`: many images and texts to vectors, over ranks, and kept on disk as it goes."""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from jaxtyping import Float32, Shaped
+from numpy.typing import DTypeLike, NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from vlm.distributed.gather import gather_numbers, gather_rows
+from vlm.distributed.groups import SINGLE, RankGroup
+from vlm.embedding.embedder import Embedder, check_texts
+from vlm.errors import DataError, DistributedError, VlmError
+from vlm.files import write_file
+from vlm.images.decoding import ImageSource, decode_image
+
+# A part is what a killed run loses, what ranks share out among them, and one file: seconds of work
+# and a few megabytes. Both are multiples of the embedder's batches.
+IMAGES_A_PART, TEXTS_A_PART = 1 << 10, 1 << 12
+
+Kind = Literal["images", "texts"]
+Result = TypeVar("Result")
+
+_KEY_VERSION = 2  # to be raised when the same model comes to give other vectors
+_DIGEST_SIZE = hashlib.sha256().digest_size
+
+
+class BulkEmbedder:
+    """Embeds many images and texts: over the ranks of a group, and kept on disk as it goes.
+
+    The work is cut into parts, and part p belongs to rank p % size; every rank ends up with all
+    vectors. Every rank must call the same methods with the same arguments. What fails on one rank
+    fails on all: the others raise a `DataError` with the words of a `VlmError`, and of any other
+    exception a `DistributedError` that names it.
+
+    In the cache, a part is the file `MODEL/PART.npy`. MODEL names the bundle and the width; PART
+    names the images or texts themselves, in their order, so that whatever asks for the same ones
+    in the same order finds them again, and an interrupted run goes on with what is missing. A file
+    that is no such array is made anew. The names do not tell the device or the number of threads,
+    with which vectors differ by rounding.
+
+    Args:
+        embedder: The model.
+        cache: Folder to keep vectors in; it can belong to each machine or to all. None keeps none.
+        group: The ranks to share the work with.
+        show_progress_bar: Whether the first rank shows progress on stderr.
+
+    Raises:
+        VlmError: there is a cache, and the embedder does not say by which names to keep vectors.
+    """
+
+    def __init__(
+        self,
+        embedder: Embedder,
+        *,
+        cache: Path | None = None,
+        group: RankGroup = SINGLE,
+        show_progress_bar: bool = False,
+    ) -> None:
+        if cache is not None and not (embedder.fingerprint and embedder.transform_cfg):
+            raise VlmError(
+                f"cannot keep vectors in {cache}: the embedder has no fingerprint or no "
+                "transform_cfg; expected one that was read from a bundle"
+            )
+        self.embedder = embedder
+        self.cache = cache
+        self.group = group
+        self.show_progress_bar = show_progress_bar and group.rank == 0
+        """Whether this rank shows progress."""
+
+    def digests_of(self, images: Sequence[ImageSource]) -> list[bytes]:
+        """Return the SHA-256 of each image, as `digest_of_image` does; ranks share the reading.
+
+        Raises:
+            DataError: an image cannot be read (on every rank).
+        """
+
+        def digest(part: slice) -> _Done:
+            joined = b"".join(digest_of_image(image) for image in images[part])
+            return _Done(np.frombuffer(bytearray(joined), np.uint8).reshape(-1, _DIGEST_SIZE))
+
+        rows = self._all_rows(
+            (len(images), _DIGEST_SIZE), np.uint8, IMAGES_A_PART, digest, "reading images"
+        )
+        return [row.tobytes() for row in rows]
+
+    def encode_image(
+        self, images: Sequence[ImageSource], digests: Sequence[bytes] | None = None
+    ) -> Float32[np.ndarray, "images dim"]:
+        """Embed images.
+
+        Args:
+            images: Paths, open PIL images, or the bytes of JPEG, PNG or WebP files.
+            digests: What `digests_of` gave for them, where it was asked already.
+
+        Returns:
+            One unit vector an image, in order.
+
+        Raises:
+            DataError: an image cannot be read (on every rank).
+            VlmError: the disk is full (on every rank), or there are not as many digests.
+        """
+        if digests is not None and len(digests) != len(images):
+            raise VlmError(f"found {len(digests)} digests of {len(images)} images")
+        kept = self._kept("images")
+        if kept is not None and digests is None:
+            digests = self.digests_of(images)
+
+        def make(part: slice) -> Float32[np.ndarray, "part dim"]:
+            try:
+                return self.embedder.encode_image(images[part])
+            except DataError as error:
+                # An image that has no path is called by its number in the part.
+                if part.start == 0 or not str(error).startswith("image "):
+                    raise
+                raise DataError(f"from image {part.start + 1} on: {error}") from error
+
+        def encode(part: slice) -> _Done:
+            if kept is None or digests is None:
+                return _Done(make(part))
+            return kept.find_or_make(digests[part], lambda: make(part))
+
+        shape = len(images), self.embedder.embed_dim
+        return self._all_rows(shape, np.float32, IMAGES_A_PART, encode, "embedding images")
+
+    def encode_text(self, texts: Sequence[str]) -> Float32[np.ndarray, "texts dim"]:
+        """Embed texts in any language.
+
+        Returns:
+            One unit vector a text, in order.
+
+        Raises:
+            VlmError: `texts` is a string, or holds something else than strings; or the disk is
+                full (on every rank).
+        """
+        check_texts(texts)
+        kept = self._kept("texts")
+
+        def encode(part: slice) -> _Done:
+            if kept is None:
+                return _Done(self.embedder.encode_text(texts[part]))
+            digests = [_sha256(text.encode("utf-8", "surrogatepass")) for text in texts[part]]
+            return kept.find_or_make(digests, lambda: self.embedder.encode_text(texts[part]))
+
+        shape = len(texts), self.embedder.embed_dim
+        return self._all_rows(shape, np.float32, TEXTS_A_PART, encode, "embedding texts")
+
+    def _kept(self, kind: Kind) -> "_KeptVectors | None":
+        if self.cache is None:
+            return None
+        folder = self.cache / _model_key(self.embedder, kind)
+        return _KeptVectors(folder, kind, self.embedder.embed_dim)
+
+    def _all_rows(
+        self,
+        shape: tuple[int, int],
+        dtype: DTypeLike,
+        part_size: int,
+        work: Callable[[slice], "_Done"],
+        what: str,
+    ) -> Shaped[np.ndarray, "count width"]:
+        """Give each rank a part, and all ranks the rows, until there are as many as asked for."""
+        count, found = shape[0], 0
+        rows: NDArray[Any] = self._on_every_rank(lambda: np.empty(shape, dtype))
+        starts = range(0, count, part_size * self.group.size)
+        with tqdm(total=count, desc=what, disable=not self.show_progress_bar) as bar:
+            for start in starts:
+                # Beyond the end parts are empty; a rank without work is a rank with such a part.
+                edges = [
+                    min(start + part_size * place, count) for place in range(self.group.size + 1)
+                ]
+                received, of_cache = self._round(edges, work)
+                rows[edges[0] : edges[-1]] = received
+                found += of_cache
+                if found:
+                    bar.set_postfix_str(f"{found} from the cache", refresh=False)
+                bar.update(len(received))
+        return rows
+
+    def _round(
+        self, edges: Sequence[int], work: Callable[[slice], "_Done"]
+    ) -> tuple[Shaped[np.ndarray, "rows width"], int]:
+        """Return the rows of every rank's part, and how many of them came from the cache."""
+        rank, device = self.group.rank, self._exchange_device()
+        done = self._on_every_rank(lambda: work(slice(edges[rank], edges[rank + 1])))
+        sizes = np.diff(edges).tolist()
+        rows = gather_rows(torch.from_numpy(done.rows).to(device), self.group, sizes)
+        of_cache = gather_numbers([done.of_cache], self.group, device)
+        return rows.cpu().numpy(), sum(number for (number,) in of_cache)
+
+    def _on_every_rank(self, work: Callable[[], Result]) -> Result:
+        """Return what the work gives here; where it fails on one rank, raise on all.
+
+        A rank that raised alone would leave the others waiting for its rows.
+        """
+        device = self._exchange_device()
+        try:
+            result = work()
+        except Exception as error:
+            _tell(error, self.group, device)
+            raise
+        _tell(None, self.group, device)
+        return result
+
+    def _exchange_device(self) -> torch.device:
+        """Return where tensors must lie to travel."""
+        if self.group.size == 1 or dist.get_backend(self.group.process_group) == "gloo":
+            return torch.device("cpu")
+        return self.embedder.device
+
+
+def digest_of_image(image: ImageSource) -> bytes:
+    """Return the SHA-256 of an encoded image, or of the RGB pixels of an opened one.
+
+    Of an opened one it is what models see: upright, on white, and with its palette's colours.
+
+    Raises:
+        DataError: the file cannot be read, or the opened image is damaged.
+    """
+    if isinstance(image, Image.Image):
+        seen = decode_image(image)
+        return _sha256(f"{seen.mode} {seen.size}".encode() + seen.tobytes())
+    if isinstance(image, bytes):
+        return _sha256(image)
+    try:
+        return _sha256(image.read_bytes())
+    except OSError as error:
+        raise DataError(f"{image} cannot be read: {error.strerror or error}") from error
+
+
+class _Done(NamedTuple):
+    """What became of a part."""
+
+    rows: Shaped[np.ndarray, "rows width"]
+    of_cache: int = 0
+    """How many of the rows came from the cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class _KeptVectors:
+    """The vectors of one model on disk: a file a part."""
+
+    folder: Path
+    kind: Kind
+    dim: int
+
+    def find_or_make(
+        self, digests: Sequence[bytes], make: Callable[[], Float32[np.ndarray, "rows dim"]]
+    ) -> _Done:
+        """Return the vectors of a part; keep them if they had to be made."""
+        if not digests:
+            return _Done(make())
+        path = self.folder / f"{_sha256(self.kind.encode() + b''.join(digests)).hex()}.npy"
+        found = self._read(path, len(digests))
+        if found is not None:
+            return _Done(found, len(found))
+        vectors = make()
+        buffer = io.BytesIO()
+        np.save(buffer, vectors, allow_pickle=False)
+        # Another run may be writing the same part, and have put the file in its place first.
+        with suppress(FileNotFoundError):
+            write_file(path, buffer.getvalue())
+        return _Done(vectors)
+
+    def _read(self, path: Path, count: int) -> Float32[np.ndarray, "rows dim"] | None:
+        try:
+            content = io.BytesIO(path.read_bytes())
+            found: NDArray[Any] = np.lib.format.read_array(content, allow_pickle=False)
+        except (OSError, EOFError, ValueError, MemoryError):
+            return None
+        fits = found.shape == (count, self.dim) and found.dtype == np.float32
+        return found if fits else None
+
+
+def _model_key(embedder: Embedder, kind: Kind) -> str:
+    reading = dict(embedder.transform_cfg) if kind == "images" else embedder.tokenizer.fingerprint
+    content = {
+        "version": _KEY_VERSION,
+        "model": embedder.fingerprint,
+        "dim": embedder.embed_dim,
+        kind: reading,
+    }
+    return _sha256(json.dumps(content, sort_keys=True).encode()).hex()
+
+
+def _tell(error: Exception | None, group: RankGroup, device: torch.device) -> None:
+    """Tell the other ranks what this one met; raise what the first of them met if it met nothing.
+
+    Raises:
+        DataError: this rank met nothing, and another a `VlmError`.
+        DistributedError: this rank met nothing, and another an exception of another kind.
+    """
+    of_user = isinstance(error, VlmError)
+    words = str(error) if of_user else f"rank {group.rank} met {_in_one_line(error)}"
+    told = b"" if error is None else words.encode("utf-8", "surrogatepass")
+    outcomes = gather_numbers([error is not None, of_user, len(told)], group, device)
+    failed = [rank for rank, (wrong, _, _) in enumerate(outcomes) if wrong]
+    if not failed:
+        return
+    own = torch.tensor(list(told), dtype=torch.uint8, device=device)
+    messages = bytes(gather_rows(own, group, [size for _, _, size in outcomes]).tolist())
+    if error is None:
+        _, first_of_user, size = outcomes[failed[0]]  # ranks before it have told nothing
+        kind = DataError if first_of_user else DistributedError
+        raise kind(messages[:size].decode("utf-8", "surrogatepass"))
+
+
+def _in_one_line(error: Exception | None) -> str:
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+
+
+def _sha256(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()

@@ -1,0 +1,1 @@
+"""How well a model answers: retrieval, classification, calibration, approximate indexes."""

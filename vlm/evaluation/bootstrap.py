@@ -1,0 +1,129 @@
+"""Confidence intervals of mean scores, by drawing a benchmark's images again and again."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float64, Int, Shaped
+
+from vlm.errors import VlmError
+
+LEVEL = 0.95
+"""Share of the resampled means that lie within an interval, unless asked otherwise."""
+
+RESAMPLES = 1000
+"""How often to draw, unless asked otherwise."""
+
+_DRAWS_AT_ONCE = 2**22
+
+
+def bootstrap_interval(
+    values_by_query: Shaped[np.ndarray, " queries"],
+    groups: Int[np.ndarray, " groups"],
+    *,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Return the percentile interval of a mean over queries (Efron 1979, drawn by groups).
+
+    For two models on one benchmark, give the differences of their values: the interval is then
+    that of the paired bootstrap, and the models differ where it does not hold 0.
+
+    Args:
+        values_by_query: Truth values or finite numbers; for recall@k, `ranks <= k`.
+        groups: The image to which each query belongs. Images are drawn, with replacement,
+            and bring all their queries, because captions of one image are not independent.
+        level: Share in (0, 1) of the resampled means that lie within the interval.
+        resamples: How often to draw.
+        seed: Of the draws; the same images give the same draws for all values.
+
+    Raises:
+        VlmError: there are no queries, some have no group or no finite value, `level` is not
+            within (0, 1), or `resamples` is less than 1.
+    """
+    means = resampled_means([values_by_query], [groups], resamples=resamples, seed=seed)
+    return interval_of(means[0], level=level)
+
+
+def interval_of(
+    means: Float64[np.ndarray, " resamples"], *, level: float = LEVEL
+) -> tuple[float, float]:
+    """Return the bounds between which the share `level` of the resampled means lies.
+
+    Raises:
+        VlmError: `level` is not within (0, 1).
+    """
+    if not 0 < level < 1:
+        raise VlmError(f"the level of the interval is {level}; expected a number between 0 and 1")
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def resampled_means(
+    values_by_query: Sequence[Shaped[np.ndarray, " _"]],
+    groups: Sequence[Int[np.ndarray, " _"]],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Float64[np.ndarray, "kinds resamples"]:
+    """Return means over queries for each resample of the groups, of several kinds of queries.
+
+    All kinds come from the same draws, so that means of them can be put together resample by
+    resample before quantiles are taken, such as the mean recall of both directions. A resample
+    in which a kind has no query gives its mean over all queries.
+
+    Args:
+        values_by_query: For each kind, as for `bootstrap_interval`, like all that follow.
+        groups: For each kind, the image of each query; the same image has the same number.
+        resamples: How often to draw.
+        seed: Of the draws.
+
+    Raises:
+        VlmError: as `bootstrap_interval`.
+    """
+    for values, of_kind in zip(values_by_query, groups, strict=True):
+        _check(values, of_kind, resamples)
+    _, places = np.unique(np.concatenate(groups), return_inverse=True)
+    count = int(places.max()) + 1
+    ends = np.cumsum([len(of_kind) for of_kind in groups])[:-1]
+    totals, sizes = np.empty((2, len(groups), count))
+    for kind, (values, own) in enumerate(zip(values_by_query, np.split(places, ends), strict=True)):
+        totals[kind] = np.bincount(own, np.asarray(values, np.float64), count)
+        sizes[kind] = np.bincount(own, minlength=count)
+    rng = np.random.default_rng(seed)
+    step = max(1, _DRAWS_AT_ONCE // count)
+    drawn = np.empty((2, len(groups), resamples))
+    for start in range(0, resamples, step):
+        rows = min(step, resamples - start)
+        draws = rng.integers(count, size=(rows, count), dtype=np.int32)
+        times = _times_drawn(draws)
+        drawn[:, :, start : start + rows] = totals @ times.T, sizes @ times.T
+    overall = (totals.sum(axis=1) / sizes.sum(axis=1))[:, None]
+    means: Float64[np.ndarray, "kinds resamples"] = np.where(
+        drawn[1] > 0, drawn[0] / np.maximum(drawn[1], 1), overall
+    )
+    return means
+
+
+def _times_drawn(draws: Int[np.ndarray, "rows groups"]) -> Float64[np.ndarray, "rows groups"]:
+    rows, count = draws.shape
+    flat = draws + (np.arange(rows) * count)[:, None]
+    times: Float64[np.ndarray, "rows groups"] = (
+        np.bincount(flat.ravel(), minlength=rows * count).reshape(rows, count).astype(np.float64)
+    )
+    return times
+
+
+def _check(
+    values: Shaped[np.ndarray, " queries"], groups: Int[np.ndarray, " groups"], resamples: int
+) -> None:
+    if len(values) == 0 or len(values) != len(groups) or resamples < 1:
+        raise VlmError(
+            f"cannot draw {resamples} times of {len(values)} values with {len(groups)} groups; "
+            "expected at least once, one value and as many groups as values"
+        )
+    if not np.isfinite(np.asarray(values, np.float64)).all():
+        raise VlmError(
+            f"{int((~np.isfinite(values)).sum())} of {len(values)} values are not finite; "
+            "expected finite numbers"
+        )

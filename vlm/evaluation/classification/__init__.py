@@ -1,0 +1,1 @@
+"""Zero-shot classification: class names, prompts, labelled images and scores."""

@@ -1,0 +1,114 @@
+"""Labelled images: samples of a data folder by one of their labels, or folders by class."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+from vlm.data.conditions import samples_where
+from vlm.data.dataset import ShardedSplit
+from vlm.errors import DataError
+
+_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelledImages:
+    """Images, each of one class."""
+
+    images: Sequence[bytes | Path]
+    """Encoded images or their files."""
+    labels: Int[np.ndarray, " images"]
+    """The number of each image's class."""
+    left_out: int
+    """Samples without the label, or files without an image's suffix."""
+
+    def fingerprint(self, digests: Sequence[bytes]) -> str:
+        """Return the SHA-256 of all images' bytes and labels.
+
+        Args:
+            digests: What `BulkEmbedder.digests_of` gives for the images.
+        """
+        pairs = zip(self.labels.tolist(), digests, strict=True)
+        joined = b"".join(f"{label}\0".encode() + digest for label, digest in pairs)
+        return hashlib.sha256(joined).hexdigest()
+
+
+def images_of_split(
+    folder: Path, split: str, *, label: str, class_ids: Sequence[str],
+    where: Sequence[str] = (),
+) -> LabelledImages:  # fmt: skip
+    """Take the samples of a split that meet all conditions and have the label.
+
+    Args:
+        folder: A data folder with a manifest.
+        split: Name of the split.
+        label: Name of the label that tells a sample's class.
+        class_ids: Values of the label, in the order of the classes.
+        where: Conditions such as `source=noto` or `group!=flags` that samples must meet.
+
+    Raises:
+        DataError: the split cannot be read, a condition is not one or asks for what no sample
+            has, a label is no class, or nothing is left.
+    """
+    name = f"the split {split!r} of {folder}"
+    number_of = {class_id: number for number, class_id in enumerate(class_ids)}
+    images, labels, left_out = [], [], 0
+    for sample in samples_where(ShardedSplit(folder, split), where, name=name):
+        value = sample.labels.get(label)
+        if value is None:
+            left_out += 1
+            continue
+        if value not in number_of:
+            raise DataError(
+                f"{sample.uid} in {name} has the {label} {value!r}; expected one of the "
+                f"{len(class_ids)} that have names"
+            )
+        images.append(sample.image)
+        labels.append(number_of[value])
+    if not images:
+        raise DataError(f"none of the samples asked for in {name} has the label {label!r}")
+    return LabelledImages(images=images, labels=np.array(labels, dtype=np.int64), left_out=left_out)
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Return the sorted names of the sub-folders, each with the images of a class.
+
+    Raises:
+        DataError: there is no such folder, or none in it.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; expected one with a folder for each class")
+    names = sorted(
+        path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
+    )
+    if not names:
+        raise DataError(f"{folder} holds no folders; expected one for each class")
+    return names
+
+
+def images_in_class_folders(folder: Path, class_ids: Sequence[str]) -> LabelledImages:
+    """Take every JPEG, PNG and WebP below the classes' folders, as torchvision's ImageFolder does.
+
+    Args:
+        folder: Holds a folder for each class; a class without one has no images.
+        class_ids: Names of the folders, in the order of the classes.
+
+    Raises:
+        DataError: there is no image.
+    """
+    images: list[Path] = []
+    labels: list[int] = []
+    left_out = 0
+    for number, class_id in enumerate(class_ids):
+        files = sorted(path for path in (folder / class_id).rglob("*") if path.is_file())
+        found = [path for path in files if path.suffix.lower() in _SUFFIXES]
+        left_out += len(files) - len(found)
+        images += found
+        labels += [number] * len(found)
+    if not images:
+        raise DataError(f"the class folders in {folder} hold no image ({', '.join(_SUFFIXES)})")
+    return LabelledImages(images=images, labels=np.array(labels, dtype=np.int64), left_out=left_out)

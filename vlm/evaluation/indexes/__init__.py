@@ -1,0 +1,1 @@
+"""Approximate search compared with exact search."""

@@ -1,0 +1,183 @@
+"""Searches whose exact answers are known, to measure indexes by."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import faiss
+import numpy as np
+from jaxtyping import Float32, Int, Int64
+
+from vlm.errors import SearchIndexError
+from vlm.evaluation.retrieval.ranks import exact_ranks_both
+from vlm.evaluation.retrieval.scores import Ranks
+from vlm.search.approximate import ApproximateIndex
+from vlm.search.index import Hits, VectorIndex
+
+BATCH = 32
+"""Queries that are searched for at a time when the time is taken, on one thread."""
+
+_BATCHES = 15
+_ROWS = 2048  # queries whose hits are looked at together
+_ROUNDING = 1e-6  # products of unit vectors in float32 agree to this
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchCase:
+    """Queries, what they search in, and the answers of an exact search."""
+
+    direction: str
+    """`text_to_image`, `image_to_text`, or `image_to_image` for contrast."""
+    language: str
+    """Of the texts; empty where there are none."""
+    queries: Float32[np.ndarray, "queries dim"]
+    candidates: Float32[np.ndarray, "candidates dim"]
+    matches: Int[np.ndarray, "matches 2"] | None
+    """Pairs (query, candidate) that are right; None where every query is a candidate itself,
+    which then is no answer."""
+    ranks: Int[np.ndarray, " queries"] | None
+    """Exact ranks of the best right answers."""
+    nearest: Float32[np.ndarray, "queries neighbours"]
+    """Cosines of the nearest candidates, best first."""
+    exact_milliseconds: float
+    """Time of an exact search a query, by FAISS's flat index."""
+
+    @property
+    def name(self) -> str:
+        """Such as `zh text to image`."""
+        return f"{self.language} {self.direction.replace('_', ' ')}".strip()
+
+
+def cases_of(
+    images: Float32[np.ndarray, "images dim"],
+    texts: Mapping[str, tuple[Float32[np.ndarray, "texts dim"], Int[np.ndarray, "matches 2"]]],
+    *,
+    ks: Sequence[int] = (1, 5, 10),
+    ranks: Mapping[str, Ranks] | None = None,
+    device: str | None = None,
+) -> list[SearchCase]:
+    """Search exactly, in both directions of every language and among the images themselves.
+
+    Queries of one kind in an index of the other lie farther from all they find than those of its
+    own kind, and so lose more: the last case shows how much is due to that.
+
+    Args:
+        images: Unit vectors.
+        texts: By language, unit vectors and the pairs (text, image) that belong together.
+        ks: The numbers of answers that will be looked at.
+        ranks: By language, the exact ranks, where they are known.
+        device: Where to find them, where they are not.
+
+    Raises:
+        SearchIndexError: there are no images or, in a language, no right pairs, or a k is less
+            than 1.
+    """
+    pairs = [len(matches) for _, matches in texts.values()]
+    if not ks or min(ks) < 1 or not len(images) or not all(pairs):
+        raise SearchIndexError(
+            f"cannot compare searches for the best {list(ks)} with {len(images)} images and "
+            f"{pairs} right pairs by language; expected at least one of each"
+        )
+    cases, k = [], max(ks)
+    for language, (vectors, matches) in texts.items():
+        asked, places = np.unique(matches[:, 1], return_inverse=True)
+        if ranks is None:
+            to_images, to_texts = exact_ranks_both(vectors, images, matches, device=device)
+            own: Ranks = {"text_to_image": to_images, "image_to_text": to_texts[asked]}
+        else:
+            own = ranks[language]
+        sides = (vectors, images)
+        cases.append(_case("text_to_image", language, sides, k, matches, own["text_to_image"]))
+        mirrored = np.stack([places, matches[:, 0]], axis=1)
+        sides = (np.ascontiguousarray(images[asked]), vectors)
+        cases.append(_case("image_to_text", language, sides, k, mirrored, own["image_to_text"]))
+    if len(images) > 1:
+        cases.append(_case("image_to_image", "", (images, images), k))
+    return cases
+
+
+def answers(
+    index: ApproximateIndex, case: SearchCase, k: int, *, rows: Int[np.ndarray, " rows"]
+) -> Hits:
+    """Search for the queries `rows`; of a case without right answers each is left out itself.
+
+    The index is asked for one answer more than `k`, so that a wrong one which ties with the last
+    right one is seen.
+    """
+    hits = index.search(case.queries[rows], k + 1)
+    return _without_self(hits, rows) if case.matches is None else hits
+
+
+def ann_recall(
+    hits: Hits, case: SearchCase, ks: Sequence[int], *, rows: Int[np.ndarray, " rows"]
+) -> dict[int, float]:
+    """Return the share of the nearest k candidates that the hits of the queries `rows` hold.
+
+    A hit whose true cosine is that of the k-th neighbour or more counts, as ann-benchmarks does
+    it, so that it does not matter which of equal vectors was found.
+    """
+    found = dict.fromkeys(ks, 0)
+    available = case.nearest.shape[1]
+    for start in range(0, len(rows), _ROWS):
+        own = rows[start : start + _ROWS]
+        ids = hits.ids[start : start + _ROWS]
+        cosines = np.einsum("qd,qhd->qh", case.queries[own], case.candidates[ids])
+        cosines = np.where(ids >= 0, cosines, -np.inf)
+        for k in ks:
+            of_k = min(k, available)
+            bar = case.nearest[own, of_k - 1][:, None] - _ROUNDING
+            found[k] += int((cosines[:, :of_k] >= bar).sum())
+    return {k: count / (len(rows) * min(k, available)) for k, count in found.items()}
+
+
+def milliseconds_per_query(
+    index: ApproximateIndex | VectorIndex, queries: Float32[np.ndarray, "queries dim"], k: int
+) -> float:
+    """Return the median of the time a query over 15 batches of 32 queries, on one thread."""
+    rows = np.arange(BATCH * _BATCHES).reshape(_BATCHES, BATCH) % len(queries)
+    batches = [np.ascontiguousarray(queries[each]) for each in rows]
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        index.search(batches[0], k)  # the first search pays for what later ones share
+        seconds = []
+        for batch in batches:
+            start = time.perf_counter()
+            index.search(batch, k)
+            seconds.append(time.perf_counter() - start)
+    finally:
+        faiss.omp_set_num_threads(threads)
+    return float(1000 * np.median(seconds) / BATCH)
+
+
+def _case(
+    direction: str,
+    language: str,
+    sides: tuple[Float32[np.ndarray, "queries dim"], Float32[np.ndarray, "candidates dim"]],
+    k: int,
+    matches: Int[np.ndarray, "matches 2"] | None = None,
+    ranks: Int64[np.ndarray, " queries"] | None = None,
+) -> SearchCase:
+    queries, candidates = sides
+    exact = VectorIndex.build(candidates)
+    hits = exact.search(queries, k + 1)
+    if matches is None:
+        hits = _without_self(hits, np.arange(len(queries)))
+    return SearchCase(
+        direction=direction,
+        language=language,
+        queries=queries,
+        candidates=candidates,
+        matches=matches,
+        ranks=ranks,
+        nearest=hits.scores[:, :k],
+        exact_milliseconds=milliseconds_per_query(exact, queries, k),
+    )
+
+
+def _without_self(hits: Hits, rows: Int[np.ndarray, " rows"]) -> Hits:
+    """Drop of each row the query itself, or the last hit where it did not find itself."""
+    order = np.argsort(hits.ids == rows[:, None], axis=1, kind="stable")[:, :-1]
+    return Hits(
+        np.take_along_axis(hits.scores, order, axis=1), np.take_along_axis(hits.ids, order, axis=1)
+    )

@@ -1,0 +1,237 @@
+"""What a retrieval evaluation asks: images, texts by language, and which belong together."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int, Int64
+
+from vlm.data.conditions import samples_where
+from vlm.data.dataset import ShardedSplit
+from vlm.data.sample import Sample
+from vlm.errors import DataError
+from vlm.evaluation.retrieval.benchmarks.benchmark import Benchmark, DuplicatePolicy, correct_pairs
+from vlm.images.decoding import ImageSource
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Texts:
+    """The texts of one language."""
+
+    texts: Sequence[str]
+    matches: Int[np.ndarray, "matches 2"]
+    """Pairs (text, image) that belong together."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RetrievalPairs:
+    """A retrieval benchmark."""
+
+    images: Sequence[ImageSource]
+    """Encoded images, or where they lie."""
+    texts: Mapping[str, Texts]
+    """The texts by language code."""
+    duplicates: DuplicatePolicy = "by id"
+    """Which images are right where several have the same text."""
+    cleaning: str = "none"
+    """What was done to the texts."""
+    translations: Mapping[tuple[str, str], Int64[np.ndarray, "pairs 2"]] = field(
+        default_factory=dict
+    )
+    """By two languages, pairs (text of the first, text of the second) that say the same, each once.
+    The first language is English where there is English, else the first of all; empty where no two
+    languages have such texts."""
+
+
+def pairs_of_split(
+    folder: Path, split: str, *, languages: Sequence[str], where: Sequence[str] = ()
+) -> RetrievalPairs:
+    """Make a benchmark of a data folder's split.
+
+    Each concept is asked for once by its main caption in each language; all its images are
+    correct answers, and its caption is the correct answer for each of them.
+
+    Args:
+        folder: A data folder with a manifest.
+        split: Name of the split.
+        languages: The languages to ask in; those that no sample has are left out.
+        where: Conditions such as `source=noto` or `group!=flags` that samples must meet.
+
+    Raises:
+        DataError: the split cannot be read, a condition is not one or asks for what no sample
+            has, or nothing is left.
+    """
+    name = f"the split {split!r} of {folder}"
+    samples = list(samples_where(ShardedSplit(folder, split), where, name=name))
+    asked = {language: _main_captions(samples, language) for language in languages}
+    asked = {language: concepts for language, concepts in asked.items() if concepts}
+    texts = {
+        language: _texts_of(samples, language, concepts) for language, concepts in asked.items()
+    }
+    if not texts:
+        known = _languages_of(samples)
+        raise DataError(
+            f"{name} has no sample with a caption in {' or '.join(languages)}"
+            + (f" where {' and '.join(where)}" if where else "")
+            + (f"; expected some of {known}" if known else "")
+        )
+    return RetrievalPairs(
+        images=[sample.image for sample in samples],
+        texts=texts,
+        duplicates="by string",
+        translations=_translations(_of_concepts(asked)),
+    )
+
+
+def pairs_of_benchmark(
+    benchmark: Benchmark,
+    *,
+    duplicates: DuplicatePolicy = "by id",
+    lower_case: bool = False,
+    languages: Sequence[str] = (),
+) -> RetrievalPairs:
+    """Make the questions of a benchmark's files.
+
+    Args:
+        benchmark: The images and captions.
+        duplicates: Which images are right where several have the same caption.
+        lower_case: Whether captions are brought to lower case first, as Chinese-CLIP's and
+            M2-Encoder's evaluations do, which also write “ and ” as plain quotation marks.
+        languages: The languages to ask in; none for all.
+
+    Raises:
+        DataError: the benchmark has no captions in a language that is asked for.
+    """
+    missing = [language for language in languages if language not in benchmark.captions]
+    if missing:
+        raise DataError(
+            f"{benchmark.name} has captions in {', '.join(benchmark.captions)}; expected "
+            f"{', '.join(missing)} as well"
+        )
+    texts = {
+        language: Texts(
+            texts=[_lowered(text) for text in captions.texts] if lower_case else captions.texts,
+            matches=correct_pairs(captions, duplicates),
+        )
+        for language, captions in benchmark.captions.items()
+        if not languages or language in languages
+    }
+    cleaning = [benchmark.cleaning] if benchmark.cleaning != "none" else []
+    cleaning += ["lower case, plain quotation marks"] if lower_case else []
+    return RetrievalPairs(
+        images=benchmark.images,
+        texts=texts,
+        duplicates=duplicates,
+        cleaning="; ".join(cleaning) or "none",
+        translations=_translations(
+            {
+                language: np.column_stack([captions.pairs, captions.turns])
+                for language, captions in benchmark.captions.items()
+                if language in texts and captions.turns is not None
+            }
+        ),
+    )
+
+
+def _lowered(text: str) -> str:
+    return text.lower().replace("“", '"').replace("”", '"')
+
+
+def linked_groups(
+    matches: Int[np.ndarray, "matches 2"], *, texts: int, images: int
+) -> tuple[Int64[np.ndarray, " texts"], Int64[np.ndarray, " images"]]:
+    """Number the sets of texts and images that right pairs link, directly or through others.
+
+    They are what can be drawn: an image with its five captions, or a concept with its caption
+    and all its images.
+
+    Args:
+        matches: Pairs (text, image) that belong together.
+        texts: Number of texts.
+        images: Number of images.
+
+    Returns:
+        The set of each text, and that of each image.
+    """
+    of_node = np.arange(texts + images)
+    left, right = matches[:, 0].astype(np.int64), matches[:, 1].astype(np.int64) + texts
+    while True:
+        before = of_node.copy()
+        lower = np.minimum(of_node[left], of_node[right])
+        for ends in (left, right):
+            np.minimum.at(of_node, of_node[ends], lower)
+            np.minimum.at(of_node, ends, lower)
+        of_node = of_node[of_node]  # a set takes over what the set it joined was told
+        if (of_node == before).all():
+            return of_node[:texts], of_node[texts:]
+
+
+def _languages_of(samples: Sequence[Sample]) -> str:
+    codes = (code for sample in samples for code, texts in sample.captions.items() if texts)
+    return ", ".join(dict.fromkeys(codes))
+
+
+def _main_captions(samples: Sequence[Sample], language: str) -> dict[str, str]:
+    """Return concepts with what they are asked for by: the main caption of their first sample."""
+    found: dict[str, str] = {}
+    for sample in samples:
+        captions = sample.captions.get(language)
+        if captions:
+            found.setdefault(sample.concept, captions[0])
+    return found
+
+
+def _texts_of(samples: Sequence[Sample], language: str, asked: Mapping[str, str]) -> Texts:
+    numbers = _numbers_of(asked)
+    matches = [
+        (numbers[asked[sample.concept]], image)
+        for image, sample in enumerate(samples)
+        if sample.captions.get(language)
+    ]
+    return Texts(texts=list(numbers), matches=np.array(matches, dtype=np.int64).reshape(-1, 2))
+
+
+def _numbers_of(asked: Mapping[str, str]) -> dict[str, int]:
+    """Number the questions; concepts that share their caption share their question."""
+    return {text: number for number, text in enumerate(dict.fromkeys(asked.values()))}
+
+
+def _of_concepts(
+    asked: Mapping[str, Mapping[str, str]],
+) -> dict[str, Int64[np.ndarray, "concepts 3"]]:
+    """Return by language the text of each concept, the concept, and 0, for it has no other."""
+    places: dict[str, int] = {}
+    found = {}
+    for language, of_language in asked.items():
+        numbers = _numbers_of(of_language)
+        rows = [
+            (numbers[text], places.setdefault(concept, len(places)), 0)
+            for concept, text in of_language.items()
+        ]
+        found[language] = np.array(rows, dtype=np.int64).reshape(-1, 3)
+    return found
+
+
+def _translations(
+    said: Mapping[str, Int64[np.ndarray, "_ 3"]],
+) -> dict[tuple[str, str], Int64[np.ndarray, "pairs 2"]]:
+    """Pair what is said of a thing in one language with what is said at that turn in another.
+
+    Args:
+        said: By language, rows (text, thing, turn); no two rows have thing and turn in common.
+    """
+    if len(said) < 2:
+        return {}
+    first = "en" if "en" in said else next(iter(said))
+    most = 1 + max(rows[:, 2].max(initial=0) for rows in said.values())
+    keys = {language: rows[:, 1] * most + rows[:, 2] for language, rows in said.items()}
+    found = {}
+    for other in (language for language in said if language != first):
+        _, here, there = np.intersect1d(
+            keys[first], keys[other], assume_unique=True, return_indices=True
+        )
+        pairs = np.stack([said[first][here, 0], said[other][there, 0]], axis=1)
+        if len(pairs):
+            found[first, other] = np.unique(pairs, axis=0)
+    return found

@@ -1,0 +1,214 @@
+"""Where a benchmark lies and how to ask it: data folders and published files opened alike."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from vlm.data.manifest import is_data_folder
+from vlm.errors import ConfigError, DataError
+from vlm.evaluation.retrieval.benchmarks.benchmark import DuplicatePolicy
+from vlm.evaluation.retrieval.benchmarks.opening import Kind, open_benchmark
+from vlm.evaluation.retrieval.pairs import RetrievalPairs, pairs_of_benchmark, pairs_of_split
+
+DATA_FOLDER = "data folder"
+"""The kind of a source that is no published benchmark's files."""
+
+FOLDER_SPLIT = "test_style"
+"""The split of a data folder where none is named."""
+
+_FOR_FOLDERS = ("where",)
+_FOR_BENCHMARKS = ("kind", "images", "duplicates", "lower_case", "allowed_share")
+_PACKED = ("chinese-clip", "webdataset")
+_ALLOWED_SHARE = 0.01
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RetrievalSource:
+    """A benchmark and how to ask it; a setting that is not given takes what fits the files."""
+
+    path: Path
+    """A data folder, or the file or folder of a published benchmark."""
+    name: str = ""
+    """What scores are called by; by default a data folder's split, or the name of the file."""
+    kind: Kind | None = None
+    """Which kind of benchmark the files are, where they do not tell."""
+    split: str | None = None
+    """Of a data folder `test_style` by default, of other files the only one, or `test`."""
+    images: Path | None = None
+    """Of a benchmark: the folder of its images, where they are not beside its file."""
+    languages: Sequence[str] | None = None
+    """Languages to ask in; by default all, of a data folder those of the model."""
+    where: Sequence[str] | None = None
+    """Of a data folder: conditions on samples, such as `source=noto` or `group!=flags`."""
+    duplicates: DuplicatePolicy | None = None
+    """Of a benchmark: which images are right where several have the same caption; by default
+    `by id`."""
+    lower_case: bool | None = None
+    """Of a benchmark: captions in lower case, as Chinese-CLIP and M2-Encoder evaluate."""
+    allowed_share: float | None = None
+    """Of a benchmark: share of images and captions that may be missing or damaged; by default
+    0.01."""
+
+    def __post_init__(self) -> None:
+        if self.allowed_share is not None and not 0 <= self.allowed_share <= 1:
+            raise ConfigError(f"allowed_share is {self.allowed_share}; expected a share in [0, 1]")
+
+    def as_record(self) -> dict[str, Any]:
+        """Return the settings as plain values, for JSON; None for what was not given."""
+        return {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in asdict(self).items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OpenedSource:
+    """What a source asks."""
+
+    name: str
+    """What scores are called by."""
+    pairs: RetrievalPairs
+    kind: str
+    """`data folder`, or which kind of benchmark the files are."""
+    split: str
+    """Empty where the files have no splits."""
+    source: RetrievalSource
+    """What was asked for."""
+    findings: Mapping[str, Any] = field(default_factory=dict)
+    """What was found in a benchmark's files: what is not 0 or empty of its `Findings`."""
+
+
+def sources_of(
+    entries: Sequence[str | RetrievalSource],
+    *,
+    common: Mapping[str, Any] | None = None,
+    folder_split: str = FOLDER_SPLIT,
+) -> list[RetrievalSource]:
+    """Return the sources, each with a name of its own.
+
+    Args:
+        entries: `NAME=PATH`, `PATH`, or sources.
+        common: Settings by the names of `RetrievalSource`'s fields, for sources that do not give
+            them.
+        folder_split: The split of data folders for which none is given.
+
+    Raises:
+        ConfigError: there is no entry, one names no path, or two sources have one name.
+    """
+    if not entries:
+        raise ConfigError("no benchmark is given; expected at least one NAME=PATH or PATH")
+    found: dict[str, RetrievalSource] = {}
+    for entry in entries:
+        source = parse_source(entry) if isinstance(entry, str) else entry
+        missing = {
+            name: value for name, value in (common or {}).items() if getattr(source, name) is None
+        }
+        source = _named(replace(source, **missing), folder_split)
+        if source.name in found:
+            raise ConfigError(
+                f"two benchmarks are called {source.name}: {found[source.name].path} and "
+                f"{source.path}; name them by NAME=PATH"
+            )
+        found[source.name] = source
+    return list(found.values())
+
+
+def parse_source(text: str) -> RetrievalSource:
+    """Read `NAME=PATH` or `PATH`; what has a slash before the first `=` is a path.
+
+    Raises:
+        ConfigError: there is no name or no path.
+    """
+    name, sign, path = text.partition("=")
+    if not sign or "/" in name:
+        name, path = "", text
+    if not path or (sign and not name and path != text):
+        raise ConfigError(f"{text!r} names no benchmark; expected NAME=PATH or PATH")
+    return RetrievalSource(path=Path(path), name=name)
+
+
+def open_source(source: RetrievalSource, *, languages: Sequence[str]) -> OpenedSource:
+    """Open a data folder, or the files of a benchmark, and make its questions.
+
+    Args:
+        source: Where it lies and how to ask it.
+        languages: The model's languages, in which a data folder is asked by default.
+
+    Raises:
+        ConfigError: a setting does not fit the files.
+        DataError: the files are missing, damaged or of no known kind, more is missing than
+            allowed, or nothing is left to ask.
+    """
+    if is_data_folder(source.path):
+        _refuse(source, _FOR_BENCHMARKS, what="a data folder", owner="the files of a benchmark")
+        return _open_folder(_named(source, FOLDER_SPLIT), languages)
+    return _open_benchmark(_named(source, FOLDER_SPLIT))
+
+
+def _named(source: RetrievalSource, folder_split: str) -> RetrievalSource:
+    """Fill in the split of a data folder, and the name."""
+    if is_data_folder(source.path):
+        split = source.split or folder_split
+        return replace(source, split=split, name=source.name or split)
+    return replace(source, name=source.name or source.path.absolute().stem)
+
+
+def _open_folder(source: RetrievalSource, languages: Sequence[str]) -> OpenedSource:
+    assert source.split is not None
+    pairs = pairs_of_split(
+        source.path,
+        source.split,
+        languages=source.languages or languages,
+        where=source.where or (),
+    )
+    missing = [language for language in source.languages or () if language not in pairs.texts]
+    if missing:
+        raise DataError(
+            f"the split {source.split!r} of {source.path} has no captions in "
+            f"{' or '.join(missing)} among the samples asked for; found {', '.join(pairs.texts)}"
+        )
+    return OpenedSource(
+        name=source.name, pairs=pairs, kind=DATA_FOLDER, split=source.split, source=source
+    )
+
+
+def _open_benchmark(source: RetrievalSource) -> OpenedSource:
+    share = source.allowed_share
+    benchmark = open_benchmark(
+        source.path,
+        kind=source.kind,
+        split=source.split,
+        images=source.images,
+        allowed_share=_ALLOWED_SHARE if share is None else share,
+    )
+    _refuse(source, _FOR_FOLDERS, what=f"a benchmark ({benchmark.kind})", owner="data folders")
+    if benchmark.kind in _PACKED:
+        _refuse(
+            source,
+            ("images",),
+            what=f"a benchmark ({benchmark.kind}) that holds its images",
+            owner="benchmarks whose images are files of their own",
+        )
+    pairs = pairs_of_benchmark(
+        benchmark,
+        duplicates=source.duplicates or "by id",
+        lower_case=bool(source.lower_case),
+        languages=source.languages or (),
+    )
+    found = {key: value for key, value in asdict(benchmark.findings).items() if value}
+    return OpenedSource(
+        name=source.name, pairs=pairs, kind=benchmark.kind, split=benchmark.split, source=source,
+        findings=found,
+    )  # fmt: skip
+
+
+def _refuse(source: RetrievalSource, settings: Sequence[str], *, what: str, owner: str) -> None:
+    """Refuse settings that would be ignored; those that say no more than nothing may stand."""
+    given = [name for name in settings if getattr(source, name)]
+    if given:
+        raise ConfigError(
+            f"{source.path} is {what}; found {' and '.join(given)}, which "
+            f"{'is' if len(given) == 1 else 'are'} for {owner}; expected none, or each benchmark "
+            "with settings of its own, as in configs/evaluate"
+        )

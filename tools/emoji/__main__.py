@@ -9,8 +9,10 @@ from jsonargparse import auto_cli
 
 from tools.emoji.build import build_emoji
 
+_CACHE = Path.home() / ".cache/vlm/emoji"
 
-def build(*, out: Path, cache: Path = Path.home() / ".cache/vlm/emoji") -> None:
+
+def build(*, out: Path, cache: Path = _CACHE) -> None:
     """Build the data folder; print it.
 
     Args:

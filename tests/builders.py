@@ -15,12 +15,14 @@ from vlm.bundle import save_bundle
 from vlm.data.manifest import Manifest, read_manifest, write_manifest
 from vlm.data.sample import Sample
 from vlm.data.shards import write_shards
-from vlm.images.transforms import PreprocessConfig, preprocess_cfg
+from vlm.images.config import PreprocessConfig
+from vlm.images.transforms import preprocess_cfg
 from vlm.models.build import build_from_config, encoder_model_cfg
 from vlm.models.config import ImageTowerConfig, ModelConfig, TextTowerConfig
 from vlm.models.dual_encoder import DualEncoder
+from vlm.text.config import SentencePieceConfig
 from vlm.text.tokenizer import Tokenizer
-from vlm.text.training import SentencePieceConfig, train_sentencepiece
+from vlm.text.training import train_sentencepiece
 
 THINGS = (
     ("red apple", "红苹果"),

@@ -25,7 +25,8 @@ from vlm.bundle import load_bundle, save_bundle, store_calibration
 from vlm.calibration import Calibration
 from vlm.embedding.embedder import Embedder
 from vlm.errors import CheckpointError, TokenizerError, VlmError
-from vlm.images.transforms import PreprocessConfig, preprocess_cfg
+from vlm.images.config import PreprocessConfig
+from vlm.images.transforms import preprocess_cfg
 from vlm.models.build import build_encoder, build_from_config, encoder_model_cfg
 from vlm.models.config import ModelConfig
 from vlm.models.multiway_config import MultiwayConfig

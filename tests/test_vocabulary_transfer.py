@@ -15,12 +15,14 @@ from tests.support.commands import ROOT
 from vlm.bundle import load_bundle, save_bundle
 from vlm.data.dataset import ShardedSplit
 from vlm.errors import ConfigError, TokenizerError
-from vlm.images.transforms import PreprocessConfig, preprocess_cfg
+from vlm.images.config import PreprocessConfig
+from vlm.images.transforms import preprocess_cfg
 from vlm.models.build import build_encoder
+from vlm.models.config import GrowthConfig
 from vlm.text.clip_bpe import clip_tokenizer
 from vlm.text.pruning import prune
 from vlm.text.tokenizer import Tokenizer, load_tokenizer
-from vlm.vocabulary_transfer import GrowthConfig, grow_bundle, new_rows, prune_bundle
+from vlm.vocabulary_transfer import grow_bundle, new_rows, prune_bundle
 
 CLIP_ZH = load_tokenizer(ROOT / "tokenizers/clip-zh")
 OLD = 49_408

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from vlm.bundle import Bundle, save_bundle
 from vlm.errors import ConfigError, TokenizerError
+from vlm.models.config import GrowthConfig
 from vlm.models.dual_encoder import DualEncoder
 from vlm.models.growth import (
-    PositionGrowth,
     grow_positions,
     grow_text_tower,
     low_rank,
@@ -28,35 +28,6 @@ from vlm.models.growth import (
 from vlm.text.extension import is_extension
 from vlm.text.lexicon import read_lexicon, read_vectors
 from vlm.text.tokenizer import Tokenizer
-
-RowInit = Literal["random", "mean", "lexicon", "similarity"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class GrowthConfig:
-    """How a model comes by the rows of new pieces and the positions of a longer context."""
-
-    init: RowInit = "lexicon"
-    """`random`: drawn like the old rows. `mean`: the mean of the pieces that a new one was split
-    into. `lexicon`: the mean of its English translations' pieces. `similarity`: the mean of the
-    old rows that are nearest in another space of vectors. A piece that the lexicon or the vectors
-    do not have starts as by `mean`."""
-    lexicon: Path | None = None
-    """For `lexicon`: a file with a word, a tab and a translation a line; none is CC-CEDICT."""
-    vectors: tuple[Path, ...] = ()
-    """For `similarity`: files of word vectors in one space for both languages."""
-    neighbours: int | None = 10
-    """For `similarity`: how many old rows are averaged; none is all (CLP-Transfer)."""
-    temperature: float = 0.1
-    """For `similarity`: more than 0; the smaller, the more the nearest row prevails."""
-    rank: int | None = None
-    """For `similarity`: average in so many dimensions of the embedding (OFA); none is all."""
-    positions: int | None = None
-    """Longest text in tokens of the grown model; none is the tokenizer's context length."""
-    how: PositionGrowth = "append"
-    """Where new positions come from; only `append` leaves every old text's feature as it was."""
-    seed: int = 0
-    """Decides what is drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,9 @@ from cn_clip.clip.model import CLIP
 from tests.builders import make_image
 from tests.checkpoints.sources import TEXTS, close, disturb, pixels
 from vlm.bundle import load_bundle
+from vlm.checkpoints.config import ConversionConfig
 from vlm.checkpoints.conversion import convert
 from vlm.checkpoints.export import export
-from vlm.checkpoints.recipe import ConversionConfig
 from vlm.errors import CheckpointError
 
 CONFIGS = Path(cn_clip.clip.__file__).with_name("model_configs")

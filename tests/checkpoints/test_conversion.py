@@ -11,14 +11,14 @@ from tests.builders import tiny_bundle
 from tests.checkpoints.sources import disturb, pixels
 from tests.support.commands import ROOT
 from vlm.bundle import load_bundle
-from vlm.checkpoints.conversion import Extension, convert
-from vlm.checkpoints.recipe import ConversionConfig
+from vlm.checkpoints.config import ConversionConfig, Extension
+from vlm.checkpoints.conversion import convert
 from vlm.data.dataset import ShardedSplit
 from vlm.errors import CheckpointError
 from vlm.models.build import build_encoder
+from vlm.models.config import GrowthConfig
 from vlm.text.clip_bpe import clip_tokenizer
 from vlm.text.pruning import prune
-from vlm.vocabulary_transfer import GrowthConfig
 
 CLIP_ZH = ROOT / "tokenizers/clip-zh"
 OLD = 49_408

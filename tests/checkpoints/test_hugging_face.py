@@ -21,12 +21,12 @@ from transformers import (
 
 from tests.checkpoints.sources import TAIYI, TEXTS, close, disturb, pixels, write_clip_vocabulary
 from vlm.bundle import load_bundle
+from vlm.checkpoints.config import ConversionConfig
 from vlm.checkpoints.conversion import convert
 from vlm.checkpoints.export import export
-from vlm.checkpoints.recipe import ConversionConfig
 from vlm.errors import CheckpointError
 from vlm.files import sha256_of
-from vlm.images.transforms import PreprocessConfig
+from vlm.images.config import PreprocessConfig
 
 VOCABULARY = Path(cn_clip.clip.__file__).with_name("vocab.txt")
 END = 49_407

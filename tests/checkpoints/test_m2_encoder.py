@@ -10,10 +10,10 @@ import torch
 from tests.builders import THING_TEXTS
 from tests.checkpoints.sources import TEXTS, disturb, pixels
 from vlm.bundle import load_bundle
+from vlm.checkpoints.config import ConversionConfig
 from vlm.checkpoints.conversion import convert
 from vlm.checkpoints.export import export
 from vlm.checkpoints.m2_encoder import multiway_config
-from vlm.checkpoints.recipe import ConversionConfig
 from vlm.errors import CheckpointError, ConfigError, TokenizerError
 from vlm.models.multiway import MultiwayEncoder
 from vlm.models.multiway_config import MultiwayConfig, is_held, released_tensors

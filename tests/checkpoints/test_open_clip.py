@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.checkpoints.sources import TEXTS, close, disturb, pixels
 from vlm.bundle import load_bundle
+from vlm.checkpoints.config import ConversionConfig
 from vlm.checkpoints.conversion import convert
 from vlm.checkpoints.export import export
-from vlm.checkpoints.recipe import ConversionConfig
 from vlm.errors import CheckpointError
-from vlm.images.transforms import PreprocessConfig
+from vlm.images.config import PreprocessConfig
 
 VISION = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8}
 TEXT = {"context_length": 77, "vocab_size": 49_408, "width": 64, "heads": 2, "layers": 2}

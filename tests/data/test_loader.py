@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from tests.builders import make_sample, make_samples, tiny_tokenizer, write_split
+from vlm.data.config import CaptionConfig
 from vlm.data.dataset import ShardedSplit
 from vlm.data.loader import (
     BatchOrder,
-    CaptionConfig,
     ExampleKey,
     MaskPlan,
     TrainingExamples,
@@ -20,7 +20,8 @@ from vlm.data.loader import (
     collate,
 )
 from vlm.errors import ConfigError, DataError
-from vlm.images.transforms import AugmentationConfig, PreprocessConfig, TrainingTransform
+from vlm.images.config import AugmentationConfig, PreprocessConfig
+from vlm.images.transforms import TrainingTransform
 from vlm.text.caption_ids import NO_CAPTION, text_id
 
 SIZE = 18

@@ -27,8 +27,9 @@ from vlm.evaluation.retrieval.evaluation import evaluate_retrieval
 from vlm.evaluation.retrieval.metrics import recall_at
 from vlm.evaluation.retrieval.pairs import RetrievalPairs, Texts
 from vlm.evaluation.retrieval.ranks import exact_ranks
+from vlm.images.config import PreprocessConfig
 from vlm.images.decoding import decode_image
-from vlm.images.transforms import PreprocessConfig, evaluation_transform, preprocess_cfg
+from vlm.images.transforms import evaluation_transform, preprocess_cfg
 from vlm.text.tokenizer import TokenBatch, load_tokenizer
 
 DATA = ROOT / "data" / "emoji"

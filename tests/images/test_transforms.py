@@ -9,15 +9,8 @@ from PIL import Image
 
 from tests.builders import make_image
 from vlm.errors import ConfigError
-from vlm.images.transforms import (
-    OPENAI_MEAN,
-    OPENAI_STD,
-    AugmentationConfig,
-    PreprocessConfig,
-    TrainingTransform,
-    evaluation_transform,
-    preprocess_cfg,
-)
+from vlm.images.config import OPENAI_MEAN, OPENAI_STD, AugmentationConfig, PreprocessConfig
+from vlm.images.transforms import TrainingTransform, evaluation_transform, preprocess_cfg
 
 SIZE = 32
 OFF = {"crop_area": (1.0, 1.0), "crop_ratio": (1.0, 1.0)}

@@ -12,9 +12,9 @@ from benchmarks.meters import TensorMeter
 from tests.support.dense_loss import sigmoid_definition, softmax_definition
 from tests.support.processes import run_in_processes
 from vlm.errors import ConfigError
-from vlm.losses.bilingual import BilingualLoss, LossConfig
+from vlm.losses.bilingual import BilingualLoss
 from vlm.losses.contrastive import ContrastiveLoss, PairIds
-from vlm.losses.plan import LossPlan
+from vlm.losses.plan import LossConfig, LossPlan
 from vlm.text.caption_ids import NO_CAPTION
 
 LOCAL, DIM = 4, 5

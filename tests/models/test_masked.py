@@ -12,8 +12,9 @@ from tests.support.cross_decoder import decode
 from vlm.errors import ConfigError
 from vlm.models import masked
 from vlm.models.build import build_encoder
+from vlm.models.config import MaskedConfig
 from vlm.models.encoder import MAIN, Encoder, States
-from vlm.models.masked import Hidden, MaskedConfig, MaskedModelling, patch_pixels
+from vlm.models.masked import Hidden, MaskedModelling, patch_pixels
 from vlm.text.tokenizer import TokenBatch, pad
 
 BATCH, SIZE, GRID, WORDS = 3, (8, 12), (2, 3), 20

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from tests.builders import IMAGE_SIZE, TINY_MODEL, tiny_model, tiny_tokenizer
 from vlm.errors import ConfigError
 from vlm.models.build import build_from_config
-from vlm.models.config import ModelConfig
+from vlm.models.config import MaskedConfig, ModelConfig
 from vlm.models.encoder import MAIN, UNIMODAL
 from vlm.models.language_embeddings import LanguageEmbeddings
-from vlm.models.masked import Hidden, MaskedConfig, MaskedModelling
+from vlm.models.masked import Hidden, MaskedModelling
 from vlm.models.multiway_config import MultiwayConfig
 from vlm.models.pretraining import PretrainingModel
 

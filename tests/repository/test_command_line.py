@@ -5,13 +5,12 @@ from importlib import import_module
 import pytest
 from jsonargparse import ArgumentParser
 
-from vlm.checkpoints.recipe import ConversionConfig
+from vlm.checkpoints.config import ConversionConfig
 from vlm.cli.main import VERBS, main
 from vlm.evaluation.calibration import CalibrationPlan
-from vlm.text.tokenizer import TokenizerConfig
-from vlm.text.training import SentencePieceConfig
+from vlm.models.config import GrowthConfig
+from vlm.text.config import SentencePieceConfig, TokenizerConfig
 from vlm.training.config import TrainConfig
-from vlm.vocabulary_transfer import GrowthConfig
 
 SOURCES = {"data", "split", "languages", "where", "images", "duplicates", "lower_case"} | {
     "allowed_share"

@@ -20,11 +20,12 @@ from vlm.data.manifest import read_manifest
 from vlm.errors import TokenizerError
 from vlm.text.cleaning import clean_clip
 from vlm.text.clip_bpe import clip_tokenizer
+from vlm.text.config import SentencePieceConfig, TokenizerConfig
 from vlm.text.extension import changed, extend, is_extension
 from vlm.text.fast_vocabulary import FastVocabulary
 from vlm.text.sentencepiece_vocabulary import SentencePieceVocabulary
-from vlm.text.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
-from vlm.text.training import SentencePieceConfig, train_sentencepiece
+from vlm.text.tokenizer import Tokenizer, load_tokenizer
+from vlm.text.training import train_sentencepiece
 from vlm.text.vocabulary import NewPiece
 from vlm.text.word_lists import read_word_list, with_traditional
 from vlm.text.words import HAN

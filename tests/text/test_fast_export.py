@@ -13,10 +13,11 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 from tokenizers import Tokenizer as RustTokenizer
 
 from tests.builders import THINGS
+from vlm.text.config import TokenizerConfig
 from vlm.text.fast_export import as_fast
 from vlm.text.fast_vocabulary import FastVocabulary
 from vlm.text.sentencepiece_vocabulary import SentencePieceVocabulary
-from vlm.text.tokenizer import Tokenizer, TokenizerConfig
+from vlm.text.tokenizer import Tokenizer
 from vlm.text.vocabulary import NewPiece
 
 CORPUS = [

@@ -14,12 +14,13 @@ from tokenizers import Tokenizer as RustTokenizer, decoders, models, normalizers
 from vlm.data.dataset import ShardedSplit
 from vlm.errors import TokenizerError
 from vlm.text.clip_bpe import clip_tokenizer
+from vlm.text.config import SentencePieceConfig, TokenizerConfig
 from vlm.text.extension import extend
 from vlm.text.fast_vocabulary import FastVocabulary
 from vlm.text.pruning import count_ids, prune
 from vlm.text.sentencepiece_vocabulary import SentencePieceVocabulary
-from vlm.text.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
-from vlm.text.training import SentencePieceConfig, train_sentencepiece
+from vlm.text.tokenizer import Tokenizer, load_tokenizer
+from vlm.text.training import train_sentencepiece
 from vlm.text.word_lists import count_words, shares
 
 EMOJI = Path(__file__).parents[2] / "data" / "emoji"

@@ -17,10 +17,11 @@ from tokenizers import Tokenizer as RustTokenizer, decoders, models, normalizers
 from vlm.cli.main import VERBS, main
 from vlm.errors import TokenizerError, VlmError
 from vlm.text.clip_bpe import clip_tokenizer
+from vlm.text.config import TokenizerConfig
 from vlm.text.fast_vocabulary import FastVocabulary
 from vlm.text.report import SplitWord, compare, format_report, measure, plot_report
 from vlm.text.sentencepiece_vocabulary import SentencePieceVocabulary
-from vlm.text.tokenizer import Tokenizer, TokenizerConfig
+from vlm.text.tokenizer import Tokenizer
 
 PIECES = ("[unk]", "[pad]", "[b]", "[e]", "a", ",", "cat", "the", "sit", "##s")
 COUNTED = ("a cat", "cats, cats", "The  CAT sits", "a dog")

@@ -19,8 +19,9 @@ from tests.builders import THINGS
 from tests.support.commands import ROOT
 from vlm.data.dataset import ShardedSplit
 from vlm.errors import TokenizerError
+from vlm.text.config import TokenizerConfig
 from vlm.text.sentencepiece_vocabulary import SentencePieceVocabulary
-from vlm.text.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
+from vlm.text.tokenizer import Tokenizer, load_tokenizer
 from vlm.text.vocabulary import NewPiece
 
 TEXTS = [text for pair in THINGS for text in pair]

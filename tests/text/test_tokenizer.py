@@ -11,8 +11,9 @@ from tokenizers import Tokenizer as RustTokenizer, models, pre_tokenizers
 
 from tests.builders import tiny_tokenizer
 from vlm.errors import TokenizerError
+from vlm.text.config import TokenizerConfig
 from vlm.text.fast_vocabulary import FastVocabulary
-from vlm.text.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, pad
+from vlm.text.tokenizer import Tokenizer, load_tokenizer, pad
 from vlm.text.vocabulary import Vocabulary
 
 PIECES = ("<pad>", "<begin>", "<end>", "<unknown>", "a", "red", "apple", "and", "grey", "cat")

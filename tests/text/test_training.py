@@ -11,14 +11,9 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tests.builders import THING_TEXTS, THINGS
 from vlm.data.dataset import ShardedSplit
 from vlm.errors import TokenizerError
+from vlm.text.config import SentencePieceConfig
 from vlm.text.tokenizer import Tokenizer
-from vlm.text.training import (
-    BEGIN_ID,
-    END_ID,
-    PAD_ID,
-    SentencePieceConfig,
-    train_sentencepiece,
-)
+from vlm.text.training import BEGIN_ID, END_ID, PAD_ID, train_sentencepiece
 from vlm.text.words import HAN
 
 EMOJI = Path(__file__).parents[2] / "data" / "emoji"

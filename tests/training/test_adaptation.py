@@ -5,7 +5,8 @@ from tests.builders import IMAGE_SIZE, tiny_model, tiny_tokenizer
 from tests.models.test_pretraining import TINY_MULTIWAY
 from vlm.errors import ConfigError
 from vlm.models.build import build_from_config
-from vlm.training.adaptation import AdaptationConfig, adapt
+from vlm.training.adaptation import adapt
+from vlm.training.config import AdaptationConfig
 
 
 def trained_names(encoder):

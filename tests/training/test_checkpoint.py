@@ -6,7 +6,8 @@ from torch import nn
 
 from vlm.errors import CheckpointError
 from vlm.training.checkpoint import Checkpoints, Progress
-from vlm.training.optimizer import OptimizerConfig, build_optimizer
+from vlm.training.config import OptimizerConfig
+from vlm.training.optimizer import build_optimizer
 
 
 def build():

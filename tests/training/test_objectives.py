@@ -18,25 +18,28 @@ from tests.builders import (
 )
 from tests.models.test_pretraining import TINY_MULTIWAY
 from tests.support.processes import run_in_processes
+from vlm.data.config import DataConfig
 from vlm.data.loader import MaskPlan
 from vlm.data.sample import Batch
 from vlm.embedding.embedder import Embedder
 from vlm.errors import ConfigError, VlmError
+from vlm.images.config import PreprocessConfig
 from vlm.images.masking import draw_patches
-from vlm.images.transforms import PreprocessConfig, preprocess_cfg
-from vlm.losses.bilingual import BilingualLoss, LossConfig
+from vlm.images.transforms import preprocess_cfg
+from vlm.losses.bilingual import BilingualLoss
+from vlm.losses.plan import LossConfig
 from vlm.models.build import build_from_config
-from vlm.models.masked import Hidden, MaskedConfig
-from vlm.training.adaptation import AdaptationConfig
-from vlm.training.config import CheckpointConfig, DataConfig, TrainConfig
-from vlm.training.objectives import (
+from vlm.models.config import MaskedConfig
+from vlm.models.masked import Hidden
+from vlm.training.config import (
+    AdaptationConfig,
+    CheckpointConfig,
     ObjectivesConfig,
-    build_pretraining_model,
-    loss_weights,
-    mask_plan,
+    ScheduleConfig,
+    TrainConfig,
 )
+from vlm.training.objectives import build_pretraining_model, loss_weights, mask_plan
 from vlm.training.run import train
-from vlm.training.schedule import ScheduleConfig
 from vlm.training.step import CachedContrast
 
 LANGUAGES = {"zh": "zh", "en": "en"}

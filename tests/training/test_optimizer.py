@@ -2,7 +2,8 @@ import torch
 from torch import nn
 
 from tests.builders import tiny_model, tiny_tokenizer
-from vlm.training.optimizer import OptimizerConfig, build_optimizer
+from vlm.training.config import OptimizerConfig
+from vlm.training.optimizer import build_optimizer
 
 
 def test_only_matrices_and_kernels_decay():

@@ -4,7 +4,8 @@ from itertools import pairwise
 import pytest
 
 from vlm.errors import ConfigError
-from vlm.training.schedule import ScheduleConfig, learning_rate_share
+from vlm.training.config import ScheduleConfig
+from vlm.training.schedule import learning_rate_share
 
 
 def test_the_rate_rises_in_a_line_then_falls_along_half_a_cosine():

@@ -7,17 +7,15 @@ from safetensors.torch import load_file
 
 from tests.builders import make_samples, tiny_bundle, write_split
 from vlm.bundle import load_bundle
-from vlm.data.loader import CaptionConfig
+from vlm.data.config import CaptionConfig, DataConfig
 from vlm.errors import ConfigError
-from vlm.images.transforms import PreprocessConfig
-from vlm.models.config import ModelConfig
+from vlm.images.config import PreprocessConfig
+from vlm.models.config import GrowthConfig, ModelConfig
 from vlm.text.extension import extend
-from vlm.training.config import CheckpointConfig, DataConfig, TrainConfig
-from vlm.training.optimizer import OptimizerConfig
+from vlm.training.config import CheckpointConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from vlm.training.run import train
-from vlm.training.schedule import ScheduleConfig
 from vlm.training.start import build_start
-from vlm.vocabulary_transfer import GrowthConfig, grow_bundle
+from vlm.vocabulary_transfer import grow_bundle
 
 OLD = 320
 WORDS = {"狮子": 0.5, "老虎": 0.25, "森林": 0.25}

@@ -3,18 +3,20 @@ import torch
 from accelerate import Accelerator
 
 from tests.builders import IMAGE_SIZE, make_samples, tiny_model, tiny_tokenizer, write_split
+from vlm.data.config import CaptionConfig
 from vlm.data.dataset import ShardedSplit
-from vlm.data.loader import BatchOrder, CaptionConfig, TrainingExamples, TrainingLoader
+from vlm.data.loader import BatchOrder, TrainingExamples, TrainingLoader
 from vlm.data.sample import Batch
 from vlm.errors import TrainingError
-from vlm.images.transforms import AugmentationConfig, PreprocessConfig, TrainingTransform
+from vlm.images.config import AugmentationConfig, PreprocessConfig
+from vlm.images.transforms import TrainingTransform
 from vlm.losses.bilingual import BilingualLoss
 from vlm.models.pretraining import PretrainingModel
 from vlm.text.tokenizer import TokenBatch
 from vlm.training.checkpoint import Checkpoints, Progress
-from vlm.training.optimizer import OptimizerConfig, build_optimizer
+from vlm.training.config import OptimizerConfig, ScheduleConfig
+from vlm.training.optimizer import build_optimizer
 from vlm.training.reporter import METRICS_NAME, Reporter, read_metrics
-from vlm.training.schedule import ScheduleConfig
 from vlm.training.step import CachedContrast
 from vlm.training.trainer import LoopConfig, Trainer
 

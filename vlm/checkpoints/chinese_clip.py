@@ -8,11 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from vlm.checkpoints.accounting import Origin
+from vlm.checkpoints.config import ConversionConfig
 from vlm.checkpoints.image_towers import count_layers, image_tower_cfg
 from vlm.checkpoints.reading import Tensors
-from vlm.checkpoints.recipe import ConversionConfig, Recipe, read_tokenizer
+from vlm.checkpoints.recipe import Recipe, read_tokenizer
 from vlm.errors import CheckpointError
-from vlm.images.transforms import PreprocessConfig, preprocess_cfg
+from vlm.images.config import PreprocessConfig
+from vlm.images.transforms import preprocess_cfg
 
 CONTEXT_LENGTH = 52
 """Tokens of the longest caption that the published models were trained on."""

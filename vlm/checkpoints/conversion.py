@@ -1,7 +1,6 @@
 """A source of any kind to a bundle, perhaps with more ids, and from there to a format again."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -10,14 +9,15 @@ import torch
 from vlm.bundle import is_bundle, load_bundle, save_bundle
 from vlm.checkpoints import chinese_clip, hugging_face, m2_encoder, open_clip
 from vlm.checkpoints.accounting import gather
+from vlm.checkpoints.config import ConversionConfig, Extension
 from vlm.checkpoints.export import Format, export
 from vlm.checkpoints.reading import in_float32, read_tensors
-from vlm.checkpoints.recipe import ConversionConfig, Recipe
+from vlm.checkpoints.recipe import Recipe
 from vlm.errors import CheckpointError
 from vlm.models.build import build_encoder
 from vlm.models.dual_encoder import DualEncoder
 from vlm.text.tokenizer import load_tokenizer
-from vlm.vocabulary_transfer import GrowthConfig, grow_bundle
+from vlm.vocabulary_transfer import grow_bundle
 
 _KINDS = (
     (chinese_clip.is_chinese_clip, chinese_clip.read_chinese_clip, ()),
@@ -27,16 +27,6 @@ _KINDS = (
 """What a weights file can be, by the names in it, and which options only that kind has."""
 
 _SPECIFIC = ("model", "hf_config", "image_size")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Extension:
-    """What a model is taught to read besides (Taiyi-Diffusion-XL, Wu et al. 2024)."""
-
-    tokenizer: Path
-    """Folder of a tokenizer that was extended from the source's."""
-    growth: GrowthConfig
-    """How new rows and positions start."""
 
 
 def convert(

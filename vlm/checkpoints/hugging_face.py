@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from vlm.checkpoints import chinese_clip, clip_names
+from vlm.checkpoints.config import ConversionConfig
 from vlm.checkpoints.reading import find_weights, read_json, read_tensors
-from vlm.checkpoints.recipe import ConversionConfig, Recipe, languages_of, read_tokenizer
+from vlm.checkpoints.recipe import Recipe, languages_of, read_tokenizer
 from vlm.errors import CheckpointError
-from vlm.images.transforms import PreprocessConfig, preprocess_cfg
+from vlm.images.config import PreprocessConfig
+from vlm.images.transforms import preprocess_cfg
 from vlm.text.tokenizer import Tokenizer
 
 CONFIG = "config.json"

@@ -13,10 +13,12 @@ from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
 from vlm.checkpoints.accounting import Origin, OriginOf
+from vlm.checkpoints.config import ConversionConfig
 from vlm.checkpoints.reading import Tensors, find_weights, read_json, read_tensors
-from vlm.checkpoints.recipe import ConversionConfig, Recipe, languages_of, read_tokenizer
+from vlm.checkpoints.recipe import Recipe, languages_of, read_tokenizer
 from vlm.errors import CheckpointError, ConfigError
-from vlm.images.transforms import PreprocessConfig, preprocess_cfg
+from vlm.images.config import PreprocessConfig
+from vlm.images.transforms import preprocess_cfg
 from vlm.models.hugging_face_tower import read_hf_config
 from vlm.text.tokenizer import Tokenizer
 

@@ -2,37 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from vlm.checkpoints.accounting import OriginOf
+from vlm.checkpoints.config import ConversionConfig
 from vlm.checkpoints.reading import Tensors
 from vlm.errors import CheckpointError
-from vlm.images.transforms import PreprocessConfig
 from vlm.text.importing import import_tokenizer
 from vlm.text.tokenizer import Tokenizer
 from vlm.text.words import is_han
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConversionConfig:
-    """What a source may leave open."""
-
-    model: str | None = None
-    """For a weights file of open_clip: the model's name there, such as `ViT-B-32`."""
-    tokenizer: str | None = None
-    """`clip`, a tokenizer folder, or a `.model`, `vocab.txt` or `tokenizer.json` file; none is the
-    source's own."""
-    preprocess: PreprocessConfig | None = None
-    """How images become tensors, where the source does not say it or it shall be otherwise."""
-    hf_config: Path | None = None
-    """For a text tower of transformers: its `config.json`, or the folder that has it."""
-    image_size: int | None = None
-    """For M2-Encoder: another side of the images, whose positions are interpolated."""
-    context_length: int | None = None
-    """Longest text in tokens, where it shall be shorter than the model's."""
-    languages: tuple[str, ...] | None = None
-    """Languages of the training captions, where the source's kind does not tell."""
 
 
 @dataclass(frozen=True, kw_only=True)

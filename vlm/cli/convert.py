@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
-from vlm.checkpoints.conversion import Extension, convert
-from vlm.checkpoints.recipe import ConversionConfig
+from vlm.checkpoints.config import ConversionConfig, Extension
+from vlm.checkpoints.conversion import convert
 from vlm.errors import ConfigError
-from vlm.vocabulary_transfer import GrowthConfig
+from vlm.models.config import GrowthConfig
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from vlm.bundle import load_bundle
+from vlm.models.config import GrowthConfig
 from vlm.text.tokenizer import load_tokenizer
-from vlm.vocabulary_transfer import GrowthConfig, grow_bundle
+from vlm.vocabulary_transfer import grow_bundle
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -13,7 +13,8 @@ from vlm.cli.text_sources import (
     read_texts,
     read_words,
 )
-from vlm.text.training import SentencePieceConfig, train_sentencepiece
+from vlm.text.config import SentencePieceConfig
+from vlm.text.training import train_sentencepiece
 
 
 def add_arguments(parser: ArgumentParser) -> None:

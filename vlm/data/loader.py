@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vlm.data.config import CaptionConfig
 from vlm.data.dataset import ShardedSplit
 from vlm.data.order import epoch_order
 from vlm.data.sample import Batch, Sample
@@ -26,25 +27,6 @@ from vlm.text.masking import word_mask
 from vlm.text.tokenizer import Tokenizer
 
 _SECOND = " second"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CaptionConfig:
-    """Which captions of a sample a training step reads."""
-
-    languages: tuple[str, ...] = ("zh", "en")
-    """One caption of each is read in every step."""
-    main_share: float = 0.5
-    """Probability of the main caption where a sample has others as well, in [0, 1]."""
-    second: bool = False
-    """Read one of the other captions of each language as well: a term of its own in the loss."""
-
-    def __post_init__(self) -> None:
-        if not self.languages or not 0 <= self.main_share <= 1:
-            raise ConfigError(
-                f"captions: languages is {self.languages} and main_share {self.main_share}; "
-                "expected at least one language and a share in [0, 1]"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,15 +4,12 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch.distributed as dist
 
+from vlm.distributed.config import Grouping, MeshShape
 from vlm.distributed.groups import RankGroup, join_group, world_group
 from vlm.errors import DistributedError
-
-MeshShape = tuple[int, int] | Literal["auto", "text", "image"]
-Grouping = Literal["contiguous", "strided"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """Contrastive terms of images with captions in several languages, sharing one exchange."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -14,35 +14,6 @@ from vlm.losses.contrastive import ContrastiveOutput, contrast
 from vlm.losses.exchange import Exchange, Shares, Side
 from vlm.losses.plan import LossPlan
 from vlm.text.caption_ids import NO_CAPTION
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """The contrastive loss of a run."""
-
-    plan: LossPlan = field(default_factory=LossPlan)
-    """Who contrasts with whom, and how."""
-    captions: Literal["apart", "together"] = "apart"
-    """Contrast images with each language's captions apart, or with those of all languages.
-
-    Together, an image's captions in all languages are its positives in one softmax.
-    """
-    second_weight: float = 1.0
-    """Weight of a second caption's term beside a main caption's, at least 0."""
-    text_text_weight: float = 0.0
-    """Weight of contrasting the two languages' captions with each other, at least 0."""
-    micro_batches: int = 1
-    """Parts in which a rank encodes its batch; more need less memory and more time."""
-    accumulation: Literal["exact", "one_pass"] = "exact"
-    """How micro-batches contrast: as one batch, or, biased and quicker, each with those before."""
-
-    def __post_init__(self) -> None:
-        """Check what can be checked without knowing the captions."""
-        for name in ("second_weight", "text_text_weight"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 0")
-        if self.micro_batches < 1:
-            raise ConfigError(f"micro_batches is {self.micro_batches}; expected at least 1")
 
 
 class BilingualOutput(NamedTuple):

@@ -1,12 +1,13 @@
 """How a contrastive loss is computed: who contrasts with whom, and what that may cost."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
-import torch
-
-from vlm.distributed.mesh import Grouping, MeshShape
+from vlm.distributed.config import Grouping, MeshShape
 from vlm.errors import ConfigError
+
+if TYPE_CHECKING:  # configurations cost no torch import: see `dtype_named`
+    import torch
 
 WireDtype = Literal["float64", "float32", "bfloat16", "float16"]
 
@@ -85,8 +86,10 @@ class LossPlan:
             tile = _CPU_TILE if device_type == "cpu" else _GPU_TILE
         return tile if isinstance(tile, tuple) else (tile, tile)
 
-    def accumulates_in(self, features: torch.dtype) -> torch.dtype:
+    def accumulates_in(self, features: "torch.dtype") -> "torch.dtype":
         """Return the type in which statistics and gradients of such features add up."""
+        import torch
+
         return torch.promote_types(dtype_named(self.accum_dtype), features)
 
     @property
@@ -97,7 +100,38 @@ class LossPlan:
         return float("inf") if self.keep_logits else 0.0
 
 
-def dtype_named(name: WireDtype) -> torch.dtype:
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The contrastive loss of a run."""
+
+    plan: LossPlan = field(default_factory=LossPlan)
+    """Who contrasts with whom, and how."""
+    captions: Literal["apart", "together"] = "apart"
+    """Contrast images with each language's captions apart, or with those of all languages.
+
+    Together, an image's captions in all languages are its positives in one softmax.
+    """
+    second_weight: float = 1.0
+    """Weight of a second caption's term beside a main caption's, at least 0."""
+    text_text_weight: float = 0.0
+    """Weight of contrasting the two languages' captions with each other, at least 0."""
+    micro_batches: int = 1
+    """Parts in which a rank encodes its batch; more need less memory and more time."""
+    accumulation: Literal["exact", "one_pass"] = "exact"
+    """How micro-batches contrast: as one batch, or, biased and quicker, each with those before."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without knowing the captions."""
+        for name in ("second_weight", "text_text_weight"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 0")
+        if self.micro_batches < 1:
+            raise ConfigError(f"micro_batches is {self.micro_batches}; expected at least 1")
+
+
+def dtype_named(name: WireDtype) -> "torch.dtype":
     """Return the floating point type of that name."""
+    import torch
+
     dtype: torch.dtype = getattr(torch, name)
     return dtype

@@ -2,6 +2,8 @@
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
 
 from vlm.errors import ConfigError
 from vlm.models.multiway_config import MultiwayConfig
@@ -11,6 +13,17 @@ MAX_LOGIT_SCALE = 100.0
 
 MAX_LOG_LOGIT_SCALE = math.log(MAX_LOGIT_SCALE) - 1e-6
 """A little less than its logarithm, whose exponential in float32 would exceed the bound."""
+
+CMLM = "cmlm"
+"""Name of the loss of masked words."""
+
+CMIM = "cmim"
+"""Name of the loss of hidden patches."""
+
+RowInit = Literal["random", "mean", "lexicon", "similarity"]
+
+PositionGrowth = Literal["append", "interpolate", "keep-head-stretch-tail"]
+"""How the positions of a longer context come from the old ones; see `grow_positions`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,3 +94,73 @@ class ModelConfig:
                 f"{' and '.join(whole + parts)} describe one model's towers more than once; "
                 "expected open_clip, multiway, or settings of the two towers"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedConfig:
+    """What is masked, how it is told, and what the losses weigh beside the contrastive one."""
+
+    cmlm_weight: float = 0.0
+    """Weight of masked words, M2-Encoder's beta, at least 0; 0 switches them off."""
+    cmim_weight: float = 0.0
+    """Weight of hidden patches, M2-Encoder's alpha, at least 0; 0 switches them off."""
+    text_share: float = 0.5
+    """Share in (0, 1] of a text's tokens to mask, by the word; `mvlm_prob` of M2-Encoder's code."""
+    image_share: float = 0.4
+    """Share in (0, 1) of an image's patches to hide; M2-Encoder's code has 80 of 196."""
+    decoder_layers: int = 2
+    """Layers of each decoder, at least 1."""
+    decoder_width: int | None = None
+    """Width of both decoders; None for that of the states they read."""
+    decoder_heads: int | None = None
+    """Attention heads, which divide the width; None for one for every 64 of it."""
+    teacher: Path | None = None
+    """Bundle whose image tower says what hidden patches are to be; None for their pixels."""
+
+    def __post_init__(self) -> None:
+        for name in ("cmlm_weight", "cmim_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 0")
+        if not 0 < self.text_share <= 1:
+            raise ConfigError(f"text_share is {self.text_share}; expected more than 0, at most 1")
+        if not 0 < self.image_share < 1:
+            raise ConfigError(
+                f"image_share is {self.image_share}; expected more than 0, less than 1"
+            )
+        for name in ("decoder_layers", "decoder_width", "decoder_heads"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ConfigError(f"{name} is {number}; expected at least 1")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weights of the losses that are on, by their names."""
+        weights = {CMLM: self.cmlm_weight, CMIM: self.cmim_weight}
+        return {name: weight for name, weight in weights.items() if weight > 0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrowthConfig:
+    """How a model comes by the rows of new pieces and the positions of a longer context."""
+
+    init: RowInit = "lexicon"
+    """`random`: drawn like the old rows. `mean`: the mean of the pieces that a new one was split
+    into. `lexicon`: the mean of its English translations' pieces. `similarity`: the mean of the
+    old rows that are nearest in another space of vectors. A piece that the lexicon or the vectors
+    do not have starts as by `mean`."""
+    lexicon: Path | None = None
+    """For `lexicon`: a file with a word, a tab and a translation a line; none is CC-CEDICT."""
+    vectors: tuple[Path, ...] = ()
+    """For `similarity`: files of word vectors in one space for both languages."""
+    neighbours: int | None = 10
+    """For `similarity`: how many old rows are averaged; none is all (CLP-Transfer)."""
+    temperature: float = 0.1
+    """For `similarity`: more than 0; the smaller, the more the nearest row prevails."""
+    rank: int | None = None
+    """For `similarity`: average in so many dimensions of the embedding (OFA); none is all."""
+    positions: int | None = None
+    """Longest text in tokens of the grown model; none is the tokenizer's context length."""
+    how: PositionGrowth = "append"
+    """Where new positions come from; only `append` leaves every old text's feature as it was."""
+    seed: int = 0
+    """Decides what is drawn."""

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +11,11 @@ from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
 from vlm.errors import ConfigError, TokenizerError
+from vlm.models.config import PositionGrowth
 from vlm.models.text_tower import check_reads_to_end_of_text
 
 KEPT_POSITIONS = 20
 """Positions that short captions have trained well (Zhang et al. 2024, "Long-CLIP")."""
-
-PositionGrowth = Literal["append", "interpolate", "keep-head-stretch-tail"]
-"""How the positions of a longer context come from the old ones; see `grow_positions`."""
 
 
 @torch.no_grad()

@@ -6,8 +6,6 @@ which follow SyCoCa (Ma et al. 2024). Each has a decoder that only training need
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,60 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 from vlm.errors import ConfigError
 from vlm.models.batch_norm import kept_statistics
+from vlm.models.config import CMIM, CMLM, MaskedConfig
 from vlm.models.cross_decoder import CrossDecoder
 from vlm.models.encoder import Encoder, States
 from vlm.text.tokenizer import TokenBatch
 
-CMLM = "cmlm"
-"""Name of the loss of masked words."""
-
-CMIM = "cmim"
-"""Name of the loss of hidden patches."""
-
 _ROWS_AT_ONCE = 4096  # of logits over the vocabulary that are kept for the backward pass
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaskedConfig:
-    """What is masked, how it is told, and what the losses weigh beside the contrastive one."""
-
-    cmlm_weight: float = 0.0
-    """Weight of masked words, M2-Encoder's beta, at least 0; 0 switches them off."""
-    cmim_weight: float = 0.0
-    """Weight of hidden patches, M2-Encoder's alpha, at least 0; 0 switches them off."""
-    text_share: float = 0.5
-    """Share in (0, 1] of a text's tokens to mask, by the word; `mvlm_prob` of M2-Encoder's code."""
-    image_share: float = 0.4
-    """Share in (0, 1) of an image's patches to hide; M2-Encoder's code has 80 of 196."""
-    decoder_layers: int = 2
-    """Layers of each decoder, at least 1."""
-    decoder_width: int | None = None
-    """Width of both decoders; None for that of the states they read."""
-    decoder_heads: int | None = None
-    """Attention heads, which divide the width; None for one for every 64 of it."""
-    teacher: Path | None = None
-    """Bundle whose image tower says what hidden patches are to be; None for their pixels."""
-
-    def __post_init__(self) -> None:
-        for name in ("cmlm_weight", "cmim_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 0")
-        if not 0 < self.text_share <= 1:
-            raise ConfigError(f"text_share is {self.text_share}; expected more than 0, at most 1")
-        if not 0 < self.image_share < 1:
-            raise ConfigError(
-                f"image_share is {self.image_share}; expected more than 0, less than 1"
-            )
-        for name in ("decoder_layers", "decoder_width", "decoder_heads"):
-            number = getattr(self, name)
-            if number is not None and number < 1:
-                raise ConfigError(f"{name} is {number}; expected at least 1")
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """The weights of the losses that are on, by their names."""
-        weights = {CMLM: self.cmlm_weight, CMIM: self.cmim_weight}
-        return {name: weight for name, weight in weights.items() if weight > 0}
 
 
 class Hidden(NamedTuple):

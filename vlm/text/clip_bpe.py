@@ -19,8 +19,9 @@ from tokenizers import (
 from tokenizers.models import BPE
 
 from vlm.errors import TokenizerError
+from vlm.text.config import TokenizerConfig
 from vlm.text.fast_vocabulary import FastVocabulary
-from vlm.text.tokenizer import Tokenizer, TokenizerConfig
+from vlm.text.tokenizer import Tokenizer
 
 BEGIN, END = "<start_of_text>", "<end_of_text>"
 CONTEXT_LENGTH = 77

@@ -10,9 +10,10 @@ from tokenizers.models import WordPiece
 
 from vlm.errors import TokenizerError
 from vlm.text.clip_bpe import clip_tokenizer, published_clip_vocabulary
+from vlm.text.config import TokenizerConfig
 from vlm.text.fast_vocabulary import FILE_NAME, FastVocabulary
 from vlm.text.sentencepiece_vocabulary import SentencePieceVocabulary
-from vlm.text.tokenizer import DESCRIPTION_NAME, Tokenizer, TokenizerConfig, load_tokenizer
+from vlm.text.tokenizer import DESCRIPTION_NAME, Tokenizer, load_tokenizer
 from vlm.text.vocabulary import Vocabulary
 
 _CONTEXT_LENGTH = 77

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from vlm.errors import TokenizerError
 from vlm.files import write_file
 from vlm.text.cleaning import CLEANING, RESTORING
+from vlm.text.config import TokenizerConfig
 from vlm.text.fast_vocabulary import FastVocabulary
 from vlm.text.sentencepiece_vocabulary import SentencePieceVocabulary
 from vlm.text.vocabulary import Vocabulary
@@ -28,7 +29,6 @@ DESCRIPTION_NAME = "vlm_tokenizer.json"
 _KINDS: Mapping[str, type[FastVocabulary] | type[SentencePieceVocabulary]] = {
     kind.kind: kind for kind in (SentencePieceVocabulary, FastVocabulary)
 }
-_FEWEST_TOKENS = 3  # a text has at least a begin, an end, and something between them
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,42 +44,6 @@ class TokenBatch:
         return TokenBatch(
             self.ids.to(device, non_blocking=True), self.mask.to(device, non_blocking=True)
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
-    """How ids of a vocabulary become the tokens of a text; `vlm_tokenizer.json` holds it."""
-
-    context_length: int
-    """Longest text in tokens, begin and end included; at least 3."""
-    begin_of_text: str | None
-    """Piece that opens every text, or none."""
-    end_of_text: str
-    """Piece that closes every text, the one that a text tower pools at."""
-    padding: str
-    """Piece that fills a text up to the length of its batch; it may be the end-of-text piece."""
-    truncation: Literal["right", "left"] = "right"
-    """Which side of a text that is too long is lost."""
-    cleaning: Literal["none", "lower", "clip", "glm", "words", "whitespace", "canonicalize"] = (
-        "none"
-    )
-    """What is done to a text first: see `vlm.text.cleaning`."""
-
-    def __post_init__(self) -> None:
-        for name, expected in (("truncation", ("right", "left")), ("cleaning", tuple(CLEANING))):
-            if getattr(self, name) not in expected:
-                raise TokenizerError(
-                    f"{name} is {getattr(self, name)!r}; expected one of {', '.join(expected)}"
-                )
-        for name in ("begin_of_text", "end_of_text", "padding"):
-            piece = getattr(self, name)
-            if not isinstance(piece, str) and (piece, name) != (None, "begin_of_text"):
-                raise TokenizerError(f"{name} is {piece!r}; expected a piece")
-        if type(self.context_length) is not int or self.context_length < _FEWEST_TOKENS:
-            raise TokenizerError(
-                f"context_length is {self.context_length!r}; expected an integer, "
-                f"at least {_FEWEST_TOKENS}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

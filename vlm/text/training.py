@@ -4,9 +4,7 @@ import io
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import regex
 import sentencepiece
@@ -14,8 +12,9 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[att
 
 from vlm.errors import TokenizerError
 from vlm.text.cleaning import space_words
+from vlm.text.config import SentencePieceConfig, TokenizerConfig
 from vlm.text.sentencepiece_vocabulary import SPACE, SentencePieceVocabulary
-from vlm.text.tokenizer import Tokenizer, TokenizerConfig
+from vlm.text.tokenizer import Tokenizer
 
 PAD_ID, UNKNOWN_ID, BEGIN_ID, END_ID = 0, 1, 2, 3
 
@@ -24,42 +23,6 @@ _EDGE = "\ue000"  # pieces do not cross it; private use, which normalisation lea
 _AFTER_SPACE = regex.compile("(?<= )")
 _BEFORE_HAN = regex.compile(r"(?<= )(?=\p{Han})")
 _TENTHS = 10  # repetitions are whole numbers: languages are balanced to a tenth
-
-
-@dataclass(frozen=True, kw_only=True)
-class SentencePieceConfig:
-    """A bilingual SentencePiece vocabulary to be trained."""
-
-    vocab_size: int = 32_000
-    """Number of ids, the four special ones and 256 bytes included."""
-    context_length: int = 77
-    """Longest text in tokens that the tokenizer will return."""
-    model_type: Literal["unigram", "bpe"] = "unigram"
-    """Unigram (Kudo 2018) or byte-pair encoding (Sennrich et al. 2016)."""
-    temperature: float = 1.0
-    """At least 1: languages count by their bytes to the power of 1 / temperature; 1 leaves them as
-    they are, and the larger, the more alike they count."""
-    han_coverage: float = 0.9999
-    """Share in (0, 1] of the Chinese characters of the texts that get a piece of their own."""
-    latin_coverage: float = 0.9999
-    """The same for Latin letters."""
-    other_coverage: float = 0.9999
-    """The same for everything else: digits, punctuation, other scripts."""
-    separate_spaces: bool = False
-    """Whether a space is a piece of its own, so that `board` is one piece whether it begins a word
-    or ends one. Where names are short this carries over to new ones; otherwise it costs a token
-    a word."""
-
-    def __post_init__(self) -> None:
-        if self.model_type not in ("unigram", "bpe"):
-            raise TokenizerError(f"model_type is {self.model_type!r}; expected unigram or bpe")
-        if not self.temperature >= 1:
-            raise TokenizerError(f"temperature is {self.temperature}; expected at least 1")
-        for name in ("han_coverage", "latin_coverage", "other_coverage"):
-            if not 0 < getattr(self, name) <= 1:
-                raise TokenizerError(
-                    f"{name} is {getattr(self, name)}; expected more than 0, at most 1"
-                )
 
 
 def train_sentencepiece(

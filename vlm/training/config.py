@@ -1,5 +1,6 @@
 """`TrainConfig`: everything a file in `configs/train` can say."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -7,31 +8,93 @@ from typing import Any, Literal
 
 import yaml
 
-from vlm.data.loader import CaptionConfig
+from vlm.data.config import CaptionConfig, DataConfig
 from vlm.errors import ConfigError
-from vlm.images.transforms import AugmentationConfig, PreprocessConfig
-from vlm.losses.bilingual import LossConfig
-from vlm.models.config import ModelConfig
-from vlm.training.adaptation import AdaptationConfig
-from vlm.training.objectives import ObjectivesConfig
-from vlm.training.optimizer import OptimizerConfig
-from vlm.training.schedule import ScheduleConfig
+from vlm.images.config import AugmentationConfig, PreprocessConfig
+from vlm.losses.plan import LossConfig
+from vlm.models.config import MaskedConfig, ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """The images and captions of a run."""
+class ObjectivesConfig:
+    """The losses of a run beside the contrastive loss of its main head."""
 
-    folder: Path = Path("data/emoji")
-    """A data folder with a manifest."""
-    split: str = "train"
-    """The split of the folder to train on."""
-    batch_size: int = 256
-    """Samples in one step, all processes together."""
-    workers: int = 2
-    """Processes that decode images, for each training process; 0 does it in that process."""
-    keep_decoded: bool = False
-    """Keep decoded images in each of those processes: for many epochs over few small ones."""
+    masked: MaskedConfig = field(default_factory=MaskedConfig)
+    """Masked modelling of words and patches."""
+    unimodal_weight: float = 1.0
+    """Weight of the second contrastive head of a multiway model beside the main one's; 0 leaves
+    it out."""
+    matryoshka: tuple[int, ...] = ()
+    """Widths below that of the features, each trained as a head of its own on the first numbers of
+    a feature, so that `truncate_dim` may cut features there."""
+    language_embeddings: bool = False
+    """Add a learned vector for the language to the texts' features, in training only (LangSAMP)."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.unimodal_weight < math.inf:
+            raise ConfigError(f"unimodal_weight is {self.unimodal_weight}; expected at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptationConfig:
+    """Locked towers, low-rank adapters, dropped patches, and activations computed again."""
+
+    lock_image: int | None = None
+    """Train only so many last stages of the image tower, 0 for none (LiT); none trains it all."""
+    lock_text: int | None = None
+    """The same of the text tower."""
+    lora_rank: int = 0
+    """Rank of the adapters that are trained in the towers' place; 0 for no adapters."""
+    lora_alpha: int = 16
+    """Scale of the adapters, at least 1; they act with `lora_alpha / lora_rank`."""
+    lora_towers: tuple[Literal["image", "text"], ...] = ("image", "text")
+    """The towers that have adapters; the other is trained whole, unless it is locked."""
+    patch_dropout: float = 0.0
+    """Share in [0, 1) of an image's patches that training leaves out (FLIP); not beside masked
+    modelling."""
+    grad_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter 2019)."""
+
+    learning_rate: float = 1e-3
+    """The highest rate, reached after warm-up."""
+    weight_decay: float = 0.1
+    """Decay of matrices and kernels; gains, biases and the temperature are left alone."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    max_gradient_norm: float = 1.0
+    """Gradients whose norm is larger are scaled down to it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Linear warm-up, then half a cosine (Loshchilov and Hutter 2017)."""
+
+    steps: int = 1000
+    """Length of the run, in optimizer steps."""
+    warmup_steps: int = 100
+    """Steps over which the rate rises to its highest."""
+    final_share: float = 0.0
+    """Share of the highest rate that is left at the end, in [0, 1]."""
+    new_rows_steps: int = 0
+    """Steps at the start in which only the embedding's rows of new pieces are trained, where the
+    run starts from a bundle with a grown vocabulary."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup_steps < self.steps:
+            raise ConfigError(
+                f"schedule: warmup_steps is {self.warmup_steps} and steps {self.steps}; "
+                "expected 0 <= warmup_steps < steps"
+            )
+        if not 0 <= self.new_rows_steps < self.steps:
+            raise ConfigError(
+                f"schedule: new_rows_steps is {self.new_rows_steps} and steps {self.steps}; "
+                "expected 0 <= new_rows_steps < steps"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,6 @@
 """What a run trains beside the contrast of its features: masked modelling and further heads."""
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,30 +11,12 @@ from torch import Tensor
 from vlm.bundle import Bundle, load_bundle
 from vlm.data.loader import MaskPlan
 from vlm.errors import ConfigError
+from vlm.models.config import CMIM, CMLM, MaskedConfig
 from vlm.models.encoder import UNIMODAL, Encoder
 from vlm.models.language_embeddings import LanguageEmbeddings
-from vlm.models.masked import CMIM, CMLM, MaskedConfig, MaskedModelling
+from vlm.models.masked import MaskedModelling
 from vlm.models.pretraining import PretrainingModel
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectivesConfig:
-    """The losses of a run beside the contrastive loss of its main head."""
-
-    masked: MaskedConfig = field(default_factory=MaskedConfig)
-    """Masked modelling of words and patches."""
-    unimodal_weight: float = 1.0
-    """Weight of the second contrastive head of a multiway model beside the main one's; 0 leaves
-    it out."""
-    matryoshka: tuple[int, ...] = ()
-    """Widths below that of the features, each trained as a head of its own on the first numbers of
-    a feature, so that `truncate_dim` may cut features there."""
-    language_embeddings: bool = False
-    """Add a learned vector for the language to the texts' features, in training only (LangSAMP)."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.unimodal_weight < math.inf:
-            raise ConfigError(f"unimodal_weight is {self.unimodal_weight}; expected at least 0")
+from vlm.training.config import ObjectivesConfig
 
 
 class Teacher:

@@ -8,7 +8,8 @@ import torch
 
 from vlm.bundle import load_bundle
 from vlm.errors import ConfigError
-from vlm.images.transforms import PreprocessConfig, preprocess_cfg
+from vlm.images.config import PreprocessConfig
+from vlm.images.transforms import preprocess_cfg
 from vlm.models.build import AnyEncoder, build_from_config, encoder_model_cfg, image_size
 from vlm.text.tokenizer import Tokenizer, load_tokenizer
 from vlm.training.config import TrainConfig

@@ -19,8 +19,9 @@ from vlm.models.masked import Hidden
 from vlm.models.pretraining import Encoded, PretrainingModel
 from vlm.text.caption_ids import text_id
 from vlm.training.checkpoint import Checkpoints, Progress
+from vlm.training.config import ScheduleConfig
 from vlm.training.reporter import Reporter
-from vlm.training.schedule import ScheduleConfig, learning_rate_share
+from vlm.training.schedule import learning_rate_share
 from vlm.training.step import CachedContrast
 
 

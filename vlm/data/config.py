@@ -1,0 +1,41 @@
+"""What a training run reads: a data folder, and which captions of its samples."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlm.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The images and captions of a run."""
+
+    folder: Path = Path("data/emoji")
+    """A data folder with a manifest."""
+    split: str = "train"
+    """The split of the folder to train on."""
+    batch_size: int = 256
+    """Samples in one step, all processes together."""
+    workers: int = 2
+    """Processes that decode images, for each training process; 0 does it in that process."""
+    keep_decoded: bool = False
+    """Keep decoded images in each of those processes: for many epochs over few small ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionConfig:
+    """Which captions of a sample a training step reads."""
+
+    languages: tuple[str, ...] = ("zh", "en")
+    """One caption of each is read in every step."""
+    main_share: float = 0.5
+    """Probability of the main caption where a sample has others as well, in [0, 1]."""
+    second: bool = False
+    """Read one of the other captions of each language as well: a term of its own in the loss."""
+
+    def __post_init__(self) -> None:
+        if not self.languages or not 0 <= self.main_share <= 1:
+            raise ConfigError(
+                f"captions: languages is {self.languages} and main_share {self.main_share}; "
+                "expected at least one language and a share in [0, 1]"
+            )

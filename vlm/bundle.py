@@ -19,8 +19,7 @@ from vlm.errors import CheckpointError, TokenizerError, VlmError
 from vlm.files import sha256_of, write_file, write_folder
 from vlm.images.transforms import evaluation_transform
 from vlm.models.build import build_encoder
-from vlm.models.dual_encoder import DualEncoder
-from vlm.models.multiway import MultiwayEncoder
+from vlm.models.encoder import Encoder
 from vlm.text.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT_VERSION = 1
@@ -38,7 +37,7 @@ _OUR_SCALE, _OPEN_CLIP_SCALE = "log_logit_scale", "logit_scale"
 class Bundle:
     """A trained model with the tokenizer and image transform it was trained with."""
 
-    model: DualEncoder | MultiwayEncoder
+    model: Encoder
     tokenizer: Tokenizer
     transform: Callable[[Image.Image], Float[Tensor, "3 height width"]]
     languages: tuple[str, ...]
@@ -61,7 +60,7 @@ class Bundle:
 def save_bundle(
     folder: Path,
     *,
-    model: DualEncoder | MultiwayEncoder,
+    model: Encoder,
     model_cfg: Mapping[str, Any],
     preprocess_cfg: Mapping[str, Any],
     tokenizer: Tokenizer,
@@ -254,7 +253,7 @@ def _with_hf_config(
     return {**model_cfg, "text_cfg": {**model_cfg["text_cfg"], "hf_config": hf_config}}
 
 
-def _load_weights(model: DualEncoder | MultiwayEncoder, path: Path) -> None:
+def _load_weights(model: Encoder, path: Path) -> None:
     try:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from vlm.bundle import Bundle, load_bundle
@@ -58,7 +58,6 @@ class Embedder:
                 f"truncate_dim is {truncate_dim}; expected {' or '.join(map(str, widths))}, the "
                 "widths at which the model's features were trained"
             )
-        assert isinstance(model, nn.Module)
         self.model = model
         self.tokenizer = tokenizer
         self.transform = transform

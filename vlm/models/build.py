@@ -12,14 +12,12 @@ import open_clip
 from vlm.errors import ConfigError
 from vlm.models.config import ModelConfig
 from vlm.models.dual_encoder import DualEncoder
+from vlm.models.encoder import Encoder
 from vlm.models.hugging_face_tower import read_hf_config
 from vlm.models.multiway import MultiwayEncoder
 from vlm.models.multiway_config import MultiwayConfig
 from vlm.models.open_clip_towers import build_towers
 from vlm.text.tokenizer import Tokenizer
-
-AnyEncoder = DualEncoder | MultiwayEncoder
-"""What a description is built into."""
 
 # open_clip's name of the side that is assumed where a config has none.
 _DEFAULT_IMAGE_SIZE = 224
@@ -65,7 +63,7 @@ def encoder_model_cfg(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, An
     return towers | {"text_cfg": text_cfg, "custom_text": True} | scale
 
 
-def build_from_config(config: ModelConfig, tokenizer: Tokenizer) -> AnyEncoder:
+def build_from_config(config: ModelConfig, tokenizer: Tokenizer) -> Encoder:
     """Build an untrained model that reads `tokenizer`'s ids.
 
     Raises:
@@ -74,7 +72,7 @@ def build_from_config(config: ModelConfig, tokenizer: Tokenizer) -> AnyEncoder:
     return _build(encoder_model_cfg(config, tokenizer))
 
 
-def build_encoder(model_cfg: Mapping[str, Any]) -> AnyEncoder:
+def build_encoder(model_cfg: Mapping[str, Any]) -> Encoder:
     """Build the model that a description tells of, with random weights and without the network.
 
     Args:
@@ -104,7 +102,7 @@ def image_size(model_cfg: Mapping[str, Any]) -> int:
     return int(sides.pop())
 
 
-def _build(model_cfg: Mapping[str, Any]) -> AnyEncoder:
+def _build(model_cfg: Mapping[str, Any]) -> Encoder:
     init_logit_scale = math.exp(model_cfg.get("init_logit_scale", math.log(1 / 0.07)))
     bias = model_cfg.get("init_logit_bias")
     init_logit_bias = None if bias is None else float(bias)

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from open_clip.hf_configs import arch_dict
 from open_clip.hf_model import HFTextEncoder
 from torch import Tensor, nn
 
 from vlm.errors import ConfigError
+from vlm.models.encoder import Replacement
 from vlm.text.tokenizer import TokenBatch
 
 _POOLERS = ("mean_pooler", "cls_pooler", "cls_last_hidden_state_pooler")
@@ -95,7 +96,7 @@ def check(tower: HFTextEncoder) -> None:
 def run(
     tower: HFTextEncoder,
     tokens: TokenBatch,
-    replaced: tuple[Bool[Tensor, "batch length"], Float[Tensor, " width"]] | None = None,
+    replaced: Replacement | None = None,
 ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch length width"]]:
     """Return one feature a text, not normalised, and the last states of its tokens."""
     mask = tokens.mask.long()

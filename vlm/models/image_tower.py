@@ -145,21 +145,21 @@ def hide_patches(
     return images.masked_fill(blank[:, None], 0)
 
 
-def set_patch_dropout(visual: ImageTower, share: float) -> None:
-    """Leave out a share of an image's patches in training (FLIP, Li et al. 2023, section 3).
+def set_patch_dropout(visual: ImageTower, ratio: float) -> None:
+    """Leave out a ratio of an image's patches in training (FLIP, Li et al. 2023, section 3).
 
     Raises:
-        ConfigError: the share is out of range, or the tower has no patches to leave out.
+        ConfigError: the ratio is out of range, or the tower has no patches to leave out.
     """
-    if not 0 <= share < 1:
-        raise ConfigError(f"the share of patches left out is {share}; expected it in [0, 1)")
+    if not 0 <= ratio < 1:
+        raise ConfigError(f"the ratio of patches left out is {ratio}; expected it in [0, 1)")
     trunk = getattr(visual, "trunk", None)
     if isinstance(visual, VisionTransformer):
-        visual.patch_dropout = PatchDropout(share)
+        visual.patch_dropout = PatchDropout(ratio)
     elif isinstance(trunk, TimmVisionTransformer | Eva):
         kind = PatchDropoutWithIndices if isinstance(trunk, Eva) else TimmPatchDropout
-        trunk.patch_drop = kind(share, num_prefix_tokens=trunk.num_prefix_tokens)
-    elif share:
+        trunk.patch_drop = kind(ratio, num_prefix_tokens=trunk.num_prefix_tokens)
+    elif ratio:
         raise ConfigError(
             f"the image tower, {type(trunk or visual).__name__}, has no patches to leave out; "
             "expected a vision transformer, or patch dropout of 0"
@@ -249,14 +249,14 @@ def _timm_grid(visual: TimmModel, count: int) -> tuple[int, int]:
 @contextmanager
 def _every_patch(visual: ImageTower) -> Iterator[None]:
     dropouts = [module for module in visual.modules() if isinstance(module, _DROPOUTS)]
-    shares = [dropout.prob for dropout in dropouts]
+    ratios = [dropout.prob for dropout in dropouts]
     for dropout in dropouts:
         dropout.prob = 0.0
     try:
         yield
     finally:
-        for dropout, share in zip(dropouts, shares, strict=True):
-            dropout.prob = share
+        for dropout, ratio in zip(dropouts, ratios, strict=True):
+            dropout.prob = ratio
 
 
 @contextmanager

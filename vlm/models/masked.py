@@ -117,7 +117,6 @@ class MaskedModelling(nn.Module):
             assert hidden.patches is not None
             target = patch_pixels(images, encoder.grid_size) if self.pixels else teacher_tokens
             assert target is not None
-            assert isinstance(encoder, nn.Module)
             with kept_statistics(encoder):  # evaluation sees whole images
                 states = encoder.image_states(images, hidden=hidden.patches)
             losses[CMIM] = self._patches_loss(states, text_states, hidden.patches, target)

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from typing_extensions import override
 
 from vlm.errors import ConfigError
 from vlm.models.config import MAX_LOG_LOGIT_SCALE
-from vlm.models.encoder import MAIN, UNIMODAL, States
+from vlm.models.encoder import MAIN, UNIMODAL, Encoder, Replacement, States
 from vlm.models.multiway_config import (
     IMAGE_BRANCH,
     POSITION_OFFSET,
@@ -25,7 +26,7 @@ from vlm.text.tokenizer import TokenBatch
 _KEPT_POSITIONS = POSITION_OFFSET + 1  # no position, twice, and the class token's
 
 
-class MultiwayEncoder(nn.Module):
+class MultiwayEncoder(Encoder):
     """Images and texts through encoders of their own, then through one that they share.
 
     The vision-language encoder reads an image or a text, never both together. Its first state
@@ -51,7 +52,7 @@ class MultiwayEncoder(nn.Module):
         init_logit_scale: float = 1 / 0.07,
         init_logit_bias: float | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(init_logit_scale=init_logit_scale, init_logit_bias=init_logit_bias)
         self.config = config
         self.backbone = UnimodalEncoders(config, vocab_size)
         self.backbone_vl = MultiwayStack(
@@ -64,106 +65,68 @@ class MultiwayEncoder(nn.Module):
         self.itc_image_proj = _projection(config)
         self.itc_vl_text_proj = _projection(config)
         self.itc_vl_image_proj = _projection(config)
-        self.log_logit_scale = nn.Parameter(torch.tensor(math.log(init_logit_scale)))
-        self.log_unimodal_logit_scale = nn.Parameter(torch.tensor(math.log(init_logit_scale)))
-        self.logit_bias = (
-            None if init_logit_bias is None else nn.Parameter(torch.tensor(init_logit_bias))
-        )
+        self.log_unimodal_logit_scale = nn.Parameter(self.log_logit_scale.detach().clone())
         self._patch_dropout = 0.0
-        self.clamp_logit_scale()
 
     @property
+    @override
     def embed_dim(self) -> int:
-        """Width of the common space."""
         return self.config.embed_dim
 
     @property
+    @override
     def image_width(self) -> int:
-        """Width of a patch's state."""
         return self.config.width
 
     @property
-    def text_width(self) -> int:
-        """Width of a token's state."""
-        return self.config.width
-
-    @property
+    @override
     def grid_size(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
         return self.config.grid_size
 
     @property
-    def logit_scale(self) -> Float[Tensor, ""]:
-        """The inverse temperature of head `MAIN`."""
-        return self.log_logit_scale.exp()
-
-    @property
+    @override
     def logit_scales(self) -> dict[str, Float[Tensor, ""]]:
-        """The inverse temperature of each head, with gradient."""
         return {MAIN: self.logit_scale, UNIMODAL: self.log_unimodal_logit_scale.exp()}
 
     @property
+    @override
     def token_embedding(self) -> nn.Embedding:
-        """The rows of the vocabulary."""
         return self.backbone.text_embed
 
-    def encode_image(
-        self, images: Float[Tensor, "batch 3 height width"]
-    ) -> Float[Tensor, "batch dim"]:
-        """Return a float32 unit vector for each image."""
-        return F.normalize(self.image_features(images)[MAIN].float(), dim=-1)
-
-    def encode_text(self, tokens: TokenBatch) -> Float[Tensor, "batch dim"]:
-        """Return a float32 unit vector for each text, the same however far it is padded."""
-        return F.normalize(self.text_features(tokens)[MAIN].float(), dim=-1)
-
+    @override
     def image_features(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> dict[str, Float[Tensor, "batch dim"]]:
-        """Return the features of images by head, not normalised.
-
-        Cheaper than `image_states`, and in training the patches that `set_patch_dropout` says
-        are left out: `image_states` always reads them all.
-        """
         states = self.backbone.embed_images(images)
         if self.training and self._patch_dropout:
             states = drop_patches(states, self._patch_dropout)
         return self._image_features(*self._run(states, IMAGE_BRANCH, None, first_only=True))
 
+    @override
     def text_features(self, tokens: TokenBatch) -> dict[str, Float[Tensor, "batch dim"]]:
-        """Return the features of texts by head, not normalised."""
         tokens = _trimmed(tokens)
         states = self.backbone.embed_texts(tokens, None)
         return self._text_features(*self._run(states, TEXT_BRANCH, tokens.mask, first_only=True))
 
+    @override
     def image_states(
         self,
         images: Float[Tensor, "batch 3 height width"],
         hidden: Bool[Tensor, "batch patches"] | None = None,
     ) -> States:
-        """Return the features of images and the vision-language states of their patches.
-
-        Args:
-            images: Normalised images.
-            hidden: True at patches, of `grid_size` row by row, that the tower must not see: the
-                mask token takes their place.
-        """
         states = self.backbone.embed_images(images, hidden)
         own, shared = self._run(states, IMAGE_BRANCH, None, first_only=False)
         return States(self._image_features(own, shared), shared[:, 1:], None)
 
+    @override
     def text_states(
         self,
         tokens: TokenBatch,
-        replaced: tuple[Bool[Tensor, "batch length"], Float[Tensor, " width"]] | None = None,
+        replaced: Replacement | None = None,
     ) -> States:
-        """Return the features of texts and the vision-language states of their tokens.
-
-        Args:
-            tokens: Padded texts; states at padding are zeros.
-            replaced: Where true, the given vector takes the place of a token's embedding.
-        """
         trimmed = _trimmed(tokens)
+        if replaced is not None:
+            replaced = (replaced[0][:, : trimmed.ids.shape[1]], replaced[1])
         states = self.backbone.embed_texts(trimmed, replaced)
         own, shared = self._run(states, TEXT_BRANCH, trimmed.mask, first_only=False)
         visible = shared.masked_fill(~trimmed.mask[..., None], 0)
@@ -172,36 +135,25 @@ class MultiwayEncoder(nn.Module):
             self._text_features(own, shared), F.pad(visible, (0, 0, 0, padding)), tokens.mask
         )
 
-    @torch.no_grad()
+    @override
     def clamp_logit_scale(self) -> None:
-        """Bring the temperatures back into their bound; called after every optimizer step."""
-        self.log_logit_scale.clamp_(max=MAX_LOG_LOGIT_SCALE)
-        self.log_unimodal_logit_scale.clamp_(max=MAX_LOG_LOGIT_SCALE)
+        super().clamp_logit_scale()
+        with torch.no_grad():
+            self.log_unimodal_logit_scale.clamp_(max=MAX_LOG_LOGIT_SCALE)
 
+    @override
     def set_grad_checkpointing(self, enable: bool) -> None:
-        """Compute activations again in the backward pass instead of keeping them, or do not."""
         self.backbone.encoder.grad_checkpointing = enable
         self.backbone_vl.grad_checkpointing = enable
 
-    def set_patch_dropout(self, share: float) -> None:
-        """Leave out a share in [0, 1) of an image's patches in training (FLIP, Li et al. 2023).
+    @override
+    def set_patch_dropout(self, ratio: float) -> None:
+        if not 0 <= ratio < 1:
+            raise ConfigError(f"patch dropout is {ratio}; expected at least 0, less than 1")
+        self._patch_dropout = ratio
 
-        Only where no states of patches are asked for: by `encode_image` and `image_features`.
-
-        Raises:
-            ConfigError: the share is out of range.
-        """
-        if not 0 <= share < 1:
-            raise ConfigError(f"patch dropout is {share}; expected at least 0, less than 1")
-        self._patch_dropout = share
-
+    @override
     def untrained_parameters(self, *, unimodal: bool, patches: bool) -> list[nn.Parameter]:
-        """Return what no gradient reaches in a kind of training.
-
-        Args:
-            unimodal: Whether the second head is trained.
-            patches: Whether patches are hidden.
-        """
         head = [
             *self.itc_text_proj.parameters(),
             *self.itc_image_proj.parameters(),
@@ -212,19 +164,13 @@ class MultiwayEncoder(nn.Module):
             *([] if patches else [self.backbone.vision_embed.mask_token]),
         ]
 
+    @override
     def image_groups(self) -> list[list[nn.Parameter]]:
-        """Return the image side's parameters from the input to the output, a list a stage.
-
-        The vision-language layers are the text side's as well.
-        """
         projections = [*self.itc_image_proj.parameters(), *self.itc_vl_image_proj.parameters()]
         return self._groups(self.backbone.vision_embed, IMAGE_BRANCH, projections)
 
+    @override
     def text_groups(self) -> list[list[nn.Parameter]]:
-        """Return the text side's parameters from the input to the output, a list a stage.
-
-        The vision-language layers are the image side's as well.
-        """
         projections = [*self.itc_text_proj.parameters(), *self.itc_vl_text_proj.parameters()]
         return self._groups(self.backbone.text_embed, TEXT_BRANCH, projections)
 

@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vlm.errors import ConfigError
+from vlm.models.encoder import Replacement
 from vlm.models.multiway_config import IMAGE_BRANCH, TEXT_BRANCH, MultiwayConfig
 from vlm.models.multiway_layers import EMBEDDING_STD, MultiwayStack, embedding
 from vlm.text.tokenizer import TokenBatch
@@ -46,7 +47,7 @@ class UnimodalEncoders(nn.Module):
     def embed_texts(
         self,
         tokens: TokenBatch,
-        replaced: tuple[Bool[Tensor, "batch padded"], Float[Tensor, " width"]] | None = None,
+        replaced: Replacement | None = None,
     ) -> Float[Tensor, "batch length width"]:
         """Return the tokens with their positions, and zeros at padding.
 
@@ -66,7 +67,7 @@ class UnimodalEncoders(nn.Module):
         states: Tensor = self.text_embed(tokens.ids)
         if replaced is not None:
             where, vector = replaced
-            states = torch.where(where[:, :length, None], vector.to(states.dtype), states)
+            states = torch.where(where[..., None], vector.to(states.dtype), states)
         states = self.encoder.add_positions(states, TEXT_BRANCH)
         return states.masked_fill(~tokens.mask[..., None], 0)
 
@@ -95,16 +96,16 @@ class PatchEmbedding(nn.Module):
 
 
 def drop_patches(
-    states: Float[Tensor, "batch length width"], share: float
+    states: Float[Tensor, "batch length width"], ratio: float
 ) -> Float[Tensor, "batch kept width"]:
     """Keep the class token, and patches drawn at random for each image on its own.
 
     Args:
         states: The class token and the patches, with their positions.
-        share: Of the patches to leave out, in [0, 1); one patch is always kept.
+        ratio: Of the patches to leave out, in [0, 1); one patch is always kept.
     """
     batch, length, width = states.shape
-    count = max(1, round((length - 1) * (1 - share)))
+    count = max(1, round((length - 1) * (1 - ratio)))
     scores = torch.rand(batch, length - 1, device=states.device)
     kept = 1 + scores.topk(count, dim=1, sorted=False).indices
     patches = states.gather(1, kept[..., None].expand(-1, -1, width))

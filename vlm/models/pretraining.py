@@ -68,7 +68,6 @@ class PretrainingModel(nn.Module):
         teacher: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        assert isinstance(encoder, nn.Module)
         wrong = [width for width in matryoshka if not 0 < width < encoder.embed_dim]
         if wrong:
             raise ConfigError(

@@ -4,7 +4,7 @@ from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from open_clip.hf_model import HFTextEncoder
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer
 from torch import Tensor, nn
@@ -12,12 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from vlm.errors import ConfigError
 from vlm.models import hugging_face_tower
+from vlm.models.encoder import Replacement
 from vlm.text.tokenizer import TokenBatch
 
 TextTower: TypeAlias = TextTransformer | HFTextEncoder
-
-Replacement: TypeAlias = tuple[Bool[Tensor, "batch length"], Float[Tensor, " width"]]
-"""Where true, the vector takes the place of a token's embedding."""
 
 _AT_END_OF_TEXT = ("eos", "argmax")
 

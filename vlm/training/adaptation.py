@@ -1,7 +1,5 @@
 """What a run trains of its towers, and how it saves memory and time on them."""
 
-from torch import nn
-
 from vlm.errors import ConfigError
 from vlm.models.encoder import Encoder
 from vlm.models.locking import lock
@@ -15,7 +13,6 @@ def adapt(encoder: Encoder, config: AdaptationConfig) -> None:
     Raises:
         ConfigError: the encoder has no such stages, layers or patches.
     """
-    assert isinstance(encoder, nn.Module)
     if config.lora_rank and not config.lora_towers:
         raise ConfigError("adapt.lora_towers names no tower; expected image, text or both")
     # Asked for when they are needed: not every tower can tell them.

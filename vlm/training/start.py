@@ -10,7 +10,8 @@ from vlm.bundle import load_bundle
 from vlm.errors import ConfigError
 from vlm.images.config import PreprocessConfig
 from vlm.images.transforms import preprocess_cfg
-from vlm.models.build import AnyEncoder, build_from_config, encoder_model_cfg, image_size
+from vlm.models.build import build_from_config, encoder_model_cfg, image_size
+from vlm.models.encoder import Encoder
 from vlm.text.tokenizer import Tokenizer, load_tokenizer
 from vlm.training.config import TrainConfig
 
@@ -19,7 +20,7 @@ from vlm.training.config import TrainConfig
 class Start:
     """A model before its first step, and what it reads by."""
 
-    encoder: AnyEncoder
+    encoder: Encoder
     tokenizer: Tokenizer
     model_cfg: Mapping[str, Any]
     """The model's description, from which `build_encoder` builds it."""

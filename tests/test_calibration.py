@@ -161,10 +161,7 @@ def test_a_bundle_that_is_not_calibrated_gives_no_probability(folder):
 
 def test_vectors_of_another_width_have_no_probability(calibrated):
     bundle = load_bundle(calibrated)
-    embedder = Embedder(
-        bundle.model, bundle.tokenizer, bundle.transform,
-        matryoshka=(8,), calibration=bundle.calibration,
-    ).truncated(8)  # fmt: skip
+    embedder = Embedder(replace(bundle, truncate_dims=(8,)), truncate_dim=8)
     texts = embedder.encode_text(["cat"])
     with pytest.raises(VlmError, match="calibrated for vectors of 32 numbers, not of 8; calibrate"):
         embedder.match_probability(texts, texts)

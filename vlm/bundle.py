@@ -40,7 +40,7 @@ class Bundle:
     model: Encoder
     tokenizer: Tokenizer
     transform: Callable[[Image.Image], Float[Tensor, "3 height width"]]
-    languages: tuple[str, ...]
+    languages: tuple[str, ...] = ()
     """Languages of the training captions."""
     model_cfg: Mapping[str, Any]
     """open_clip's description of the model, or that of a multiway one: see `build_encoder`."""
@@ -52,9 +52,10 @@ class Bundle:
     """Widths at which features cut to their first numbers were trained as well (Matryoshka)."""
     calibration: Calibration | None = None
     """What the cosine of a text and an image says of a match; None where it was not fitted."""
-    fingerprint: str
+    fingerprint: str = ""
     """SHA-256 of all that vectors depend on: the weights, the descriptions of the model and of the
-    image transform, the tokenizer. Two bundles with one fingerprint give the same embeddings."""
+    image transform, the tokenizer. Two bundles with one fingerprint give the same embeddings.
+    Empty for a model that is in no folder yet."""
 
 
 def save_bundle(

@@ -205,7 +205,7 @@ def _document(
 
 def _summary(config: TrainConfig, embedder: Embedder, seconds: float) -> list[Paragraph | Bullets]:
     """Say what was trained, and what it is asked."""
-    parameters = sum(parameter.numel() for parameter in embedder.model.parameters())
+    parameters = sum(parameter.numel() for parameter in embedder.bundle.model.parameters())
     samples = len(ShardedSplit(config.data.folder, config.data.split))
     epochs = config.schedule.steps * config.data.batch_size / samples
     gallery = len(ShardedSplit(config.data.folder, SEARCHED_SPLIT))

@@ -6,6 +6,7 @@ import multiprocessing
 import shutil
 import time
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -112,11 +113,15 @@ def test_another_order_or_another_division_is_another_part(counting, tmp_path):
         np.testing.assert_array_equal(found, counting.encode_text(texts))
 
 
+def with_other_size(bundle):
+    return replace(bundle, preprocess_cfg={**bundle.preprocess_cfg, "size": 8})
+
+
 @pytest.mark.parametrize(
     ("change", "encoded_again"),
     [
         (lambda it: setattr(it, "fingerprint", "of other weights"), (11, 24)),
-        (lambda it: setattr(it, "transform_cfg", it.transform_cfg | {"size": 8}), (11, 0)),
+        (lambda it: setattr(it, "bundle", with_other_size(it.bundle)), (11, 0)),
         (lambda it: setattr(it, "tokenizer", tiny_tokenizer(context_length=31)), (0, 24)),
     ],
     ids=["weights", "transform", "tokenizer"],
@@ -149,9 +154,9 @@ def test_bundles_with_equal_weights_and_other_heads_share_no_vectors(counting, b
 
 
 def test_vectors_of_another_width_are_not_taken(counting, tmp_path):
-    counting.matryoshka = (16,)
-    BulkEmbedder(counting, cache=tmp_path).encode_text(TEXTS)
-    narrow = counting.truncated(16)
+    wide = Embedder(replace(counting.bundle, truncate_dims=(16,)))
+    BulkEmbedder(wide, cache=tmp_path).encode_text(TEXTS)
+    narrow = wide.truncated(16)
     found = BulkEmbedder(narrow, cache=tmp_path).encode_text(TEXTS)
     np.testing.assert_array_equal(found, in_parts(narrow.encode_text, TEXTS, 10))
 
@@ -195,7 +200,7 @@ def test_a_cache_that_cannot_be_written_is_named(embedder, tmp_path):
 
 
 def test_an_embedder_without_names_for_its_vectors_keeps_none(embedder, tmp_path):
-    by_hand = Embedder(embedder.model, embedder.tokenizer, embedder.transform, fingerprint="mine")
+    by_hand = Embedder(replace(embedder.bundle, fingerprint=""))
     with pytest.raises(VlmError, match="expected one that was read from a bundle"):
         BulkEmbedder(by_hand, cache=tmp_path)
     found = BulkEmbedder(by_hand).encode_text(TEXTS)

@@ -31,12 +31,31 @@ def images():
     return [encoded(make_image(number, size=(40 + number, 50 - number))) for number in range(9)]
 
 
-def test_the_description_of_the_transform_comes_with_a_bundle(bundle, embedder):
-    assert embedder.transform_cfg == load_bundle(bundle).preprocess_cfg
-    assert embedder.transform_cfg["size"]
-    assert embedder.truncated(32).transform_cfg == embedder.transform_cfg
-    by_hand = Embedder(embedder.model, embedder.tokenizer, embedder.transform)
-    assert by_hand.transform_cfg == {}
+class FourMembers:
+    """What a session of another runtime offers."""
+
+    def __init__(self, model):
+        self.embed_dim, self.device = model.embed_dim, torch.device("cpu")
+        self.encode_image, self.encode_text = model.encode_image, model.encode_text
+
+
+def test_a_runtime_of_four_members_takes_the_place_of_the_model(bundle, embedder, images):
+    read = load_bundle(bundle)
+    runtime = FourMembers(read.model)
+    other = Embedder(read, model=runtime, device="cpu")
+    assert other.model is runtime
+    np.testing.assert_array_equal(other.encode_image(images), embedder.encode_image(images))
+    np.testing.assert_array_equal(other.encode_text(TEXTS), embedder.encode_text(TEXTS))
+
+
+def test_a_model_that_is_given_stays_where_it_is(bundle):
+    read = load_bundle(bundle)
+    live = load_bundle(bundle).model
+    before = [weight.data_ptr() for weight in live.parameters()]
+    embedder = Embedder(read, model=live)
+    assert embedder.model is live
+    assert [weight.data_ptr() for weight in live.parameters()] == before
+    assert embedder.truncated(32).model is live
 
 
 def test_texts_keep_their_order(embedder):
@@ -104,7 +123,7 @@ def test_any_way_to_give_an_image_gives_the_same_vector(embedder, tmp_path):
 def test_features_are_those_of_the_model(embedder, images):
     with torch.inference_mode():
         texts = embedder.model.encode_text(embedder.tokenizer.encode(TEXTS)).numpy()
-        tensor = embedder.transform(make_image(3))[None]
+        tensor = embedder.bundle.transform(make_image(3))[None]
         image = embedder.model.encode_image(tensor).numpy()
     np.testing.assert_allclose(embedder.encode_text(TEXTS), texts, atol=1e-6)
     np.testing.assert_allclose(embedder.encode_image([make_image(3)]), image, atol=1e-6)
@@ -184,7 +203,7 @@ def test_a_model_without_room_on_its_device_is_told(bundle, monkeypatch):
 
     monkeypatch.setattr(read.model, "to", fill)
     with pytest.raises(VlmError, match=r"^the model does not fit into the free memory of cpu$"):
-        Embedder.of_bundle(read, device="cpu")
+        Embedder(read, device="cpu")
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluating"])

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from tests.builders import IMAGE_SIZE, tiny_model
 from tests.support.commands import ROOT
 from tests.support.peers import chinese_clip_scores
+from vlm.bundle import Bundle
 from vlm.data.dataset import ShardedSplit
 from vlm.embedding.bulk import BulkEmbedder
 from vlm.embedding.embedder import Embedder
@@ -71,7 +72,8 @@ def silent():
 def embedder(emoji):
     """A tiny model after a few steps on these images, so that scores are far from 0 and 1."""
     tokenizer = load_tokenizer(ROOT / "tokenizers" / "emoji-zh-en")
-    transform = evaluation_transform(preprocess_cfg(PreprocessConfig(), IMAGE_SIZE))
+    cfg = preprocess_cfg(PreprocessConfig(), IMAGE_SIZE)
+    transform = evaluation_transform(cfg)
     model = tiny_model(tokenizer).train()
     pixels = torch.stack([transform(decode_image(each.image)) for each in emoji])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -89,7 +91,12 @@ def embedder(emoji):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return Embedder(model.eval(), tokenizer, transform)
+    return Embedder(
+        Bundle(
+            model=model.eval(), tokenizer=tokenizer, transform=transform,
+            model_cfg={}, preprocess_cfg=cfg,
+        )
+    )  # fmt: skip
 
 
 def captions_of(emoji, language):
@@ -215,7 +222,7 @@ def clip_benchmark_scores(embedder, emoji, language):
         return torch.stack([image for image, _ in rows]), [captions for _, captions in rows]
 
     rows = [
-        (embedder.transform(decode_image(each.image)), each.captions.get(language, []))
+        (embedder.bundle.transform(decode_image(each.image)), each.captions.get(language, []))
         for each in emoji
     ]
     scores = zeroshot_retrieval.evaluate(
@@ -300,7 +307,7 @@ def classified_by_clip_benchmark(classification, embedder, images, names, templa
         classes = names
 
     rows = Images(
-        (embedder.transform(decode_image(image)), label)
+        (embedder.bundle.transform(decode_image(image)), label)
         for image, label in zip(images.images, images.labels.tolist(), strict=True)
     )
     loader = DataLoader(rows, batch_size=64)

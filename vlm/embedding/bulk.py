@@ -67,10 +67,10 @@ class BulkEmbedder:
         group: RankGroup = SINGLE,
         show_progress_bar: bool = False,
     ) -> None:
-        if cache is not None and not (embedder.fingerprint and embedder.transform_cfg):
+        if cache is not None and not embedder.fingerprint:
             raise VlmError(
-                f"cannot keep vectors in {cache}: the embedder has no fingerprint or no "
-                "transform_cfg; expected one that was read from a bundle"
+                f"cannot keep vectors in {cache}: the embedder has no fingerprint; expected one "
+                "that was read from a bundle"
             )
         self.embedder = embedder
         self.cache = cache
@@ -283,7 +283,9 @@ class _KeptVectors:
 
 
 def _model_key(embedder: Embedder, kind: Kind) -> str:
-    reading = dict(embedder.transform_cfg) if kind == "images" else embedder.tokenizer.fingerprint
+    reading = (
+        dict(embedder.bundle.preprocess_cfg) if kind == "images" else embedder.tokenizer.fingerprint
+    )
     content = {
         "version": _KEY_VERSION,
         "model": embedder.fingerprint,

@@ -1,8 +1,9 @@
 """`Embedder`: images and texts to unit vectors of one space, in input order."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -10,65 +11,78 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from vlm.bundle import Bundle, load_bundle
-from vlm.calibration import Calibration
 from vlm.errors import VlmError
 from vlm.images.decoding import ImageSource, decode_image
-from vlm.models.encoder import Encoder
-from vlm.text.tokenizer import Tokenizer
+from vlm.text.tokenizer import TokenBatch
 
 Item = TypeVar("Item")
+
+
+@runtime_checkable
+class RuntimeEncoder(Protocol):
+    """What an `Embedder` runs: a module of torch, or anything else with these four members."""
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of the common space."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs must lie."""
+
+    def encode_image(
+        self, images: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch dim"]:
+        """Return a float32 unit vector for each image."""
+
+    def encode_text(self, tokens: TokenBatch) -> Float[Tensor, "batch dim"]:
+        """Return a float32 unit vector for each text."""
 
 
 class Embedder:
     """Turns images and texts into float32 unit vectors whose products are cosines.
 
     Args:
-        model: The encoder; it is used as it is, on the device where it lies.
-        tokenizer: The tokenizer it was trained with.
-        transform: Maps an RGB image to the tensor it was trained on.
-        fingerprint: Names all that vectors depend on; those with one fingerprint can be compared.
-        languages: Languages of the training captions.
-        matryoshka: Widths below the model's own at which its features were trained as well.
-        truncate_dim: Use only so many first numbers of each feature; None for all.
-        calibration: What the cosine of a text and an image says of a match, where fitted.
+        bundle: The model with its tokenizer and image transform.
+        model: What runs in place of the bundle's own model, such as one in training.
+        device: Where to run it, which moves the model; None leaves it where it is.
+        truncate_dim: Keep only the first N dimensions (a Matryoshka width of the model); None
+            keeps all.
 
     Raises:
-        VlmError: the features were not trained at the width asked for.
+        VlmError: the features were not trained at that width, there is no such device, or it has
+            no room for the model.
     """
 
     def __init__(
         self,
-        model: Encoder,
-        tokenizer: Tokenizer,
-        transform: Callable[[Image.Image], Float[Tensor, "3 height width"]],
+        bundle: Bundle,
         *,
-        fingerprint: str = "",
-        languages: Sequence[str] = (),
-        matryoshka: Sequence[int] = (),
+        model: RuntimeEncoder | None = None,
+        device: str | torch.device | None = None,
         truncate_dim: int | None = None,
-        calibration: Calibration | None = None,
     ) -> None:
-        widths = sorted({*matryoshka, model.embed_dim})
+        self.bundle = bundle
+        self.model: RuntimeEncoder = bundle.model if model is None else model
+        self.tokenizer = bundle.tokenizer
+        self.languages = bundle.languages
+        """Languages of the training captions."""
+        self.fingerprint = bundle.fingerprint
+        """Names all that vectors depend on: two embedders with one fingerprint give the same."""
+        widths = sorted({*bundle.truncate_dims, self.model.embed_dim})
         if truncate_dim is not None and truncate_dim not in widths:
             raise VlmError(
                 f"truncate_dim is {truncate_dim}; expected {' or '.join(map(str, widths))}, the "
                 "widths at which the model's features were trained"
             )
-        self.model = model
-        self.tokenizer = tokenizer
-        self.transform = transform
-        self.fingerprint = fingerprint
-        self.languages = tuple(languages)
-        self.matryoshka = tuple(matryoshka)
-        self.calibration = calibration
-        self.transform_cfg: Mapping[str, Any] = {}
-        """open_clip's description of the image transform; empty where it is not of a bundle."""
-        self.embed_dim = truncate_dim or model.embed_dim
+        self.embed_dim = truncate_dim or self.model.embed_dim
         """Length of the vectors."""
+        if device is not None:
+            _move(self.model, device)
 
     @classmethod
     def load(
@@ -83,47 +97,14 @@ class Embedder:
         Args:
             folder: The bundle, for example `runs/quickstart/bundle`.
             device: Where to run it; a GPU if there is one, else the CPU.
-            truncate_dim: Use only so many first numbers of each feature, one of the widths at
-                which they were trained (Matryoshka); None for all.
+            truncate_dim: As for the class.
 
         Raises:
             CheckpointError: the folder is not a bundle, or it is damaged.
-            VlmError: there is no such device, or it has no room for the model, or the features were
-                not trained at that width.
+            VlmError: as for the class.
         """
-        return cls.of_bundle(load_bundle(Path(folder)), device=device, truncate_dim=truncate_dim)
-
-    @classmethod
-    def of_bundle(
-        cls,
-        bundle: Bundle,
-        *,
-        device: str | torch.device | None = None,
-        truncate_dim: int | None = None,
-    ) -> "Embedder":
-        """Use a bundle that has been read; its model moves to the device.
-
-        Raises:
-            VlmError: there is no such device, or it has no room for the model, or the features were
-                not trained at that width.
-        """
-        place = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        try:
-            model = bundle.model.to(place)
-        except torch.OutOfMemoryError as error:
-            raise VlmError(f"the model does not fit into the free memory of {place}") from error
-        embedder = cls(
-            model,
-            bundle.tokenizer,
-            bundle.transform,
-            fingerprint=bundle.fingerprint,
-            languages=bundle.languages,
-            matryoshka=bundle.truncate_dims,
-            truncate_dim=truncate_dim,
-            calibration=bundle.calibration,
-        )
-        embedder.transform_cfg = bundle.preprocess_cfg
-        return embedder
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(load_bundle(Path(folder)), device=device, truncate_dim=truncate_dim)
 
     def truncated(self, dim: int) -> "Embedder":
         """Return an embedder of the same model whose vectors have `dim` numbers.
@@ -131,23 +112,12 @@ class Embedder:
         Raises:
             VlmError: the features were not trained at that width.
         """
-        embedder = Embedder(
-            self.model,
-            self.tokenizer,
-            self.transform,
-            fingerprint=self.fingerprint,
-            languages=self.languages,
-            matryoshka=self.matryoshka,
-            truncate_dim=dim,
-            calibration=self.calibration,
-        )
-        embedder.transform_cfg = self.transform_cfg
-        return embedder
+        return Embedder(self.bundle, model=self.model, truncate_dim=dim)
 
     @property
     def device(self) -> torch.device:
         """Where the model lies."""
-        return self.model.log_logit_scale.device
+        return self.model.device
 
     def encode_text(
         self, texts: Sequence[str], *, batch_size: int = 256, show_progress_bar: bool = False
@@ -240,17 +210,18 @@ class Embedder:
             VlmError: the bundle is not calibrated, or at another width; the prior is no share; or
                 queries and candidates are of different widths.
         """
-        if self.calibration is None:
+        calibration = self.bundle.calibration
+        if calibration is None:
             raise VlmError(
                 "the bundle is not calibrated; `vlm eval calibrate BUNDLE` fits and stores what "
                 "its cosines say of a match"
             )
-        if self.calibration.dim != self.embed_dim:
+        if calibration.dim != self.embed_dim:
             raise VlmError(
-                f"the bundle is calibrated for vectors of {self.calibration.dim} numbers, not of "
+                f"the bundle is calibrated for vectors of {calibration.dim} numbers, not of "
                 f"{self.embed_dim}; calibrate it with --truncate_dim {self.embed_dim}"
             )
-        return self.calibration.probability(self.similarity(queries, candidates), prior=prior)
+        return calibration.probability(self.similarity(queries, candidates), prior=prior)
 
     def _pixels(
         self, images: Sequence[str | ImageSource], first: int
@@ -260,7 +231,7 @@ class Embedder:
             decode_image(Path(image) if isinstance(image, str) else image, name=f"image {number}")
             for number, image in enumerate(images, start=first + 1)
         ]
-        return torch.stack([self.transform(image) for image in decoded]).to(self.device)
+        return torch.stack([self.bundle.transform(image) for image in decoded]).to(self.device)
 
     @torch.inference_mode()
     def _encode(
@@ -273,18 +244,16 @@ class Embedder:
     ) -> NDArray[np.float32]:
         if batch_size < 1:
             raise VlmError(f"batch_size is {batch_size}; expected at least 1")
-        was_training = self.model.training
-        self.model.eval()
         starts = range(0, len(items), batch_size)
         silent = not show_progress_bar
-        try:
-            with tqdm(starts, unit="batch", desc="embedding", disable=silent) as progress:
-                rows = [
-                    self._cut(encode(items[start : start + batch_size], start)).cpu().numpy()
-                    for start in progress
-                ]
-        finally:
-            self.model.train(was_training)
+        with (
+            _evaluating(self.model),
+            tqdm(starts, unit="batch", desc="embedding", disable=silent) as progress,
+        ):
+            rows = [
+                self._cut(encode(items[start : start + batch_size], start)).cpu().numpy()
+                for start in progress
+            ]
         return np.concatenate(rows) if rows else np.zeros((0, self.embed_dim), np.float32)
 
     def _cut(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch cut"]:
@@ -293,17 +262,37 @@ class Embedder:
         return F.normalize(features[:, : self.embed_dim], dim=-1)
 
 
-def _usable(device: str | torch.device) -> torch.device:
-    """Return the device, after something was put there: torch's own words on a wrong one are many.
+def _move(model: RuntimeEncoder, device: str | torch.device) -> None:
+    """Move a module to a device; what is no module stays where it is.
 
     Raises:
-        VlmError: there is no such device.
+        VlmError: there is no such device, or it has no room for the model.
     """
     try:
-        return torch.empty(0, device=device).device
+        # Something small first: torch's own words on a wrong device are many.
+        place = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, ImportError) as error:
         here = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
         raise VlmError(f"cannot use the device {device}; expected {' or '.join(here)}") from error
+    try:
+        if isinstance(model, nn.Module):
+            model.to(place)
+    except torch.OutOfMemoryError as error:
+        raise VlmError(f"the model does not fit into the free memory of {place}") from error
+
+
+@contextmanager
+def _evaluating(model: RuntimeEncoder) -> Iterator[None]:
+    """Run a module in evaluation mode, and leave it in the mode it was in."""
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def check_texts(texts: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from vlm.bundle import save_bundle
+from vlm.bundle import Bundle, save_bundle
 from vlm.data.dataset import ShardedSplit
 from vlm.data.loader import BatchOrder, TrainingExamples, TrainingLoader, second_of
 from vlm.data.sample import Batch
@@ -225,14 +225,21 @@ def _loop_config(config: TrainConfig) -> LoopConfig:
 
 def _evaluation(config: TrainConfig, start: Start) -> Callable[[Encoder], dict[str, float]]:
     split, languages = config.evaluation.split, config.captions.languages
-    transform = evaluation_transform(start.preprocess_cfg)
+    bundle = Bundle(
+        model=start.encoder,
+        tokenizer=start.tokenizer,
+        transform=evaluation_transform(start.preprocess_cfg),
+        languages=languages,
+        model_cfg=start.model_cfg,
+        preprocess_cfg=start.preprocess_cfg,
+    )
     # Read before the first step, so that a missing split does not end a run half way.
     asked = config.evaluation.every_steps > 0
     pairs = pairs_of_split(config.data.folder, split, languages=languages) if asked else None
 
     def evaluate(model: Encoder) -> dict[str, float]:
         assert pairs is not None
-        scores = evaluate_retrieval(Embedder(model, start.tokenizer, transform), pairs)
+        scores = evaluate_retrieval(Embedder(bundle, model=model), pairs)
         return {f"{split}/{name}": value for name, value in scores.items()}
 
     return evaluate

@@ -155,7 +155,7 @@ def test_an_evaluation_says_what_was_asked_and_how_it_was_read(embedder, data_fo
     record = json.loads(json.dumps(evaluation.as_record(), allow_nan=False))
     assert record["questions"]["zh"]["fingerprint"] == question.fingerprint
     assert record["reading"]["model"] == embedder.fingerprint
-    assert record["reading"]["transform"] == embedder.transform_cfg
+    assert record["reading"]["transform"] == embedder.bundle.preprocess_cfg
     assert record["reading"]["transform"]["size"] == 32
 
 

@@ -107,4 +107,4 @@ def test_a_reading_says_which_share_of_captions_was_cut(embedder):
     assert reading.truncated_share == 0.5
     assert reading.context_length == embedder.tokenizer.context_length
     assert reading.embed_dim == embedder.embed_dim
-    assert reading.transform == embedder.transform_cfg
+    assert reading.transform == embedder.bundle.preprocess_cfg

@@ -147,7 +147,7 @@ def reading_of(embedder: Embedder, texts: Sequence[str]) -> Reading:
         texts: All captions that it is asked.
     """
     tokenizer = embedder.tokenizer
-    bias = embedder.model.logit_bias
+    bias = embedder.bundle.model.logit_bias
     around = 1 + (tokenizer.special_ids.begin_of_text is not None)
     room = tokenizer.context_length - around
     cut = sum(len(row) > room for row in tokenizer.split(texts))
@@ -157,8 +157,8 @@ def reading_of(embedder: Embedder, texts: Sequence[str]) -> Reading:
         tokenizer=tokenizer.fingerprint,
         context_length=tokenizer.context_length,
         truncated_share=cut / max(1, len(texts)),
-        transform=dict(embedder.transform_cfg),
-        logit_scale=float(embedder.model.log_logit_scale.detach().exp()),
+        transform=dict(embedder.bundle.preprocess_cfg),
+        logit_scale=float(embedder.bundle.model.log_logit_scale.detach().exp()),
         logit_bias=0.0 if bias is None else float(bias.detach()),
     )
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.builders import make_sample, make_samples, write_split
 from vlm.data.dataset import ShardedSplit
-from vlm.data.manifest import Manifest, write_manifest
+from vlm.data.manifest import Manifest, read_manifest, write_manifest
 from vlm.data.shards import index_folder
 from vlm.errors import DataError
 
@@ -104,3 +104,29 @@ def test_captions_are_listed_once_in_the_order_of_first_occurrence(tmp_path):
     assert split.unique_captions(["en"]) == ["b", "a", "c"]
     assert split.unique_captions(["zh", "en"]) == ["乙", "b", "a", "甲", "c"]
     assert split.unique_captions(["de"]) == []
+
+
+def test_an_address_names_the_shard_and_the_row(folder):
+    samples = ShardedSplit(folder, "train")
+    assert [samples.address(index) for index in (0, 4, 5, 11)] == [
+        f"{folder}/train-0000{shard}.tar.gz#{row}"
+        for shard, row in ((0, 0), (0, 4), (1, 0), (2, 1))
+    ]
+
+
+def test_a_manifest_whose_shards_share_a_key_is_refused(tmp_path):
+    shards = [
+        write_split(tmp_path / name, make_samples(2), split=name) for name in ("train", "again")
+    ]
+    manifest = Manifest(
+        splits={
+            "train": tuple(e for f in shards for s in read_manifest(f).splits.values() for e in s)
+        }
+    )
+    for entry in manifest.splits["train"]:
+        (tmp_path / entry.name).write_bytes(
+            (tmp_path / entry.name.split("-")[0] / entry.name).read_bytes()
+        )
+    write_manifest(tmp_path, manifest)
+    with pytest.raises(DataError, match=r"key 'sample-0000' is in .*train.* and in .*again"):
+        ShardedSplit(tmp_path, "train")

@@ -15,7 +15,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from tests.builders import encoded, make_image, make_sample, make_samples
 from vlm.data.manifest import ShardEntry, read_manifest
-from vlm.data.shards import describe_shard, index_folder, open_shard, write_shards
+from vlm.data.shards import describe_shard, index_folder, index_shard, open_shard, write_shards
 from vlm.errors import DataError
 
 PNG = encoded(make_image(0))
@@ -41,7 +41,7 @@ def write_record(path: Path, record: object) -> Path:
 
 
 def open_as_it_is(path: Path):
-    return open_shard(path.parent, describe_shard(path))
+    return open_shard(path.parent, describe_shard(index_shard(path)))
 
 
 def read_all(folder: Path, entries: tuple[ShardEntry, ...]):
@@ -58,7 +58,7 @@ def shard(request, tmp_path):
         packed = tmp_path / "train-00000.tar.gz"
         path.write_bytes(gzip.decompress(packed.read_bytes()))
         packed.unlink()
-    return path, describe_shard(path)
+    return path, describe_shard(index_shard(path))
 
 
 def test_samples_come_back_as_they_were_written(tmp_path):
@@ -75,7 +75,7 @@ def test_entries_describe_the_files(tmp_path):
         content = (tmp_path / entry.name).read_bytes()
         assert entry.bytes == len(content)
         assert entry.sha256 == hashlib.sha256(content).hexdigest()
-        assert describe_shard(tmp_path / entry.name) == entry
+        assert describe_shard(index_shard(tmp_path / entry.name)) == entry
 
 
 def test_a_shard_of_exactly_full_size_is_followed_by_none(tmp_path):
@@ -194,6 +194,34 @@ def test_what_a_record_leaves_out_is_filled_in(tmp_path):
     assert (sample.source, sample.licence, sample.labels) == ("", "", {})
 
 
+@pytest.mark.parametrize(("concept", "expected"), [(0, "0"), ("0", "0"), (None, "a"), ("", "a")])
+def test_the_concept_may_be_any_number_and_is_the_key_only_where_missing(
+    tmp_path, concept, expected
+):
+    path = write_record(tmp_path / "t-0.tar", {"captions": {"en": ["x"]}, "concept": concept})
+    assert open_as_it_is(path)[0].concept == expected
+
+
+@pytest.mark.parametrize(
+    "record",
+    [b'{"captions": {"en": ["cat \\ud83d"]}}', b'{"captions": {"en": "x"}, "concept": "\\udc00"}'],
+    ids=["caption", "concept"],
+)
+def test_half_of_a_character_is_refused_by_shard_and_sample(tmp_path, record):
+    path = write_record(tmp_path / "t-0.tar", record)
+    with pytest.raises(DataError, match=rf"{path}: the record of 'a' .*half of a character"):
+        open_as_it_is(path)[0]
+
+
+def test_a_key_in_two_shards_of_a_split_is_refused_and_in_two_splits_is_not(tmp_path):
+    for name in ("train-00000.tar", "train-00001.tar", "val-00000.tar"):
+        write_record(tmp_path / name, {"captions": {"en": [name]}})
+    with pytest.raises(DataError, match=r"key 'a' is in .*train-00000\.tar and in .*00001"):
+        index_folder(tmp_path)
+    (tmp_path / "train-00001.tar").unlink()
+    assert sorted(index_folder(tmp_path).splits) == ["train", "val"]
+
+
 def test_captions_may_be_one_string(tmp_path):
     record = {"captions": {"en": "a cat", "zh": ["猫"]}}
     sample = open_as_it_is(write_record(tmp_path / "train-0.tar", record))[0]
@@ -258,7 +286,7 @@ def test_a_record_that_is_not_ours_is_refused_by_shard_and_sample(tmp_path, reco
 def test_a_shard_whose_members_make_no_samples_is_refused(tmp_path, members, said):
     path = write_tar(tmp_path / "train-0.tar", members)
     with pytest.raises(DataError, match=rf"shard {path}.*{said}"):
-        describe_shard(path)
+        describe_shard(index_shard(path))
 
 
 @pytest.mark.parametrize("name", ["train-0.tar", "train-0.tar.gz"])
@@ -268,7 +296,7 @@ def test_a_shard_whose_members_make_no_samples_is_refused(tmp_path, members, sai
 def test_a_file_that_is_no_tar_is_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=rf"shard {tmp_path / name} cannot be read"):
-        describe_shard(tmp_path / name)
+        index_shard(tmp_path / name)
 
 
 def test_indexing_refuses_a_packed_shard_cut_anywhere(tmp_path):
@@ -372,7 +400,7 @@ def test_indexing_refuses_a_shard_that_is_there_plain_and_packed(tmp_path):
     path, content = plain_shard(tmp_path)
     path.write_bytes(content)
     path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(content))
-    with pytest.raises(DataError, match="packed as well"):
+    with pytest.raises(DataError, match="found both"):
         index_folder(tmp_path)
 
 
@@ -395,7 +423,7 @@ def test_captions_that_are_no_texts_are_refused(tmp_path, captions):
                 member.size = len(data)
             new.addfile(member, io.BytesIO(data))
     path.write_bytes(buffer.getvalue())
-    shard = open_shard(tmp_path, describe_shard(path))
+    shard = open_shard(tmp_path, describe_shard(index_shard(path)))
     with pytest.raises(DataError, match="sample-0000"):
         shard[0]
 

@@ -1,10 +1,12 @@
 """Evaluation sees open_clip's image; training's changes follow from its generator alone."""
 
 import random
+import resource
 
 import numpy as np
 import pytest
 import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from tests.builders import make_image
@@ -386,3 +388,25 @@ def test_a_crop_larger_than_the_image_holds_all_of_it(seed):
     found = shown(augment(Image.new("RGB", (64, 64), "black"), seed, crop_area=(4.0, 4.0)))
     black = (found < 0.5).all(axis=-1)
     assert black.sum() == pytest.approx((SIZE / 2) ** 2, rel=0.15)
+
+
+@pytest.mark.parametrize("size", [(20, 190), (21, 190), (333, 30), (35, 1000)], ids=str)
+def test_thin_images_are_cut_before_they_are_resized_to_the_same_image(size):
+    columns, rows = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
+    waves = [127 + 120 * np.sin((columns + 2 * rows + 40 * turn) / 40) for turn in range(3)]
+    image = Image.fromarray(np.stack(waves, axis=-1).astype(np.uint8))
+    description = preprocess_cfg(PreprocessConfig(), SIZE)
+    plain = image_transform_v2(PreprocessCfg(**description), is_train=False)
+    # The grid of pixels may lie half a pixel further, which moves slow waves little.
+    difference = evaluation_transform(description)(image) - plain(image)
+    assert difference.abs().mean() < 0.05
+    assert difference.abs().max() < 0.2
+
+
+@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1)], ids=str)
+def test_a_line_of_pixels_costs_no_memory(size, mode):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pixels = evaluate(Image.new("RGB", size, "white"), resize_mode=mode)
+    torch.testing.assert_close(pixels, normalised(Image.new("RGB", (SIZE, SIZE), "white")))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vlm.data.manifest import read_manifest
 from vlm.data.sample import Sample
-from vlm.data.shards import open_shard
+from vlm.data.shards import check_keys, open_shard
 from vlm.errors import DataError
 
 
@@ -27,6 +27,7 @@ class ShardedSplit:
         self.split = split
         entries = read_manifest(folder).shards_of(split, folder)
         self._shards = [open_shard(folder, entry) for entry in entries]
+        check_keys(self._shards)
         self._ends = list(accumulate(len(shard) for shard in self._shards))
         if not self._ends or not self._ends[-1]:
             raise DataError(f"the split {split!r} of {folder} is empty")
@@ -35,11 +36,25 @@ class ShardedSplit:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Sample:
-        """Return the sample at `index` in [0, len)."""
+        """Return the sample at `index` in [0, len).
+
+        Raises:
+            DataError: its record is not valid.
+        """
+        shard, row = self._place(index)
+        return self._shards[shard][row]
+
+    def address(self, index: int) -> str:
+        """Return where a sample lies, as `FOLDER/SHARD#ROW`; rows count from 0."""
+        shard, row = self._place(index)
+        return f"{self._shards[shard].path}#{row}"
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Return the number of a sample's shard, and its row there."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         shard = bisect_right(self._ends, index)
-        return self._shards[shard][index - self._ends[shard] + len(self._shards[shard])]
+        return shard, index - self._ends[shard] + len(self._shards[shard])
 
     def __iter__(self) -> Iterator[Sample]:
         """Give every sample in shard order."""

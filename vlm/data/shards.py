@@ -37,12 +37,17 @@ class Shard:
     """One verified shard; samples are read by their position in it."""
 
     def __init__(self, path: Path, content: bytes | mmap.mmap, members: Sequence[_Members]) -> None:
-        self._path = path
+        self.path = path
         self._content = content
         self._members = members
 
     def __len__(self) -> int:
         return len(self._members)
+
+    @property
+    def keys(self) -> list[str]:
+        """The samples' keys, by position."""
+        return [members.key for members in self._members]
 
     def __getitem__(self, position: int) -> Sample:
         """Return the sample at `position`.
@@ -57,7 +62,7 @@ class Shard:
             return _sample_from_record(members.key, image, record)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
-                f"{self._path}: the record of {members.key!r} is not valid ({error}); "
+                f"{self.path}: the record of {members.key!r} is not valid ({error}); "
                 'expected JSON with "captions": {language: [text, ...]}'
             ) from error
 
@@ -87,7 +92,7 @@ def open_shard(folder: Path, entry: ShardEntry) -> Shard:
         raise DataError(
             f"shard {path} is damaged: sha256 {found[:12]}, the manifest says {entry.sha256[:12]}"
         )
-    shard = _index_shard(path, packed)
+    shard = index_shard(path)
     if len(shard) != entry.samples:
         raise DataError(
             f"shard {path} holds {len(shard)} samples, the manifest says {entry.samples}"
@@ -95,10 +100,26 @@ def open_shard(folder: Path, entry: ShardEntry) -> Shard:
     return shard
 
 
-def describe_shard(path: Path) -> ShardEntry:
-    """Return the manifest entry of a shard as it is now, after reading its index."""
-    packed = map_file(path)
-    return _entry(path.name, packed, samples=len(_index_shard(path, packed)))
+def describe_shard(shard: Shard) -> ShardEntry:
+    """Return the manifest entry of a shard as it is now."""
+    return _entry(shard.path.name, map_file(shard.path), samples=len(shard))
+
+
+def check_keys(shards: Iterable[Shard]) -> None:
+    """Refuse a split that uses a key twice: its samples would count as one.
+
+    Raises:
+        DataError: two shards have a key in common.
+    """
+    seen: dict[str, Path] = {}
+    for shard in shards:
+        for key in shard.keys:
+            if key in seen:
+                raise DataError(
+                    f"the key {key!r} is in {seen[key]} and in {shard.path}; expected every key of "
+                    "a split once, for example with the shard's name in front: 00001/00000"
+                )
+            seen[key] = shard.path
 
 
 def index_folder(folder: Path) -> Manifest:
@@ -111,17 +132,21 @@ def index_folder(folder: Path) -> Manifest:
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; expected one with WebDataset shards")
-    splits: dict[str, list[ShardEntry]] = {}
+    splits: dict[str, list[Shard]] = {}
     for path in sorted([*folder.glob("*.tar"), *folder.glob("*.tar.gz")]):
         split, dash, _ = path.name.rpartition("-")
         if not dash:
             raise DataError(f"{path} belongs to no split; expected a name like train-00000.tar")
         if path.with_name(f"{path.name}.gz").exists():
-            raise DataError(f"{path} is there packed as well; remove one of the two")
-        splits.setdefault(split, []).append(describe_shard(path))
+            raise DataError(f"found both {path} and {path.name}.gz; expected one of the two")
+        splits.setdefault(split, []).append(index_shard(path))
     if not splits:
         raise DataError(f"{folder} holds no shard; expected files like train-00000.tar")
-    manifest = Manifest(splits={split: tuple(entries) for split, entries in splits.items()})
+    for shards in splits.values():
+        check_keys(shards)
+    manifest = Manifest(
+        splits={split: tuple(map(describe_shard, shards)) for split, shards in splits.items()}
+    )
     write_manifest(folder, manifest)
     return manifest
 
@@ -206,14 +231,14 @@ def _image_extension(sample: Sample) -> str:
 
 
 def _sample_from_record(key: str, image: bytes, record: Mapping[str, object]) -> Sample:
-    labels = record.get("labels", {})
+    labels, concept = record.get("labels", {}), record.get("concept")
     if not isinstance(labels, dict) or not all(isinstance(v, str) for v in labels.values()):
         raise ValueError("labels is no mapping to texts")
     return Sample(
         uid=key,
         image=image,
         captions=_captions_from_record(record["captions"]),
-        concept=str(record.get("concept") or key),
+        concept=_well_formed(str(key if concept in (None, "") else concept)),
         source=str(record.get("source", "")),
         licence=str(record.get("licence", "")),
         labels=labels,
@@ -229,19 +254,31 @@ def _captions_from_record(record: object) -> dict[str, list[str]]:
         texts = [value] if isinstance(value, str) else (value or [])
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"the captions in {language!r} are no texts")
-        if kept := [text for text in texts if text.strip()]:
+        if kept := [_well_formed(text) for text in texts if text.strip()]:
             captions[language] = kept
     if not captions:
         raise ValueError("there is no caption")
     return captions
 
 
-def _index_shard(path: Path, packed: bytes | mmap.mmap) -> Shard:
-    """Find where every sample's members lie.
+def _well_formed(text: str) -> str:
+    """Return a text that has only whole characters; JSON can carry half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{text.encode(errors='backslashreplace').decode()!r} holds half of a character"
+        ) from error
+    return text
+
+
+def index_shard(path: Path) -> Shard:
+    """Find where every sample's members lie in a `.tar` or `.tar.gz` file.
 
     Raises:
         DataError: the tar cannot be read to its end, or a sample lacks its image or record.
     """
+    packed = map_file(path)
     try:
         content = gzip.decompress(packed) if path.name.endswith(".gz") else packed
         spans = spans_by_key(content)

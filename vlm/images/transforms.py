@@ -2,8 +2,9 @@
 
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,10 +41,33 @@ def evaluation_transform(
     missing = {"size", "mean", "std", "interpolation", "resize_mode"} - set(description)
     if missing:
         raise ConfigError(f"the image preprocessing lacks {', '.join(sorted(missing))}")
-    transform: Callable[[Image.Image], Tensor] = image_transform_v2(
-        PreprocessCfg(**description), is_train=False
-    )
-    return transform
+    transform = image_transform_v2(PreprocessCfg(**description), is_train=False)
+    transform.transforms.insert(0, partial(_without_extreme_sides, **description))
+    typed: Callable[[Image.Image], Tensor] = transform
+    return typed
+
+
+def _without_extreme_sides(
+    image: Image.Image, *, size: int | Sequence[int], resize_mode: str, **_: Any
+) -> Image.Image:
+    """Cut or pad a thin image, whose resizing would cost gigabytes or leave no pixel.
+
+    Other images, up to 8 times as long as wide, are returned as they are.
+    """
+    short, long = sorted(image.size)
+    across = image.width < image.height  # the axis that is cut or padded
+    if resize_mode == "shortest" and long > 8 * short:
+        # The centre crop reads one short side of the long one. Four leave the resampling filter
+        # the pixels around it, and an even difference leaves the centre where it was.
+        kept = 4 * short + (long - 4 * short) % 2
+        first = (long - kept) // 2
+        last = first + kept
+        box = (0, first, short, last) if across else (first, 0, last, short)
+        return image.crop(box)
+    side = size if isinstance(size, int) else min(size)
+    if resize_mode == "longest" and short * side < long:  # less than a pixel would be left
+        return image.resize((1, side) if across else (side, 1))
+    return image
 
 
 class TrainingTransform:

@@ -17,9 +17,10 @@ from vlm.embedding.bulk import BulkEmbedder
 from vlm.embedding.embedder import Embedder
 from vlm.embedding.parts import images_in_split, read_embeddings, write_embeddings
 from vlm.errors import ConfigError
+from vlm.evaluation.config import RetrievalSource
 from vlm.evaluation.indexes.comparison import IndexPlan
 from vlm.evaluation.retrieval.evaluation import evaluate_with_protocol
-from vlm.evaluation.retrieval.sources import RetrievalSource, open_source
+from vlm.evaluation.retrieval.sources import open_source
 from vlm.files import write_file
 from vlm.reports.document import (
     Bullets,

@@ -162,7 +162,7 @@ def test_the_options_survive_being_printed_and_read_again(tmp_path, capsys):
         ([{"pth": "a"}], "no setting 'pth'; did you mean 'path'?"),
         ([{"path": "a", "zzz": 1}], "no setting 'zzz'; expected path, name, kind, split,"),
         ([{"name": "a"}], "has no path; found name"),
-        ([{"path": "a", "allowed_share": 2.0}], "allowed_share is 2.0; expected a share in [0, 1]"),
+        ([{"path": "a", "allowed_share": 2.0}], "allowed_share is 2.0; expected a ratio in [0, 1]"),
         ([{"path": "a", "duplicates": "by luck"}], "by luck"),
         ([3], "data has the entry 3; expected texts NAME=PATH or PATH, or mappings with path"),
         ("MUGE=a", "data is 'MUGE=a'; expected a list of texts"),

@@ -23,10 +23,9 @@ from vlm.embedding.embedder import Embedder
 from vlm.evaluation.classification.class_names import read_class_names
 from vlm.evaluation.classification.dataset import images_of_split
 from vlm.evaluation.classification.evaluation import classifier_weights, evaluate_classification
-from vlm.evaluation.retrieval.benchmarks.benchmark import Captions, correct_pairs
 from vlm.evaluation.retrieval.evaluation import evaluate_retrieval
 from vlm.evaluation.retrieval.metrics import recall_at
-from vlm.evaluation.retrieval.pairs import RetrievalPairs, Texts
+from vlm.evaluation.retrieval.pairs import RetrievalPairs, Texts, correct_pairs
 from vlm.evaluation.retrieval.ranks import exact_ranks
 from vlm.images.config import PreprocessConfig
 from vlm.images.decoding import decode_image
@@ -109,8 +108,8 @@ def captions_of(emoji, language):
 def our_scores(embedder, emoji, language, policy):
     """Return R@1, R@5 and R@10 by direction."""
     texts, owners = captions_of(emoji, language)
-    captions = Captions(texts=texts, pairs=np.stack([np.arange(len(texts)), owners], axis=1))
-    asked = Texts(texts=texts, matches=correct_pairs(captions, policy))
+    owned = np.stack([np.arange(len(texts)), owners], axis=1)
+    asked = Texts(texts=texts, matches=correct_pairs(texts, owned, policy))
     pairs = RetrievalPairs(images=[each.image for each in emoji], texts={language: asked})
     scores = evaluate_retrieval(embedder, pairs, cutoffs=CUTOFFS)
     return {

@@ -9,12 +9,12 @@ from vlm.calibration import Calibration
 from vlm.embedding.embedder import Embedder
 from vlm.errors import DataError, VlmError
 from vlm.evaluation.calibration import (
-    CalibrationPlan,
     calibrate,
     halves_of_images,
     pair_cosines,
     reliability,
 )
+from vlm.evaluation.config import CalibrationPlan
 from vlm.evaluation.isotonic import PairCosines
 from vlm.evaluation.retrieval.pairs import RetrievalPairs, Texts, pairs_of_split
 

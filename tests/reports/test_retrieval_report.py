@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from vlm.embedding.bulk import BulkEmbedder
+from vlm.evaluation.config import RetrievalSource
 from vlm.evaluation.indexes.comparison import IndexPlan
 from vlm.evaluation.retrieval.evaluation import Vectors, evaluate_with_protocol, ranks_of
-from vlm.evaluation.retrieval.sources import RetrievalSource, open_source
+from vlm.evaluation.retrieval.sources import open_source
 from vlm.reports.document import Bullets, Examples, Table, as_markdown, write_report
 from vlm.reports.retrieval_examples import MISSED_BEYOND, _text_example, drawn_examples
 from vlm.reports.retrieval_report import retrieval_document, retrieval_sections

@@ -8,8 +8,9 @@ import pytest
 import vlm
 from tests.builders import make_samples, write_split
 from vlm.embedding.bulk import BulkEmbedder
+from vlm.evaluation.config import RetrievalSource
 from vlm.evaluation.retrieval.evaluation import evaluate_with_protocol
-from vlm.evaluation.retrieval.sources import RetrievalSource, open_source, sources_of
+from vlm.evaluation.retrieval.sources import open_source, sources_of
 from vlm.reports.retrieval_run import RetrievalRun, ScoredBenchmark
 
 

@@ -7,14 +7,14 @@ from jsonargparse import ArgumentParser
 
 from vlm.checkpoints.config import ConversionConfig
 from vlm.cli.main import VERBS, main
-from vlm.evaluation.calibration import CalibrationPlan
+from vlm.evaluation.config import CalibrationPlan
 from vlm.models.config import GrowthConfig
 from vlm.text.config import SentencePieceConfig, TokenizerConfig
 from vlm.training.config import TrainConfig
 
-SOURCES = {"data", "split", "languages", "where", "images", "duplicates", "lower_case"} | {
-    "allowed_share"
-}
+SOURCES = {"data", "split", "language", "languages", "where", "images"} | {
+    "duplicates", "lower_case", "allowed_share",
+}  # fmt: skip
 INDEXES = {"index", "target_recall", "memory", "sweep"}
 TRAIN = {*TrainConfig.__dataclass_fields__, "config", "print_config"}
 TEXTS = {"zh", "en", "column", "split"}

@@ -13,7 +13,8 @@ from vlm.bundle import store_calibration
 from vlm.cli.evaluation_sources import add_source_arguments, sources
 from vlm.cli.processes import refuse_several_processes
 from vlm.embedding.embedder import Embedder
-from vlm.evaluation.calibration import CalibrationPlan, Reliability, calibrate
+from vlm.evaluation.calibration import Reliability, calibrate
+from vlm.evaluation.config import CalibrationPlan
 from vlm.evaluation.retrieval.sources import open_source
 from vlm.markdown import markdown_table
 

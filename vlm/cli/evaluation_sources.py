@@ -10,11 +10,11 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from vlm.errors import ConfigError
-from vlm.evaluation.retrieval.benchmarks.benchmark import DuplicatePolicy
-from vlm.evaluation.retrieval.sources import FOLDER_SPLIT, RetrievalSource, sources_of
+from vlm.evaluation.config import DuplicatePolicy, RetrievalSource
+from vlm.evaluation.retrieval.sources import FOLDER_SPLIT, sources_of
 
 _SETTINGS = tuple(RetrievalSource.__dataclass_fields__)
-_COMMON = ("split", "languages", "where", "images", "duplicates", "lower_case", "allowed_share")
+_COMMON = tuple(name for name in _SETTINGS if name not in ("path", "name", "kind"))
 _ENTRIES = "texts NAME=PATH or PATH, or mappings with path"
 _LISTS = {
     "data": _ENTRIES,
@@ -51,6 +51,11 @@ def add_source_arguments(
     parser.add_argument(
         "--split", type=str | None, default=None,
         help=f"split to ask; default: of a data folder {folder_split}, else the only one or test",
+    )  # fmt: skip
+    parser.add_argument(
+        "--language", type=str | None, default=None,
+        help="of a benchmark: language of captions whose file does not name it; default: "
+        "recognised from their letters",
     )  # fmt: skip
     parser.add_argument(
         "--languages", nargs="+", default=None,

@@ -10,37 +10,13 @@ from numpy.typing import NDArray
 
 from vlm.calibration import Calibration
 from vlm.embedding.embedder import Embedder
-from vlm.errors import ConfigError, DataError, VlmError
+from vlm.errors import DataError, VlmError
+from vlm.evaluation.config import CalibrationPlan
 from vlm.evaluation.isotonic import PairCosines, fit_map, threshold_for
 from vlm.evaluation.retrieval.pairs import RetrievalPairs, linked_groups
 
 _TILE = 1 << 16  # pairs whose vectors are multiplied at a time
 _BINS = 15
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibrationPlan:
-    """What a calibration aims at, and on how many pairs it is fitted."""
-
-    prior: float = 0.5
-    """Share of matching pairs among those whose probability will be asked for."""
-    precision: float = 0.9
-    """Share of matches that the pairs from the threshold on shall have, at the prior."""
-    most_wrong: int = 1_000_000
-    """About how many wrong pairs of a language to look at; all where there are fewer."""
-    seed: int = 0
-    """Decides the halves and the sample of wrong pairs."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.prior < 1:
-            raise ConfigError(f"the prior is {self.prior}; expected a share between 0 and 1")
-        if not 0 < self.precision <= 1:
-            raise ConfigError(
-                f"the precision is {self.precision}; expected a share above 0, at most 1"
-            )
-        for name, value, least in (("most_wrong", self.most_wrong, 1), ("seed", self.seed, 0)):
-            if value < least:
-                raise ConfigError(f"{name} is {value}; expected at least {least}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from tests.builders import make_sample, make_samples
+from tests.support.processes import run_in_processes
+from vlm.distributed.groups import world_group
 from vlm.embedding.bulk import BulkEmbedder
 from vlm.embedding.embedder import Embedder
 from vlm.errors import VlmError
@@ -30,10 +32,17 @@ class TableEmbedder(Embedder):
         self.embed_dim = len(next(iter(table.values())))
 
     def encode_text(self, texts, **_):
-        return np.stack([self.table[text] for text in texts])
+        return self._rows(texts)
 
     def encode_image(self, images, **_):
-        return np.stack([self.table[image] for image in images])
+        return self._rows(images)
+
+    def _rows(self, names):
+        return (
+            np.array([self.table[name] for name in names])
+            .reshape(-1, self.embed_dim)
+            .astype(np.float32)
+        )
 
 
 def brute_force_recall(similarity, correct, k):
@@ -91,6 +100,19 @@ def test_recalls_equal_brute_force(seed, levels):
         assert {key: scores[key] for key in expected} == pytest.approx(expected)
         assert scores[f"{language}/mean_recall"] == pytest.approx(np.mean(list(expected.values())))
     assert len(scores) == 14 + 8  # and medians and reciprocal means of both directions
+
+
+def _scores_of_a_group(rank):
+    embedder, pairs = make_case(3, levels=1)
+    scores = evaluate_retrieval(embedder, pairs, group=world_group())
+    return torch.tensor(list(scores.values()), dtype=torch.float64)
+
+
+@pytest.mark.distributed
+def test_every_rank_of_a_group_gets_the_scores_of_one_process():
+    expected = _scores_of_a_group(0)
+    for found in run_in_processes(_scores_of_a_group, 3):
+        assert found.tolist() == expected.tolist()
 
 
 def test_cutoffs_are_those_asked_for():

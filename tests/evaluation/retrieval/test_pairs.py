@@ -11,11 +11,8 @@ from vlm.errors import DataError
 from vlm.evaluation.retrieval.benchmarks.benchmark import Captions
 from vlm.evaluation.retrieval.benchmarks.images import Images
 from vlm.evaluation.retrieval.benchmarks.opening import open_benchmark
-from vlm.evaluation.retrieval.pairs import (
-    linked_groups,
-    pairs_of_benchmark,
-    pairs_of_split,
-)
+from vlm.evaluation.retrieval.pairs import correct_pairs, linked_groups, pairs_of_split
+from vlm.evaluation.retrieval.sources import pairs_of_benchmark
 
 
 def pairs_of(folder, samples, *, languages=("zh", "en"), where=()):
@@ -230,6 +227,33 @@ def test_a_caption_that_was_left_out_moves_no_other_to_its_place(tmp_path):
         ("a white house", "白房子"),
         ("a blue car", "蓝色汽车"),
     ]
+
+
+CATS = ["a cat", "a dog", "a cat", "a cat"]
+PAIRS = np.array([[0, 0], [1, 0], [1, 2], [2, 1], [3, 0]])
+
+
+def test_by_id_a_text_has_the_images_that_the_file_gives_it():
+    assert correct_pairs(CATS, PAIRS, "by id").tolist() == PAIRS.tolist()
+
+
+def test_by_string_a_text_has_every_image_with_an_equal_text():
+    expected = {
+        (text, image)
+        for text, string in enumerate(CATS)
+        for other, image in PAIRS.tolist()
+        if CATS[other] == string
+    }
+    pairs = correct_pairs(CATS, PAIRS, "by string")
+    assert set(map(tuple, pairs.tolist())) == expected
+    assert len(pairs) == len(expected)
+    assert pairs.dtype == np.int64
+
+
+def test_no_captions_have_no_pairs():
+    none = np.zeros((0, 2), np.int64)
+    assert correct_pairs([], none, "by id").shape == (0, 2)
+    assert correct_pairs([], none, "by string").shape == (0, 2)
 
 
 @pytest.mark.parametrize("seed", range(20))

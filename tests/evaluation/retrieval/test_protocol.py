@@ -6,8 +6,7 @@ import pytest
 from tests.builders import encoded, make_image
 from vlm.embedding.bulk import BulkEmbedder
 from vlm.errors import DataError
-from vlm.evaluation.retrieval.benchmarks.benchmark import Captions, correct_pairs
-from vlm.evaluation.retrieval.pairs import RetrievalPairs, Texts
+from vlm.evaluation.retrieval.pairs import RetrievalPairs, Texts, correct_pairs
 from vlm.evaluation.retrieval.protocol import (
     question_of,
     questions_of,
@@ -58,9 +57,8 @@ def test_whatever_changes_a_score_changes_the_fingerprint(changes):
 
 
 def test_the_policy_of_duplicates_is_in_the_fingerprint_by_what_it_does():
-    captions = Captions(texts=TEXTS, pairs=PAIRS)
     by_id, by_string = (
-        question(matches=correct_pairs(captions, policy), duplicates=policy)
+        question(matches=correct_pairs(TEXTS, PAIRS, policy), duplicates=policy)
         for policy in ("by id", "by string")
     )
     assert by_id.captions_per_image[2] == 2

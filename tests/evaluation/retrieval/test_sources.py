@@ -8,9 +8,15 @@ import pytest
 
 from tests.builders import THINGS, encoded, make_image, make_samples, write_split
 from vlm.errors import ConfigError, DataError
+from vlm.evaluation.config import RetrievalSource
 from vlm.evaluation.retrieval.benchmarks.opening import open_benchmark
-from vlm.evaluation.retrieval.pairs import pairs_of_benchmark, pairs_of_split
-from vlm.evaluation.retrieval.sources import RetrievalSource, open_source, parse_source, sources_of
+from vlm.evaluation.retrieval.pairs import pairs_of_split
+from vlm.evaluation.retrieval.sources import (
+    open_source,
+    pairs_of_benchmark,
+    parse_source,
+    sources_of,
+)
 
 ASKED = ("zh", "en")
 
@@ -149,7 +155,7 @@ def test_settings_that_say_nothing_may_stand(folder, table):
 
 @pytest.mark.parametrize("share", [-0.1, 1.01])
 def test_a_share_that_is_none_is_refused(share):
-    with pytest.raises(ConfigError, match=rf"allowed_share is {share}; expected a share in"):
+    with pytest.raises(ConfigError, match=rf"allowed_share is {share}; expected a ratio in"):
         RetrievalSource(path=Path("x"), allowed_share=share)
 
 

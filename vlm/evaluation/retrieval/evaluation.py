@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 
-from vlm.distributed.groups import RankGroup
+from vlm.distributed.groups import SINGLE, RankGroup
 from vlm.embedding.bulk import BulkEmbedder
 from vlm.embedding.embedder import Embedder
 from vlm.evaluation.bootstrap import LEVEL
@@ -79,7 +79,7 @@ class Evaluation:
 
 def evaluate_retrieval(
     embedder: Embedder, pairs: RetrievalPairs, *, cutoffs: Sequence[int] = CUTOFFS,
-    show_progress_bar: bool = False,
+    group: RankGroup = SINGLE, show_progress_bar: bool = False,
 ) -> dict[str, float]:  # fmt: skip
     """Return recalls in [0, 1] under keys such as `zh/text_to_image/recall@1`.
 
@@ -89,12 +89,22 @@ def evaluate_retrieval(
     its correct answers is among the first k; a wrong answer with an equal score comes first (see
     `vlm.evaluation.retrieval.metrics`). Ranks are exact, among all candidates.
 
+    Args:
+        embedder: The model.
+        pairs: The benchmark.
+        cutoffs: The k of the recalls, at least 1 each.
+        group: Ranks that share the work; each must call this with the same arguments, and gets
+            the same scores.
+        show_progress_bar: Whether to show progress on stderr.
+
     Raises:
         VlmError: there are no cutoffs, or one is less than 1.
+        DataError: an image cannot be read (on every rank).
     """
     check_cutoffs(cutoffs)
-    bulk = BulkEmbedder(embedder, show_progress_bar=show_progress_bar)
-    ranks = ranks_of(embed_pairs(bulk, pairs), pairs, device=embedder.device)
+    bulk = BulkEmbedder(embedder, group=group, show_progress_bar=show_progress_bar)
+    vectors = embed_pairs(bulk, pairs)
+    ranks = ranks_of(vectors, pairs, device=embedder.device, group=group)
     return scores_of(ranks, cutoffs)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Int64
@@ -11,8 +12,11 @@ from vlm.data.conditions import samples_where
 from vlm.data.dataset import ShardedSplit
 from vlm.data.sample import Sample
 from vlm.errors import DataError
-from vlm.evaluation.retrieval.benchmarks.benchmark import Benchmark, DuplicatePolicy, correct_pairs
+from vlm.evaluation.config import DuplicatePolicy
 from vlm.images.decoding import ImageSource
+
+DATA_FOLDER = "data folder"
+"""The kind of pairs that come from no published benchmark's files."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,9 +37,15 @@ class RetrievalPairs:
     texts: Mapping[str, Texts]
     """The texts by language code."""
     duplicates: DuplicatePolicy = "by id"
-    """Which images are right where several have the same text."""
+    """Which images are correct where several have the same text."""
     cleaning: str = "none"
     """What was done to the texts."""
+    kind: str = DATA_FOLDER
+    """`data folder`, or the kind of benchmark the files are."""
+    split: str = ""
+    """Empty where the files have no splits."""
+    findings: Mapping[str, Any] = field(default_factory=dict)
+    """What was found in a benchmark's files: what is not 0 or empty of its `Findings`."""
     translations: Mapping[tuple[str, str], Int64[np.ndarray, "pairs 2"]] = field(
         default_factory=dict
     )
@@ -80,62 +90,38 @@ def pairs_of_split(
         images=[sample.image for sample in samples],
         texts=texts,
         duplicates="by string",
-        translations=_translations(_of_concepts(asked)),
+        translations=translations_of(_of_concepts(asked)),
     )
 
 
-def pairs_of_benchmark(
-    benchmark: Benchmark,
-    *,
-    duplicates: DuplicatePolicy = "by id",
-    lower_case: bool = False,
-    languages: Sequence[str] = (),
-) -> RetrievalPairs:
-    """Make the questions of a benchmark's files.
+def correct_pairs(
+    texts: Sequence[str], pairs: Int64[np.ndarray, "pairs 2"], policy: DuplicatePolicy
+) -> Int64[np.ndarray, "matches 2"]:
+    """Return the pairs (text, image) that count as correct, by text and image.
+
+    * `by id`: the images that the file gives a text, and no others. Chinese-CLIP's
+      `eval/evaluation.py` asks so: each caption is its own text, known by its `text_id`.
+    * `by string`: every image that has an equal caption. M2-Encoder's `eval_retrieval.py` keys
+      its correct answers by the text itself, so in text-to-image a caption that occurs with two
+      images finds either. (In image-to-text that script knows only the last of equal captions;
+      here all of them are correct.)
 
     Args:
-        benchmark: The images and captions.
-        duplicates: Which images are right where several have the same caption.
-        lower_case: Whether captions are brought to lower case first, as Chinese-CLIP's and
-            M2-Encoder's evaluations do, which also write “ and ” as plain quotation marks.
-        languages: The languages to ask in; none for all.
-
-    Raises:
-        DataError: the benchmark has no captions in a language that is asked for.
+        texts: The captions.
+        pairs: Pairs (text, image) as a file has them.
+        policy: Which images are correct where several have the same caption.
     """
-    missing = [language for language in languages if language not in benchmark.captions]
-    if missing:
-        raise DataError(
-            f"{benchmark.name} has captions in {', '.join(benchmark.captions)}; expected "
-            f"{', '.join(missing)} as well"
-        )
-    texts = {
-        language: Texts(
-            texts=[_lowered(text) for text in captions.texts] if lower_case else captions.texts,
-            matches=correct_pairs(captions, duplicates),
-        )
-        for language, captions in benchmark.captions.items()
-        if not languages or language in languages
-    }
-    cleaning = [benchmark.cleaning] if benchmark.cleaning != "none" else []
-    cleaning += ["lower case, plain quotation marks"] if lower_case else []
-    return RetrievalPairs(
-        images=benchmark.images,
-        texts=texts,
-        duplicates=duplicates,
-        cleaning="; ".join(cleaning) or "none",
-        translations=_translations(
-            {
-                language: np.column_stack([captions.pairs, captions.turns])
-                for language, captions in benchmark.captions.items()
-                if language in texts and captions.turns is not None
-            }
-        ),
-    )
-
-
-def _lowered(text: str) -> str:
-    return text.lower().replace("“", '"').replace("”", '"')
+    if policy == "by id":
+        return np.unique(pairs, axis=0)
+    numbers: dict[str, int] = {}
+    of_text = [numbers.setdefault(text, len(numbers)) for text in texts]
+    images: list[set[int]] = [set() for _ in numbers]
+    for text, image in pairs.tolist():
+        images[of_text[text]].add(image)
+    matches = [
+        (text, image) for text, number in enumerate(of_text) for image in sorted(images[number])
+    ]
+    return np.array(matches, dtype=np.int64).reshape(-1, 2)
 
 
 def linked_groups(
@@ -213,13 +199,15 @@ def _of_concepts(
     return found
 
 
-def _translations(
+def translations_of(
     said: Mapping[str, Int64[np.ndarray, "_ 3"]],
 ) -> dict[tuple[str, str], Int64[np.ndarray, "pairs 2"]]:
-    """Pair what is said of a thing in one language with what is said at that turn in another.
+    """Pair the captions of an image in one language with those of the same turn in another.
 
     Args:
-        said: By language, rows (text, thing, turn); no two rows have thing and turn in common.
+        said: By language, rows (text, image, turn), or a concept instead of an image; no two rows
+            of a language have both in common. The turn counts the captions of the image in that
+            language from 0, in the order of the file.
     """
     if len(said) < 2:
         return {}

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from vlm.embedding.bulk import digest_of_image
 from vlm.embedding.embedder import Embedder
 from vlm.errors import DataError
-from vlm.evaluation.retrieval.benchmarks.benchmark import DuplicatePolicy
+from vlm.evaluation.config import DuplicatePolicy
 from vlm.evaluation.retrieval.pairs import RetrievalPairs
 from vlm.images.decoding import ImageSource
 

@@ -5,61 +5,29 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vlm.data.manifest import is_data_folder
 from vlm.errors import ConfigError, DataError
-from vlm.evaluation.retrieval.benchmarks.benchmark import DuplicatePolicy
-from vlm.evaluation.retrieval.benchmarks.opening import Kind, open_benchmark
-from vlm.evaluation.retrieval.pairs import RetrievalPairs, pairs_of_benchmark, pairs_of_split
-
-DATA_FOLDER = "data folder"
-"""The kind of a source that is no published benchmark's files."""
+from vlm.evaluation.config import DuplicatePolicy, RetrievalSource
+from vlm.evaluation.retrieval.benchmarks.benchmark import Benchmark
+from vlm.evaluation.retrieval.benchmarks.opening import open_benchmark
+from vlm.evaluation.retrieval.pairs import (
+    DATA_FOLDER,
+    RetrievalPairs,
+    Texts,
+    correct_pairs,
+    pairs_of_split,
+    translations_of,
+)
 
 FOLDER_SPLIT = "test_style"
 """The split of a data folder where none is named."""
 
 _FOR_FOLDERS = ("where",)
-_FOR_BENCHMARKS = ("kind", "images", "duplicates", "lower_case", "allowed_share")
+_FOR_BENCHMARKS = ("kind", "images", "language", "duplicates", "lower_case", "allowed_share")
 _PACKED = ("chinese-clip", "webdataset")
 _ALLOWED_SHARE = 0.01
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RetrievalSource:
-    """A benchmark and how to ask it; a setting that is not given takes what fits the files."""
-
-    path: Path
-    """A data folder, or the file or folder of a published benchmark."""
-    name: str = ""
-    """What scores are called by; by default a data folder's split, or the name of the file."""
-    kind: Kind | None = None
-    """Which kind of benchmark the files are, where they do not tell."""
-    split: str | None = None
-    """Of a data folder `test_style` by default, of other files the only one, or `test`."""
-    images: Path | None = None
-    """Of a benchmark: the folder of its images, where they are not beside its file."""
-    languages: Sequence[str] | None = None
-    """Languages to ask in; by default all, of a data folder those of the model."""
-    where: Sequence[str] | None = None
-    """Of a data folder: conditions on samples, such as `source=noto` or `group!=flags`."""
-    duplicates: DuplicatePolicy | None = None
-    """Of a benchmark: which images are right where several have the same caption; by default
-    `by id`."""
-    lower_case: bool | None = None
-    """Of a benchmark: captions in lower case, as Chinese-CLIP and M2-Encoder evaluate."""
-    allowed_share: float | None = None
-    """Of a benchmark: share of images and captions that may be missing or damaged; by default
-    0.01."""
-
-    def __post_init__(self) -> None:
-        if self.allowed_share is not None and not 0 <= self.allowed_share <= 1:
-            raise ConfigError(f"allowed_share is {self.allowed_share}; expected a share in [0, 1]")
-
-    def as_record(self) -> dict[str, Any]:
-        """Return the settings as plain values, for JSON; None for what was not given."""
-        return {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in asdict(self).items()
-        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,6 +148,7 @@ def _open_benchmark(source: RetrievalSource) -> OpenedSource:
         kind=source.kind,
         split=source.split,
         images=source.images,
+        language=source.language,
         allowed_share=_ALLOWED_SHARE if share is None else share,
     )
     _refuse(source, _FOR_FOLDERS, what=f"a benchmark ({benchmark.kind})", owner="data folders")
@@ -201,6 +170,60 @@ def _open_benchmark(source: RetrievalSource) -> OpenedSource:
         name=source.name, pairs=pairs, kind=benchmark.kind, split=benchmark.split, source=source,
         findings=found,
     )  # fmt: skip
+
+
+def pairs_of_benchmark(
+    benchmark: Benchmark,
+    *,
+    duplicates: DuplicatePolicy = "by id",
+    lower_case: bool = False,
+    languages: Sequence[str] = (),
+) -> RetrievalPairs:
+    """Make the questions of a benchmark's files.
+
+    Args:
+        benchmark: The images and captions.
+        duplicates: Which images are right where several have the same caption.
+        lower_case: Whether captions are brought to lower case first, as Chinese-CLIP's and
+            M2-Encoder's evaluations do, which also write “ and ” as plain quotation marks.
+        languages: The languages to ask in; none for all.
+
+    Raises:
+        DataError: the benchmark has no captions in a language that is asked for.
+    """
+    missing = [language for language in languages if language not in benchmark.captions]
+    if missing:
+        raise DataError(
+            f"{benchmark.name} has captions in {', '.join(benchmark.captions)}; expected "
+            f"{', '.join(missing)} as well"
+        )
+    texts = {
+        language: Texts(
+            texts=[_lowered(text) for text in captions.texts] if lower_case else captions.texts,
+            matches=correct_pairs(captions.texts, captions.pairs, duplicates),
+        )
+        for language, captions in benchmark.captions.items()
+        if not languages or language in languages
+    }
+    cleaning = [benchmark.cleaning] if benchmark.cleaning != "none" else []
+    cleaning += ["lower case, plain quotation marks"] if lower_case else []
+    return RetrievalPairs(
+        images=benchmark.images,
+        texts=texts,
+        duplicates=duplicates,
+        cleaning="; ".join(cleaning) or "none",
+        translations=translations_of(
+            {
+                language: np.column_stack([captions.pairs, captions.turns])
+                for language, captions in benchmark.captions.items()
+                if language in texts and captions.turns is not None
+            }
+        ),
+    )
+
+
+def _lowered(text: str) -> str:
+    return text.lower().replace("“", '"').replace("”", '"')
 
 
 def _refuse(source: RetrievalSource, settings: Sequence[str], *, what: str, owner: str) -> None:

@@ -15,9 +15,9 @@ import torch
 from tests.builders import THINGS, encoded, make_image
 from vlm.errors import DataError
 from vlm.evaluation.retrieval.benchmarks.assembling import Request
-from vlm.evaluation.retrieval.benchmarks.benchmark import correct_pairs
 from vlm.evaluation.retrieval.benchmarks.chinese_clip import list_chinese_clip
 from vlm.evaluation.retrieval.benchmarks.opening import open_benchmark
+from vlm.evaluation.retrieval.pairs import correct_pairs
 from vlm.images.decoding import decode_image
 
 ZH = [zh for _, zh in THINGS]
@@ -70,8 +70,9 @@ def test_a_folder_is_read_as_it_was_written(tmp_path, encode):
     assert found.images[1:3] == list(IMAGES.values())[1:3]
     assert set(found.captions) == {"zh"}
     assert found.captions["zh"].texts == [ZH[0], ZH[1], ZH[0]]
-    assert correct_pairs(found.captions["zh"], "by id").tolist() == [[0, 1], [1, 0], [1, 2], [2, 3]]
-    assert len(correct_pairs(found.captions["zh"], "by string")) == 6
+    captions = found.captions["zh"]
+    assert captions.pairs.tolist() == [[0, 1], [1, 0], [1, 2], [2, 3]]
+    assert len(correct_pairs(captions.texts, captions.pairs, "by string")) == 6
     assert found.findings.duplicate_captions == 1
     assert found.findings.images_without_caption == 0
     assert found.files == (folder / "valid_texts.jsonl", folder / "valid_imgs.tsv")

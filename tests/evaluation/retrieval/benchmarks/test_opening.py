@@ -64,7 +64,7 @@ def test_the_language_is_told_by_the_letters(tmp_path, texts, language):
 @pytest.mark.parametrize("texts", [["猫がいる", "犬がいる"], ["고양이"], ["кошка"], ["12", "3"]])
 def test_another_language_must_be_named(tmp_path, texts):
     path = write_lines(tmp_path / "a.jsonl", texts)
-    with pytest.raises(DataError, match="clearly neither zh nor en; say which language it is"):
+    with pytest.raises(DataError, match="clearly neither zh nor en; give the language"):
         open_benchmark(path)
     found = open_benchmark(path, language="xx")
     assert found.captions["xx"].texts == texts

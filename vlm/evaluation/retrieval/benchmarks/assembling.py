@@ -157,7 +157,7 @@ def language_of(texts: Iterable[str], name: str) -> tuple[str, str]:
         return "zh", f"{note}; taken for Chinese"
     if latin >= 0.8 * letters:
         return "en", f"{note}; taken for English"
-    raise DataError(f"{note}, which is clearly neither zh nor en; say which language it is")
+    raise DataError(f"{note}, which is clearly neither zh nor en; give the language (--language)")
 
 
 def _cleaned(rows: Sequence[Row], counts: Counter[str]) -> Sequence[Row]:

@@ -3,16 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Int64
 
 from vlm.errors import DataError
 from vlm.evaluation.retrieval.benchmarks.images import Images
-
-DuplicatePolicy = Literal["by id", "by string"]
-"""Which images are right answers where several of them have the same caption."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,29 +71,6 @@ class Benchmark:
     """The files with captions, lists and packed images, for hashing; no single images."""
     cleaning: str
     """What was done to the texts."""
-
-
-def correct_pairs(captions: Captions, policy: DuplicatePolicy) -> Int64[np.ndarray, "matches 2"]:
-    """Return the pairs (text, image) that count as right, by text and image.
-
-    * `by id`: the images that the file gives a text, and no others. Chinese-CLIP's
-      `eval/evaluation.py` asks so: each caption is its own text, known by its `text_id`.
-    * `by string`: every image that has an equal caption. M2-Encoder's `eval_retrieval.py` keys
-      its right answers by the text itself, so in text-to-image a caption that occurs with two
-      images finds either. (In image-to-text that script knows only the last of equal captions;
-      here all of them are right.)
-    """
-    if policy == "by id":
-        return np.unique(captions.pairs, axis=0)
-    numbers: dict[str, int] = {}
-    of_text = [numbers.setdefault(text, len(numbers)) for text in captions.texts]
-    images: list[set[int]] = [set() for _ in numbers]
-    for text, image in captions.pairs.tolist():
-        images[of_text[text]].add(image)
-    pairs = [
-        (text, image) for text, number in enumerate(of_text) for image in sorted(images[number])
-    ]
-    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
 
 def check(findings: Findings, *, source: str, allowed_share: float = 0.0) -> None:

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 from vlm.errors import DataError
+from vlm.evaluation.config import Kind
 from vlm.evaluation.retrieval.benchmarks.annotations import (
     is_karpathy,
     is_m2_encoder,
@@ -26,11 +27,6 @@ from vlm.evaluation.retrieval.benchmarks.numbered_captions import (
 )
 from vlm.evaluation.retrieval.benchmarks.tables import is_table, list_table
 from vlm.evaluation.retrieval.benchmarks.tar_shards import is_tar_shards, list_tar_shards
-
-Kind = Literal[
-    "chinese-clip", "m2-encoder", "karpathy", "numbered-captions", "xm3600", "xtd10", "webdataset",
-    "table",
-]  # fmt: skip
 
 
 class _Reader(NamedTuple):

@@ -1,0 +1,84 @@
+"""What can be set of an evaluation: where a benchmark lies and how it is asked."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from vlm.errors import ConfigError
+
+DuplicatePolicy = Literal["by id", "by string"]
+"""Which images are correct answers where several of them have the same caption."""
+
+Kind = Literal[
+    "chinese-clip", "m2-encoder", "karpathy", "numbered-captions", "xm3600", "xtd10", "webdataset",
+    "table",
+]  # fmt: skip
+"""The kinds of benchmark files that can be read."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RetrievalSource:
+    """A benchmark and how to ask it; a setting that is not given takes what fits the files."""
+
+    path: Path
+    """A data folder, or the file or folder of a published benchmark."""
+    name: str = ""
+    """The name its scores get; by default a data folder's split, or the name of the file."""
+    kind: Kind | None = None
+    """The kind of benchmark, if it cannot be recognised from the files."""
+    split: str | None = None
+    """Of a data folder `test_style` by default, of other files the only one, or `test`."""
+    images: Path | None = None
+    """Of a benchmark: the folder of its images, if they are not next to its file."""
+    language: str | None = None
+    """Of a benchmark: the language of captions whose file does not name it; by default recognised
+    from their letters."""
+    languages: Sequence[str] | None = None
+    """Languages to ask in; by default all, of a data folder those of the model."""
+    where: Sequence[str] | None = None
+    """Of a data folder: conditions on samples, such as `source=noto` or `group!=flags`."""
+    duplicates: DuplicatePolicy | None = None
+    """Of a benchmark: which images are correct where several have the same caption; by default
+    `by id`."""
+    lower_case: bool | None = None
+    """Of a benchmark: captions in lower case, as Chinese-CLIP and M2-Encoder evaluate."""
+    allowed_share: float | None = None
+    """Of a benchmark: ratio of images and captions that may be missing or damaged; by default
+    0.01."""
+
+    def __post_init__(self) -> None:
+        if self.allowed_share is not None and not 0 <= self.allowed_share <= 1:
+            raise ConfigError(f"allowed_share is {self.allowed_share}; expected a ratio in [0, 1]")
+
+    def as_record(self) -> dict[str, Any]:
+        """Return the settings as plain values, for JSON; None for what was not given."""
+        return {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in asdict(self).items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationPlan:
+    """What a calibration aims at, and on how many pairs it is fitted."""
+
+    prior: float = 0.5
+    """Ratio of matching pairs among those whose probability will be asked for."""
+    precision: float = 0.9
+    """Precision that the threshold must reach, at the prior."""
+    most_wrong: int = 1_000_000
+    """About how many wrong pairs of a language to sample; all if there are fewer."""
+    seed: int = 0
+    """Seed of the split into halves and of the sample of wrong pairs."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.prior < 1:
+            raise ConfigError(f"the prior is {self.prior}; expected a number between 0 and 1")
+        if not 0 < self.precision <= 1:
+            raise ConfigError(
+                f"the precision is {self.precision}; expected a number above 0, at most 1"
+            )
+        for name, value, least in (("most_wrong", self.most_wrong, 1), ("seed", self.seed, 0)):
+            if value < least:
+                raise ConfigError(f"{name} is {value}; expected at least {least}")

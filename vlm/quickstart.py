@@ -32,7 +32,7 @@ from vlm.reports.document import (
     Section,
     write_report,
 )
-from vlm.reports.examples import Answer, Example, FoundImage
+from vlm.reports.examples import Answer, Example, Found
 from vlm.reports.results import RECORD_NAME
 from vlm.reports.retrieval_report import retrieval_sections
 from vlm.reports.retrieval_run import RetrievalRun, ScoredBenchmark
@@ -59,7 +59,7 @@ FREE_QUERIES = (
     {"zh": "开心的笑脸", "en": "happy smiling face"},
     {"zh": "好吃的", "en": "something to eat"},
 )
-"""Questions that are nobody's caption, for the contact sheet."""
+"""Free-form queries, which no image has as its caption."""
 
 _INDEX = "HNSW32"  # approximate search, to show what it costs
 _IMAGES_PER_QUERY = 5
@@ -130,7 +130,7 @@ def _clear(folder: Path) -> None:
 
 
 def _worked_examples(config: TrainConfig, embedder: Embedder) -> Examples:
-    """Return names of concepts, one of each group, and free questions, with what they find."""
+    """Return names of concepts, one of each group, and free-form queries, with what they find."""
     samples = list(ShardedSplit(config.data.folder, SEARCHED_SPLIT))
     _, vectors, _ = read_embeddings(config.run_folder / "embeddings")
     index = VectorIndex.build(vectors)
@@ -147,7 +147,7 @@ def _worked_examples(config: TrainConfig, embedder: Embedder) -> Examples:
                 language=language,
                 query=text,
                 found=[
-                    FoundImage(
+                    Found(
                         image=samples[place].image,
                         correct=samples[place].concept == concept,
                         cosine=cosine,
@@ -161,9 +161,7 @@ def _worked_examples(config: TrainConfig, embedder: Embedder) -> Examples:
         ]
         items.append(Example(answers=answers))
     return Examples(
-        name="contact_sheet.svg",
-        items=items,
-        title="A drawing style never seen in training: what each query finds",
+        title="A drawing style never seen in training: what each query finds", examples=items
     )
 
 
@@ -183,8 +181,8 @@ def _document(
         title="What it finds",
         blocks=[
             Paragraph(
-                "Names of concepts picked by a hash, one from each group, then free questions that "
-                "are nobody's caption."
+                "Names of concepts picked by a hash, one from each group, then free-form queries, "
+                "which no image has as its caption."
             ),
             _worked_examples(config, embedder),
         ],
@@ -205,7 +203,7 @@ def _document(
 
 
 def _summary(config: TrainConfig, embedder: Embedder, seconds: float) -> list[Paragraph | Bullets]:
-    """Say what was trained, and what it is asked."""
+    """Say what was trained, and on what it is scored."""
     parameters = sum(parameter.numel() for parameter in embedder.bundle.model.parameters())
     samples = len(ShardedSplit(config.data.folder, config.data.split))
     epochs = config.schedule.steps * config.data.batch_size / samples
@@ -216,20 +214,19 @@ def _summary(config: TrainConfig, embedder: Embedder, seconds: float) -> list[Pa
         hardware += f" and {torch.cuda.get_device_name()}"
     return [
         Paragraph(
-            f"A dual encoder of {parameters / 1e6:.1f} million parameters "
+            f"A dual encoder with {parameters / 1e6:.1f} million parameters "
             f"(`{image_tower.timm_model_name}` at {image_tower.image_size} pixels), trained from "
-            f"nothing on {samples:,} emoji drawings with Chinese and English captions: "
+            f"scratch on {samples:,} emoji drawings with Chinese and English captions: "
             f"{config.schedule.steps} steps of {config.data.batch_size} samples "
-            f"({epochs:.0f} epochs) in {seconds:.0f} s on {hardware}. It is asked for concepts by "
-            "their names, among"
+            f"({epochs:.0f} epochs) in {seconds:.0f} s on {hardware}. It is scored by how well "
+            "names of concepts retrieve their drawings, on four held-out sets:"
         ),
         Bullets([
-            f"`test_style`: a drawing style that training never saw, {gallery:,} images of "
-            "concepts that it knows from other styles; picking at random finds "
-            f"{1 / gallery:.2%} at rank 1,",
-            "`test_style_no_flags`: the same without flags, which look alike in every style,",
-            "`test_novel`: concepts that training never saw, in the styles it knows,",
-            "`test_novel_style`: concepts that training never saw, in the style that it never saw.",
+            f"`test_style`: a new drawing style, {gallery:,} images of known concepts; picking at "
+            f"random finds {1 / gallery:.2%} at rank 1.",
+            "`test_style_no_flags`: the same without flags, which look alike in every style.",
+            "`test_novel`: new concepts in known styles.",
+            "`test_novel_style`: new concepts in the new style.",
         ]),
     ]  # fmt: skip
 

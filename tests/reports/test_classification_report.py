@@ -76,8 +76,7 @@ def blocks_of(document, title, kind):
 
 def test_a_report_has_scores_confusions_classes_examples_and_questions(document):
     assert [section.title for section in document.sections] == [
-        "Scores", "What is taken for what", "Classes", "Right and wrong",
-        "What was asked, and how it was read",
+        "Scores", "Confusions", "Classes", "Examples", "Protocol",
     ]  # fmt: skip
 
 
@@ -116,9 +115,9 @@ def test_fewer_than_ten_images_have_no_intervals():
     rng = np.random.default_rng(0)
     images, weights = (rng.normal(size=(n, 8)).astype(np.float32) for n in (10, 6))
     labels = np.arange(10) % 6
-    for pictures, intervals in ((9, 0), (10, 3)):
-        found = score_classification(images[:pictures], weights, labels[:pictures])
-        assert len(classification_intervals({"en": found}, labels[:pictures])) == intervals
+    for count, intervals in ((9, 0), (10, 3)):
+        found = score_classification(images[:count], weights, labels[:count])
+        assert len(classification_intervals({"en": found}, labels[:count])) == intervals
 
 
 def test_scores_have_their_intervals_and_baselines_none(run, document):
@@ -134,8 +133,8 @@ def test_scores_have_their_intervals_and_baselines_none(run, document):
 
 
 def test_the_most_frequent_confusions_are_counted(run, document):
-    tables = blocks_of(document, "What is taken for what", Table)
-    plots = blocks_of(document, "What is taken for what", Figure)
+    tables = blocks_of(document, "Confusions", Table)
+    plots = blocks_of(document, "Confusions", Figure)
     assert [plot.name for plot in plots] == ["confusion_zh.png", "confusion_en.png"]
     of_class = Counter(run.images.labels.tolist())
     for language, table in zip(("zh", "en"), tables, strict=True):
@@ -155,13 +154,13 @@ def test_more_classes_than_a_plot_can_show_have_none(monkeypatch):
     for most, plots in ((12, 2), (11, 0)):
         monkeypatch.setattr(classification_report, "MOST_CLASSES", most)
         document = classification_document(many)
-        assert len(blocks_of(document, "What is taken for what", Figure)) == plots
-        assert len(blocks_of(document, "What is taken for what", Table)) == 2
-    (said,) = blocks_of(document, "What is taken for what", Paragraph)
-    assert said.text.startswith("There is no plot: 12 classes are more than the 11 that")
+        assert len(blocks_of(document, "Confusions", Figure)) == plots
+        assert len(blocks_of(document, "Confusions", Table)) == 2
+    (said,) = blocks_of(document, "Confusions", Paragraph)
+    assert said.text.startswith("No plot: found 12 classes, and a plot can show up to 11.")
 
 
-def test_the_best_and_the_worst_classes_are_told_apart(run, document):
+def test_the_best_and_the_worst_classes_are_shown(run, document):
     best, worst = blocks_of(document, "Classes", Table)
     labels = run.images.labels
     expected = {}
@@ -176,7 +175,7 @@ def test_the_best_and_the_worst_classes_are_told_apart(run, document):
             assert row[1:] == [str(images), *(f"{recall:.3f}" for recall in recalls)]
             assert np.mean(recalls) == pytest.approx(mean)
     (last,) = blocks_of(document, "Classes", Paragraph)[1:]
-    assert last.text == f"{CLASSES - len(expected)} further classes have no images here."
+    assert last.text == f"{CLASSES - len(expected)} more classes have no images."
 
 
 def test_few_classes_are_shown_in_one_table():
@@ -184,14 +183,14 @@ def test_few_classes_are_shown_in_one_table():
     assert len(table.rows) == 11
 
 
-def test_examples_are_right_where_they_say_and_show_their_own_class(run, document):
+def test_examples_are_correct_where_they_say_and_show_their_own_class(run, document):
     right = np.stack([found.ranks == 1 for found in run.scores.values()]).sum(axis=0)
-    groups = blocks_of(document, "Right and wrong", Examples)
-    kinds = ("Right in every language", "Right in one language alone", "Wrong in every language")
+    groups = blocks_of(document, "Examples", Examples)
+    kinds = ("Correct in every language", "Correct in only one language", "Wrong in every language")
     for group, title, languages in zip(groups, kinds, (2, 1, 0), strict=True):
         assert group.title == f"{title}: {(right == languages).sum()} of 200 images"
-        assert len(group.items) == 3
-        for example in group.items:
+        assert len(group.examples) == 3
+        for example in group.examples:
             number = run.images.images.index(example.image)
             own = run.images.labels[number]
             assert sum(answer.rank == 1 for answer in example.answers) == languages
@@ -205,19 +204,17 @@ def test_examples_are_right_where_they_say_and_show_their_own_class(run, documen
                 assert cosines == sorted(cosines, reverse=True)
 
 
-def test_one_language_has_right_and_wrong_images():
-    groups = blocks_of(
-        classification_document(made_run(["en"], classes=8)), "Right and wrong", Examples
-    )
-    assert [group.title.split(":")[0] for group in groups] == ["Right", "Wrong"]
+def test_one_language_has_correct_and_wrong_images():
+    groups = blocks_of(classification_document(made_run(["en"], classes=8)), "Examples", Examples)
+    assert [group.title.split(":")[0] for group in groups] == ["Correct", "Wrong"]
 
 
-def test_a_model_that_is_always_right_has_no_confusions_and_no_wrong_examples():
+def test_a_model_that_is_always_correct_has_no_confusions_and_no_wrong_examples():
     document = classification_document(made_run(noise=0, classes=8))
-    assert blocks_of(document, "What is taken for what", Table) == []
-    assert len(blocks_of(document, "What is taken for what", Paragraph)) == 2
-    (group,) = blocks_of(document, "Right and wrong", Examples)
-    assert group.title == "Right in every language: 200 of 200 images"
+    assert blocks_of(document, "Confusions", Table) == []
+    assert len(blocks_of(document, "Confusions", Paragraph)) == 2
+    (group,) = blocks_of(document, "Examples", Examples)
+    assert group.title == "Correct in every language: 200 of 200 images"
 
 
 def test_fewer_than_five_classes_have_no_top_5():
@@ -230,23 +227,24 @@ def test_fewer_than_five_classes_have_no_top_5():
     assert few.as_record()["scores"]["zh"]["top5"] is None
 
 
-def test_what_was_asked_is_told(document):
-    (bullets,) = blocks_of(document, "What was asked, and how it was read", Bullets)
-    told = "\n".join(bullets.items)
+def test_the_protocol_is_shown(document):
+    (bullets,) = blocks_of(document, "Protocol", Bullets)
+    shown = "\n".join(bullets.items)
     for part in (
-        "data `data/emoji`, split `val`, label `class`, where `source=noto`: 200, and 7 left out",
-        "5" * 64, f"{CLASSES} classes", "`aaaaaaaaaaaa`", "`bbbbbbbbbbbb`", "vectors of 16",
-        "at most 32 tokens; cut were 25.00%", "size 48",
+        "data `data/emoji`, split `val`, label `class`, where `source=noto`",
+        "200 scored, 7 left out",
+        "5" * 64, f"{CLASSES} classes", "`aaaaaaaaaaaa`", "`bbbbbbbbbbbb`", "16 dimensions",
+        "Max 32 tokens; 25.00% of the prompts truncated", "size 48",
     ):  # fmt: skip
-        assert part in told
-    zh, en = blocks_of(document, "What was asked, and how it was read", Paragraph)
+        assert part in shown
+    zh, en = blocks_of(document, "Protocol", Paragraph)
     assert zh.text.startswith("2 templates in zh")
     assert en.text.startswith("2 templates in en")
 
 
 def test_the_report_is_written_with_its_images(document, tmp_path):
     page = write_report(tmp_path, document)
-    names = {"confusion_zh.png", "confusion_en.png"} | {f"examples_{n}.svg" for n in (1, 2, 3)}
+    names = {"confusion_zh.png", "confusion_en.png"}
     assert {path.name for path in tmp_path.iterdir()} == names | {"report.html", "report.md"}
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert all(f"({name})" in text for name in names)
@@ -294,8 +292,8 @@ def test_backticks_in_names_are_no_mark_up():
         classes=ClassNames(ids=run.classes.ids, names=names),
     )  # fmt: skip
     document = classification_document(marked)
-    assert document.summary[0].text.startswith("`a'b` says")
+    assert document.summary[0].text.startswith("`a'b` assigns")
     (table,) = blocks_of(document, "Classes", Table)
     assert {row[0] for row in table.rows} == {f"'{number}'" for number in range(7)}
-    (bullets,) = blocks_of(document, "What was asked, and how it was read", Bullets)
+    (bullets,) = blocks_of(document, "Protocol", Bullets)
     assert "data `c'd`, where `concept='e'`:" in bullets.items[0]

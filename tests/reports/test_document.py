@@ -8,7 +8,6 @@ from markdown_it import MarkdownIt
 
 from tests.builders import encoded, make_image
 from vlm.errors import ConfigError, DataError, VlmError
-from vlm.reports.contact_sheet import examples_svg
 from vlm.reports.document import (
     Bullets,
     CodeBlock,
@@ -18,11 +17,12 @@ from vlm.reports.document import (
     Paragraph,
     Section,
     Table,
+    as_html,
     as_markdown,
+    score_cell,
     write_report,
 )
-from vlm.reports.examples import Answer, Example, FoundImage
-from vlm.reports.html_page import as_html
+from vlm.reports.examples import Answer, Example, Found
 
 PLOT = encoded(make_image(3))
 HOSTILE = [
@@ -42,10 +42,10 @@ def document(*blocks, summary=()):
     )
 
 
-def examples(name="found.svg", *, image=PLOT):
-    found = [FoundImage(image=image, correct=True, cosine=0.5)]
+def examples(*, image=PLOT):
+    found = [Found(image=image, correct=True, cosine=0.5)]
     answer = Answer(language="en", query="a cat", found=found, rank=1)
-    return Examples(name=name, items=[Example(answers=[answer])], title="What it finds")
+    return Examples(title="What it finds", examples=[Example(answers=[answer])])
 
 
 def rendered(markdown: str) -> str:
@@ -83,7 +83,7 @@ def test_every_block_has_its_markdown():
         "* one\n* two\n\n"
         "## More\n\n![recall \\[%\\]](the%20plot.png)\n\n"
         "```\nvlm search\n  --k 1\n```\n\n"
-        "### What it finds\n\n![What it finds](found.svg)\n"
+        "### What it finds\n\nThe HTML page shows these examples.\n"
     )
 
 
@@ -132,14 +132,13 @@ def test_half_characters_are_replaced(tmp_path):
 
 
 def test_a_report_is_written_with_all_its_files(tmp_path):
-    figure, found = Figure(name="plot.png", content=PLOT, alt="plot"), examples()
-    whole = document(found, summary=[figure])
+    figure = Figure(name="plot.png", content=PLOT, alt="plot")
+    whole = document(examples(), summary=[figure])
     page = write_report(tmp_path / "a" / "b", whole, name="scores")
     assert page == tmp_path / "a" / "b" / "scores.html"
     files = {path.name: path.read_bytes() for path in page.parent.iterdir()}
     assert files == {
         "plot.png": PLOT,
-        "found.svg": examples_svg(found.items, title=found.title).encode(),
         "scores.md": as_markdown(whole).encode(),
         "scores.html": as_html(whole).encode(),
     }
@@ -153,9 +152,10 @@ def test_the_same_document_is_written_the_same(tmp_path):
         assert path.read_bytes() == (pages[1].parent / path.name).read_bytes()
 
 
-def test_two_images_of_one_name_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"two images of a report are named found\.svg"):
-        write_report(tmp_path, document(examples(), examples()))
+def test_two_figures_of_one_name_are_refused(tmp_path):
+    figure = Figure(name="plot.png", content=PLOT, alt="plot")
+    with pytest.raises(ConfigError, match=r"two figures of a report are named plot\.png"):
+        write_report(tmp_path, document(figure, summary=[figure]))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -172,8 +172,11 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../plot.png", "a/b.png", "plot", "plot.jpg", ".png", ""])
-def test_an_image_needs_a_plain_file_name(name):
-    with pytest.raises(ConfigError, match=r"expected a file name that ends in \.png or \.svg"):
+def test_a_figure_needs_a_plain_file_name(name):
+    with pytest.raises(ConfigError, match=r"expected a file name that ends in \.png"):
         Figure(name=name, content=PLOT, alt="plot")
-    with pytest.raises(ConfigError, match=r"expected a file name that ends in \.svg"):
-        examples(name)
+
+
+def test_a_score_with_an_interval_shows_half_its_width():
+    assert score_cell(0.25, (0.2, 0.31)) == "0.250 ±0.055"
+    assert score_cell(0.5) == "0.500"

@@ -11,10 +11,10 @@ from vlm.evaluation.config import RetrievalSource
 from vlm.evaluation.indexes.comparison import IndexPlan
 from vlm.evaluation.retrieval.evaluation import Vectors, evaluate_with_protocol, ranks_of
 from vlm.evaluation.retrieval.sources import open_source
-from vlm.reports.document import Bullets, Examples, Table, as_markdown, write_report
-from vlm.reports.retrieval_examples import MISSED_BEYOND, _text_example, drawn_examples
-from vlm.reports.retrieval_report import retrieval_document, retrieval_sections
-from vlm.reports.retrieval_run import RetrievalRun, ScoredBenchmark, format_run
+from vlm.reports.document import Bullets, Table, as_markdown, write_report
+from vlm.reports.examples import MISSED_BEYOND, _text_example, drawn_examples
+from vlm.reports.retrieval_report import format_run, retrieval_document, retrieval_sections
+from vlm.reports.retrieval_run import RetrievalRun, ScoredBenchmark
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ def blocks_of(sections, title, kind):
 def test_a_report_has_scores_languages_indexes_examples_and_questions(run):
     titles = [section.title for section in retrieval_document(run).sections]
     assert titles == [
-        "Scores", "Languages", "Exact and approximate search", "Found and missed: both",
-        "Found and missed: chinese alone", "What was asked, and how it was read",
+        "Scores", "Languages", "Exact and approximate search", "Examples: both",
+        "Examples: chinese alone", "Protocol",
     ]  # fmt: skip
 
 
@@ -61,29 +61,46 @@ def test_the_tables_hold_what_was_measured(run):
     ]  # fmt: skip
     assert len(cosines.rows) == 2 * 3
     right = evaluation.cosines["zh"].correct
-    assert cosines.rows[0][:5] == ["both", "zh", "right", "24", f"{right.mean:.3f}"]
-    (asked,) = blocks_of(sections, "What was asked, and how it was read", Table)
+    assert cosines.rows[0][:5] == ["both", "zh", "correct", "24", f"{right.mean:.3f}"]
+    (asked,) = blocks_of(sections, "Protocol", Table)
     assert asked.rows[0][2] == evaluation.questions["zh"].fingerprint
     (indexes,) = blocks_of(sections, "Exact and approximate search", Table)
     assert {row[0] for row in indexes.rows} == {"HNSW8"}
     assert len(indexes.rows) == 5  # both directions in two languages, and images alone
 
 
+def test_the_printed_table_has_a_row_for_each_language_and_direction(run):
+    lines = format_run(RetrievalRun(bundle="b", benchmarks={"x": run.benchmarks["both"]}))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines.splitlines()[:6]]
+    assert rows[0] == ["benchmark", "language", "direction", "R@1", "R@5", "R@10", "MR",
+                       "median rank", "MRR"]  # fmt: skip
+    assert [row[:3] for row in rows[2:]] == [
+        ["x", language, direction]
+        for language in ("zh", "en") for direction in ("text to image", "image to text")
+    ]  # fmt: skip
+    scores = run.benchmarks["both"].evaluation.scores
+    recalls = [scores[f"en/image_to_text/recall@{k}"] for k in (1, 5, 10)]
+    assert rows[5][3:] == [
+        *(f"{recall:.3f}" for recall in recalls), f"{np.mean(recalls):.3f}",
+        f"{scores['en/image_to_text/median_rank']:g}", f"{scores['en/image_to_text/mrr']:.3f}",
+    ]  # fmt: skip
+
+
 def test_the_report_says_where_benchmarks_were_read_from(run, data_folder):
-    (said,) = blocks_of(retrieval_sections(run), "What was asked, and how it was read", Bullets)
+    (said,) = blocks_of(retrieval_sections(run), "Protocol", Bullets)
     assert f"both: data folder, {data_folder}; split test." in said.items
 
 
 def test_examples_can_be_shown_of_some_benchmarks(run):
     sections = retrieval_sections(run, examples_of=["chinese alone"])
-    assert sum(section.title.startswith("Found and missed") for section in sections) == 1
+    assert sum(section.title.startswith("Examples") for section in sections) == 1
 
 
 def test_a_report_is_written_as_markdown_page_and_images(run, tmp_path):
     page = write_report(tmp_path, retrieval_document(run))
     assert page.name == "report.html"
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    for name in ("recall_curves.png", "cosines.png", "index_1.png", "examples_1_1.svg"):
+    for name in ("recall_curves.png", "cosines.png", "index_1.png"):
         assert f"({name})" in text
         assert (tmp_path / name).stat().st_size > 500
     assert text == as_markdown(retrieval_document(run))
@@ -104,33 +121,33 @@ def test_the_record_is_json_without_vectors(run):
 def test_found_questions_were_found_and_missed_ones_were_missed(run):
     scored = run.benchmarks["both"]
     groups = drawn_examples(scored.source.pairs, scored.evaluation, of_each=4)
-    titles = [group.title for group in groups]
-    assert titles[-1] == "Images, and the captions they find"
-    assert len(titles) > 1
-    for group in groups[:-1]:
-        for example in group.items:
+    assert list(groups)[-1] == "Images and the captions they find"
+    assert len(groups) > 1
+    for title, examples in list(groups.items())[:-1]:
+        for example in examples:
             assert [answer.language for answer in example.answers] == ["en", "zh"]
             ranks = [answer.rank for answer in example.answers]
-            if group.title.startswith("Missed"):
+            if title.startswith("Not in"):
                 assert min(ranks) > MISSED_BEYOND
-                assert example.right is not None
-            elif "in both" in group.title:
+                assert example.missed is not None
+            elif "in both" in title:
                 assert max(ranks) == 1
-                assert example.right is None
+                assert example.missed is None
             for answer in example.answers:
-                first_right = [image.correct for image in answer.found].index(True) + 1 if any(
+                first_correct = [image.correct for image in answer.found].index(True) + 1 if any(
                     image.correct for image in answer.found
                 ) else None  # fmt: skip
-                assert (first_right == answer.rank) == (answer.rank <= len(answer.found))
+                assert (first_correct == answer.rank) == (answer.rank <= len(answer.found))
                 cosines = [image.cosine for image in answer.found]
                 assert cosines == sorted(cosines, reverse=True)
 
 
 def test_examples_of_images_show_the_best_captions(run, embedder):
     scored = run.benchmarks["both"]
-    group = drawn_examples(scored.source.pairs, scored.evaluation, of_each=2)[-1]
-    assert len(group.items) == 2
-    for example in group.items:
+    groups = drawn_examples(scored.source.pairs, scored.evaluation, of_each=2)
+    examples = groups["Images and the captions they find"]
+    assert len(examples) == 2
+    for example in examples:
         for answer in example.answers:
             texts = scored.source.pairs.texts[answer.language].texts
             cosines = (embedder.encode_text(texts) @ embedder.encode_image([example.image]).T)[:, 0]
@@ -143,15 +160,11 @@ def test_nothing_is_drawn_of_a_kind_that_does_not_occur(run):
     perfect = {"zh": {name: np.ones_like(found) for name, found in
                       scored.evaluation.ranks["zh"].items()}}  # fmt: skip
     groups = drawn_examples(scored.source.pairs, replace(scored.evaluation, ranks=perfect))
-    assert [group.title for group in groups] == [
-        "Found at rank 1", "Images, and the captions they find"
-    ]  # fmt: skip
-    assert all(isinstance(group.items, list) for group in groups)
-    assert Examples(name="a.svg", items=groups[0].items, title="x").items
+    assert list(groups) == ["Found at rank 1", "Images and the captions they find"]
 
 
 def test_examples_stand_in_the_order_of_their_ranks_where_cosines_tie(run):
-    """Two equal images, of which the right one comes first in the benchmark."""
+    """Of two equal images the correct one comes first in the benchmark."""
     scored = run.benchmarks["chinese alone"]
     images = scored.evaluation.vectors.images.copy()
     own = scored.source.pairs.texts["zh"]
@@ -165,7 +178,7 @@ def test_examples_stand_in_the_order_of_their_ranks_where_cosines_tie(run):
     assert set(ranks["zh"]["text_to_image"].tolist()) == {2}
     evaluation = replace(scored.evaluation, vectors=vectors, ranks=ranks)
     example = _text_example(pairs, evaluation, {"zh": 3})
-    assert [picture.correct for picture in example.answers[0].found[:2]] == [False, True]
+    assert [image.correct for image in example.answers[0].found[:2]] == [False, True]
 
 
 def test_names_with_signs_of_mark_up_stay_names(run, tmp_path):

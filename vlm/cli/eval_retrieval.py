@@ -23,8 +23,8 @@ from vlm.errors import SearchIndexError
 from vlm.evaluation.retrieval.evaluation import evaluate_with_protocol
 from vlm.evaluation.retrieval.sources import open_source
 from vlm.reports.results import RECORD_NAME
-from vlm.reports.retrieval_report import retrieval_document
-from vlm.reports.retrieval_run import RetrievalRun, ScoredBenchmark, format_run
+from vlm.reports.retrieval_report import format_run, retrieval_document
+from vlm.reports.retrieval_run import RetrievalRun, ScoredBenchmark
 
 
 def add_arguments(parser: ArgumentParser) -> None:

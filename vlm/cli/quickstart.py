@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser
 
 from vlm.errors import ConfigError
 from vlm.quickstart import next_commands, run_quickstart
-from vlm.reports.retrieval_run import format_run
+from vlm.reports.retrieval_report import format_run
 from vlm.training.config import TrainConfig
 
 _CONFIG = Path("configs/train/emoji.yaml")

@@ -19,7 +19,9 @@ from vlm.evaluation.classification.metrics import (
 )
 from vlm.evaluation.retrieval.protocol import Reading
 from vlm.markdown import markdown_table
-from vlm.reports.score_tables import Interval, in_interval
+from vlm.reports.document import score_cell
+
+Interval = tuple[float, float]
 
 _FEWEST_IMAGES = 10
 _TIES = "a wrong class with the same score as the right one comes before it"
@@ -149,7 +151,7 @@ def classification_rows(
     for name, found in {**run.scores, **run.baselines}.items():
         around = run.intervals if with_intervals else {}
         cells = [
-            "-" if value is None else in_interval(value, around.get(f"{name}/{key}"))
+            "-" if value is None else score_cell(value, around.get(f"{name}/{key}"))
             for key, value in _numbers(found).items()
         ]
         rows.append([name, *cells])

@@ -1,28 +1,30 @@
-"""A report as a document of blocks, written as Markdown and, by `html_page.py`, as a page."""
+"""A report as a document of blocks, written as Markdown and as one self-contained HTML page."""
 
+import base64
+import io
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from urllib.parse import quote
 
+from jinja2 import Environment, StrictUndefined
+
 from vlm.errors import ConfigError
 from vlm.files import write_file
+from vlm.images.decoding import ImageSource, decode_image
 from vlm.markdown import markdown_table
-from vlm.reports.contact_sheet import examples_svg
-from vlm.reports.elements import printable
-from vlm.reports.examples import CaptionExample, Example
+from vlm.reports.examples import Example
 
-MEDIA_TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
-"""The kinds of figures, by the ends of their names."""
-
+_THUMBNAIL = 96  # pixels; shown at 72 and less, for screens with more than one dot a pixel
 _CODE = re.compile(r"`([^`]+)`")
-_MARK_UP = re.compile(
-    r"[\\`*~$]"
-    r"|(?<![^\W_])_|_(?![^\W_])"  # within a word, `_` is a letter
-    r"|<(?=[\w/!?])|&(?=#?\w+;)|\](?=[(\[:])"
+_MARK_UP = re.compile(r"[\\`*_~$<&\[\]]")
+_START_OF_BLOCK = re.compile(r"^(\d*)([-#>+=.)])")  # headings, quotes, lists and rules
+_CHINESE = re.compile(
+    "([\u2e80-\u303f\u3400-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U000323af]+)"
 )
-_START_OF_BLOCK = re.compile(r"^(\d*)([#>+-]|(?<=\d)[.)])(?=\s|$|[#-]|(?<=>))")
+_UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class Bullets:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
-    """Rows of cells, as many as the header has names."""
+    """Rows with a cell for each name in the header."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -52,20 +54,23 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figure:
-    """An image.
+    """A PNG image.
 
     Raises:
-        ConfigError: its name is no file name that ends in `.png` or `.svg`.
+        ConfigError: its name is no file name that ends in `.png`.
     """
 
     name: str
-    """The file to write it to, beside the report."""
+    """The file to write it to, next to the report."""
     content: bytes
     alt: str
     """What it shows, for those who do not see it."""
 
     def __post_init__(self) -> None:
-        _check_name(self.name, MEDIA_TYPES)
+        if Path(self.name).name != self.name or Path(self.name).suffix != ".png":
+            raise ConfigError(
+                f"a figure is named {self.name!r}; expected a file name that ends in .png"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,19 +82,10 @@ class CodeBlock:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Examples:
-    """What a model found: elements on the page, a contact sheet in Markdown.
+    """What a model found, with images; only the HTML page shows them."""
 
-    Raises:
-        ConfigError: its name is no file name that ends in `.svg`.
-    """
-
-    name: str
-    """The file to write the contact sheet to, beside the report."""
-    items: Sequence[Example | CaptionExample]
     title: str
-
-    def __post_init__(self) -> None:
-        _check_name(self.name, (".svg",))
+    examples: Sequence[Example]
 
 
 Block = Paragraph | Bullets | Table | Figure | CodeBlock | Examples
@@ -113,34 +109,26 @@ class Document:
     sections: Sequence[Section]
 
 
-def as_markdown(document: Document) -> str:
-    """Return a document as Markdown, whose images are the files of `write_report`."""
-    parts = [f"# {_inline(document.title)}", *map(_markdown, document.summary)]
-    for section in document.sections:
-        parts += [f"## {_inline(section.title)}", *map(_markdown, section.blocks)]
-    return printable("\n\n".join(parts) + "\n")
-
-
 def write_report(folder: Path, document: Document, *, name: str = "report") -> Path:
-    """Write a document as Markdown and as a page, with its images; return the page.
+    """Write a document as Markdown and as a page, with its figures; return the page.
 
     Args:
-        folder: Where the files go; made where it is missing.
+        folder: Where the files go; created if missing.
         document: What to write.
         name: Of the two files, without `.md` and `.html`.
 
     Raises:
-        ConfigError: two images have the same name.
+        ConfigError: two figures have the same name.
         DataError: an image of an example cannot be read.
         VlmError: a file cannot be written.
     """
-    from vlm.reports.html_page import as_html  # which knows the blocks of this module
-
     files: dict[str, bytes] = {}
-    for image, content in _images(document):
-        if image in files:
-            raise ConfigError(f"two images of a report are named {image}; expected one")
-        files[image] = content
+    for blocks in (document.summary, *(section.blocks for section in document.sections)):
+        for figure in blocks:
+            if isinstance(figure, Figure):
+                if figure.name in files:
+                    raise ConfigError(f"two figures of a report are named {figure.name}")
+                files[figure.name] = figure.content
     page = folder / f"{name}.html"
     files |= {f"{name}.md": as_markdown(document).encode(), page.name: as_html(document).encode()}
     for file, content in files.items():
@@ -148,23 +136,60 @@ def write_report(folder: Path, document: Document, *, name: str = "report") -> P
     return page
 
 
+def as_html(document: Document) -> str:
+    """Return a document as a page with its images and its style inside.
+
+    Raises:
+        DataError: an image of an example cannot be read.
+    """
+    here = resources.files("vlm.reports")
+    environment = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
+    environment.filters |= {
+        "chinese_parts": _CHINESE.split,  # every second part is the match
+        "code_parts": _code_parts,
+        "cosine": lambda cosine: "" if cosine is None else f"{cosine:.3f}",
+        "data_uri": _data_uri,
+        "kind": lambda block: type(block).__name__,
+        "thumbnail": thumbnail,
+    }
+    template = environment.from_string(here.joinpath("page.html").read_text(encoding="utf-8"))
+    style = here.joinpath("page.css").read_text(encoding="utf-8")
+    return _printable(template.render(document=document, style=style))
+
+
+def thumbnail(image: ImageSource) -> bytes:
+    """Return a small WebP file of an image, transparency on white.
+
+    Raises:
+        DataError: the image cannot be read.
+    """
+    small = decode_image(image)
+    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    buffer = io.BytesIO()
+    small.save(buffer, "WEBP")
+    return buffer.getvalue()
+
+
+def as_markdown(document: Document) -> str:
+    """Return a document as Markdown, whose images are the files of `write_report`."""
+    parts = [f"# {_inline(document.title)}", *map(_markdown, document.summary)]
+    for section in document.sections:
+        parts += [f"## {_inline(section.title)}", *map(_markdown, section.blocks)]
+    return _printable("\n\n".join(parts) + "\n")
+
+
 def without_code(text: str) -> str:
-    """Return a text that comes from elsewhere, whose backticks shall be no mark-up."""
+    """Return a text whose backticks are no mark-up, for text that comes from elsewhere."""
     return text.replace("`", "'")
 
 
-def text_and_code(text: str) -> list[str]:
-    """Return the parts of a text: plain text and code in turn, beginning with plain text."""
-    return _CODE.split(" ".join(text.split()))
-
-
-def _images(document: Document) -> Iterator[tuple[str, bytes]]:
-    for blocks in (document.summary, *(section.blocks for section in document.sections)):
-        for block in blocks:
-            if isinstance(block, Figure):
-                yield block.name, block.content
-            elif isinstance(block, Examples):
-                yield block.name, examples_svg(block.items, title=block.title).encode()
+def score_cell(value: float, interval: tuple[float, float] | None = None) -> str:
+    """Return a score and, where it is known, half the width of its interval: `0.512 ±0.021`."""
+    if interval is None:
+        return f"{value:.3f}"
+    return f"{value:.3f} ±{(interval[1] - interval[0]) / 2:.3f}"
 
 
 def _markdown(block: Block) -> str:
@@ -174,26 +199,18 @@ def _markdown(block: Block) -> str:
         case Bullets():
             return "\n".join(f"* {_paragraph(item)}" for item in block.items)
         case Table():
-            return _table(block)
+            header, *rows = [[*map(_inline, row)] for row in (block.header, *block.rows)]
+            lines = markdown_table(header, rows, text_columns=block.text_columns)
+            return f"{_paragraph(block.caption)}\n\n{lines}" if block.caption else lines
         case Figure():
-            return _image(block.alt, block.name)
+            alt = _MARK_UP.sub(r"\\\g<0>", " ".join(block.alt.split()))
+            return f"![{alt}]({quote(block.name)})"
         case CodeBlock():
             longest = max(map(len, re.findall("`+", block.text)), default=0)
             fence = "`" * max(3, longest + 1)
             return f"{fence}\n{block.text.rstrip()}\n{fence}"
         case Examples():
-            return f"### {_inline(block.title)}\n\n{_image(block.title, block.name)}"
-
-
-def _table(table: Table) -> str:
-    header, *rows = [[_inline(cell) for cell in row] for row in (table.header, *table.rows)]
-    lines = markdown_table(header, rows, text_columns=table.text_columns)
-    return f"{_paragraph(table.caption)}\n\n{lines}" if table.caption else lines
-
-
-def _image(alt: str, name: str) -> str:
-    plain = re.sub(r"[\\\[\]`*_<&]", r"\\\g<0>", " ".join(alt.split()))
-    return f"![{plain}]({quote(name)})"
+            return f"### {_inline(block.title)}\n\nThe HTML page shows these examples."
 
 
 def _paragraph(text: str) -> str:
@@ -203,16 +220,21 @@ def _paragraph(text: str) -> str:
 
 def _inline(text: str) -> str:
     """Return a text that is shown as it is, except for code."""
-    parts = text_and_code(text)
     return "".join(
         f"`{part}`" if number % 2 else _MARK_UP.sub(r"\\\g<0>", part)
-        for number, part in enumerate(parts)
+        for number, part in enumerate(_code_parts(text))
     )
 
 
-def _check_name(name: str, endings: Collection[str]) -> None:
-    if Path(name).name != name or Path(name).suffix not in endings:
-        raise ConfigError(
-            f"an image of a report is named {name!r}; expected a file name that ends in "
-            f"{' or '.join(endings)}"
-        )
+def _code_parts(text: str) -> list[str]:
+    """Split a text into plain text and code in turn, beginning with plain text."""
+    return _CODE.split(" ".join(text.split()))
+
+
+def _printable(text: str) -> str:
+    """Replace control characters and lone surrogates, which no file can hold, by U+FFFD."""
+    return _UNPRINTABLE.sub("\ufffd", text)
+
+
+def _data_uri(content: bytes, media_type: str) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"

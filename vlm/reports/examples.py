@@ -1,41 +1,46 @@
-"""Examples of what a model answers: images found by texts, and captions found by images."""
+"""Examples of what a model answers, and those of a benchmark: questions drawn by chance."""
 
-import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from vlm.images.decoding import ImageSource, decode_image
+import numpy as np
+from jaxtyping import Bool, Float32, Int, Int64
 
-RIGHT_SIGN = "✓"
-"""Stands beside right answers, for those who cannot tell their colour."""
+from vlm.evaluation.retrieval.evaluation import Evaluation
+from vlm.evaluation.retrieval.pairs import RetrievalPairs
+from vlm.images.decoding import ImageSource
 
-RIGHT_IMAGE = "a right image"
-"""What `Example.right` is called where it is shown."""
+MISSED_BEYOND = 10
+"""A question is called missed if its first correct answer has a higher rank than this."""
 
-LEGEND = f"{RIGHT_SIGN} marks right answers; the small numbers are cosines."
+_IMAGES, _CAPTIONS = 5, 3  # shown of what a question found
+_SEED = 0
+_ROUNDING = 1e-5  # float32 products of unit vectors are closer than this to the exact ones
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FoundImage:
-    """One image that a query found."""
+class Found:
+    """One image or text that was found."""
 
-    image: ImageSource
     correct: bool
-    """Whether it is known to be a right answer."""
     cosine: float | None = None
-    """Of the query and the image; None leaves it out."""
+    image: ImageSource | None = None
+    text: str = ""
+    """A caption or the name of a class; of an image, its address where that is known."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """A query in one language and the images that it finds, best first."""
+    """What is found in one language, best first."""
 
     language: str
-    query: str
-    found: Sequence[FoundImage]
+    found: Sequence[Found]
+    what: Literal["image", "caption", "class"] = "image"
+    query: str = ""
+    """The text that asks; empty where the example's image does."""
     rank: int | None = None
-    """Of the first right image, 1 the best; None where nobody knows what is right."""
+    """Of the first correct answer, 1 the best; None where nobody knows what is correct."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,54 +48,151 @@ class Example:
     """The same question in each language."""
 
     answers: Sequence[Answer]
-    right: ImageSource | None = None
-    """A right image to show after the answers, where they miss it."""
+    image: ImageSource | None = None
+    """The image that asks; None where texts do."""
+    missed: ImageSource | None = None
+    """A correct image to show after the answers, if they miss it."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FoundCaption:
-    """One caption that an image found."""
+def drawn_examples(
+    pairs: RetrievalPairs, evaluation: Evaluation, *, of_each: int = 3
+) -> dict[str, list[Example]]:
+    """Draw questions that were answered, and questions that were missed; nobody chose them.
 
-    text: str
-    correct: bool
-    """Whether it is known to be a right answer."""
-    cosine: float | None = None
-    """Of the image and the caption; None leaves it out."""
+    Where the benchmark has translations, a question is a text and its translation.
 
+    Args:
+        pairs: The benchmark.
+        evaluation: What a model made of it.
+        of_each: How many questions of each kind to draw at most.
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CaptionAnswer:
-    """The captions of one language that an image finds, best first."""
-
-    language: str
-    found: Sequence[FoundCaption]
-    rank: int | None = None
-    """Of the first right caption, 1 the best; None where nobody knows what is right."""
-    what: str = "caption"
-    """What the texts are called where the rank is told."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CaptionExample:
-    """An image, and the captions that it finds in each language."""
-
-    image: ImageSource
-    answers: Sequence[CaptionAnswer]
-
-
-def thumbnail(image: ImageSource, *, side: int, file_format: Literal["PNG", "WEBP"]) -> bytes:
-    """Return a small image file: at most `side` pixels wide and high, transparency on white.
-
-    Raises:
-        DataError: the image cannot be read.
+    Returns:
+        At least one example of each kind that occurs, by the title of the kind.
     """
-    small = decode_image(image)
-    small.thumbnail((side, side))
-    buffer = io.BytesIO()
-    small.save(buffer, file_format, **({"optimize": True} if file_format == "PNG" else {}))
-    return buffer.getvalue()
+    languages, questions = _questions(pairs)
+    ranks = np.stack([
+        evaluation.ranks[language]["text_to_image"][rows]
+        for language, rows in zip(languages, questions.T, strict=True)
+    ])  # fmt: skip
+    examples = {
+        title: [
+            _text_example(pairs, evaluation, dict(zip(languages, rows, strict=True)))
+            for rows in questions[_drawn(holds, of_each)].tolist()
+        ]
+        for title, holds in _kinds(ranks).items()
+    }
+    captioned = np.ones(len(pairs.images), bool)
+    for language in languages:
+        captioned &= np.isin(np.arange(len(captioned)), pairs.texts[language].matches[:, 1])
+    examples["Images and the captions they find"] = [
+        _image_example(pairs, evaluation, languages, image)
+        for image in _drawn(captioned, of_each).tolist()
+    ]
+    return {title: drawn for title, drawn in examples.items() if drawn}
 
 
-def cosine_in_words(cosine: float | None) -> str:
-    """Return a cosine as it is shown; nothing for None."""
-    return "" if cosine is None else f"{cosine:.3f}"
+def _questions(
+    pairs: RetrievalPairs,
+) -> tuple[tuple[str, ...], Int64[np.ndarray, "questions languages"]]:
+    """Return languages, and rows of texts that ask the same in them, all with a correct answer."""
+    answered = {
+        language: np.isin(np.arange(len(own.texts)), own.matches[:, 0])
+        for language, own in pairs.texts.items()
+    }
+    for languages, translations in pairs.translations.items():
+        first, second = (answered[language] for language in languages)
+        rows = translations[first[translations[:, 0]] & second[translations[:, 1]]]
+        if len(rows):
+            return languages, rows
+    language = next(iter(pairs.texts))
+    return (language,), np.flatnonzero(answered[language])[:, None]
+
+
+def _kinds(
+    ranks: Int64[np.ndarray, "languages questions"],
+) -> Mapping[str, Bool[np.ndarray, " questions"]]:
+    found, missed = ranks == 1, ranks > MISSED_BEYOND
+    if len(ranks) == 1:
+        return {"Found at rank 1": found[0], f"Not in the first {MISSED_BEYOND}": missed[0]}
+    return {
+        "Found at rank 1 in both languages": found.all(axis=0),
+        f"Found at rank 1 in one language, not in the first {MISSED_BEYOND} in the other": (
+            found.any(axis=0) & missed.any(axis=0)
+        ),
+        f"Not in the first {MISSED_BEYOND} in either language": missed.all(axis=0),
+    }
+
+
+def _drawn(holds: Bool[np.ndarray, " cases"], most: int) -> Int64[np.ndarray, " drawn"]:
+    cases = np.flatnonzero(holds)
+    drawn: Int64[np.ndarray, " drawn"] = np.random.default_rng(_SEED).permutation(cases)[:most]
+    return drawn
+
+
+def _text_example(
+    pairs: RetrievalPairs, evaluation: Evaluation, rows: Mapping[str, int]
+) -> Example:
+    """Return what a text, and its translation, find; and a correct image if neither shows it."""
+    answers, missed = [], None
+    for language, row in rows.items():
+        own, vectors = pairs.texts[language], evaluation.vectors
+        correct = own.matches[own.matches[:, 0] == row, 1]
+        best = _best(vectors.texts[language][row], vectors.images, _IMAGES, correct)
+        answers.append(
+            Answer(
+                language=language,
+                query=own.texts[row],
+                found=[
+                    Found(image=pairs.images[place], correct=place in correct, cosine=cosine)
+                    for place, cosine in best
+                ],
+                rank=int(evaluation.ranks[language]["text_to_image"][row]),
+            )
+        )
+        missed = pairs.images[int(correct[0])]
+    shown = any(image.correct for answer in answers for image in answer.found)
+    return Example(answers=answers, missed=None if shown else missed)
+
+
+def _image_example(
+    pairs: RetrievalPairs, evaluation: Evaluation, languages: Sequence[str], image: int
+) -> Example:
+    """Return which captions an image finds in each language."""
+    answers = []
+    for language in languages:
+        own, vectors = pairs.texts[language], evaluation.vectors
+        correct = own.matches[own.matches[:, 1] == image, 0]
+        # Ranks of images are kept for those with a caption alone, in the order of the images.
+        place = np.searchsorted(np.unique(own.matches[:, 1]), image)
+        best = _best(vectors.images[image], vectors.texts[language], _CAPTIONS, correct)
+        answers.append(
+            Answer(
+                language=language,
+                what="caption",
+                found=[
+                    Found(text=own.texts[row], correct=row in correct, cosine=cosine)
+                    for row, cosine in best
+                ],
+                rank=int(evaluation.ranks[language]["image_to_text"][place]),
+            )
+        )
+    return Example(image=pairs.images[image], answers=answers)
+
+
+def _best(
+    query: Float32[np.ndarray, " dim"],
+    candidates: Float32[np.ndarray, "candidates dim"],
+    k: int,
+    correct: Int[np.ndarray, " correct"],
+) -> list[tuple[int, float]]:
+    """Return the candidates with the highest cosines, best first, and the cosines.
+
+    They stand in the order of their ranks: wrong ones before correct ones with the same cosine.
+    """
+    k = min(k, len(candidates))
+    rounded = candidates @ query
+    near = np.flatnonzero(rounded >= np.partition(rounded, -k)[-k] - _ROUNDING)
+    # Rounding in a matrix product depends on the row's place; in float64 equal vectors tie.
+    cosines = (candidates[near].astype(np.float64) @ query.astype(np.float64)).astype(np.float32)
+    order = np.lexsort((near, np.isin(near, correct), -cosines))[:k]
+    return list(zip(near[order].tolist(), cosines[order].tolist(), strict=True))

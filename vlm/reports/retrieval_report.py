@@ -3,7 +3,11 @@
 from collections.abc import Collection
 
 from vlm.evaluation.bootstrap import LEVEL
+from vlm.evaluation.indexes.comparison import comparison_rows
 from vlm.evaluation.retrieval.cosines import Spread
+from vlm.evaluation.retrieval.metrics import mean_recall
+from vlm.evaluation.retrieval.scores import DIRECTIONS
+from vlm.markdown import markdown_table
 from vlm.reports.document import (
     Block,
     Bullets,
@@ -13,14 +17,14 @@ from vlm.reports.document import (
     Paragraph,
     Section,
     Table,
+    score_cell,
     without_code,
 )
+from vlm.reports.examples import MISSED_BEYOND, drawn_examples
 from vlm.reports.index_report import EXPLANATION, index_blocks
 from vlm.reports.plots import cosines_png, recall_curves_png
 from vlm.reports.results import in_words
-from vlm.reports.retrieval_examples import MISSED_BEYOND, drawn_examples
 from vlm.reports.retrieval_run import RetrievalRun, ScoredBenchmark
-from vlm.reports.score_tables import score_rows
 
 
 def retrieval_document(run: RetrievalRun) -> Document:
@@ -44,84 +48,128 @@ def retrieval_sections(
     """
     shown = run.benchmarks if examples_of is None else examples_of
     sections = [
-        _scores(run), _languages(run), _indexes(run), *_examples(run, shown), _questions(run)
+        _scores(run), _languages(run), _indexes(run), *_examples(run, shown), _protocol(run)
     ]  # fmt: skip
     return [section for section in sections if section.blocks]
 
 
-def _scores(run: RetrievalRun) -> Section:
+def format_run(run: RetrievalRun) -> str:
+    """Return a Markdown table of the scores and, for each benchmark with indexes, one of those."""
+    header, rows = score_rows(run, with_intervals=False)
+    parts = [markdown_table(header, rows, text_columns=3)]
+    for name, scored in run.benchmarks.items():
+        if scored.indexes:
+            table = markdown_table(*comparison_rows(scored.indexes.comparisons), text_columns=2)
+            parts.append(f"{name}:\n\n{table}")
+    return "\n\n".join(parts)
+
+
+def score_rows(
+    run: RetrievalRun, *, with_intervals: bool = True
+) -> tuple[list[str], list[list[str]]]:
+    """Return a header and a row for each benchmark, language and direction; text in 3 columns."""
     evaluations = {name: scored.evaluation for name, scored in run.benchmarks.items()}
-    header, rows = score_rows(
-        {name: found.scores for name, found in evaluations.items()},
-        {name: found.intervals for name, found in evaluations.items()},
-    )
+    keys = {key for found in evaluations.values() for key in found.scores}
+    cutoffs = sorted({int(key.rsplit("@", 1)[1]) for key in keys if "@" in key})
+    header = ["benchmark", "language", "direction", *(f"R@{k}" for k in cutoffs), "MR"]
+    header += ["median rank", "MRR"]
+    rows = []
+    for benchmark, found in evaluations.items():
+        intervals = found.intervals if with_intervals else {}
+        for language in sorted({key.split("/")[0] for key in found.scores}, reverse=True):
+            for direction in DIRECTIONS:
+                of_row = f"{language}/{direction}"
+                names = [f"{of_row}/recall@{k}" for k in cutoffs]
+                rows.append([
+                    benchmark, language, direction.replace("_", " "),
+                    *(score_cell(found.scores[name], intervals.get(name)) for name in names),
+                    score_cell(mean_recall([found.scores[name] for name in names])),
+                    f"{found.scores[f'{of_row}/median_rank']:g}",
+                    score_cell(found.scores[f"{of_row}/mrr"]),
+                ])  # fmt: skip
+    return header, rows
+
+
+def _scores(run: RetrievalRun) -> Section:
+    header, rows = score_rows(run)
+    ranks = {name: scored.evaluation.ranks for name, scored in run.benchmarks.items()}
     return Section(
         title="Scores",
         blocks=[
             Table(header=header, rows=rows, text_columns=3),
             Bullets([
-                "R@k is the share of queries with a right answer among the first k, MR the mean of "
-                "a row's R@k, MRR the mean of 1 / rank. Ranks are exact, among all candidates.",
-                f"± is half the width of the {LEVEL:.0%} bootstrap interval, for which images "
-                "are drawn together with all texts and images that right pairs link them to.",
+                "R@k is the fraction of queries with a correct answer among the first k, MR the "
+                "mean of a row's R@k, MRR the mean of 1 / rank. Ranks are exact, among all "
+                "candidates.",
+                f"± is half the width of the {LEVEL:.0%} bootstrap interval. An image is "
+                "resampled together with all texts and images that correct pairs link it to.",
             ]),
             Figure(
                 name="recall_curves.png",
-                content=recall_curves_png({n: found.ranks for n, found in evaluations.items()}),
-                alt="Share of queries answered within the first k, for each benchmark, language "
-                "and direction",
+                content=recall_curves_png(ranks),
+                alt="Fraction of queries answered within the first k, for each benchmark, "
+                "language and direction",
             ),
         ],
     )  # fmt: skip
 
 
 def _languages(run: RetrievalRun) -> Section:
-    blocks: list[Block] = []
-    agreement = [
-        [name, pair.replace("/", " and "), f"{found['translations']:,}",
-         *(f"{value:.3f}" for key, value in found.items() if key != "translations")]
-        for name, scored in run.benchmarks.items()
-        for pair, found in scored.evaluation.agreement.items()
-    ]  # fmt: skip
-    if agreement:
-        first = next(s.evaluation.agreement for s in run.benchmarks.values()
-                     if s.evaluation.agreement)  # fmt: skip
-        keys = [key for key in next(iter(first.values())) if key != "translations"]
-        header = ["benchmark", "languages", "translations", *map(_agreement_name, keys)]
-        blocks += [
-            Paragraph(
-                "Do a text and its translation find the same image first, right or wrong, and "
-                "do both find a right one among their first k?"
-            ),
-            Table(header=header, rows=agreement, text_columns=2),
-        ]
     reading = next(iter(run.benchmarks.values())).evaluation.reading
     bias = f", plus {reading.logit_bias:.4g}" if reading.logit_bias else ""
+    cosines = {name: scored.evaluation.cosines for name, scored in run.benchmarks.items()}
     spreads = [
         [name, language, which, *_spread_cells(spread)]
-        for name, scored in run.benchmarks.items()
-        for language, found in scored.evaluation.cosines.items()
-        for which, spread in (("right", found.correct), ("wrong", found.wrong))
+        for name, of_benchmark in cosines.items()
+        for language, found in of_benchmark.items()
+        for which, spread in (("correct", found.correct), ("wrong", found.wrong))
     ]
-    header = ["benchmark", "language", "pairs", "number", "mean", "deviation", "least", "greatest"]
-    cosines = {name: scored.evaluation.cosines for name, scored in run.benchmarks.items()}
-    blocks += [
+    header = ["benchmark", "language", "pairs", "count", "mean", "std", "min", "max"]
+    blocks = [
+        *_agreement(run),
         Paragraph(
-            "Cosines of all texts with all images. Languages whose right pairs lie apart need "
-            f"thresholds of their own. Logits are {reading.logit_scale:.4g} times as large{bias}."
+            "Cosines of all texts with all images. If the correct pairs of two languages differ "
+            "in their cosines, each language needs its own threshold. Logits are cosines times "
+            f"{reading.logit_scale:.4g}{bias}."
         ),
         Table(header=header, rows=spreads, text_columns=3),
         Figure(
             name="cosines.png",
             content=cosines_png(cosines),
-            alt="Cosines of right and of wrong pairs, for each benchmark and language",
+            alt="Cosines of correct and of wrong pairs, for each benchmark and language",
         ),
     ]
     return Section(title="Languages", blocks=blocks)
 
 
-def _agreement_name(key: str) -> str:
-    return "same image first" if key == "same_image" else key.replace("both@", "both right @")
+def _agreement(run: RetrievalRun) -> list[Block]:
+    found = {
+        (name, pair): agreement
+        for name, scored in run.benchmarks.items()
+        for pair, agreement in scored.evaluation.agreement.items()
+    }
+    if not found:
+        return []
+    names = [name for name in next(iter(found.values())) if name != "translations"]
+    return [
+        Paragraph(
+            "How often a text and its translation find the same image first, correct or wrong, "
+            "and how often both find a correct one among their first k."
+        ),
+        Table(
+            header=["benchmark", "languages", "translations", *map(_agreement_name, names)],
+            rows=[
+                [benchmark, pair.replace("/", " and "), f"{agreement['translations']:,}",
+                 *(score_cell(agreement[name]) for name in names)]
+                for (benchmark, pair), agreement in found.items()
+            ],
+            text_columns=2,
+        ),
+    ]  # fmt: skip
+
+
+def _agreement_name(name: str) -> str:
+    return "same image first" if name == "same_image" else name.replace("both@", "both correct @")
 
 
 def _spread_cells(spread: Spread) -> list[str]:
@@ -142,25 +190,21 @@ def _indexes(run: RetrievalRun) -> Section:
 
 def _examples(run: RetrievalRun, names: Collection[str]) -> list[Section]:
     sections = []
-    for number, name in enumerate(names, start=1):
+    for name in names:
         scored = run.benchmarks[name]
-        groups = drawn_examples(scored.source.pairs, scored.evaluation)
-        blocks: list[Block] = [
-            Paragraph(
-                "Questions drawn by chance from each kind. A missed question is one whose first "
-                f"right answer has a rank above {MISSED_BEYOND}."
-            )
-        ]
-        blocks += [
-            Examples(name=f"examples_{number}_{place}.svg", items=group.items, title=group.title)
-            for place, group in enumerate(groups, start=1)
-        ]
-        sections.append(Section(title=f"Found and missed: {name}", blocks=blocks))
+        explained = Paragraph(
+            "Queries drawn at random from each kind; a query is missed if none of its first "
+            f"{MISSED_BEYOND} answers is correct."
+        )
+        drawn = drawn_examples(scored.source.pairs, scored.evaluation)
+        groups = [Examples(title=title, examples=examples) for title, examples in drawn.items()]
+        sections.append(Section(title=f"Examples: {name}", blocks=[explained, *groups]))
     return sections
 
 
-def _questions(run: RetrievalRun) -> Section:
+def _protocol(run: RetrievalRun) -> Section:
     header = ["benchmark", "language", "fingerprint", "duplicates", "cleaning"]
+    header += ["images", "captions", "captions per image", "images without caption"]
     numbers = ["images", "captions", "captions_per_image", "images_without_caption"]
     rows = [
         [
@@ -170,24 +214,23 @@ def _questions(run: RetrievalRun) -> Section:
         for name, scored in run.benchmarks.items()
         for language, question in scored.evaluation.questions.items()
     ]  # fmt: skip
-    header += ["images", "captions", "captions an image", "without caption"]
     reading = next(iter(run.benchmarks.values())).evaluation.reading
-    cut = ", ".join(
+    truncated = ", ".join(
         f"{scored.evaluation.reading.truncated_share:.2%} of {without_code(name)}"
         for name, scored in run.benchmarks.items()
     )
     transform = ", ".join(f"{key} {value}" for key, value in reading.transform.items())
     files = [without_code(f"{name}: {_files(scored)}.") for name, scored in run.benchmarks.items()]
     return Section(
-        title="What was asked, and how it was read",
+        title="Protocol",
         blocks=[
-            Paragraph("Only scores whose fingerprints are equal compare with each other."),
+            Paragraph("Scores can be compared only if their fingerprints are equal."),
             Table(header=header, rows=rows, text_columns=5),
             Bullets([
-                f"Weights `{reading.model[:12]}`, tokenizer `{reading.tokenizer[:12]}`, vectors of "
-                f"{reading.embed_dim} numbers.",
-                f"Texts of at most {reading.context_length} tokens; cut were {cut}.",
-                f"Images: {transform}.",
+                f"Weights `{reading.model[:12]}`, tokenizer `{reading.tokenizer[:12]}`, "
+                f"{reading.embed_dim} dimensions.",
+                f"Max {reading.context_length} tokens; truncated: {truncated}.",
+                f"Image transform: {transform}.",
                 *files,
             ]),
         ],
@@ -195,7 +238,7 @@ def _questions(run: RetrievalRun) -> Section:
 
 
 def _files(scored: ScoredBenchmark) -> str:
-    """Return in words where a benchmark was read from, how, and what was found in its files."""
+    """Return where a benchmark was read from, how, and what was found in its files."""
     settings = scored.source.source.as_record()
     parts = [f"{scored.source.kind}, {settings.pop('path')}"]
     for name, value in settings.items():

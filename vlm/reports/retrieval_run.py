@@ -9,12 +9,9 @@ from vlm.evaluation.indexes.comparison import (
     IndexPlan,
     IndexReport,
     compare_indexes,
-    comparison_rows,
 )
 from vlm.evaluation.retrieval.evaluation import Evaluation
 from vlm.evaluation.retrieval.sources import OpenedSource
-from vlm.markdown import markdown_table
-from vlm.reports.score_tables import format_scores
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,14 +72,3 @@ class RetrievalRun:
             "vlm": __version__,
             "benchmarks": {name: scored.as_record() for name, scored in self.benchmarks.items()},
         }
-
-
-def format_run(run: RetrievalRun) -> str:
-    """Return a Markdown table of the scores and, for each benchmark with indexes, one of those."""
-    scores = {name: scored.evaluation.scores for name, scored in run.benchmarks.items()}
-    parts = [format_scores(scores)]
-    for name, scored in run.benchmarks.items():
-        if scored.indexes:
-            table = markdown_table(*comparison_rows(scored.indexes.comparisons), text_columns=2)
-            parts.append(f"{name}:\n\n{table}")
-    return "\n\n".join(parts)

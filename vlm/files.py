@@ -21,6 +21,15 @@ _CANNOT_WRITE = (
 _HASH_BLOCK = 1 << 20
 
 
+def lines_in(text: str) -> list[str]:
+    """Return the lines of a text without their ends, which are line feeds alone.
+
+    `str.splitlines` also splits at form feeds, U+2028 and more, which captions and names may hold.
+    """
+    lines = text.split("\n")
+    return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
+
+
 def sha256_of(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file's bytes."""
     digest = hashlib.sha256()

@@ -21,7 +21,7 @@ from tests.builders import THINGS, encoded, make_image, make_sample, make_sample
 from vlm.data.captions import read_captions
 from vlm.data.dataset import ShardedSplit
 from vlm.data.manifest import read_manifest
-from vlm.errors import TokenizerError
+from vlm.errors import DataError
 
 EMOJI = Path(__file__).parents[2] / "data" / "emoji"
 ZH = [zh for _, zh in THINGS]
@@ -35,7 +35,7 @@ def read(*sources, language="zh", **options):
 
 
 def refusal_of(*sources, language="zh", **options):
-    with pytest.raises(TokenizerError) as caught:
+    with pytest.raises(DataError) as caught:
         read(*sources, language=language, **options)
     return str(caught.value)
 
@@ -146,9 +146,7 @@ def test_damage_is_placed_after_the_last_line_that_could_be_read(tmp_path):
     path.write_bytes(path.read_bytes()[:-200])
     captions = read_captions([path], "en")
     assert [next(captions) for _ in range(9000)] == lines[:9000]
-    with pytest.raises(
-        TokenizerError, match=rf"{path} cannot be read after line \d{{5}}: Compress"
-    ):
+    with pytest.raises(DataError, match=rf"{path} cannot be read after line \d{{5}}: Compress"):
         list(captions)
 
 
@@ -159,7 +157,7 @@ def test_a_file_that_only_claims_to_be_packed_is_refused(tmp_path):
 
 
 def test_a_line_without_end_does_not_fill_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("vlm.data.caption_files._LONGEST", 1000)
+    monkeypatch.setattr("vlm.data.records.LONGEST", 1000)
     assert read(write(tmp_path / "a.txt", "a" * 999 + "\nb")) == ["a" * 999, "b"]
     path = write(tmp_path / "b.txt", "a\n")
     os.truncate(path, 10_000_000)
@@ -241,7 +239,7 @@ def test_a_table_may_begin_with_a_byte_order_mark_and_hold_blank_lines(tmp_path)
     [
         ("1,a cat\n2,a cat, a dog\n3,x\n", "line 3: found 3 cells; expected 2 as in the header"),
         ("1,a cat\n2\n3,x\n", "line 3: found 1 cells; expected 2 as in the header"),
-        ('1,"a cat\n2,a dog\n', "line 3: unexpected end of data; expected a table with quotes"),
+        ('1,"a cat\n2,a dog\n', "line 2: unexpected end of data; expected a table with quotes"),
         ('1,"a" cat\n', "line 2: ',' expected after '\"'; expected a table with quotes"),
     ],
     ids=["a comma without quotes", "a cell too few", "an open quote", "a quote inside"],
@@ -308,7 +306,7 @@ def test_a_parquet_file_is_read_group_by_group_and_its_checksums_are_checked(tmp
     path.write_bytes(content.replace(b"caption 5000", b"caption 5001", 1))
     captions = read_captions([path], "en")
     assert [next(captions) for _ in range(4096)] == texts[:4096]
-    with pytest.raises(TokenizerError, match=rf"{path} cannot be read after row 4096: .*checksum"):
+    with pytest.raises(DataError, match=rf"{path} cannot be read after row 4096: .*checksum"):
         next(captions)
 
 
@@ -361,9 +359,9 @@ def test_records_none_of_which_has_captions_are_refused_with_their_keys(tmp_path
         ("[" * 100_000, "is not JSON: "),
         ('["猫"]', "is a JSON list; expected an object"),
         ('"猫"', "is a JSON str; expected an object"),
-        ('{"zh": 3}', ": found 3; expected a text or several"),
-        ('{"zh": ["a", ["b"]]}', ": found ['b']; expected a text or several"),
-        ('{"captions": {"zh": true}}', ": found True; expected a text or several"),
+        ('{"zh": 3}', ": found 3; expected a text or a list of texts"),
+        ('{"zh": ["a", ["b"]]}', ": found ['b']; expected a text or a list of texts"),
+        ('{"captions": {"zh": true}}', ": found True; expected a text or a list of texts"),
         ('{"zh": "a \\ud83d"}', ": '\\ud83d' is half a character"),
     ],
     ids=[
@@ -430,11 +428,11 @@ def test_names_that_need_headers_of_their_own_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("member", "said"),
     [
-        (("x/b.json", b"{"), "member 'x/b.json' is not JSON: "),
-        (("x/b.json", b"[]"), "member 'x/b.json' is a JSON list; expected an object"),
-        (("x/b.json", b"\xff{}"), "member 'x/b.json': byte 0xff at 0 is not UTF-8"),
-        (("x/b.json", {"captions": {"zh": 5}}), "member 'x/b.json': found 5; expected a text"),
-        (("x/b.txt", b"a\xe7\x8c"), "member 'x/b.txt': byte 0xe7 at 1 is not UTF-8"),
+        (("x/b.json", b"{"), "sample 'x/b', its .json is not JSON: "),
+        (("x/b.json", b"[]"), "sample 'x/b', its .json is a JSON list; expected an object"),
+        (("x/b.json", b"\xff{}"), "sample 'x/b', its .json: byte 0xff at 0 is not UTF-8"),
+        (("x/b.json", {"captions": {"zh": 5}}), "sample 'x/b': found 5; expected a text"),
+        (("x/b.txt", b"a\xe7\x8c"), "sample 'x/b', its .txt: byte 0xe7 at 1 is not UTF-8"),
     ],
     ids=["no JSON", "a list", "JSON not UTF-8", "a number", "text not UTF-8"],
 )
@@ -445,7 +443,7 @@ def test_a_member_that_holds_no_captions_is_named(tmp_path, name, member, said):
 
 
 def test_a_member_too_large_for_a_caption_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("vlm.data.caption_files._LONGEST", 1000)
+    monkeypatch.setattr("vlm.data.records.LONGEST", 1000)
     path = write_tar(tmp_path / "a.tar", [("a.png", b"p" * 3000), ("a.txt", "c" * 1001)])
     assert refusal_of(path) == f"{path}, member 'a.txt' is longer than 1000 bytes"
 
@@ -474,9 +472,9 @@ def test_a_shard_cut_anywhere_is_refused(tmp_path, name):
 def test_a_shard_without_its_end_is_refused_though_each_member_is_whole(tmp_path):
     path = write_tar(tmp_path / "a.tar", [("a.json", OWN)])
     path.write_bytes(path.read_bytes()[:1024])
-    assert refusal_of(path).startswith(f"{path} cannot be read after member 'a.json': ")
+    assert refusal_of(path).startswith(f"{path} cannot be read after sample 'a': ")
     path.write_bytes(path.read_bytes() + b"\0" * 512)
-    assert refusal_of(path).startswith(f"{path} cannot be read after member 'a.json': ")
+    assert refusal_of(path).startswith(f"{path} cannot be read after sample 'a': ")
     path.write_bytes(path.read_bytes() + b"\0" * 512)
     assert read(path) == ["猫", "猫咪"]
 
@@ -490,7 +488,7 @@ def test_a_shard_with_a_damaged_header_does_not_just_end_there(tmp_path, name, p
     )
     content[2048 + place] ^= 1
     write(path, bytes(content))
-    assert re.match(rf"{path} cannot be read after member '.\.json': .*damaged", refusal_of(path))
+    assert re.match(rf"{path} cannot be read after sample '.': .*damaged", refusal_of(path))
 
 
 def test_a_shard_with_a_header_of_zeros_does_not_just_end_there(tmp_path):
@@ -595,15 +593,15 @@ def test_sources_follow_each_other_in_the_order_given(tmp_path):
 @pytest.mark.parametrize("name", ["a.md", "a", "a.gz", "a.parquet.gz", ".txt"])
 def test_a_file_of_no_known_kind_is_refused_before_any_is_read(tmp_path, name):
     good, bad = write(tmp_path / "good.txt", "x"), write(tmp_path / name, "x")
-    with pytest.raises(TokenizerError, match=f"{bad} is no known kind of file; .*tar.gz, .parquet"):
+    with pytest.raises(DataError, match=f"{bad} is no known kind of file; .*tar.gz, .parquet"):
         read_captions([good, bad], "zh")
 
 
 def test_a_missing_source_is_refused_before_any_is_read(tmp_path):
     good = write(tmp_path / "good.txt", "x")
-    with pytest.raises(TokenizerError, match=r"gone.txt is missing; expected a file or folder"):
+    with pytest.raises(DataError, match=r"gone.txt is missing; expected a file or folder"):
         read_captions([good, tmp_path / "gone.txt"], "zh")
-    with pytest.raises(TokenizerError, match="no source of captions in 'zh'; expected files"):
+    with pytest.raises(DataError, match="no source of captions in 'zh'; expected files"):
         read_captions([], "zh")
 
 
@@ -611,13 +609,13 @@ def test_a_file_that_vanished_meanwhile_is_named(tmp_path):
     path = write(tmp_path / "a.txt", "x")
     captions = read_captions([path], "zh")
     path.unlink()
-    with pytest.raises(TokenizerError, match=f"{path} cannot be read: .*No such file"):
+    with pytest.raises(DataError, match=f"{path} cannot be read: .*No such file"):
         next(captions)
     write_split(tmp_path / "own", make_samples(1))
     captions = read_captions([tmp_path / "own"], "zh")
     shard = tmp_path / "own" / "train-00000.tar.gz"
     shard.unlink()
-    with pytest.raises(TokenizerError, match=f"shard {shard} cannot be read: .*No such file"):
+    with pytest.raises(DataError, match=f"shard {shard} cannot be read: .*No such file"):
         next(captions)
 
 
@@ -673,7 +671,7 @@ def test_the_first_captions_of_a_shard_are_there_before_its_end_is_seen(tmp_path
     path.write_bytes(path.read_bytes()[:3_200_000])
     captions = read_captions([path], "zh")
     assert [next(captions)[0] for _ in range(2)] == ["0", "1"]
-    with pytest.raises(TokenizerError, match=f"{path} cannot be read after member '[12].txt'"):
+    with pytest.raises(DataError, match=f"{path} cannot be read after sample '[12]'"):
         list(captions)
 
 

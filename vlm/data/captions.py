@@ -1,17 +1,36 @@
 """Captions of one language, streamed from text files, tables, JSON lines and shards of any size."""
 
-import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from vlm.data.caption_files import DAMAGE, READERS, SHARD_SUFFIXES, Reading, listed, suffix_of
 from vlm.data.manifest import MANIFEST_NAME, ShardEntry, read_manifest
-from vlm.errors import DataError, TokenizerError
-from vlm.files import sha256_of
+from vlm.data.records import (
+    Advance,
+    Member,
+    decoded,
+    languages_of,
+    lines_of,
+    listed,
+    object_in,
+    objects_of,
+    paragraphs_of,
+    quoted,
+    samples_of,
+    texts_in,
+)
+from vlm.data.tables import rows_of
+from vlm.errors import DataError
+from vlm.files import lines_in, sha256_of
+
+_ANY_LANGUAGE = ("caption", "text")
+_PACKABLE = (".txt", ".csv", ".tsv", ".jsonl", ".html", ".tar")
+SUFFIXES = (*_PACKABLE, *(f"{suffix}.gz" for suffix in _PACKABLE), ".parquet")
+_SHARD_SUFFIXES = (".tar", ".tar.gz")
 
 
 def read_captions(
@@ -31,15 +50,16 @@ def read_captions(
     * `.parquet`, whose column may hold lists;
     * `.jsonl` and `.jsonl.gz`, a record a line, whose value may be a list of captions;
     * `.html`, whose paragraphs, headings, items and cells are texts, without navigation;
-    * shards, `.tar` and `.tar.gz`: their `.json` records, or `.txt` members where a sample's
-      record names no captions or is not there;
+    * shards, `.tar` and `.tar.gz`: their `.json` records, or the lines of `.txt` members where a
+      sample's record names no captions or is not there;
     * a data folder: the shards of its split, each verified before it is read;
     * any other folder: all of the above in it and in its folders, sorted. Hidden files and links
       to folders are left out.
 
     Text is UTF-8. Tables and records name their captions by the first of: the language code,
     `caption_LANGUAGE`, `caption`, `text`; records also by `captions`, a mapping by language, which
-    goes before these. What says nothing of its language is taken to be in the one asked for.
+    goes before these. A code may have a region, `zh-CN`. What does not name its language is taken
+    to be in the one asked for.
 
     Args:
         sources: Files and folders.
@@ -49,14 +69,73 @@ def read_captions(
         progress: Show a bar on stderr, which counts the bytes of files as they lie on the disk.
 
     Raises:
-        TokenizerError: when called, a source is missing or nothing that can be read; while
-            iterating, a file is damaged, not UTF-8 or names no captions; at the end, the sources
-            hold no caption in the language.
+        DataError: when called, a source is missing or nothing that can be read; while iterating, a
+            file is damaged, not UTF-8 or names no captions; at the end, the sources hold no caption
+            in the language.
     """
     if not sources:
-        raise TokenizerError(f"no source of captions in {language!r}; expected files or folders")
+        raise DataError(f"no source of captions in {language!r}; expected files or folders")
     files = [file for source in sources for file in _files_of(source, split)]
-    return _stream(files, sources, language=language, column=column, progress=progress)
+    return _stream(files, sources, _Wanted(language, column), progress=progress)
+
+
+# What a record has in one language.
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """Which columns and keys hold the captions that are asked for."""
+
+    language: str
+    column: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of columns and keys, the best first."""
+        language = self.language
+        return (self.column,) if self.column else (language, f"caption_{language}", *_ANY_LANGUAGE)
+
+    def __str__(self) -> str:
+        return " or ".join(map(repr, self.names))
+
+    def among(self, columns: Collection[str]) -> list[str]:
+        """Return the columns with the captions: several if they differ in their region only."""
+        tags = {column: column.removeprefix("caption_") for column in columns}
+        languages = languages_of(tags.values())
+        plain = {c: c.removesuffix(tag) + languages[tag] for c, tag in tags.items()}
+        for name in self.names:
+            if name in columns:
+                return [name]
+            if found := [column for column in columns if plain[column] == name]:
+                return found
+        return []
+
+    def texts_of(self, record: Mapping[str, Any], place: str) -> list[str] | None:
+        """Return a record's captions in the language, or None if it names none in any."""
+        if isinstance(record.get("captions"), dict) and self.column not in record:
+            return self._texts_in(record["captions"], place)
+        names = self.among(record)
+        return [text for n in names for text in self._texts_in(record[n], place)] if names else None
+
+    def texts_of_sample(self, sample: Mapping[str, Member], place: str) -> list[str] | None:
+        """Return the captions of a shard's sample, from its record or else from its text."""
+        if "json" in sample:
+            where = f"{place}, its .json"
+            texts = self.texts_of(object_in(decoded(sample["json"].content, where), where), place)
+            if texts is not None:
+                return texts
+        if "txt" in sample:
+            return lines_in(decoded(sample["txt"].content, f"{place}, its .txt"))
+        return None
+
+    def _texts_in(self, value: object, place: str) -> list[str]:
+        if not isinstance(value, dict):
+            return texts_in(value, place)
+        tags = [tag for tag, of in languages_of(value).items() if self.language in (tag, of)]
+        return [text for tag in tags for text in texts_in(value[tag], place)]
+
+
+# Files.
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,49 +147,78 @@ class _File:
 
 
 def _stream(
-    files: Sequence[_File], sources: Sequence[Path], *, language: str, column: str, progress: bool
+    files: Sequence[_File], sources: Sequence[Path], wanted: _Wanted, *, progress: bool
 ) -> Iterator[str]:
     none_yet = True
     with tqdm(
         total=sum(file.size for file in files), unit="B", unit_scale=True, unit_divisor=1024,
-        desc=f"captions in {language}", disable=not progress,
+        desc=f"captions in {wanted.language}", disable=not progress,
     ) as bar:  # fmt: skip
         for file in files:
             end = bar.n + file.size
-            reading = Reading(
-                path=file.path, size=file.size, language=language, column=column, advance=bar.update
-            )
             _verify(file)
-            for caption in _captions_of(reading):
-                none_yet = False
-                yield caption
+            for caption in _captions_of(file.path, wanted, bar.update):
+                if caption.strip():
+                    none_yet = False
+                    yield caption
             bar.update(max(0, end - bar.n))  # what needed no reading, as other columns
     if none_yet:
-        raise TokenizerError(
-            f"{listed(map(str, sources))} hold no caption in {language!r}; expected at least one"
+        raise DataError(
+            f"{listed(map(str, sources))} hold no caption in {wanted.language!r}; expected at "
+            "least one"
         )
 
 
-def _captions_of(reading: Reading) -> Iterator[str]:
-    """Read one file; what its reader trips over becomes a sentence with the place."""
-    try:
-        yield from READERS[suffix_of(reading.path)](reading)
-    except UnicodeDecodeError as error:
-        raise TokenizerError(
-            f"{reading}: byte 0x{error.object[error.start]:02x} at {error.start} is not UTF-8 "
-            f"({error.reason}); expected text in UTF-8"
-        ) from error
-    except UnicodeEncodeError as error:
-        raise TokenizerError(
-            f"{reading}: {error.object[error.start]!a} is half a character; expected whole ones"
-        ) from error
-    except csv.Error as error:
-        raise TokenizerError(
-            f"{reading}: {error}; expected a table with quotes as in RFC 4180"
-        ) from error
-    except DAMAGE as error:
-        after = f" after {reading.unit} {reading.place}" if reading.place else ""
-        raise TokenizerError(f"{reading.path} cannot be read{after}: {error}") from error
+def _captions_of(path: Path, wanted: _Wanted, advance: Advance) -> Iterator[str]:
+    """Give the captions of one file, blank ones too."""
+    suffix = suffix_of(path).removesuffix(".gz")
+    if suffix in (".txt", ".html"):
+        reader = lines_of if suffix == ".txt" else paragraphs_of
+        yield from (text for _, text in reader(path, advance=advance))
+    elif suffix in (".jsonl", ".tar"):
+        yield from _captions_of_records(path, wanted, advance, packed=suffix == ".tar")
+    else:
+
+        def choose(columns: Sequence[str]) -> Sequence[str]:
+            if found := wanted.among(columns):
+                return found
+            raise DataError(f"{path} has no column {wanted}; its columns are {quoted(columns)}")
+
+        for place, row in rows_of(path, choose, advance=advance):
+            yield from wanted.texts_of(row, f"{path}, {place}") or ()
+
+
+def _captions_of_records(
+    path: Path, wanted: _Wanted, advance: Advance, *, packed: bool
+) -> Iterator[str]:
+    """Read records of which some may name no captions, but not all."""
+    captioned, without = False, ""
+    if packed:
+        for place, sample in samples_of(path, advance=advance):
+            texts = wanted.texts_of_sample(sample, f"{path}, {place}")
+            captioned = captioned or texts is not None
+            without = without or listed(f".{extension}" for extension in sample)
+            yield from texts or ()
+        expected = f"no sample has captions; expected .txt members or .json records with {wanted}"
+    else:
+        for place, record in objects_of(path, advance=advance):
+            texts = wanted.texts_of(record, f"{path}, {place}")
+            captioned = captioned or texts is not None
+            without = without or quoted(record)
+            yield from texts or ()
+        expected = f"no record names captions; expected {wanted}"
+    if without and not captioned:
+        first = "sample" if packed else "record"
+        raise DataError(
+            f"{path}: {expected} or 'captions' by language, the first {first} has {without}"
+        )
+
+
+def suffix_of(path: Path) -> str:
+    """Return the suffix in small letters, that of a packed file with its `.gz`."""
+    name = path.name.lower()
+    packed = ".gz" if name.endswith(".gz") else ""
+    return Path(name.removesuffix(packed)).suffix + packed
 
 
 def _files_of(source: Path, split: str) -> list[_File]:
@@ -118,22 +226,20 @@ def _files_of(source: Path, split: str) -> list[_File]:
         if source.is_dir():
             files = list(_files_in(source, split))
             if not files:
-                raise TokenizerError(
+                raise DataError(
                     f"{source} holds {_kinds_in(source)}; expected files of captions "
-                    f"({', '.join(READERS)}) or a {MANIFEST_NAME} with shards"
+                    f"({', '.join(SUFFIXES)}) or a {MANIFEST_NAME} with shards"
                 )
             return files
         if not source.exists():
-            raise TokenizerError(f"{source} is missing; expected a file or folder of captions")
-        if suffix_of(source) not in READERS:
-            raise TokenizerError(
-                f"{source} is no known kind of file; expected one of {', '.join(READERS)}"
+            raise DataError(f"{source} is missing; expected a file or folder of captions")
+        if suffix_of(source) not in SUFFIXES:
+            raise DataError(
+                f"{source} is no known kind of file; expected one of {', '.join(SUFFIXES)}"
             )
         return [_File(source, source.stat().st_size)]
-    except DataError as error:
-        raise TokenizerError(str(error)) from error
     except OSError as error:
-        raise TokenizerError(f"{source} cannot be read: {error}") from error
+        raise DataError(f"{source} cannot be read: {error}") from error
 
 
 def _files_in(folder: Path, split: str) -> Iterator[_File]:
@@ -147,21 +253,19 @@ def _files_in(folder: Path, split: str) -> Iterator[_File]:
         if path.is_dir():
             if not path.is_symlink():  # it could lead back here
                 yield from _files_in(path, split)
-        elif suffix_of(path) in READERS:
+        elif suffix_of(path) in SUFFIXES:
             yield _File(path, path.stat().st_size)
 
 
 def _shard_of(folder: Path, entry: ShardEntry) -> _File:
     path = folder / entry.name
     if not path.is_file():
-        raise TokenizerError(f"shard {path} is missing; the manifest lists it")
-    if suffix_of(path) not in SHARD_SUFFIXES:
-        raise TokenizerError(f"{path} is no shard; expected one of {', '.join(SHARD_SUFFIXES)}")
+        raise DataError(f"shard {path} is missing; the manifest lists it")
+    if suffix_of(path) not in _SHARD_SUFFIXES:
+        raise DataError(f"{path} is no shard; expected one of {', '.join(_SHARD_SUFFIXES)}")
     size = path.stat().st_size
     if size != entry.bytes:
-        raise TokenizerError(
-            f"shard {path} is damaged: {size} bytes, the manifest says {entry.bytes}"
-        )
+        raise DataError(f"shard {path} is damaged: {size} bytes, the manifest says {entry.bytes}")
     return _File(path, size, entry)
 
 
@@ -172,9 +276,9 @@ def _verify(file: _File) -> None:
     try:
         found = sha256_of(file.path)
     except OSError as error:
-        raise TokenizerError(f"shard {file.path} cannot be read: {error}") from error
+        raise DataError(f"shard {file.path} cannot be read: {error}") from error
     if found != file.shard.sha256:
-        raise TokenizerError(
+        raise DataError(
             f"shard {file.path} is damaged: sha256 {found[:12]}, "
             f"the manifest says {file.shard.sha256[:12]}"
         )

@@ -1,0 +1,192 @@
+"""Tables with a header, row by row: Parquet, and text separated by commas or tabs."""
+
+import csv
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import pyarrow
+import pyarrow.parquet
+
+from vlm.data.records import (
+    BLOCK,
+    LONGEST,
+    Advance,
+    first_line,
+    ignore,
+    not_utf8,
+    opened,
+    raw_lines,
+    reader,
+)
+from vlm.errors import DataError
+
+IMAGE_COLUMNS = (
+    "image", "path", "filename", "filepath", "file_name", "image_path", "image_name", "file",
+)  # fmt: skip
+_ROWS = 1024  # of a Parquet file at a time
+
+
+@reader
+def rows_of(
+    path: Path,
+    choose: Callable[[Sequence[str]], Sequence[str]] = lambda columns: columns,
+    *,
+    advance: Advance = ignore,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Give the rows of a Parquet file or of a table with a header, as cells by column.
+
+    Tables are separated by tabs if their name or header says so, else by commas. Cells may be
+    quoted as in RFC 4180. In tables of tabs, and in those of an image and its caption alone, which
+    often quote nothing, a quotation mark is a character of the cell unless it is quoted whole.
+
+    Args:
+        path: The table.
+        choose: Given all columns, returns those to read.
+        advance: Called with numbers of bytes.
+    """
+    rows = _parquet_rows if is_parquet(path) else _text_rows
+    yield from rows(path, choose, advance)
+
+
+def columns_of(path: Path) -> Sequence[str]:
+    """Return the columns of a file if it is a table, else whatever its first line holds."""
+    if not path.is_file():
+        return ()
+    try:
+        if is_parquet(path):
+            return cast(list[str], pyarrow.parquet.read_schema(path).names)
+        line = first_line(path)
+        return next(csv.reader([line], delimiter=_delimiter(path, line)), [])
+    except (OSError, csv.Error, pyarrow.ArrowException):
+        return ()
+
+
+def is_parquet(path: Path) -> bool:
+    """Say whether a file has Parquet's name or first bytes; a pipe is not looked into."""
+    if path.suffix.lower() == ".parquet" or not path.is_file():
+        return path.suffix.lower() == ".parquet"
+    with path.open("rb") as file:
+        return file.read(4) == b"PAR1"
+
+
+def _parquet_rows(
+    path: Path, choose: Callable[[Sequence[str]], Sequence[str]], advance: Advance
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    size, number = path.stat().st_size, 0
+    with pyarrow.parquet.ParquetFile(
+        path, buffer_size=BLOCK, pre_buffer=False, page_checksum_verification=True
+    ) as file:
+        columns = list(choose(file.schema_arrow.names))
+        rows = file.metadata.num_rows
+        for batch in file.iter_batches(_ROWS, columns=columns, use_threads=False):
+            for cells in zip(*batch.columns, strict=True):
+                number += 1
+                try:
+                    values = [cell.as_py() for cell in cells]
+                except UnicodeDecodeError as error:
+                    raise not_utf8(error, f"{path}, row {number}") from error
+                yield f"row {number}", dict(zip(batch.schema.names, values, strict=True))
+            advance(size * len(batch) // rows)
+
+
+def _text_rows(
+    path: Path, choose: Callable[[Sequence[str]], Sequence[str]], advance: Advance
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
+    with opened(path, advance) as file:
+        table = _TextTable(path, raw_lines(file, path))
+        places = {name: table.header.index(name) for name in choose(table.header)}
+        for place, cells in table:
+            yield place, {name: cells[position] for name, position in places.items()}
+
+
+class _TextTable:
+    """Splits lines into the cells of rows."""
+
+    def __init__(self, path: Path, lines: Iterator[tuple[int, str]]) -> None:
+        self._path, self._lines = path, lines
+        self._ahead: deque[tuple[int, str]] = deque()  # lines looked at and not yet taken
+        first = next(lines, (1, ""))[1]
+        self._delimiter = _delimiter(path, first)
+        try:
+            self.header = self._split([first])
+        except csv.Error as error:
+            raise self._no_row(1, str(error)) from error
+        tabs = self._delimiter == "\t"
+        pairs = len(self.header) == 2 and self.header[0] in IMAGE_COLUMNS
+        self._splits = 1 if pairs and not tabs else -1
+        self._may_be_unquoted = tabs or pairs
+
+    def __iter__(self) -> Iterator[tuple[str, list[str]]]:
+        while taken := self._take():
+            number, line = taken
+            if line.strip("\r\n"):
+                yield f"line {number}", self._cells(number, line)
+
+    def _cells(self, number: int, line: str) -> list[str]:
+        """Return the cells of the row that begins with a line, and may take more of them."""
+        taken = [line]
+        plain = self._plain_cells(line) if self._may_be_unquoted else None
+        try:
+            cells = self._split(self._continued(taken, plain))
+        except csv.Error as error:
+            if plain is None or len(taken) > 1:
+                raise self._no_row(number, str(error)) from error
+            cells = plain
+        if plain and len(taken) == 1 and len(cells) != len(self.header):
+            cells = plain
+        if len(cells) != len(self.header):
+            raise DataError(
+                f"{self._path}, line {number}: found {len(cells)} cells; expected "
+                f"{len(self.header)} as in the header"
+            )
+        return cells
+
+    def _split(self, lines: Iterable[str]) -> list[str]:
+        return next(csv.reader(lines, delimiter=self._delimiter, strict=True), [])
+
+    def _no_row(self, number: int, said: str) -> DataError:
+        return DataError(
+            f"{self._path}, line {number}: {said}; expected a table with quotes as in RFC 4180"
+        )
+
+    def _plain_cells(self, line: str) -> list[str] | None:
+        """Return the cells of a line in which quotes mean nothing, if it is a row by itself."""
+        cells = line.rstrip("\r\n").split(self._delimiter, self._splits)
+        return cells if len(cells) == len(self.header) else None
+
+    def _continued(self, taken: list[str], plain: list[str] | None) -> Iterator[str]:
+        """Give a line and those after it, for as long as an open quote asks for more.
+
+        Where quotes may mean nothing, a line that is a row by itself is no part of a cell: else
+        one open quote would swallow the rows after it.
+        """
+        yield taken[0]
+        while not (plain and len(taken) == 1 and self._a_row_follows(plain)):
+            more = self._take()
+            if more is None:
+                return
+            taken.append(more[1])
+            yield more[1]
+
+    def _a_row_follows(self, row: Sequence[str]) -> bool:
+        """Look at the next line that is not blank; at the end, nothing closes a quote either."""
+        while not self._ahead or not self._ahead[-1][1].strip("\r\n"):
+            more = next(self._lines, None)
+            if more is None:
+                return True
+            self._ahead.append(more)
+        cells = self._plain_cells(self._ahead[-1][1])
+        # In a table of commas any line with one has two cells; a row names an image as well.
+        return cells is not None and (
+            self._delimiter == "\t" or Path(cells[0]).suffix == Path(row[0]).suffix
+        )
+
+    def _take(self) -> tuple[int, str] | None:
+        return self._ahead.popleft() if self._ahead else next(self._lines, None)
+
+
+def _delimiter(path: Path, header: str) -> str:
+    return "\t" if "\t" in header or ".tsv" in path.name.lower() else ","

@@ -19,11 +19,14 @@ $(VENV)/.installed: pyproject.toml
 quickstart: install  ## train, score and index a bilingual model on real pictures (minutes)
 	$(BIN)/vlm quickstart
 
-test: install  ## run the whole test suite
-	$(BIN)/python -m pytest
+# Up to four workers, each with its own files; in one of them the tests that start processes.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
 
-test-fast: install  ## run the tests that take less than ten seconds each
-	$(BIN)/python -m pytest -m "not slow"
+test: install  ## run the whole test suite
+	$(PYTEST)
+
+test-fast: install  ## run the tests of one process that are quick, in less than three minutes
+	$(PYTEST) -m "not slow and not distributed and not peer"
 
 check: install  ## formatting, lint, types and layers
 	$(BIN)/ruff format --check

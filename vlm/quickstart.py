@@ -15,7 +15,7 @@ from vlm.data.dataset import ShardedSplit
 from vlm.data.sample import Sample
 from vlm.embedding.bulk import BulkEmbedder
 from vlm.embedding.embedder import Embedder
-from vlm.embedding.parts import images_in_split, read_embeddings, write_embeddings
+from vlm.embedding.parts import SplitImages, read_embeddings, write_embeddings
 from vlm.errors import ConfigError
 from vlm.evaluation.config import RetrievalSource
 from vlm.evaluation.indexes.comparison import IndexPlan
@@ -87,7 +87,7 @@ def run_quickstart(config: TrainConfig) -> tuple[Path, RetrievalRun]:
     scored = RetrievalRun(bundle=str(bundle), benchmarks=score_benchmarks(embedder, data))
     record = json.dumps(scored.as_record(), indent=1, ensure_ascii=False)
     write_file(folder / RECORD_NAME, (record + "\n").encode())
-    images = images_in_split(data, SEARCHED_SPLIT)
+    images = SplitImages(data, SEARCHED_SPLIT)
     write_embeddings(embedder, images, folder / "embeddings", bundle=bundle)
     build_search_index(folder / "embeddings", folder / "index")
     return write_report(folder, _document(config, embedder, scored, seconds)), scored

@@ -1,6 +1,6 @@
 """Vectors come in input order, of unit length, and do not depend on how they were asked for."""
 
-from pathlib import Path
+import io
 
 import numpy as np
 import pytest
@@ -145,35 +145,73 @@ def test_vectors_of_different_widths_are_not_compared(embedder):
         embedder.similarity(texts, texts[:, :16])
 
 
+def test_one_vector_is_compared_with_many_and_with_one(embedder, images):
+    texts, pictures = embedder.encode_text(TEXTS), embedder.encode_image(images)
+    whole = embedder.similarity(texts, pictures)
+    np.testing.assert_allclose(embedder.similarity(texts[3], pictures), whole[3], atol=1e-6)
+    np.testing.assert_allclose(embedder.similarity(texts, pictures[2]), whole[:, 2], atol=1e-6)
+    np.testing.assert_allclose(embedder.similarity(texts[3], pictures[2]), whole[3, 2], atol=1e-6)
+
+
 def test_long_texts_are_cut_and_not_refused(embedder):
     assert embedder.encode_text(["a very long text " * 50]).shape == (1, 32)
 
 
 @pytest.mark.parametrize(
-    "texts", ["cat", "", ["cat", 3], [b"cat"], [None]],
-    ids=["a string", "an empty string", "a number", "bytes", "None"],
+    "texts", [["cat", 3], [b"cat"], [None]], ids=["a number", "bytes", "None"],
 )  # fmt: skip
-def test_what_is_no_list_of_strings_is_refused(bundle, texts):
-    # Under jaxtyping's checks the annotation answers first, for all but a lone string.
-    error = VlmError if isinstance(texts, str) else (VlmError, TypeError)
-    with pytest.raises(error, match=r"a list of strings|checking the parameters of"):
-        Embedder.load(bundle, device="cpu").encode_text(texts)
+def test_what_is_not_a_string_is_refused(embedder, texts):
+    # Under jaxtyping's checks the annotation answers first.
+    with pytest.raises((VlmError, TypeError), match=r"list of strings|checking the parameters of"):
+        embedder.encode_text(texts)
 
 
-def test_a_lone_text_is_refused_by_a_clear_sentence(embedder):
-    with pytest.raises(VlmError, match="encode_text takes a list of strings, not 'cat'"):
-        embedder.encode_text("cat")
+def test_a_lone_text_has_one_vector(embedder):
+    for text in ("red apple", ""):
+        np.testing.assert_array_equal(embedder.encode_text(text), embedder.encode_text([text])[0])
+
+
+def test_a_lone_image_has_one_vector(embedder, tmp_path):
+    path = tmp_path / "0.png"
+    path.write_bytes(encoded(make_image(0)))
+    (expected,) = embedder.encode_image([path])
+    with path.open("rb") as opened:
+        for image in (
+            path, str(path), path.read_bytes(), make_image(0), np.asarray(make_image(0)),
+            io.BytesIO(path.read_bytes()), opened,
+        ):  # fmt: skip
+            np.testing.assert_allclose(embedder.encode_image(image), expected, atol=1e-6)
+
+
+def test_images_may_come_from_a_generator_or_in_one_array(embedder):
+    drawn = [make_image(number) for number in range(3)]
+    expected = embedder.encode_image(drawn)
+    np.testing.assert_array_equal(embedder.encode_image(image for image in drawn), expected)
+    together = np.stack([np.asarray(image) for image in drawn])
+    np.testing.assert_array_equal(embedder.encode_image(together), expected)
 
 
 @pytest.mark.parametrize(
-    "lone", ["a.png", Path("a.png"), encoded(make_image(0)), make_image(0)],
-    ids=["string", "path", "bytes", "image"],
-)  # fmt: skip
-def test_a_lone_image_is_refused_by_a_clear_sentence(embedder, lone):
-    # Under jaxtyping's checks the annotation answers first, for all but a string.
-    said = r"encode_image takes a list of images, not one|checking .* parameter 'images'"
-    with pytest.raises((VlmError, TypeError), match=f"(?s){said}"):
-        embedder.encode_image(lone)
+    ("image", "said"),
+    [
+        ("https://example.com/cat.png", "is a URL; expected a path: download it"),
+        (np.zeros((3, 8, 8), np.float32), "array of float32 and shape .* expected uint8 of height"),
+        (np.zeros((8,), np.uint8), "expected uint8 of height x width x 3"),
+        (io.StringIO("text"), "is not an image; expected a path, bytes or a PIL image"),
+    ],
+    ids=["URL", "floats", "one axis", "text file"],
+)
+def test_what_is_not_an_image_is_refused_by_a_clear_sentence(embedder, image, said):
+    with pytest.raises((VlmError, TypeError), match=f"(?s){said}|checking the parameters of"):
+        embedder.encode_image(image)
+
+
+def test_a_model_with_nan_weights_gives_an_error_and_no_vectors(bundle):
+    embedder = Embedder.load(bundle, device="cpu")
+    with torch.no_grad():
+        next(iter(embedder.model.text.parameters())).fill_(torch.nan)
+    with pytest.raises(VlmError, match="gives vectors that are not finite"):
+        embedder.encode_text(TEXTS)
 
 
 def test_an_image_that_cannot_be_read_is_named(embedder, tmp_path):

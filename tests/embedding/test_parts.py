@@ -1,17 +1,20 @@
 """An embeddings folder keeps order and content, and is laid out as clip-retrieval reads it."""
 
 import json
+import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet
 import pytest
 
 from tests.builders import encoded, make_image, make_samples
+from vlm.embedding.embedder import Embedder
 from vlm.embedding.parts import (
-    Image,
+    ListedImage,
+    SplitImages,
     images_in_folder,
-    images_in_split,
     read_embeddings,
     write_embeddings,
 )
@@ -21,9 +24,8 @@ from vlm.errors import DataError, SearchIndexError
 @pytest.fixture(scope="module")
 def written(tmp_path_factory, embedder, bundle, data_folder):
     out = tmp_path_factory.mktemp("embeddings") / "out"
-    write_embeddings(
-        embedder, images_in_split(data_folder, "test"), out, bundle=bundle, part_size=3
-    )
+    images = SplitImages(data_folder, "test")
+    write_embeddings(embedder, images, out, bundle=bundle, part_size=3)
     return out
 
 
@@ -64,7 +66,7 @@ def test_the_description_names_the_model(written, embedder, bundle):
 
 
 def test_more_than_ten_parts_come_back_in_the_order_of_their_numbers(tmp_path, embedder, bundle):
-    images = (Image(f"p{n}", encoded(make_image(n)), "", {}) for n in range(12))
+    images = (ListedImage(f"p{n}", encoded(make_image(n)), "", {}) for n in range(12))
     write_embeddings(embedder, images, tmp_path / "out", bundle=bundle, part_size=1)
     assert (tmp_path / "out/img_emb/img_emb_11.npy").is_file()
     _, vectors, metadata = read_embeddings(tmp_path / "out")
@@ -74,30 +76,33 @@ def test_more_than_ten_parts_come_back_in_the_order_of_their_numbers(tmp_path, e
 
 
 def test_images_of_a_folder_come_in_the_order_of_their_paths(tmp_path):
-    for number, name in enumerate(["b.png", "a/c.JPG", "a/b.webp", "z.jpeg", "notes.txt"]):
+    names = ["b.png", "a/c.JPG", "a/b.webp", "z.jpeg", "notes.txt", "._b.png", ".old/a.png"]
+    for number, name in enumerate(names):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         formats = {".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
         path.write_bytes(encoded(make_image(number), formats.get(path.suffix.lower(), "PNG")))
-    found = list(images_in_folder(tmp_path))
+    found, left_out = images_in_folder(tmp_path)
+    assert left_out == {"hidden": 2, "with another suffix": 1}
     assert [p.uid for p in found] == ["a/b.webp", "a/c.JPG", "b.png", "z.jpeg"]
-    assert [p.path for p in found] == [str(tmp_path / p.uid) for p in found]
+    assert [p.address for p in found] == [str(tmp_path / p.uid) for p in found]
     assert [p.source for p in found] == [tmp_path / p.uid for p in found]
     assert all(p.captions == {} for p in found)
 
 
 def test_images_of_a_split_carry_their_main_captions(data_folder):
-    found = list(images_in_split(data_folder, "test"))
+    found = list(SplitImages(data_folder, "test"))
     assert [p.uid for p in found] == [sample.uid for sample in make_samples(24)]
     assert found[0].captions == {"en": "red apple", "zh": "红苹果"}
-    assert {p.path for p in found} == {""}
+    assert found[0].address == f"{data_folder}/test-00000.tar.gz#0"
+    assert found[7].address == f"{data_folder}/test-00001.tar.gz#2"
 
 
 @pytest.mark.parametrize("there", [True, False], ids=["no image", "no folder"])
 def test_a_folder_without_images_is_named(tmp_path, there):
     folder = tmp_path if there else tmp_path / "gone"
     with pytest.raises(DataError, match=rf"{folder} (holds no image|is not a folder)"):
-        list(images_in_folder(folder))
+        images_in_folder(folder)
 
 
 def test_a_folder_that_exists_is_not_written_over(tmp_path, embedder, bundle):
@@ -105,17 +110,129 @@ def test_a_folder_that_exists_is_not_written_over(tmp_path, embedder, bundle):
         write_embeddings(embedder, iter([]), tmp_path, bundle=bundle)
 
 
-def test_a_damaged_image_is_named_and_leaves_nothing_behind(tmp_path, embedder, bundle):
+@pytest.fixture
+def folder_of_images(tmp_path):
+    """Twelve images, of which 2.png is damaged and 7.png is a link to nothing."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(12):
+        (folder / f"{number:02d}.png").write_bytes(encoded(make_image(number)))
+    (folder / "02.png").write_bytes(b"no image")
+    (folder / "07.png").unlink()
+    (folder / "07.png").symlink_to("nowhere")
+    return folder
+
+
+def embed(embedder, folder, out, **options):
+    images, _ = images_in_folder(folder)
+    options = {"bundle": out, "part_size": 4, "allowed_share": 0.2} | options
+    return write_embeddings(embedder, images, out, **options)
+
+
+def test_unreadable_images_are_left_out_and_named(folder_of_images, embedder, tmp_path):
+    written = embed(embedder, folder_of_images, tmp_path / "out")
+    assert written.description.count == 10
+    assert [path.rsplit("/", 1)[1] for path in written.unreadable] == ["02.png", "nowhere"]
+    damaged, gone = written.unreadable.values()
+    assert "02.png is not one of" in damaged
+    assert "07.png cannot be read: No such file" in gone
+    _, vectors, metadata = read_embeddings(tmp_path / "out")
+    kept = [number for number in range(12) if number not in (2, 7)]
+    assert metadata["uid"].to_pylist() == [f"{number:02d}.png" for number in kept]
+    expected = embedder.encode_image([make_image(number) for number in kept])
+    np.testing.assert_allclose(vectors, expected, atol=1e-5)
+
+
+def test_too_many_unreadable_images_end_it_but_not_the_work(
+    folder_of_images, embedder, tmp_path, counted
+):
+    out = tmp_path / "out"
+    said = r"2 of 12 .* allowed_share 0\.01 permits \(1\): .*02\.png .*; .*07\.png .* kept in .*out"
+    with pytest.raises(DataError, match=said):
+        embed(embedder, folder_of_images, out, allowed_share=0.01)
+    with pytest.raises(SearchIndexError, match=r"is not finished; expected `vlm embed`"):
+        read_embeddings(out)
+    assert counted() == 10
+    (folder_of_images / "02.png").write_bytes(encoded(make_image(2)))
+    assert embed(embedder, folder_of_images, out, allowed_share=0.01).description.count == 11
+    assert counted() == 4  # the part of the image that was mended
+
+
+def test_one_unreadable_image_of_few_is_left_out_unless_none_may_be(
+    folder_of_images, embedder, tmp_path
+):
+    (folder_of_images / "07.png").unlink()
+    with pytest.raises(DataError, match=r"1 of 11 images cannot be read, .* permits \(0\)"):
+        embed(embedder, folder_of_images, tmp_path / "none", allowed_share=0.0)
+    written = embed(embedder, folder_of_images, tmp_path / "out", allowed_share=0.01)
+    assert (written.description.count, len(written.unreadable)) == (10, 1)
+
+
+@pytest.fixture
+def counted(embedder, monkeypatch):
+    """Return how many images were embedded since the last call."""
+    count, encode = [0], embedder.encode_pixels
+
+    def counting(pixels):
+        count[0] += len(pixels)
+        return encode(pixels)
+
+    monkeypatch.setattr(embedder, "encode_pixels", counting)
+
+    def since():
+        found, count[0] = count[0], 0
+        return found
+
+    return since
+
+
+def test_a_run_that_was_ended_goes_on_with_what_is_missing(
+    folder_of_images, embedder, tmp_path, counted
+):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    embed(embedder, folder_of_images, whole)
+    assert counted() == 10
+    shutil.copytree(whole, out)
+    (out / "embeddings.json").unlink()
+    (out / "metadata/metadata_1.parquet").unlink()  # it was ended between the two files
+    (out / "img_emb/img_emb_2.npy").unlink()
+    np.save(out / "img_emb/img_emb_3.npy", np.zeros((4, 32), np.float32))  # of another run
+    assert embed(embedder, folder_of_images, out).description.count == 10
+    assert counted() == 7
+    for name in sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file()):
+        if name.name != "embeddings.json":
+            assert (out / name).read_bytes() == (whole / name).read_bytes()
+    assert not (out / "img_emb/img_emb_3.npy").exists()
+
+
+def test_parts_of_another_model_are_made_anew(folder_of_images, embedder, tmp_path, counted):
+    out = tmp_path / "out"
+    embed(embedder, folder_of_images, out)
+    (out / "embeddings.json").unlink()
+    counted()
+    other = Embedder(replace(embedder.bundle, fingerprint="of other weights"))
+    other.encode_pixels = embedder.encode_pixels
+    assert embed(other, folder_of_images, out).description.fingerprint == "of other weights"
+    assert counted() == 10
+
+
+def test_names_that_are_not_utf8_are_escaped(embedder, tmp_path):
     (tmp_path / "images").mkdir()
-    for number in range(4):
-        (tmp_path / f"images/{number}.png").write_bytes(encoded(make_image(number)))
-    (tmp_path / "images/2.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"images/2\.png is not one of"):
-        write_embeddings(
-            embedder, images_in_folder(tmp_path / "images"), tmp_path / "out", bundle=bundle,
-            part_size=1,
-        )  # fmt: skip
-    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+    name = os.fsencode(tmp_path / "images") + b"/" + "红色.png".encode("gbk")
+    with open(name, "wb") as file:
+        file.write(encoded(make_image(0)))
+    embed(embedder, tmp_path / "images", tmp_path / "out")
+    _, _, metadata = read_embeddings(tmp_path / "out")
+    assert metadata["uid"].to_pylist() == [r"\xba\xec" + "ɫ.png"]
+
+
+def test_vectors_that_are_not_finite_are_refused(copy):
+    path = copy / "img_emb/img_emb_3.npy"
+    vectors = np.load(path)
+    vectors[1] = np.nan
+    np.save(path, vectors)
+    with pytest.raises(SearchIndexError, match=r"1 of the 24 vectors in .* are not finite"):
+        read_embeddings(copy)
 
 
 @pytest.mark.parametrize(

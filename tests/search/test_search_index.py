@@ -10,7 +10,7 @@ import pytest
 
 from tests.builders import encoded, make_image, make_sample, make_samples, tiny_bundle
 from vlm.embedding.embedder import Embedder
-from vlm.embedding.parts import images_in_folder, images_in_split, write_embeddings
+from vlm.embedding.parts import SplitImages, images_in_folder, write_embeddings
 from vlm.errors import DataError, SearchIndexError
 from vlm.search.search_index import SearchIndex, build_search_index, hits_as_records
 
@@ -20,7 +20,7 @@ def run_folder(tmp_path_factory, data_folder):
     """Return a run with its bundle, the embeddings of a split and their index."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     bundle = tiny_bundle(folder / "bundle", context_length=32)
-    images = images_in_split(data_folder, "test")
+    images = SplitImages(data_folder, "test")
     write_embeddings(
         Embedder.load(bundle, device="cpu"), images, folder / "embeddings", bundle=bundle,
         part_size=7,
@@ -60,7 +60,7 @@ def test_an_image_finds_itself_with_its_captions(run_folder, embedder, number):
     assert hit.uid == sample.uid
     assert hit.score == pytest.approx(1, abs=1e-5)
     assert hit.captions == {language: texts[0] for language, texts in sample.captions.items()}
-    assert hit.path == ""
+    assert hit.path.endswith(f"/test-0000{number // 5}.tar.gz#{number % 5}")
 
 
 def test_more_hits_than_images_give_all_images(run_folder, embedder):
@@ -72,7 +72,7 @@ def test_images_of_a_folder_are_found_by_their_path_without_captions(tmp_path, e
     (tmp_path / "images").mkdir()
     for number in range(5):
         (tmp_path / f"images/{number}.png").write_bytes(encoded(make_image(number)))
-    images = images_in_folder(tmp_path / "images")
+    images, _ = images_in_folder(tmp_path / "images")
     write_embeddings(embedder, images, tmp_path / "embeddings", bundle=bundle)
     build_search_index(tmp_path / "embeddings", tmp_path / "index")
     query = embedder.encode_image([make_image(3)])

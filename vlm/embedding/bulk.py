@@ -1,11 +1,10 @@
-"""`BulkEmbedder`: many images and texts to vectors, over ranks, and kept on disk as it goes."""
+"""`BulkEmbedder`: all vectors of a benchmark on every rank, kept on disk as it goes."""
 
 import hashlib
 import io
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from vlm.distributed.gather import gather_numbers, gather_rows
 from vlm.distributed.groups import SINGLE, RankGroup
 from vlm.embedding.embedder import Embedder, check_texts
+from vlm.embedding.parts import npy_bytes
 from vlm.errors import DataError, DistributedError, VlmError
 from vlm.files import write_file
 from vlm.images.decoding import ImageSource, decode_image
@@ -36,7 +36,7 @@ _DIGEST_SIZE = hashlib.sha256().digest_size
 
 
 class BulkEmbedder:
-    """Embeds many images and texts: over the ranks of a group, and kept on disk as it goes.
+    """Embeds for an evaluation: over the ranks of a group, gathered on all, and kept on disk.
 
     The work is cut into parts, and part p belongs to rank p % size; every rank ends up with all
     vectors. Every rank must call the same methods with the same arguments. What fails on one rank
@@ -46,8 +46,8 @@ class BulkEmbedder:
     In the cache, a part is the file `MODEL/PART.npy`. MODEL names the bundle and the width; PART
     names the images or texts themselves, in their order, so that whatever asks for the same ones
     in the same order finds them again, and an interrupted run goes on with what is missing. A file
-    that is no such array is made anew. The names do not tell the device or the number of threads,
-    with which vectors differ by rounding.
+    that is no such array is made anew. The names do not depend on the device or the number of
+    threads, with which vectors differ by rounding.
 
     Args:
         embedder: The model.
@@ -97,11 +97,12 @@ class BulkEmbedder:
     def encode_image(
         self, images: Sequence[ImageSource], digests: Sequence[bytes] | None = None
     ) -> Float32[np.ndarray, "images dim"]:
-        """Embed images.
+        """Embed images, and gather the vectors on every rank.
 
         Args:
-            images: Paths, open PIL images, or the bytes of JPEG, PNG or WebP files.
-            digests: What `digests_of` gave for them, where it was asked already.
+            images: Paths, open PIL images, or the bytes of image files.
+            digests: What `digests_of` gave for them, where it was asked already; they are needed
+                for a cache only.
 
         Returns:
             One unit vector an image, in order.
@@ -112,29 +113,20 @@ class BulkEmbedder:
         """
         if digests is not None and len(digests) != len(images):
             raise VlmError(f"found {len(digests)} digests of {len(images)} images")
-        kept = self._kept("images")
-        if kept is not None and digests is None:
+        if self.cache is not None and digests is None:
             digests = self.digests_of(images)
 
-        def make(part: slice) -> Float32[np.ndarray, "part dim"]:
-            try:
-                return self.embedder.encode_image(images[part])
-            except DataError as error:
-                # An image that has no path is called by its number in the part.
-                if part.start == 0 or not str(error).startswith("image "):
-                    raise
-                raise DataError(f"from image {part.start + 1} on: {error}") from error
-
         def encode(part: slice) -> _Done:
-            if kept is None or digests is None:
-                return _Done(make(part))
-            return kept.find_or_make(digests[part], lambda: make(part))
+            def make() -> NDArray[np.float32]:
+                return self.embedder.encode_image(images[part], first_number=part.start + 1)
+
+            return self._find_or_make("images", digests[part] if digests else (), make)
 
         shape = len(images), self.embedder.embed_dim
         return self._all_rows(shape, np.float32, IMAGES_A_PART, encode, "embedding images")
 
     def encode_text(self, texts: Sequence[str]) -> Float32[np.ndarray, "texts dim"]:
-        """Embed texts in any language.
+        """Embed texts in any language, and gather the vectors on every rank.
 
         Returns:
             One unit vector a text, in order.
@@ -144,22 +136,32 @@ class BulkEmbedder:
                 full (on every rank).
         """
         check_texts(texts)
-        kept = self._kept("texts")
 
         def encode(part: slice) -> _Done:
-            if kept is None:
-                return _Done(self.embedder.encode_text(texts[part]))
-            digests = [_sha256(text.encode("utf-8", "surrogatepass")) for text in texts[part]]
-            return kept.find_or_make(digests, lambda: self.embedder.encode_text(texts[part]))
+            chunk, digests = texts[part], list[bytes]()
+            if self.cache is not None:
+                digests = [_sha256(text.encode("utf-8", "surrogatepass")) for text in chunk]
+            return self._find_or_make("texts", digests, lambda: self.embedder.encode_text(chunk))
 
         shape = len(texts), self.embedder.embed_dim
         return self._all_rows(shape, np.float32, TEXTS_A_PART, encode, "embedding texts")
 
-    def _kept(self, kind: Kind) -> "_KeptVectors | None":
-        if self.cache is None:
-            return None
-        folder = self.cache / _model_key(self.embedder, kind)
-        return _KeptVectors(folder, kind, self.embedder.embed_dim)
+    def _find_or_make(
+        self, kind: Kind, digests: Sequence[bytes], make: Callable[[], NDArray[np.float32]]
+    ) -> "_Done":
+        """Return the vectors of a part from the cache, or make them and keep them there."""
+        if self.cache is None or not digests:
+            return _Done(make())
+        part = _sha256(kind.encode() + b"".join(digests)).hex()
+        path = self.cache / _model_key(self.embedder, kind) / f"{part}.npy"
+        found = _read(path, (len(digests), self.embedder.embed_dim))
+        if found is not None:
+            return _Done(found, len(found))
+        vectors = make()
+        # Another run may be writing the same part, and have put the file in its place first.
+        with suppress(FileNotFoundError):
+            write_file(path, npy_bytes(vectors))
+        return _Done(vectors)
 
     def _all_rows(
         self,
@@ -246,40 +248,14 @@ class _Done(NamedTuple):
     """How many of the rows came from the cache."""
 
 
-@dataclass(frozen=True, slots=True)
-class _KeptVectors:
-    """The vectors of one model on disk: a file a part."""
-
-    folder: Path
-    kind: Kind
-    dim: int
-
-    def find_or_make(
-        self, digests: Sequence[bytes], make: Callable[[], Float32[np.ndarray, "rows dim"]]
-    ) -> _Done:
-        """Return the vectors of a part; keep them if they had to be made."""
-        if not digests:
-            return _Done(make())
-        path = self.folder / f"{_sha256(self.kind.encode() + b''.join(digests)).hex()}.npy"
-        found = self._read(path, len(digests))
-        if found is not None:
-            return _Done(found, len(found))
-        vectors = make()
-        buffer = io.BytesIO()
-        np.save(buffer, vectors, allow_pickle=False)
-        # Another run may be writing the same part, and have put the file in its place first.
-        with suppress(FileNotFoundError):
-            write_file(path, buffer.getvalue())
-        return _Done(vectors)
-
-    def _read(self, path: Path, count: int) -> Float32[np.ndarray, "rows dim"] | None:
-        try:
-            content = io.BytesIO(path.read_bytes())
-            found: NDArray[Any] = np.lib.format.read_array(content, allow_pickle=False)
-        except (OSError, EOFError, ValueError, MemoryError):
-            return None
-        fits = found.shape == (count, self.dim) and found.dtype == np.float32
-        return found if fits else None
+def _read(path: Path, shape: tuple[int, int]) -> NDArray[np.float32] | None:
+    """Return the array of a file; None where there is none, or another one."""
+    try:
+        content = io.BytesIO(path.read_bytes())
+        found: NDArray[Any] = np.lib.format.read_array(content, allow_pickle=False)
+    except (OSError, EOFError, ValueError, MemoryError):
+        return None
+    return found if found.shape == shape and found.dtype == np.float32 else None
 
 
 def _model_key(embedder: Embedder, kind: Kind) -> str:

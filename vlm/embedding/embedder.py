@@ -1,9 +1,10 @@
 """`Embedder`: images and texts to unit vectors of one space, in input order."""
 
-from collections.abc import Callable, Iterator, Sequence
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,7 +20,16 @@ from vlm.errors import VlmError
 from vlm.images.decoding import ImageSource, decode_image
 from vlm.text.tokenizer import TokenBatch
 
+IMAGE_BATCH = 64
+"""Images encoded at a time."""
+
+ImageInput = str | ImageSource | NDArray[Any] | io.BufferedIOBase
+"""What `Embedder.encode_image` takes for an image."""
+
 Item = TypeVar("Item")
+Input = TypeVar("Input")
+
+_LONE = (str, bytes, Path, Image.Image, io.IOBase)
 
 
 @runtime_checkable
@@ -120,95 +130,125 @@ class Embedder:
         return self.model.device
 
     def encode_text(
-        self, texts: Sequence[str], *, batch_size: int = 256, show_progress_bar: bool = False
-    ) -> Float32[np.ndarray, "texts dim"]:
+        self, texts: str | Sequence[str], *, batch_size: int = 256, show_progress_bar: bool = False
+    ) -> Float32[np.ndarray, "*texts dim"]:
         """Embed texts in any language.
 
         Args:
-            texts: The texts; one string alone is refused, as its letters would be embedded.
+            texts: The texts, or one text.
             batch_size: Texts encoded at a time; it does not change the result.
             show_progress_bar: Whether to show progress on stderr.
 
         Returns:
-            One unit vector a text, in order.
+            One unit vector a text, in order; for one text alone its vector.
 
         Raises:
-            VlmError: `texts` is a string, or holds something else than strings.
+            VlmError: something is not a string, or a vector is not finite.
         """
+        if isinstance(texts, str):
+            return np.asarray(self.encode_text([texts])[0])
         check_texts(texts)
-        return self._encode(
-            texts,
-            lambda chunk, _: self.model.encode_text(self.tokenizer.encode(chunk).to(self.device)),
-            batch_size=batch_size,
-            show_progress_bar=show_progress_bar,
-        )
+        rows = [
+            self._vectors(self.model.encode_text, self.tokenizer.encode(chunk).to(self.device))
+            for _, chunk in _batches(texts, batch_size, show_progress_bar)
+        ]
+        return np.concatenate([self._none, *rows])
 
     def encode_image(
         self,
-        images: Sequence[str | ImageSource],
+        images: ImageInput | Iterable[ImageInput],
         *,
-        batch_size: int = 64,
+        batch_size: int = IMAGE_BATCH,
         show_progress_bar: bool = False,
-    ) -> Float32[np.ndarray, "images dim"]:
+        first_number: int = 1,
+    ) -> Float32[np.ndarray, "*images dim"]:
         """Embed images.
 
         Args:
-            images: Paths, open PIL images, or the bytes of JPEG, PNG or WebP files.
+            images: Paths, open PIL images, arrays of uint8 (height x width x 3), open files, or
+                the bytes of image files; or one of these.
             batch_size: Images encoded at a time; it does not change the result.
             show_progress_bar: Whether to show progress on stderr.
+            first_number: The number by which an error calls the first image.
 
         Returns:
-            One unit vector an image, in order.
+            One unit vector an image, in order; for one image alone its vector.
 
         Raises:
             DataError: an image cannot be read.
-            VlmError: `images` is one path instead of a list.
+            VlmError: something is not an image, or a vector is not finite.
         """
-        if isinstance(images, str | Path | bytes | Image.Image):
-            raise VlmError("encode_image takes a list of images, not one image")
-        return self._encode(
-            images,
-            lambda chunk, first: self.model.encode_image(self._pixels(chunk, first)),
-            batch_size=batch_size,
-            show_progress_bar=show_progress_bar,
-        )
+        if isinstance(images, _LONE) or (isinstance(images, np.ndarray) and images.ndim < 4):
+            return np.asarray(self.encode_image([cast(ImageInput, images)])[0])
+        rows = []
+        for start, chunk in _batches(list(images), batch_size, show_progress_bar):
+            numbered = enumerate(chunk, start=start + first_number)
+            pixels = [self.pixels(image, name=f"image {number}") for number, image in numbered]
+            rows.append(self.encode_pixels(torch.stack(pixels)))
+        return np.concatenate([self._none, *rows])
+
+    def pixels(
+        self, image: ImageInput, *, name: str = "the image"
+    ) -> Float[Tensor, "3 height width"]:
+        """Decode an image into what the model reads.
+
+        Args:
+            image: As for `encode_image`.
+            name: What to call it in an error where it has no path.
+
+        Raises:
+            DataError: it cannot be read.
+            VlmError: it is not an image.
+        """
+        return self.bundle.transform(decode_image(_source_of(image), name=name))
+
+    def encode_pixels(
+        self, pixels: Float[Tensor, "images 3 height width"]
+    ) -> Float32[np.ndarray, "images dim"]:
+        """Embed a batch of what `pixels` returned.
+
+        Raises:
+            VlmError: a vector is not finite.
+        """
+        return self._vectors(self.model.encode_image, pixels.to(self.device))
 
     def similarity(
         self,
-        queries: Float32[np.ndarray, "queries query_dim"],
-        candidates: Float32[np.ndarray, "candidates candidate_dim"],
-    ) -> Float32[np.ndarray, "queries candidates"]:
+        queries: Float32[np.ndarray, "*queries query_dim"],
+        candidates: Float32[np.ndarray, "*candidates candidate_dim"],
+    ) -> Float32[np.ndarray, "*pairs"]:
         """Return the cosine of every query with every candidate, in [-1, 1].
+
+        Either side may be one vector; its axis is then missing in the result.
 
         Raises:
             VlmError: they are vectors of different widths.
         """
-        if queries.shape[1] != candidates.shape[1]:
+        if queries.shape[-1] != candidates.shape[-1]:
             raise VlmError(
-                f"cannot compare vectors of {queries.shape[1]} numbers with vectors of "
-                f"{candidates.shape[1]}; expected one width"
+                f"cannot compare vectors of {queries.shape[-1]} numbers with vectors of "
+                f"{candidates.shape[-1]}; expected one width"
             )
-        cosines: NDArray[np.float32] = queries @ candidates.T
-        return cosines
+        return np.asarray(queries @ candidates.T)
 
     def match_probability(
         self,
-        queries: Float32[np.ndarray, "queries query_dim"],
-        candidates: Float32[np.ndarray, "candidates candidate_dim"],
+        queries: Float32[np.ndarray, "*queries query_dim"],
+        candidates: Float32[np.ndarray, "*candidates candidate_dim"],
         *,
         prior: float | None = None,
-    ) -> Float32[np.ndarray, "queries candidates"]:
+    ) -> Float32[np.ndarray, "*pairs"]:
         """Return the probability in [0, 1] that a text and an image match, for every pair.
 
         Args:
             queries: Vectors of texts, or of images.
             candidates: Vectors of the other kind; the map was fitted on pairs of both kinds.
-            prior: Share of matching pairs among those asked about; None for the one that the
+            prior: Ratio of matching pairs among those asked about; None for the one that the
                 bundle was calibrated for.
 
         Raises:
-            VlmError: the bundle is not calibrated, or at another width; the prior is no share; or
-                queries and candidates are of different widths.
+            VlmError: the bundle is not calibrated, or at another width; the prior is not between
+                0 and 1; or queries and candidates are of different widths.
         """
         calibration = self.bundle.calibration
         if calibration is None:
@@ -223,43 +263,52 @@ class Embedder:
             )
         return calibration.probability(self.similarity(queries, candidates), prior=prior)
 
-    def _pixels(
-        self, images: Sequence[str | ImageSource], first: int
-    ) -> Float[Tensor, "images 3 h w"]:
-        """Decode images, of which the first is called by the number `first` + 1 in an error."""
-        decoded = [
-            decode_image(Path(image) if isinstance(image, str) else image, name=f"image {number}")
-            for number, image in enumerate(images, start=first + 1)
-        ]
-        return torch.stack([self.bundle.transform(image) for image in decoded]).to(self.device)
+    @property
+    def _none(self) -> NDArray[np.float32]:
+        return np.zeros((0, self.embed_dim), np.float32)
 
     @torch.inference_mode()
-    def _encode(
-        self,
-        items: Sequence[Item],
-        encode: Callable[[Sequence[Item], int], Tensor],
-        *,
-        batch_size: int,
-        show_progress_bar: bool,
-    ) -> NDArray[np.float32]:
-        if batch_size < 1:
-            raise VlmError(f"batch_size is {batch_size}; expected at least 1")
-        starts = range(0, len(items), batch_size)
-        silent = not show_progress_bar
-        with (
-            _evaluating(self.model),
-            tqdm(starts, unit="batch", desc="embedding", disable=silent) as progress,
-        ):
-            rows = [
-                self._cut(encode(items[start : start + batch_size], start)).cpu().numpy()
-                for start in progress
-            ]
-        return np.concatenate(rows) if rows else np.zeros((0, self.embed_dim), np.float32)
+    def _vectors(self, encode: Callable[[Input], Tensor], inputs: Input) -> NDArray[np.float32]:
+        with _evaluating(self.model):
+            features = encode(inputs)
+        if features.shape[1] != self.embed_dim:
+            features = F.normalize(features[:, : self.embed_dim], dim=-1)
+        vectors: NDArray[np.float32] = features.cpu().numpy()
+        if not np.isfinite(vectors).all():
+            raise VlmError("the model gives vectors that are not finite; its weights are damaged")
+        return vectors
 
-    def _cut(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch cut"]:
-        if features.shape[1] == self.embed_dim:
-            return features
-        return F.normalize(features[:, : self.embed_dim], dim=-1)
+
+def _batches(
+    items: Sequence[Item], size: int, show_progress_bar: bool
+) -> Iterator[tuple[int, Sequence[Item]]]:
+    """Give the items in batches, each with the position of its first."""
+    if size < 1:
+        raise VlmError(f"batch_size is {size}; expected at least 1")
+    starts = range(0, len(items), size)
+    with tqdm(starts, unit="batch", desc="embedding", disable=not show_progress_bar) as progress:
+        for start in progress:
+            yield start, items[start : start + size]
+
+
+def _source_of(image: ImageInput) -> ImageSource:
+    if isinstance(image, str):
+        if "://" in image:
+            raise VlmError(f"{image} is a URL; expected a path: download it, or pass its bytes")
+        return Path(image)
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3):
+            raise VlmError(
+                f"an array of {image.dtype} and shape {image.shape} is not an image; expected "
+                "uint8 of height x width x 3"
+            )
+        return Image.fromarray(image)
+    if isinstance(image, Path | bytes | Image.Image):
+        return image
+    content = image.read() if hasattr(image, "read") else None
+    if not isinstance(content, bytes):
+        raise VlmError(f"{image!r:.60} is not an image; expected a path, bytes or a PIL image")
+    return content
 
 
 def _move(model: RuntimeEncoder, device: str | torch.device) -> None:
@@ -296,10 +345,10 @@ def _evaluating(model: RuntimeEncoder) -> Iterator[None]:
 
 
 def check_texts(texts: Sequence[str]) -> None:
-    """Refuse what is no list of strings; of one string alone the letters would be embedded.
+    """Refuse what is not a list of strings.
 
     Raises:
         VlmError: `texts` is a string, or holds something else than strings.
     """
     if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-        raise VlmError(f"encode_text takes a list of strings, not {texts!r:.60}")
+        raise VlmError(f"expected a list of strings, found {texts!r:.60}")

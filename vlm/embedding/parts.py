@@ -1,35 +1,51 @@
-"""Embeddings folders, in the layout that clip-retrieval and autofaiss read."""
+"""Embeddings folders: vectors and metadata in parts, as clip-retrieval and autofaiss read them.
 
+A part is written when it is embedded, and known by a key: a run that was ended goes on with what
+is missing, or was made by another model or of other images.
+"""
+
+import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+import torch
 from jaxtyping import Float32
+from numpy.typing import NDArray
+from tqdm import tqdm
 
 from vlm.data.dataset import ShardedSplit
-from vlm.embedding.embedder import Embedder
+from vlm.data.image_folder import IMAGE_SUFFIXES, images_below
+from vlm.embedding.embedder import IMAGE_BATCH, Embedder
 from vlm.errors import DataError, SearchIndexError
-from vlm.files import write_folder
+from vlm.files import write_file
 from vlm.images.decoding import ImageSource
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 DESCRIPTION_NAME = "embeddings.json"
 
+# What a killed run loses. A multiple of the batch, so that vectors do not depend on it.
+PART_SIZE = 64 * IMAGE_BATCH
 
-class Image(NamedTuple):
+_SHOWN = 5  # unreadable images that an error names
+
+
+class ListedImage(NamedTuple):
     """One image to embed, with what a search shows of it."""
 
     uid: str
     source: ImageSource
-    path: str
-    """Where the file lies; empty for an image in a shard."""
+    address: str
+    """Its file, or FOLDER/SHARD#ROW."""
     captions: Mapping[str, str]
     """The main caption by language; empty where there is none."""
 
@@ -45,70 +61,102 @@ class EmbeddingsDescription:
     dim: int
 
 
-def images_in_folder(folder: Path) -> Iterator[Image]:
-    """Give every JPEG, PNG and WebP below a folder, in the order of their paths.
+class Written(NamedTuple):
+    """What `write_embeddings` did."""
+
+    description: EmbeddingsDescription
+    unreadable: dict[str, str]
+    """By the address of each image that was left out, why."""
+
+
+class SplitImages:
+    """Every image of a data folder's split, in the order of the shards.
+
+    Raises:
+        DataError: the split cannot be read.
+    """
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self._samples = ShardedSplit(folder, split)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __iter__(self) -> Iterator[ListedImage]:
+        for index, sample in enumerate(self._samples):
+            captions = {language: texts[0] for language, texts in sample.captions.items()}
+            address = self._samples.address(index)
+            yield ListedImage(sample.uid, sample.image, address, captions)
+
+
+def images_in_folder(folder: Path) -> tuple[list[ListedImage], Counter[str]]:
+    """Return the images below a folder, and how many entries are left out by reason.
 
     Raises:
         DataError: there is none, or no such folder.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; expected one with images")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not paths:
+    found = images_below(folder)
+    if not found.paths:
         raise DataError(f"{folder} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    for path in paths:
-        uid = path.relative_to(folder).as_posix()
-        yield Image(uid, path, str(path.resolve()), {})
-
-
-def images_in_split(folder: Path, split: str) -> Iterator[Image]:
-    """Give every image of a data folder's split.
-
-    Raises:
-        DataError: the split cannot be read.
-    """
-    for sample in ShardedSplit(folder, split):
-        captions = {language: texts[0] for language, texts in sample.captions.items()}
-        yield Image(sample.uid, sample.image, "", captions)
+    images = [
+        ListedImage(_as_text(path.relative_to(folder)), path, _as_text(path.resolve()), {})
+        for path in found.paths
+    ]
+    return images, found.left_out
 
 
 def write_embeddings(
     embedder: Embedder,
-    images: Iterable[Image],
+    images: Iterable[ListedImage],
     out: Path,
     *,
     bundle: Path,
-    part_size: int = 100_000,
-) -> EmbeddingsDescription:
-    """Embed images into `out`, which must not exist, in parts of `part_size` images.
+    allowed_share: float = 0.01,
+    part_size: int = PART_SIZE,
+) -> Written:
+    """Embed images into `out`; go on with what an earlier call that was ended left there.
+
+    Args:
+        embedder: The model.
+        images: What to embed.
+        out: New folder, or one that is not finished.
+        bundle: The model's folder.
+        allowed_share: Ratio of the images that may be unreadable, and are left out; but for 0 at
+            least one image.
+        part_size: Images in a part.
 
     Raises:
-        DataError: `out` exists, or an image cannot be read.
+        DataError: `out` is finished already or holds something else; or too many images cannot be
+            read: all others have been embedded then, and are not embedded again.
+        VlmError: something cannot be written.
     """
-    if out.exists():
-        raise DataError(f"{out} exists already; choose another folder for the embeddings")
-    count, images = 0, iter(images)
-    with write_folder(out) as temporary:
-        (temporary / "img_emb").mkdir()
-        (temporary / "metadata").mkdir()
-        part = 0
+    _check_unfinished(out)
+    model = [embedder.fingerprint, embedder.embed_dim, list(embedder.languages)]
+    total = len(images) if isinstance(images, Sized) else None
+    count, number, unreadable, images = 0, 0, dict[str, str](), iter(images)
+    with tqdm(total=total, unit="image", desc="embedding") as bar:
         while chunk := list(islice(images, part_size)):
-            vectors = embedder.encode_image(
-                [image.source for image in chunk], show_progress_bar=True
-            )
-            _save_vectors(temporary / "img_emb" / f"img_emb_{part}.npy", vectors)
-            table = _metadata_of(chunk, embedder.languages)
-            pyarrow.parquet.write_table(table, temporary / "metadata" / f"metadata_{part}.parquet")
-            count += len(chunk)
-            part += 1
-        description = EmbeddingsDescription(
-            bundle=str(bundle.resolve()),
-            fingerprint=embedder.fingerprint,
-            count=count,
-            dim=embedder.embed_dim,
-        )
-        _write_description(temporary, description)
-    return description
+            part = _Part(out, number, _key(model, chunk))
+            found = part.find()
+            if found is None:
+                found = part.write(*_embed(embedder, chunk), embedder.languages)
+            unreadable |= found.unreadable
+            count += found.rows
+            number += 1
+            bar.update(len(chunk))
+    _check_bound(out, unreadable, count, allowed_share)
+    _remove_parts_from(out, number)
+    description = EmbeddingsDescription(
+        bundle=str(bundle.resolve()),
+        fingerprint=embedder.fingerprint,
+        count=count,
+        dim=embedder.embed_dim,
+    )
+    record = json.dumps(asdict(description), indent=1) + "\n"
+    write_file(out / DESCRIPTION_NAME, record.encode())  # last: it says that all parts are there
+    return Written(description, unreadable)
 
 
 def read_embeddings(
@@ -117,18 +165,21 @@ def read_embeddings(
     """Read the vectors and the metadata of an embeddings folder.
 
     Raises:
-        SearchIndexError: the folder is no embeddings folder, or its parts do not fit together.
+        SearchIndexError: the folder is no embeddings folder or is not finished, its parts do not
+            fit together, or a vector is not finite.
     """
     path = folder / DESCRIPTION_NAME
     if not path.is_file():
-        raise SearchIndexError(f"{folder} holds no embeddings: it has no {DESCRIPTION_NAME}")
+        if _is_begun(folder):
+            raise SearchIndexError(f"{folder} is not finished; expected `vlm embed` to run again")
+        raise SearchIndexError(f"{folder} holds no embeddings: it has no {path.name}")
     try:
         description = EmbeddingsDescription(**json.loads(path.read_text(encoding="utf-8")))
         vectors = np.concatenate(
             [np.load(part, allow_pickle=False) for part in _parts(folder / "img_emb", "npy")]
         )
         tables = [pyarrow.parquet.read_table(p) for p in _parts(folder / "metadata", "parquet")]
-        metadata = pyarrow.concat_tables(tables)
+        metadata = pyarrow.concat_tables([table.replace_schema_metadata() for table in tables])
     except (OSError, EOFError, LookupError, ValueError, TypeError) as error:
         raise SearchIndexError(f"the embeddings in {folder} cannot be read: {error}") from error
     expected = (description.count, description.dim)
@@ -137,29 +188,144 @@ def read_embeddings(
             f"{folder} holds vectors of shape {vectors.shape} and {metadata.num_rows} rows of "
             f"metadata; expected shape {expected}"
         )
+    finite = np.isfinite(vectors).all(axis=1)
+    if not finite.all():
+        raise SearchIndexError(
+            f"{(~finite).sum()} of the {len(vectors)} vectors in {folder} are not finite; the "
+            "model's weights or the file are damaged"
+        )
     return description, vectors, metadata
 
 
-def _save_vectors(path: Path, vectors: Float32[np.ndarray, "images dim"]) -> None:
+class _Done(NamedTuple):
+    """What became of a part."""
+
+    rows: int
+    unreadable: dict[str, str]
+
+
+class _Part:
+    """The two files of a part; the metadata is written last, and holds the key."""
+
+    def __init__(self, folder: Path, number: int, key: str) -> None:
+        self.vectors = folder / "img_emb" / f"img_emb_{number}.npy"
+        self.metadata = folder / "metadata" / f"metadata_{number}.parquet"
+        self.key = key
+
+    def find(self) -> _Done | None:
+        """Return what an earlier run left here, if it is whole and has the key."""
+        with suppress(OSError, EOFError, LookupError, ValueError):
+            schema = pyarrow.parquet.read_metadata(self.metadata)
+            record = json.loads(schema.metadata[b"vlm"])
+            rows = len(np.load(self.vectors, allow_pickle=False, mmap_mode="r"))
+            if record["key"] == self.key and rows == schema.num_rows:
+                return _Done(rows, record["unreadable"])
+        return None
+
+    def write(
+        self,
+        images: Sequence[ListedImage],
+        vectors: Float32[np.ndarray, "images dim"],
+        unreadable: dict[str, str],
+        languages: Sequence[str],
+    ) -> _Done:
+        columns = {
+            "uid": [image.uid for image in images],
+            "image_path": [image.address for image in images],
+        } | {
+            f"caption_{language}": [image.captions.get(language, "") for image in images]
+            for language in languages
+        }
+        record = json.dumps({"key": self.key, "unreadable": unreadable})
+        table = pyarrow.table({name: pyarrow.array(v, "string") for name, v in columns.items()})
+        buffer = io.BytesIO()
+        pyarrow.parquet.write_table(table.replace_schema_metadata({"vlm": record}), buffer)
+        self.metadata.unlink(missing_ok=True)  # of other vectors than will now stand beside it
+        write_file(self.vectors, npy_bytes(vectors))
+        write_file(self.metadata, buffer.getvalue())
+        return _Done(len(images), unreadable)
+
+
+def npy_bytes(array: NDArray[Any]) -> bytes:
+    """Return the content of an array's file: numpy's own writing hides why a disk refused it."""
     buffer = io.BytesIO()
-    np.save(buffer, vectors)
-    path.write_bytes(buffer.getbuffer())  # numpy's own writing hides why a disk refused it
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _embed(
+    embedder: Embedder, images: Sequence[ListedImage]
+) -> tuple[list[ListedImage], Float32[np.ndarray, "images dim"], dict[str, str]]:
+    """Return the images that can be read, their vectors, and why the others cannot."""
+    vectors = [np.zeros((0, embedder.embed_dim), np.float32)]
+    kept: list[ListedImage] = []
+    unreadable: dict[str, str] = {}
+    for start in range(0, len(images), IMAGE_BATCH):
+        pixels = []
+        for image in images[start : start + IMAGE_BATCH]:
+            try:
+                pixels.append(embedder.pixels(image.source, name=image.address))
+                kept.append(image)
+            except DataError as error:
+                unreadable[image.address] = str(error)
+        if pixels:
+            vectors.append(embedder.encode_pixels(torch.stack(pixels)))
+    return kept, np.concatenate(vectors), unreadable
+
+
+def _key(model: Sequence[Any], images: Sequence[ListedImage]) -> str:
+    """Name what a part holds: whose vectors, of which images as they are now."""
+    listed = [(image.uid, image.address, image.captions, _state(image.source)) for image in images]
+    return hashlib.sha256(json.dumps([model, listed]).encode()).hexdigest()
+
+
+def _state(source: ImageSource) -> str:
+    """Return what changes when an image is replaced, without reading a file for it."""
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).hexdigest()
+    try:
+        found = os.stat(str(source))
+    except OSError:
+        return ""
+    return f"{found.st_size} {found.st_mtime_ns}"
+
+
+def _check_unfinished(out: Path) -> None:
+    if out.exists() and ((out / DESCRIPTION_NAME).exists() or not _is_begun(out)):
+        raise DataError(f"{out} exists already; choose another folder for the embeddings")
+
+
+def _is_begun(folder: Path) -> bool:
+    return (folder / "img_emb").is_dir()
+
+
+def _check_bound(
+    out: Path, unreadable: Mapping[str, str], count: int, allowed_share: float
+) -> None:
+    total = count + len(unreadable)
+    allowed = max(1, int(allowed_share * total)) if allowed_share else 0
+    if count and len(unreadable) <= allowed:
+        return
+    shown = "; ".join(list(unreadable.values())[:_SHOWN])
+    more = f"; and {len(unreadable) - _SHOWN} more" if len(unreadable) > _SHOWN else ""
+    raise DataError(
+        f"{len(unreadable)} of {total} images cannot be read, more than allowed_share "
+        f"{allowed_share:g} permits ({allowed}): {shown}{more}. What was embedded is kept in "
+        f"{out}: mend or remove these, or raise --allowed_share, and run the same command again"
+    )
+
+
+def _remove_parts_from(folder: Path, number: int) -> None:
+    """Remove the parts that an earlier run over more images left."""
+    for name, suffix in (("img_emb", "npy"), ("metadata", "parquet")):
+        for path in _parts(folder / name, suffix)[number:]:
+            path.unlink()
 
 
 def _parts(folder: Path, suffix: str) -> Sequence[Path]:
     return sorted(folder.glob(f"*.{suffix}"), key=lambda path: int(path.stem.rsplit("_", 1)[1]))
 
 
-def _metadata_of(images: Sequence[Image], languages: Sequence[str]) -> pyarrow.Table:
-    columns = {
-        "uid": [image.uid for image in images],
-        "image_path": [image.path for image in images],
-    }
-    for language in languages:
-        columns[f"caption_{language}"] = [image.captions.get(language, "") for image in images]
-    return pyarrow.table(columns)
-
-
-def _write_description(folder: Path, description: EmbeddingsDescription) -> None:
-    record = {name: getattr(description, name) for name in description.__slots__}
-    (folder / DESCRIPTION_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+def _as_text(path: Path) -> str:
+    r"""Return a path that may be written as UTF-8: other bytes are escaped, as `\xba`."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -10,9 +10,8 @@ from jaxtyping import Int
 
 from vlm.data.conditions import samples_where
 from vlm.data.dataset import ShardedSplit
+from vlm.data.image_folder import IMAGE_SUFFIXES, images_below
 from vlm.errors import DataError
-
-_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +23,7 @@ class LabelledImages:
     labels: Int[np.ndarray, " images"]
     """The number of each image's class."""
     left_out: int
-    """Samples without the label, or files without an image's suffix."""
+    """Samples without the label, or what `images_below` leaves out of a folder."""
 
     def fingerprint(self, digests: Sequence[bytes]) -> str:
         """Return the SHA-256 of all images' bytes and labels.
@@ -104,11 +103,12 @@ def images_in_class_folders(folder: Path, class_ids: Sequence[str]) -> LabelledI
     labels: list[int] = []
     left_out = 0
     for number, class_id in enumerate(class_ids):
-        files = sorted(path for path in (folder / class_id).rglob("*") if path.is_file())
-        found = [path for path in files if path.suffix.lower() in _SUFFIXES]
-        left_out += len(files) - len(found)
-        images += found
-        labels += [number] * len(found)
+        found = images_below(folder / class_id)
+        left_out += found.left_out.total()
+        images += found.paths
+        labels += [number] * len(found.paths)
     if not images:
-        raise DataError(f"the class folders in {folder} hold no image ({', '.join(_SUFFIXES)})")
+        raise DataError(
+            f"the class folders in {folder} hold no image ({', '.join(sorted(IMAGE_SUFFIXES))})"
+        )
     return LabelledImages(images=images, labels=np.array(labels, dtype=np.int64), left_out=left_out)

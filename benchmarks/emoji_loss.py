@@ -103,10 +103,14 @@ def score(folder: Path) -> dict[str, Any]:
     from vlm.quickstart import score_benchmarks
 
     embedder = Embedder.load(folder / "bundle", device="cpu")
-    scores = score_benchmarks(embedder, ROOT / "data" / "emoji")
+    scores = score_benchmarks(embedder, ROOT / "data" / "emoji").benchmarks
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records if "loss" in record]
-    flat = {f"{name}/{key}": value for name, of in scores.items() for key, value in of.items()}
+    flat = {
+        f"{name}/{key}": value
+        for name, of in scores.items()
+        for key, value in of.evaluation.scores.items()
+    }
     return {"last_losses": statistics.mean(losses[-5:]), "scores": flat}
 
 

@@ -193,11 +193,15 @@ def scored(run: Mapping[str, Any], embedder: Any) -> dict[str, Any]:
     """Return a run's plain measurements with its retrieval scores."""
     from vlm.quickstart import score_benchmarks
 
-    scores = score_benchmarks(embedder, DATA)
+    scores = score_benchmarks(embedder, DATA).benchmarks
     return {key: run[key] for key in run if key not in ("config", "checkpoint")} | {
         "samples_per_cpu_s": run["samples"] / run["cpu_s"],
         "parameters": sum(parameter.numel() for parameter in embedder.model.parameters()),
-        "scores": {f"{name}/{key}": v for name, of in scores.items() for key, v in of.items()},
+        "scores": {
+            f"{name}/{key}": v
+            for name, of in scores.items()
+            for key, v in of.evaluation.scores.items()
+        },
     }
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from vlm.embedding.embedder import Embedder
     from vlm.errors import VlmError
     from vlm.evaluation.retrieval.evaluation import evaluate_retrieval
+    from vlm.evaluation.retrieval.run import evaluate
     from vlm.text.tokenizer import Tokenizer, load_tokenizer
 
 __version__ = "0.1.0"
@@ -20,6 +21,7 @@ __all__ = [
     "Tokenizer",
     "VlmError",
     "__version__",
+    "evaluate",
     "evaluate_retrieval",
     "load",
     "load_tokenizer",
@@ -29,6 +31,7 @@ _HOMES = {
     "Embedder": "vlm.embedding.embedder",
     "Tokenizer": "vlm.text.tokenizer",
     "VlmError": "vlm.errors",
+    "evaluate": "vlm.evaluation.retrieval.run",
     "evaluate_retrieval": "vlm.evaluation.retrieval.evaluation",
     "load_tokenizer": "vlm.text.tokenizer",
 }

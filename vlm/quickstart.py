@@ -13,14 +13,12 @@ import torch
 
 from vlm.data.dataset import ShardedSplit
 from vlm.data.sample import Sample
-from vlm.embedding.bulk import BulkEmbedder
 from vlm.embedding.embedder import Embedder
 from vlm.embedding.parts import SplitImages, read_embeddings, write_embeddings
 from vlm.errors import ConfigError
 from vlm.evaluation.config import RetrievalSource
 from vlm.evaluation.indexes.comparison import IndexPlan
-from vlm.evaluation.retrieval.evaluation import evaluate_with_protocol
-from vlm.evaluation.retrieval.sources import open_source
+from vlm.evaluation.retrieval.run import RetrievalRun, evaluate
 from vlm.files import write_file
 from vlm.reports.document import (
     Bullets,
@@ -35,7 +33,6 @@ from vlm.reports.document import (
 from vlm.reports.examples import Answer, Example, Found
 from vlm.reports.results import RECORD_NAME
 from vlm.reports.retrieval_report import retrieval_sections
-from vlm.reports.retrieval_run import RetrievalRun, ScoredBenchmark
 from vlm.reports.training_plots import loss_png, recall_png
 from vlm.search.index import VectorIndex
 from vlm.search.search_index import build_search_index
@@ -84,7 +81,7 @@ def run_quickstart(config: TrainConfig) -> tuple[Path, RetrievalRun]:
     bundle = train(config)
     seconds = time.perf_counter() - started
     embedder = Embedder.load(bundle)
-    scored = RetrievalRun(bundle=str(bundle), benchmarks=score_benchmarks(embedder, data))
+    scored = score_benchmarks(embedder, data, bundle=bundle)
     record = json.dumps(scored.as_record(), indent=1, ensure_ascii=False)
     write_file(folder / RECORD_NAME, (record + "\n").encode())
     images = SplitImages(data, SEARCHED_SPLIT)
@@ -93,19 +90,18 @@ def run_quickstart(config: TrainConfig) -> tuple[Path, RetrievalRun]:
     return write_report(folder, _document(config, embedder, scored, seconds)), scored
 
 
-def score_benchmarks(embedder: Embedder, data: Path) -> dict[str, ScoredBenchmark]:
+def score_benchmarks(embedder: Embedder, data: Path, *, bundle: str | Path = "") -> RetrievalRun:
     """Score a model on every one of `BENCHMARKS`, on the large ones by approximate search too."""
-    scored = {}
-    for name, (split, where) in BENCHMARKS.items():
-        source = open_source(
-            RetrievalSource(path=data, name=name, split=split, where=where),
-            languages=embedder.languages,
-        )
-        evaluation = evaluate_with_protocol(BulkEmbedder(embedder), source.pairs)
-        scored[name] = ScoredBenchmark(source=source, evaluation=evaluation)
-        if split == SEARCHED_SPLIT:
-            scored[name] = scored[name].with_indexes(IndexPlan(factories=[_INDEX]))
-    return scored
+    sources = [
+        RetrievalSource(path=data, name=name, split=split, where=where)
+        for name, (split, where) in BENCHMARKS.items()
+    ]
+    large = [name for name, (split, _) in BENCHMARKS.items() if split == SEARCHED_SPLIT]
+    run = evaluate(embedder, sources, bundle=bundle)
+    run = run.with_indexes(IndexPlan(factories=[_INDEX]), names=large)
+    if run.index_error:
+        raise run.index_error
+    return run
 
 
 def next_commands(folder: Path) -> list[str]:

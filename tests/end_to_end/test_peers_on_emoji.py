@@ -23,10 +23,10 @@ from vlm.embedding.embedder import Embedder
 from vlm.evaluation.classification.class_names import read_class_names
 from vlm.evaluation.classification.dataset import images_of_split
 from vlm.evaluation.classification.evaluation import classifier_weights, evaluate_classification
+from vlm.evaluation.retrieval.comparison import compare
 from vlm.evaluation.retrieval.evaluation import evaluate_retrieval
 from vlm.evaluation.retrieval.metrics import recall_at
 from vlm.evaluation.retrieval.pairs import RetrievalPairs, Texts, correct_pairs
-from vlm.evaluation.retrieval.ranks import exact_ranks
 from vlm.images.config import PreprocessConfig
 from vlm.images.decoding import decode_image
 from vlm.images.transforms import evaluation_transform, preprocess_cfg
@@ -178,11 +178,10 @@ def test_a_wrong_answer_with_an_equal_score_is_first_here_and_in_its_place_in_ch
         for kind, rows in features_of(embedder, asked, texts).items()
     }
     matches = np.stack([np.arange(len(texts)), owners], axis=1)
-    query, answer = ("text", "image") if direction == "text_to_image" else ("image", "text")
-    sides = matches if query == "text" else matches[:, ::-1]
-    alone = exact_ranks(features[query], features[answer], sides)
+    answer = "image" if direction == "text_to_image" else "text"
+    alone = getattr(compare(features["text"], features["image"], matches), direction)
     features[answer] = np.tile(features[answer], (2, 1))  # the second of each is never right
-    ranks = exact_ranks(features[query], features[answer], sides)
+    ranks = getattr(compare(features["text"], features["image"], matches), direction)
     right = {number: [owner] for number, owner in enumerate(owners.tolist())}
     theirs = []
     for last_first in (False, True):

@@ -11,7 +11,7 @@ from tests.builders import THINGS, encoded, make_image
 from vlm.evaluation.classification.class_names import ClassNames
 from vlm.evaluation.classification.dataset import LabelledImages
 from vlm.evaluation.classification.metrics import score_classification
-from vlm.evaluation.retrieval.protocol import Reading
+from vlm.evaluation.reading import Reading
 from vlm.reports import classification_report
 from vlm.reports.classification_report import classification_document
 from vlm.reports.classification_run import (

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm.evaluation.retrieval.cosines import CosineStatistics, Spread
+from vlm.evaluation.retrieval.comparison import CosineStatistics, Spread
 from vlm.evaluation.retrieval.metrics import NOT_FOUND
 from vlm.reports import plots
 from vlm.reports.plots import cosines_png, recall_curves_png

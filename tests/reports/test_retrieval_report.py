@@ -9,25 +9,21 @@ import pytest
 from vlm.embedding.bulk import BulkEmbedder
 from vlm.evaluation.config import RetrievalSource
 from vlm.evaluation.indexes.comparison import IndexPlan
-from vlm.evaluation.retrieval.evaluation import Vectors, evaluate_with_protocol, ranks_of
-from vlm.evaluation.retrieval.sources import open_source
+from vlm.evaluation.retrieval.evaluation import Vectors, compare_pairs
+from vlm.evaluation.retrieval.run import RetrievalRun, evaluate
 from vlm.reports.document import Bullets, Table, as_markdown, write_report
 from vlm.reports.examples import MISSED_BEYOND, _text_example, drawn_examples
 from vlm.reports.retrieval_report import format_run, retrieval_document, retrieval_sections
-from vlm.reports.retrieval_run import RetrievalRun, ScoredBenchmark
 
 
 @pytest.fixture(scope="module")
 def run(embedder, data_folder):
-    scored = {}
-    for name, languages in (("both", ["zh", "en"]), ("chinese alone", ["zh"])):
-        source = open_source(
-            RetrievalSource(path=data_folder, name=name, split="test"), languages=languages
-        )
-        evaluation = evaluate_with_protocol(BulkEmbedder(embedder), source.pairs)
-        scored[name] = ScoredBenchmark(source=source, evaluation=evaluation)
-    scored["both"] = scored["both"].with_indexes(IndexPlan(factories=["HNSW8"], sweep=True))
-    return RetrievalRun(bundle="runs/a/bundle", benchmarks=scored)
+    sources = [
+        RetrievalSource(path=data_folder, name=name, split="test", languages=languages)
+        for name, languages in (("both", ["zh", "en"]), ("chinese alone", ["zh"]))
+    ]
+    scored = evaluate(embedder, sources, bundle="runs/a/bundle")
+    return scored.with_indexes(IndexPlan(factories=["HNSW8"], sweep=True), names=["both"])
 
 
 def blocks_of(sections, title, kind):
@@ -88,7 +84,7 @@ def test_the_printed_table_has_a_row_for_each_language_and_direction(run):
 
 def test_the_report_says_where_benchmarks_were_read_from(run, data_folder):
     (said,) = blocks_of(retrieval_sections(run), "Protocol", Bullets)
-    assert f"both: data folder, {data_folder}; split test." in said.items
+    assert f"both: data folder, {data_folder}; split test; languages zh, en." in said.items
 
 
 def test_examples_can_be_shown_of_some_benchmarks(run):
@@ -120,7 +116,7 @@ def test_the_record_is_json_without_vectors(run):
 
 def test_found_questions_were_found_and_missed_ones_were_missed(run):
     scored = run.benchmarks["both"]
-    groups = drawn_examples(scored.source.pairs, scored.evaluation, of_each=4)
+    groups = drawn_examples(scored.pairs, scored.evaluation, of_each=4)
     assert list(groups)[-1] == "Images and the captions they find"
     assert len(groups) > 1
     for title, examples in list(groups.items())[:-1]:
@@ -144,12 +140,12 @@ def test_found_questions_were_found_and_missed_ones_were_missed(run):
 
 def test_examples_of_images_show_the_best_captions(run, embedder):
     scored = run.benchmarks["both"]
-    groups = drawn_examples(scored.source.pairs, scored.evaluation, of_each=2)
+    groups = drawn_examples(scored.pairs, scored.evaluation, of_each=2)
     examples = groups["Images and the captions they find"]
     assert len(examples) == 2
     for example in examples:
         for answer in example.answers:
-            texts = scored.source.pairs.texts[answer.language].texts
+            texts = scored.pairs.texts[answer.language].texts
             cosines = (embedder.encode_text(texts) @ embedder.encode_image([example.image]).T)[:, 0]
             best = np.argsort(-cosines)[:3]
             assert [found.text for found in answer.found] == [texts[row] for row in best]
@@ -159,22 +155,23 @@ def test_nothing_is_drawn_of_a_kind_that_does_not_occur(run):
     scored = run.benchmarks["chinese alone"]
     perfect = {"zh": {name: np.ones_like(found) for name, found in
                       scored.evaluation.ranks["zh"].items()}}  # fmt: skip
-    groups = drawn_examples(scored.source.pairs, replace(scored.evaluation, ranks=perfect))
+    groups = drawn_examples(scored.pairs, replace(scored.evaluation, ranks=perfect))
     assert list(groups) == ["Found at rank 1", "Images and the captions they find"]
 
 
-def test_examples_stand_in_the_order_of_their_ranks_where_cosines_tie(run):
+def test_examples_stand_in_the_order_of_their_ranks_where_cosines_tie(run, embedder):
     """Of two equal images the correct one comes first in the benchmark."""
     scored = run.benchmarks["chinese alone"]
     images = scored.evaluation.vectors.images.copy()
-    own = scored.source.pairs.texts["zh"]
+    own = scored.pairs.texts["zh"]
     texts = scored.evaluation.vectors.texts["zh"].copy()
     for row, image in own.matches[:12].tolist():
         images[image + 12] = images[image] = texts[row] = np.eye(32, dtype=np.float32)[row]
     matches = own.matches[own.matches[:, 1] < 12]  # the second image of each is wrong
-    pairs = replace(scored.source.pairs, texts={"zh": replace(own, matches=matches)})
+    pairs = replace(scored.pairs, texts={"zh": replace(own, matches=matches)})
     vectors = Vectors(images=images, texts={"zh": texts})
-    ranks = ranks_of(vectors, pairs)
+    bulk = BulkEmbedder(embedder)
+    ranks = {name: found.ranks for name, found in compare_pairs(bulk, vectors, pairs).items()}
     assert set(ranks["zh"]["text_to_image"].tolist()) == {2}
     evaluation = replace(scored.evaluation, vectors=vectors, ranks=ranks)
     example = _text_example(pairs, evaluation, {"zh": 3})

@@ -5,7 +5,8 @@ from dataclasses import asdict
 
 import numpy as np
 
-from vlm.evaluation.retrieval.protocol import question_of
+from vlm.evaluation.retrieval.pairs import RetrievalPairs, Texts
+from vlm.evaluation.retrieval.protocol import questions_of
 from vlm.reports.results import SCORES
 
 RECALLS = (0.72514, 0.924, 0.964, 0.879, 0.984, 0.994)
@@ -15,10 +16,13 @@ IMAGES = [f"image {number}".encode() for number in range(4)]
 def question(*, texts=8, language="zh", **changes):
     """Return what a real question says of itself, with numbers of a real benchmark on demand."""
     matches = np.array([(number, number % len(IMAGES)) for number in range(texts)])
-    asked = question_of(
-        IMAGES, [f"text {number}" for number in range(texts)], matches, language=language,
-        duplicates=changes.pop("duplicates", "by id"), cleaning=changes.pop("cleaning", "none"),
-    )  # fmt: skip
+    pairs = RetrievalPairs(
+        images=IMAGES,
+        texts={language: Texts(texts=[f"text {n}" for n in range(texts)], matches=matches)},
+        duplicates=changes.pop("duplicates", "by id"),
+        cleaning=changes.pop("cleaning", "none"),
+    )
+    asked = questions_of(pairs)[language]
     return {"fingerprint": asked.fingerprint, **asdict(asked), **changes}
 
 

@@ -44,20 +44,18 @@ def run(options: Any) -> None:
     embedder = Embedder.load(
         options.bundle, device=options.device, truncate_dim=options.truncate_dim
     )
-    opened = open_source(source, languages=embedder.languages)
-    if opened.findings:
-        print(f"{opened.name}: {dict(opened.findings)}", file=sys.stderr)
+    pairs = open_source(source, languages=embedder.languages)
+    if pairs.findings:
+        print(f"{source.name}: {dict(pairs.findings)}", file=sys.stderr)
     data = {
         "data": str(source.path),
-        "kind": opened.kind,
-        "split": opened.split,
+        "kind": pairs.kind,
+        "split": pairs.split,
         "where": list(source.where or ()),
-        "duplicates": opened.pairs.duplicates,
-        "cleaning": opened.pairs.cleaning,
+        "duplicates": pairs.duplicates,
+        "cleaning": pairs.cleaning,
     }
-    calibration, reliability = calibrate(
-        embedder, opened.pairs, plan, data=data, show_progress_bar=True
-    )
+    calibration, reliability = calibrate(embedder, pairs, plan, data=data, show_progress_bar=True)
     store_calibration(options.bundle, calibration)
     if options.json:
         checked = {name: asdict(found) for name, found in reliability.items()}

@@ -28,7 +28,7 @@ from vlm.evaluation.classification.dataset import (
 )
 from vlm.evaluation.classification.evaluation import evaluate_classification
 from vlm.evaluation.classification.prompts import prompts_of, read_templates
-from vlm.evaluation.retrieval.protocol import Reading, reading_of
+from vlm.evaluation.reading import Reading, reading_of
 from vlm.reports.classification_report import classification_document
 from vlm.reports.classification_run import (
     ClassificationRun,

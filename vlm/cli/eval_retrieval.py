@@ -4,7 +4,6 @@ Also under `accelerate launch -m vlm eval retrieval`, which splits the work over
 """
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,9 @@ from vlm.cli.evaluation_runs import (
 from vlm.cli.evaluation_sources import SourcesFile, add_source_arguments, sources
 from vlm.cli.index_options import add_index_arguments, index_plan
 from vlm.distributed.launched import launched_group
-from vlm.errors import SearchIndexError
-from vlm.evaluation.retrieval.evaluation import evaluate_with_protocol
-from vlm.evaluation.retrieval.sources import open_source
+from vlm.evaluation.retrieval.run import evaluate
 from vlm.reports.results import RECORD_NAME
 from vlm.reports.retrieval_report import format_run, retrieval_document
-from vlm.reports.retrieval_run import RetrievalRun, ScoredBenchmark
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -48,25 +44,14 @@ def run(options: Any) -> None:
         embedder = bulk_embedder(options, group)
         if plan:
             plan.check(embedder.embedder.embed_dim)
-        # All are opened before any is scored, so that a mistake in the last costs no work.
-        opened = [open_source(each, languages=embedder.embedder.languages) for each in asked]
-        scored = {}
-        for source in opened:
-            if source.findings and group.rank == 0:
-                print(f"{source.name}: {dict(source.findings)}", file=sys.stderr)
-            evaluation = evaluate_with_protocol(embedder, source.pairs)
-            scored[source.name] = ScoredBenchmark(source=source, evaluation=evaluation)
-    if group.rank > 0:  # the others need not wait for what one process does
+        found = evaluate(embedder, asked, bundle=options.bundle)
+    if group.rank > 0:  # the first process alone compares indexes and reports
         return
-    failure = None
     if plan:
-        try:
-            for name, each in scored.items():
-                scored[name] = each.with_indexes(plan, device=options.device)
-        except SearchIndexError as error:  # scores are not lost for an index that cannot be built
-            failure = error
-    _warn(scored)
-    found = RetrievalRun(bundle=str(options.bundle), benchmarks=scored)
+        found = found.with_indexes(plan, device=options.device)
+    for name, scored in found.benchmarks.items():
+        for warning in scored.indexes.warnings if scored.indexes else ():
+            print(f"warning: {name}: {warning}", file=sys.stderr)
     deliver(
         options,
         found.as_record(),
@@ -74,11 +59,5 @@ def run(options: Any) -> None:
         document=lambda: retrieval_document(found),
         table=lambda: format_run(found),
     )
-    if failure:
-        raise failure
-
-
-def _warn(scored: Mapping[str, ScoredBenchmark]) -> None:
-    for name, each in scored.items():
-        for warning in each.indexes.warnings if each.indexes else ():
-            print(f"warning: {name}: {warning}", file=sys.stderr)
+    if found.index_error:
+        raise found.index_error

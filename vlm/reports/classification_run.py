@@ -17,7 +17,7 @@ from vlm.evaluation.classification.metrics import (
     ClassificationScores,
     baselines,
 )
-from vlm.evaluation.retrieval.protocol import Reading
+from vlm.evaluation.reading import Reading
 from vlm.markdown import markdown_table
 from vlm.reports.document import score_cell
 

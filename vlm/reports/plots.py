@@ -9,7 +9,7 @@ from jaxtyping import Int64
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vlm.evaluation.retrieval.cosines import CosineStatistics, Spread
+from vlm.evaluation.retrieval.comparison import CosineStatistics, Spread
 from vlm.evaluation.retrieval.scores import DIRECTIONS, Ranks
 
 _COLUMNS = 3

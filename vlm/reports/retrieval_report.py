@@ -4,8 +4,9 @@ from collections.abc import Collection
 
 from vlm.evaluation.bootstrap import LEVEL
 from vlm.evaluation.indexes.comparison import comparison_rows
-from vlm.evaluation.retrieval.cosines import Spread
+from vlm.evaluation.retrieval.comparison import Spread
 from vlm.evaluation.retrieval.metrics import mean_recall
+from vlm.evaluation.retrieval.run import RetrievalRun, ScoredBenchmark
 from vlm.evaluation.retrieval.scores import DIRECTIONS
 from vlm.markdown import markdown_table
 from vlm.reports.document import (
@@ -24,7 +25,6 @@ from vlm.reports.examples import MISSED_BEYOND, drawn_examples
 from vlm.reports.index_report import EXPLANATION, index_blocks
 from vlm.reports.plots import cosines_png, recall_curves_png
 from vlm.reports.results import in_words
-from vlm.reports.retrieval_run import RetrievalRun, ScoredBenchmark
 
 
 def retrieval_document(run: RetrievalRun) -> Document:
@@ -196,7 +196,7 @@ def _examples(run: RetrievalRun, names: Collection[str]) -> list[Section]:
             "Queries drawn at random from each kind; a query is missed if none of its first "
             f"{MISSED_BEYOND} answers is correct."
         )
-        drawn = drawn_examples(scored.source.pairs, scored.evaluation)
+        drawn = drawn_examples(scored.pairs, scored.evaluation)
         groups = [Examples(title=title, examples=examples) for title, examples in drawn.items()]
         sections.append(Section(title=f"Examples: {name}", blocks=[explained, *groups]))
     return sections
@@ -239,14 +239,14 @@ def _protocol(run: RetrievalRun) -> Section:
 
 def _files(scored: ScoredBenchmark) -> str:
     """Return where a benchmark was read from, how, and what was found in its files."""
-    settings = scored.source.source.as_record()
-    parts = [f"{scored.source.kind}, {settings.pop('path')}"]
+    settings = scored.source.as_record()
+    parts = [f"{scored.pairs.kind}, {settings.pop('path')}"]
     for name, value in settings.items():
         given = value is not None and value is not False and value not in ("", [], ())
         if given and name not in ("name", "kind"):
             said = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
             parts.append(f"{name.replace('_', ' ')} {said}")
-    for name, value in scored.source.findings.items():
+    for name, value in scored.pairs.findings.items():
         if isinstance(value, int):
             parts.append(f"{value:,} {name.replace('_', ' ')}")
         elif name == "notes":

@@ -8,7 +8,7 @@ import torch
 
 from tests.support.processes import run_in_processes
 from vlm.distributed.groups import world_group
-from vlm.evaluation.retrieval.cosines import cosine_statistics
+from vlm.evaluation.retrieval.comparison import compare
 
 
 def case():
@@ -35,7 +35,7 @@ def test_correct_and_wrong_cosines_are_summarised_as_over_the_whole_matrix(tile)
     texts[matches[0, 0]] = images[matches[0, 1]]
     texts[matches[-1, 0]] = -images[matches[-1, 1]]
     cosines = texts.astype(np.float64) @ images.astype(np.float64).T
-    found = cosine_statistics(texts, images, np.concatenate([matches, matches]), tile=tile)
+    found = compare(texts, images, np.concatenate([matches, matches]), tile=tile).cosines
     for spread, values in ((found.correct, cosines[correct]), (found.wrong, cosines[~correct])):
         expected = [len(values), values.mean(), values.std(), values.min(), values.max()]
         assert record(spread) == pytest.approx(expected, abs=1e-7)
@@ -43,15 +43,15 @@ def test_correct_and_wrong_cosines_are_summarised_as_over_the_whole_matrix(tile)
 
 def test_cosines_that_are_all_equal_do_not_spread():
     ones = np.full((20, 4), 0.5, np.float32)
-    found = cosine_statistics(ones, ones, np.array([[0, 0]]))
+    found = compare(ones, ones, np.array([[0, 0]])).cosines
     assert record(found.wrong) == [399, 1, 0, 1, 1]
     assert record(found.correct) == [1, 1, 0, 1, 1]
 
 
 def test_where_there_is_no_pair_the_statistics_are_no_numbers():
     one = np.ones((1, 1), np.float32)
-    wrong = cosine_statistics(one, one, np.array([[0, 0]])).wrong
-    correct = cosine_statistics(one, one, np.zeros((0, 2), np.int64)).correct
+    wrong = compare(one, one, np.array([[0, 0]])).cosines.wrong
+    correct = compare(one, one, np.zeros((0, 2), np.int64)).cosines.correct
     for spread in (wrong, correct):
         assert spread.count == 0
         assert all(math.isnan(number) for number in record(spread)[1:])
@@ -60,13 +60,13 @@ def test_where_there_is_no_pair_the_statistics_are_no_numbers():
 def test_vectors_that_are_no_numbers_show():
     texts, images, matches = case()
     texts[matches[0, 0]] = np.nan
-    found = cosine_statistics(texts, images, matches, tile=8)
+    found = compare(texts, images, matches, tile=8).cosines
     for spread in (found.wrong, found.correct):
         assert all(math.isnan(number) for number in record(spread)[1:])
 
 
 def _statistics(rank):
-    found = cosine_statistics(*case(), tile=7, group=world_group())
+    found = compare(*case(), tile=7, group=world_group()).cosines
     return torch.tensor([record(found.correct), record(found.wrong)], dtype=torch.float64)
 
 

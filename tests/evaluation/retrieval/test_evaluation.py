@@ -14,10 +14,10 @@ from vlm.embedding.embedder import Embedder
 from vlm.errors import VlmError
 from vlm.evaluation.retrieval.evaluation import (
     agreement_of,
+    compare_pairs,
     embed_pairs,
+    evaluate_pairs,
     evaluate_retrieval,
-    evaluate_with_protocol,
-    ranks_of,
 )
 from vlm.evaluation.retrieval.pairs import RetrievalPairs, Texts, pairs_of_split
 
@@ -168,7 +168,7 @@ def test_cutoffs_that_make_no_sense_are_refused(cutoffs):
 
 def test_an_evaluation_says_what_was_asked_and_how_it_was_read(embedder, data_folder):
     pairs = pairs_of_split(data_folder, "test", languages=["zh", "en"])
-    evaluation = evaluate_with_protocol(BulkEmbedder(embedder), pairs)
+    evaluation = evaluate_pairs(BulkEmbedder(embedder), pairs)
     assert evaluation.scores == evaluate_retrieval(embedder, pairs)
     assert evaluation.questions.keys() == {"zh", "en"}
     question = evaluation.questions["zh"]
@@ -183,7 +183,7 @@ def test_an_evaluation_says_what_was_asked_and_how_it_was_read(embedder, data_fo
 
 def test_an_evaluation_holds_intervals_cosines_and_agreement(embedder, data_folder):
     pairs = pairs_of_split(data_folder, "test", languages=["zh", "en"])
-    evaluation = evaluate_with_protocol(BulkEmbedder(embedder), pairs)
+    evaluation = evaluate_pairs(BulkEmbedder(embedder), pairs)
     record = evaluation.as_record()
     assert record["intervals"]["level"] == 0.95
     low, high = record["intervals"]["of"]["zh/mean_recall"]
@@ -223,8 +223,9 @@ def test_a_model_that_understands_one_language_alone_does_not_agree_with_itself(
         texts=texts,
         translations={("en", "zh"): same},
     )
-    vectors = embed_pairs(BulkEmbedder(TableEmbedder(table)), pairs)
-    agreement = agreement_of(vectors, pairs, ranks_of(vectors, pairs), cutoffs=[1, 6])
+    bulk = BulkEmbedder(TableEmbedder(table))
+    found = compare_pairs(bulk, embed_pairs(bulk, pairs), pairs)
+    agreement = agreement_of(found, pairs, cutoffs=[1, 6])
     assert agreement == {
         "en/zh": {"translations": 6, "same_image": 1 / 6, "both@1": 1 / 6, "both@6": 1.0}
     }

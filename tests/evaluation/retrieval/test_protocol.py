@@ -6,23 +6,19 @@ import pytest
 from tests.builders import encoded, make_image
 from vlm.embedding.bulk import BulkEmbedder
 from vlm.errors import DataError
+from vlm.evaluation.reading import reading_of
 from vlm.evaluation.retrieval.pairs import RetrievalPairs, Texts, correct_pairs
-from vlm.evaluation.retrieval.protocol import (
-    question_of,
-    questions_of,
-    reading_of,
-    sha256_of_images,
-)
+from vlm.evaluation.retrieval.protocol import questions_of
 
 IMAGES = [encoded(make_image(number)) for number in range(4)]
 TEXTS = ["a cat", "the same", "the same", "a dog"]
 PAIRS = np.array([[0, 0], [1, 0], [2, 1], [3, 2]])
 
 
-def question(**changes):
-    settings = {"images": IMAGES, "texts": TEXTS, "matches": PAIRS, "language": "en"} | changes
-    positional = [settings.pop(name) for name in ("images", "texts", "matches")]
-    return question_of(*positional, **settings)
+def question(*, images=IMAGES, texts=TEXTS, matches=PAIRS, language="en", digests=None, **changes):
+    asked = Texts(texts=texts, matches=matches)
+    pairs = RetrievalPairs(images=images, texts={language: asked}, **changes)
+    return questions_of(pairs, digests=digests)[language]
 
 
 def test_a_question_counts_images_captions_and_pairs():
@@ -66,27 +62,20 @@ def test_the_policy_of_duplicates_is_in_the_fingerprint_by_what_it_does():
     assert replace(by_string, duplicates="by id").fingerprint != by_id.fingerprint
 
 
-def test_a_question_without_right_images_is_refused():
-    with pytest.raises(DataError, match="no caption in en has a right image"):
+def test_a_question_without_correct_images_is_refused():
+    with pytest.raises(DataError, match="no caption in en has a correct image"):
         question(matches=PAIRS[:0])
 
 
 def test_images_hash_by_their_bytes_or_pixels():
     opened = [make_image(number) for number in range(4)]
-    assert sha256_of_images(opened) == sha256_of_images([each.copy() for each in opened])
-    assert sha256_of_images(opened) != sha256_of_images(opened[::-1])
-    assert sha256_of_images(IMAGES[:2]) != sha256_of_images(IMAGES)
+    assert question(images=opened) == question(images=[each.copy() for each in opened])
+    assert question(images=opened) != question(images=opened[::-1])
 
 
 def test_digests_take_the_place_of_the_images(embedder):
     digests = BulkEmbedder(embedder).digests_of(IMAGES)
     assert question(images=[b""] * 4, digests=digests) == question()
-    assert sha256_of_images([], digests) == sha256_of_images(IMAGES)
-    texts = {"en": Texts(texts=TEXTS, matches=PAIRS)}
-    asked = questions_of(RetrievalPairs(images=IMAGES, texts=texts))
-    assert asked == {"en": question()}
-    unread = RetrievalPairs(images=[b""] * 4, texts=texts)
-    assert questions_of(unread, digests=digests) == asked
 
 
 def test_the_hash_of_a_question_stays_what_it_was():
@@ -99,7 +88,7 @@ def test_an_image_that_is_gone_is_named(tmp_path):
         question(images=[*IMAGES[:3], tmp_path / "gone.png"])
 
 
-def test_a_reading_says_which_share_of_captions_was_cut(embedder):
+def test_a_reading_has_the_ratio_of_truncated_captions(embedder):
     long = "red apple " * 40
     reading = reading_of(embedder, ["red apple", long, long, "小狗"])
     assert reading.truncated_share == 0.5

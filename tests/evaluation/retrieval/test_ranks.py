@@ -13,10 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.support.processes import run_in_processes
 from vlm.distributed.groups import world_group
 from vlm.errors import VlmError
+from vlm.evaluation.retrieval.comparison import compare
 from vlm.evaluation.retrieval.metrics import NOT_FOUND, first_correct_ranks, recall_at
-from vlm.evaluation.retrieval.ranks import exact_ranks, exact_ranks_both
 
 TILES = [1, 2, 3, 7, 16, None]
+
+
+def exact_ranks(texts, images, matches, **options):
+    found = compare(texts, images, matches, **options)
+    return found.text_to_image, found.image_to_text
 
 
 def whole_matrix_ranks(queries, candidates, matches):
@@ -48,10 +53,8 @@ def check(queries, candidates, matches, tile):
     expected = whole_matrix_ranks(queries, candidates, matches)
     reverse = whole_matrix_ranks(candidates, queries, matches[:, ::-1])
     ranks = exact_ranks(queries, candidates, matches, tile=tile)
-    assert ranks.dtype == np.int64
-    assert ranks.tolist() == expected
-    both = exact_ranks_both(queries, candidates, matches, tile=tile)
-    assert [side.tolist() for side in both] == [expected, reverse]
+    assert {side.dtype for side in ranks} == {np.dtype(np.int64)}
+    assert [side.tolist() for side in ranks] == [expected, reverse]
 
 
 @pytest.mark.parametrize("tile", TILES)
@@ -85,7 +88,7 @@ def test_scores_closer_than_float32_products_can_tell_are_told_apart(noise):
 def test_a_model_that_gives_every_image_one_vector_finds_nothing():
     vector = unit_vectors(np.random.default_rng(0), 1, 512)
     matches = np.stack([np.arange(300), np.arange(300) % 100], axis=1)
-    ranks, reverse = exact_ranks_both(vector.repeat(300, 0), vector.repeat(100, 0), matches)
+    ranks, reverse = exact_ranks(vector.repeat(300, 0), vector.repeat(100, 0), matches)
     assert ranks.tolist() == [100] * 300
     assert reverse.tolist() == [298] * 100
 
@@ -107,15 +110,15 @@ def test_the_rule_is_that_of_first_correct_ranks():
     order = np.argsort(-scores, axis=1)
     matches = random_matches(rng, 20, 30)
     expected = first_correct_ranks(np.take_along_axis(scores, order, 1), order, matches)
-    assert exact_ranks(queries, candidates, matches).tolist() == expected.tolist()
+    assert exact_ranks(queries, candidates, matches)[0].tolist() == expected.tolist()
 
 
 def test_queries_without_a_correct_answer_are_not_found():
     queries, none = np.eye(4, dtype=np.float32), np.zeros((0, 2), np.int64)
-    assert exact_ranks(queries, queries, none).tolist() == [NOT_FOUND] * 4
-    assert exact_ranks(queries, queries, np.array([[2, 2]])).tolist()[1:3] == [NOT_FOUND, 1]
-    assert exact_ranks(queries[:0], queries, none).tolist() == []
-    assert exact_ranks(queries, queries[:0], none).tolist() == [NOT_FOUND] * 4
+    assert exact_ranks(queries, queries, none)[0].tolist() == [NOT_FOUND] * 4
+    assert exact_ranks(queries, queries, np.array([[2, 2]]))[0].tolist()[1:3] == [NOT_FOUND, 1]
+    assert exact_ranks(queries[:0], queries, none)[0].tolist() == []
+    assert exact_ranks(queries, queries[:0], none)[0].tolist() == [NOT_FOUND] * 4
 
 
 def test_arrays_of_half_precision_on_disk_are_read_in_place(tmp_path):
@@ -151,7 +154,7 @@ def test_nothing_larger_than_the_features_and_a_tile_is_made(same):
         texts[:], images[:] = texts[0], images[0]
     matches = np.stack([np.arange(500), np.arange(500) % 400], axis=1)
     with LargestTensor() as largest:
-        exact_ranks_both(texts, images, matches, tile=32)
+        exact_ranks(texts, images, matches, tile=32)
     assert 32 * 32 <= largest.elements <= texts.size
 
 
@@ -173,9 +176,8 @@ def _ranks_of_case(rank, tile):
     texts[50:], images[20:40] = texts[:53], images[:20]
     matches = random_matches(rng, 103, 41)
     group = world_group()
-    sides = exact_ranks_both(texts, images, matches, tile=tile, group=group)
-    alone = exact_ranks(texts, images, matches, tile=tile, group=group)
-    return [torch.from_numpy(ranks) for ranks in (*sides, alone)]
+    sides = exact_ranks(texts, images, matches, tile=tile, group=group)
+    return [torch.from_numpy(ranks) for ranks in sides]
 
 
 @pytest.mark.distributed
@@ -234,7 +236,7 @@ def test_recalls_are_those_of_clip_benchmark(k):
     scores = torch.from_numpy(texts) @ torch.from_numpy(images).T
     positive = torch.zeros_like(scores, dtype=torch.bool)
     positive[tuple(pairs.T)] = True
-    ranks = exact_ranks_both(texts, images, pairs, tile=16)
+    ranks = exact_ranks(texts, images, pairs, tile=16)
     for own, found, right in zip(ranks, (scores, scores.T), (positive, positive.T), strict=True):
         recall = (batchify(recall_at_k, found, right, 32, "cpu", k=k) > 0).float().mean().item()
         assert 0.1 < recall < 1
@@ -271,7 +273,7 @@ def test_recalls_are_those_of_chinese_clip(tmp_path, monkeypatch, direction):
     folder = Path(evaluation.__file__).parent
     runpy.run_path(str(folder / f"make_topk_predictions{script}.py"), run_name="__main__")
     scores = scorer.compute_score(str(reference), str(tmp_path / "top"))
-    ranks = exact_ranks(texts if to_image else images, images if to_image else texts, sides)
+    ranks = exact_ranks(texts, images, pairs)[0 if to_image else 1]
     recalls = [100 * recall_at(ranks, k) for k in (1, 5, 10)]
     assert 10 < recalls[0] < 90
     assert [sum(recalls) / 3, *recalls] == pytest.approx(scores, abs=1e-6)

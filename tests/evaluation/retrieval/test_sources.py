@@ -57,9 +57,9 @@ def asked(pairs):
 
 def test_a_data_folder_is_asked_in_the_models_languages_under_the_name_of_its_split(folder):
     found = open_source(RetrievalSource(path=folder), languages=["en", "fr"])
-    assert (found.name, found.kind, found.split) == ("test_style", "data folder", "test_style")
+    assert (found.kind, found.split) == ("data folder", "test_style")
     assert found.findings == {}
-    assert asked(found.pairs) == asked(pairs_of_split(folder, "test_style", languages=["en"]))
+    assert asked(found) == asked(pairs_of_split(folder, "test_style", languages=["en"]))
 
 
 def test_conditions_languages_and_the_split_of_a_data_folder_are_heeded(folder):
@@ -68,20 +68,13 @@ def test_conditions_languages_and_the_split_of_a_data_folder_are_heeded(folder):
     )
     found = open_source(source, languages=ASKED)
     expected = pairs_of_split(folder, "test_style", languages=["zh"], where=["source=photo"])
-    assert found.name == "photos"
-    assert asked(found.pairs) == asked(expected)
-    assert len(found.pairs.images) == 12
+    assert asked(found) == asked(expected)
+    assert len(found.images) == 12
 
 
 def test_languages_that_a_data_folder_lacks_are_refused_if_they_were_asked_for(folder):
     with pytest.raises(DataError, match=r"has no captions in fr among .*; found zh$"):
         open_source(RetrievalSource(path=folder, languages=["fr", "zh"]), languages=ASKED)
-
-
-def test_what_was_asked_for_stays_with_what_was_opened(folder, table):
-    for source in (RetrievalSource(path=folder, name="x", split="test_style"),
-                   RetrievalSource(path=table, name="y", lower_case=True)):  # fmt: skip
-        assert open_source(source, languages=ASKED).source == source
 
 
 def test_settings_become_plain_values(table):
@@ -98,8 +91,8 @@ def test_no_source_at_all_is_refused():
 
 def test_the_files_of_a_benchmark_are_asked_with_what_was_found(table):
     found = open_source(RetrievalSource(path=table), languages=["fr"])
-    assert (found.name, found.kind, found.split) == ("mine", "table", "")
-    assert asked(found.pairs) == asked(pairs_of_benchmark(open_benchmark(table)))
+    assert (found.kind, found.split) == ("table", "")
+    assert asked(found) == asked(pairs_of_benchmark(open_benchmark(table)))
     assert found.findings["images_listed"] == 4
     assert found.findings["duplicate_captions"] == 1
     assert "missing_images" not in found.findings
@@ -113,10 +106,10 @@ def test_the_settings_of_a_benchmark_are_heeded(table, tmp_path):
         duplicates="by string", lower_case=True, allowed_share=0.2,
     )  # fmt: skip
     found = open_source(source, languages=ASKED)
-    assert list(found.pairs.texts["en"].texts) == [en for en, _ in THINGS[:4]]
+    assert list(found.texts["en"].texts) == [en for en, _ in THINGS[:4]]
     expected = [[0, 0], [0, 1], [1, 0], [1, 1], [2, 2], [3, 3]]
-    assert found.pairs.texts["zh"].matches.tolist() == expected
-    assert found.pairs.duplicates == "by string"
+    assert found.texts["zh"].matches.tolist() == expected
+    assert found.duplicates == "by string"
     assert found.findings["missing_images"] == 1
     for share, counts in ((0.0, "1 of 5"), (None, "1 of 5")):
         strict = RetrievalSource(path=moved, images=table.parent, allowed_share=share)
@@ -150,7 +143,7 @@ def test_settings_that_a_benchmark_would_ignore_are_refused(table, packed):
 def test_settings_that_say_nothing_may_stand(folder, table):
     for path in (folder, table):
         source = RetrievalSource(path=path, where=(), lower_case=False)
-        assert open_source(source, languages=ASKED).pairs.texts.keys() == {"zh", "en"}
+        assert open_source(source, languages=ASKED).texts.keys() == {"zh", "en"}
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.01])

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float32, Int, Int64
 
 from vlm.errors import SearchIndexError
-from vlm.evaluation.retrieval.ranks import exact_ranks_both
+from vlm.evaluation.retrieval.comparison import compare
 from vlm.evaluation.retrieval.scores import Ranks
 from vlm.search.approximate import ApproximateIndex
 from vlm.search.index import Hits, VectorIndex
@@ -82,8 +82,7 @@ def cases_of(
     for language, (vectors, matches) in texts.items():
         asked, places = np.unique(matches[:, 1], return_inverse=True)
         if ranks is None:
-            to_images, to_texts = exact_ranks_both(vectors, images, matches, device=device)
-            own: Ranks = {"text_to_image": to_images, "image_to_text": to_texts[asked]}
+            own = compare(vectors, images, matches, device=device).ranks
         else:
             own = ranks[language]
         sides = (vectors, images)

@@ -1,38 +1,28 @@
-"""Score a model on a retrieval benchmark: both directions and every language, and how surely."""
+"""Score a model on one retrieval benchmark: both directions, every language, with intervals."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float32
 
 from vlm.distributed.groups import SINGLE, RankGroup
 from vlm.embedding.bulk import BulkEmbedder
 from vlm.embedding.embedder import Embedder
 from vlm.evaluation.bootstrap import LEVEL
-from vlm.evaluation.retrieval.cosines import CosineStatistics, cosine_statistics
+from vlm.evaluation.reading import Reading, reading_of
+from vlm.evaluation.retrieval.comparison import Comparison, CosineStatistics, compare
 from vlm.evaluation.retrieval.metrics import cross_lingual_agreement
-from vlm.evaluation.retrieval.nearest import nearest
 from vlm.evaluation.retrieval.pairs import RetrievalPairs
-from vlm.evaluation.retrieval.protocol import Question, Reading, questions_of, reading_of
-from vlm.evaluation.retrieval.ranks import exact_ranks_both
+from vlm.evaluation.retrieval.protocol import Question, questions_of
 from vlm.evaluation.retrieval.scores import CUTOFFS, Ranks, check_cutoffs, intervals_of, scores_of
-
-
-class _Comparing(TypedDict, total=False):
-    """How vectors are compared."""
-
-    device: torch.device
-    group: RankGroup
-    show_progress_bar: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Vectors:
-    """What a model makes of a benchmark's images and texts: unit vectors, in their order."""
+    """The unit vectors of a benchmark's images and texts, in their order."""
 
     images: Float32[np.ndarray, "images dim"]
     texts: Mapping[str, Float32[np.ndarray, "texts dim"]]
@@ -41,7 +31,7 @@ class Vectors:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Scores, how far they can be trusted, and all that they depend on."""
+    """Scores, their intervals, and all that they depend on."""
 
     scores: Mapping[str, float]
     """What `evaluate_retrieval` returns."""
@@ -60,7 +50,7 @@ class Evaluation:
     """By language."""
 
     def as_record(self) -> dict[str, Any]:
-        """Return what is worth keeping as plain dictionaries, for JSON; not vectors and ranks."""
+        """Return all but vectors and ranks as plain dictionaries, for JSON."""
         return {
             "scores": dict(self.scores),
             "intervals": {"level": LEVEL, "of": dict(self.intervals)},
@@ -83,7 +73,7 @@ def evaluate_retrieval(
 ) -> dict[str, float]:  # fmt: skip
     """Return recalls in [0, 1] under keys such as `zh/text_to_image/recall@1`.
 
-    Beside them are the median rank and the mean reciprocal rank of each direction
+    Each direction also has its median rank and mean reciprocal rank
     (`zh/text_to_image/median_rank`, `.../mrr`). `zh/mean_recall` is the mean of a language's
     recalls over all cutoffs and both directions, the usual MR. A query counts if at least one of
     its correct answers is among the first k; a wrong answer with an equal score comes first (see
@@ -103,15 +93,14 @@ def evaluate_retrieval(
     """
     check_cutoffs(cutoffs)
     bulk = BulkEmbedder(embedder, group=group, show_progress_bar=show_progress_bar)
-    vectors = embed_pairs(bulk, pairs)
-    ranks = ranks_of(vectors, pairs, device=embedder.device, group=group)
-    return scores_of(ranks, cutoffs)
+    found = compare_pairs(bulk, embed_pairs(bulk, pairs), pairs)
+    return scores_of({language: each.ranks for language, each in found.items()}, cutoffs)
 
 
-def evaluate_with_protocol(
+def evaluate_pairs(
     embedder: BulkEmbedder, pairs: RetrievalPairs, *, cutoffs: Sequence[int] = CUTOFFS
 ) -> Evaluation:
-    """Score a model, and say how sure that is, what was asked, and how the model read it.
+    """Score a model, with intervals, what was asked, and how the model read it.
 
     Every rank of the embedder's group must call this, and gets the whole.
 
@@ -122,29 +111,20 @@ def evaluate_with_protocol(
 
     Raises:
         VlmError: as `evaluate_retrieval`.
-        DataError: a language has no right image at all, or an image cannot be read.
+        DataError: no caption of a language has a correct image, or an image cannot be read.
     """
     check_cutoffs(cutoffs)
-    compared = _Comparing(
-        device=embedder.embedder.device,
-        group=embedder.group,
-        show_progress_bar=embedder.show_progress_bar,
-    )
     digests = embedder.digests_of(pairs.images)
     questions = questions_of(pairs, digests=digests)
     vectors = embed_pairs(embedder, pairs, digests=digests)
-    ranks = ranks_of(vectors, pairs, **compared)
+    found = compare_pairs(embedder, vectors, pairs)
+    ranks = {language: each.ranks for language, each in found.items()}
     texts = [text for of_language in pairs.texts.values() for text in of_language.texts]
     return Evaluation(
         scores=scores_of(ranks, cutoffs),
         intervals=intervals_of(ranks, pairs.texts, images=len(pairs.images), cutoffs=cutoffs),
-        agreement=agreement_of(vectors, pairs, ranks, cutoffs=cutoffs, **compared),
-        cosines={
-            language: cosine_statistics(
-                vectors.texts[language], vectors.images, of_language.matches, **compared
-            )
-            for language, of_language in pairs.texts.items()
-        },
+        agreement=agreement_of(found, pairs, cutoffs=cutoffs),
+        cosines={language: each.cosines for language, each in found.items()},
         questions=questions,
         reading=reading_of(embedder.embedder, texts),
         vectors=vectors,
@@ -160,7 +140,7 @@ def embed_pairs(
     Args:
         embedder: The model.
         pairs: The benchmark.
-        digests: What `embedder.digests_of` gave for the images, where it was asked already.
+        digests: What `embedder.digests_of` gave for the images, if known.
 
     Raises:
         DataError: an image cannot be read.
@@ -174,62 +154,44 @@ def embed_pairs(
     )
 
 
-def ranks_of(
-    vectors: Vectors, pairs: RetrievalPairs, **compared: Unpack[_Comparing]
-) -> dict[str, Ranks]:
-    """Return the exact ranks of both directions, by language.
-
-    Args:
-        vectors: What a model makes of the benchmark.
-        pairs: The benchmark.
-        compared: Where to multiply, by which ranks, and whether to show it, as for
-            `exact_ranks_both`.
-    """
-    ranks: dict[str, Ranks] = {}
-    for language, of_language in pairs.texts.items():
-        text_to_image, image_to_text = exact_ranks_both(
-            vectors.texts[language], vectors.images, of_language.matches, **compared
+def compare_pairs(
+    embedder: BulkEmbedder, vectors: Vectors, pairs: RetrievalPairs
+) -> dict[str, Comparison]:
+    """Compare all texts with all images, by language, on the embedder's device and ranks."""
+    return {
+        language: compare(
+            vectors.texts[language],
+            vectors.images,
+            of_language.matches,
+            device=embedder.embedder.device,
+            group=embedder.group,
+            show_progress_bar=embedder.show_progress_bar,
         )
-        asked = np.unique(of_language.matches[:, 1])
-        ranks[language] = {
-            "text_to_image": text_to_image,
-            "image_to_text": image_to_text[asked],
-        }
-    return ranks
+        for language, of_language in pairs.texts.items()
+    }
 
 
 def agreement_of(
-    vectors: Vectors,
-    pairs: RetrievalPairs,
-    ranks: Mapping[str, Ranks],
-    *,
-    cutoffs: Sequence[int] = CUTOFFS,
-    **compared: Unpack[_Comparing],
+    found: Mapping[str, Comparison], pairs: RetrievalPairs, *, cutoffs: Sequence[int] = CUTOFFS
 ) -> dict[str, dict[str, float | int]]:
     """Return how often a text and its translation find the same image, by pair of languages.
 
     Args:
-        vectors: What a model makes of the benchmark.
+        found: What `compare_pairs` returned.
         pairs: The benchmark.
-        ranks: What `ranks_of` returned.
         cutoffs: The k of `both@k`.
-        compared: As for `ranks_of`.
     """
-    found: dict[str, dict[str, float | int]] = {}
-    first_image = {
-        language: nearest(vectors.texts[language], vectors.images, **compared)
-        for language in dict.fromkeys(sum(pairs.translations, ()))
-    }
+    agreement: dict[str, dict[str, float | int]] = {}
     for languages, translations in pairs.translations.items():
-        sides = [
-            (first_image[language][rows], ranks[language]["text_to_image"][rows])
+        first, second = (
+            (found[language].first_image[rows], found[language].text_to_image[rows])
             for language, rows in zip(languages, translations.T, strict=True)
-        ]
-        shares = cross_lingual_agreement(sides[0], sides[1], cutoffs=cutoffs)
-        found["/".join(languages)] = {"translations": len(translations), **shares}
-    return found
+        )
+        ratios = cross_lingual_agreement(first, second, cutoffs=cutoffs)
+        agreement["/".join(languages)] = {"translations": len(translations), **ratios}
+    return agreement
 
 
 def _without_nan(spread: Mapping[str, float | int]) -> dict[str, float | int | None]:
-    """JSON has no number that is none."""
+    """Replace NaN, which JSON cannot express, by None."""
     return {name: None if math.isnan(value) else value for name, value in spread.items()}

@@ -90,6 +90,7 @@ def pairs_of_split(
         images=[sample.image for sample in samples],
         texts=texts,
         duplicates="by string",
+        split=split,
         translations=translations_of(_of_concepts(asked)),
     )
 

@@ -1,7 +1,7 @@
-"""Where a benchmark lies and how to ask it: data folders and published files opened alike."""
+"""Open the benchmarks that sources name: data folders and published files alike."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from vlm.evaluation.config import DuplicatePolicy, RetrievalSource
 from vlm.evaluation.retrieval.benchmarks.benchmark import Benchmark
 from vlm.evaluation.retrieval.benchmarks.opening import open_benchmark
 from vlm.evaluation.retrieval.pairs import (
-    DATA_FOLDER,
     RetrievalPairs,
     Texts,
     correct_pairs,
@@ -30,25 +29,8 @@ _PACKED = ("chinese-clip", "webdataset")
 _ALLOWED_SHARE = 0.01
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OpenedSource:
-    """What a source asks."""
-
-    name: str
-    """What scores are called by."""
-    pairs: RetrievalPairs
-    kind: str
-    """`data folder`, or which kind of benchmark the files are."""
-    split: str
-    """Empty where the files have no splits."""
-    source: RetrievalSource
-    """What was asked for."""
-    findings: Mapping[str, Any] = field(default_factory=dict)
-    """What was found in a benchmark's files: what is not 0 or empty of its `Findings`."""
-
-
 def sources_of(
-    entries: Sequence[str | RetrievalSource],
+    entries: Sequence[str | Path | RetrievalSource],
     *,
     common: Mapping[str, Any] | None = None,
     folder_split: str = FOLDER_SPLIT,
@@ -56,7 +38,7 @@ def sources_of(
     """Return the sources, each with a name of its own.
 
     Args:
-        entries: `NAME=PATH`, `PATH`, or sources.
+        entries: `NAME=PATH`, paths, or sources.
         common: Settings by the names of `RetrievalSource`'s fields, for sources that do not give
             them.
         folder_split: The split of data folders for which none is given.
@@ -68,7 +50,10 @@ def sources_of(
         raise ConfigError("no benchmark is given; expected at least one NAME=PATH or PATH")
     found: dict[str, RetrievalSource] = {}
     for entry in entries:
-        source = parse_source(entry) if isinstance(entry, str) else entry
+        if isinstance(entry, Path):
+            source = RetrievalSource(path=entry)
+        else:
+            source = parse_source(entry) if isinstance(entry, str) else entry
         missing = {
             name: value for name, value in (common or {}).items() if getattr(source, name) is None
         }
@@ -96,7 +81,7 @@ def parse_source(text: str) -> RetrievalSource:
     return RetrievalSource(path=Path(path), name=name)
 
 
-def open_source(source: RetrievalSource, *, languages: Sequence[str]) -> OpenedSource:
+def open_source(source: RetrievalSource, *, languages: Sequence[str]) -> RetrievalPairs:
     """Open a data folder, or the files of a benchmark, and make its questions.
 
     Args:
@@ -108,10 +93,10 @@ def open_source(source: RetrievalSource, *, languages: Sequence[str]) -> OpenedS
         DataError: the files are missing, damaged or of no known kind, more is missing than
             allowed, or nothing is left to ask.
     """
-    if is_data_folder(source.path):
-        _refuse(source, _FOR_BENCHMARKS, what="a data folder", owner="the files of a benchmark")
-        return _open_folder(_named(source, FOLDER_SPLIT), languages)
-    return _open_benchmark(_named(source, FOLDER_SPLIT))
+    if not is_data_folder(source.path):
+        return _open_benchmark(source)
+    _refuse(source, _FOR_BENCHMARKS, what="a data folder", owner="the files of a benchmark")
+    return _open_folder(source, languages)
 
 
 def _named(source: RetrievalSource, folder_split: str) -> RetrievalSource:
@@ -122,26 +107,24 @@ def _named(source: RetrievalSource, folder_split: str) -> RetrievalSource:
     return replace(source, name=source.name or source.path.absolute().stem)
 
 
-def _open_folder(source: RetrievalSource, languages: Sequence[str]) -> OpenedSource:
-    assert source.split is not None
+def _open_folder(source: RetrievalSource, languages: Sequence[str]) -> RetrievalPairs:
+    split = source.split or FOLDER_SPLIT
     pairs = pairs_of_split(
         source.path,
-        source.split,
+        split,
         languages=source.languages or languages,
         where=source.where or (),
     )
     missing = [language for language in source.languages or () if language not in pairs.texts]
     if missing:
         raise DataError(
-            f"the split {source.split!r} of {source.path} has no captions in "
-            f"{' or '.join(missing)} among the samples asked for; found {', '.join(pairs.texts)}"
+            f"the split {split!r} of {source.path} has no captions in {' or '.join(missing)} among "
+            f"the samples asked for; found {', '.join(pairs.texts)}"
         )
-    return OpenedSource(
-        name=source.name, pairs=pairs, kind=DATA_FOLDER, split=source.split, source=source
-    )
+    return pairs
 
 
-def _open_benchmark(source: RetrievalSource) -> OpenedSource:
+def _open_benchmark(source: RetrievalSource) -> RetrievalPairs:
     share = source.allowed_share
     benchmark = open_benchmark(
         source.path,
@@ -166,10 +149,7 @@ def _open_benchmark(source: RetrievalSource) -> OpenedSource:
         languages=source.languages or (),
     )
     found = {key: value for key, value in asdict(benchmark.findings).items() if value}
-    return OpenedSource(
-        name=source.name, pairs=pairs, kind=benchmark.kind, split=benchmark.split, source=source,
-        findings=found,
-    )  # fmt: skip
+    return replace(pairs, kind=benchmark.kind, split=benchmark.split, findings=found)
 
 
 def pairs_of_benchmark(

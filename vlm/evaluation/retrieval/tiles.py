@@ -1,15 +1,16 @@
 """Inner products of all rows of one array with all rows of another, tile by tile.
 
-A tile's products are float32. Where it matters on which side of a bound one of them lies, and it is
-so near that float32 cannot tell, `Tile.exact` says it: the product in float64, rounded to float32,
-which is the same wherever the two vectors stand and on whatever machine. A float32 matrix product
-alone does not promise even that equal vectors get equal products.
+A tile's products are float32. Where one is too close to a threshold for float32 to decide,
+`Tile.exact` gives the product in float64, rounded to float32, which is the same wherever the two
+vectors stand and on every machine. A float32 matrix product alone does not even promise that equal
+vectors get equal products.
 """
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,9 @@ from vlm.distributed.groups import SINGLE, RankGroup
 from vlm.errors import VlmError
 
 _CPU_TILE, _GPU_TILE = 512, 4096  # on a CPU, a tile and its features stay in the cache of a core
-_ROUNDING = 2.0**-24
-_CHUNK = 2**17  # numbers that are turned into float64 at a time
-_MANY = 1 / 128  # of a tile: from here on, all its products together are quicker than one by one
+_ROUNDING = 2.0**-24  # unit roundoff of float32: half the distance from 1 to the next number
+_CHUNK = 2**17  # numbers converted to float64 at a time: 1 MiB
+_MANY = 1 / 128  # of a tile's products: from here on, one float64 product of the tile is faster
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class Tile:
     def exact(
         self, rows: Int64[Tensor, " places"], columns: Int64[Tensor, " places"]
     ) -> Float32[Tensor, " places"]:
-        """Return products as float64 has them, rounded to float32."""
+        """Return products computed in float64 and rounded to float32."""
         if len(rows) > _MANY * self.products.numel():
             return (self.left.double() @ self.right.double().T).float()[rows, columns]
         return _products_at(self.left, self.right, rows, columns)
@@ -74,8 +75,8 @@ class TiledProducts:
         device: Where to multiply, a CPU or a CUDA device; None for a GPU if there is one.
 
     Raises:
-        VlmError: the widths differ, a pair names a row that is not there, the tile is less than
-            1, or the products might not fit into float32.
+        VlmError: the widths differ, a pair names a row that does not exist, or the tile is less
+            than 1.
     """
 
     def __init__(
@@ -102,8 +103,9 @@ class TiledProducts:
         self.rows, self.columns = self._sorted_pairs(matches)
         """The pairs without repetitions: rows of the left and of the right array."""
 
+    @cached_property
     def pair_products(self) -> Float32[Tensor, " pairs"]:
-        """Return the products of the pairs that belong together, as exact as `Tile.exact`."""
+        """The products of the pairs that belong together, as exact as `Tile.exact`."""
         rows, columns = (places.to(self._left.device) for places in (self.rows, self.columns))
         step = max(1, _CHUNK // max(1, self._left.shape[1]))
         products = torch.empty(len(rows), device=self.device)
@@ -114,45 +116,50 @@ class TiledProducts:
             )
         return products
 
+    @cached_property
     def margin(self) -> float:
-        """Return by how much a tile's product may differ from the exact one at most.
+        """The most by which a product of a tile may differ from the exact one.
 
-        Of `n` numbers added in whatever order, the rounding errors are within `n` units in the
-        last place of the sum of their sizes, which is at most the product of both vectors'
-        lengths (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1).
+        A sum of `n` products, in whatever order, has a rounding error of at most about `n` times
+        the unit roundoff times the sum of their absolute values, which is at most the product of
+        both vectors' lengths (Cauchy-Schwarz; Higham, Accuracy and Stability of Numerical
+        Algorithms, section 3.1).
 
         Raises:
             VlmError: products might not fit into float32.
         """
         lengths = [self._largest_length(features) for features in (self._left, self._right)]
         most = lengths[0] * lengths[1]
-        if most > 1e37:
+        if most > 1e37:  # float32 ends at 3.4e38; sums of partial products need room
             raise VlmError(
                 f"the longest vectors have lengths {lengths[0]:.3g} and {lengths[1]:.3g}, whose "
                 "products do not fit into float32; expected unit vectors"
             )
-        return 1.01 * (self._left.shape[1] + 8) * _ROUNDING * most  # 8: bounds are rounded as well
+        # 8 more roundings: of the exact product to float32, and of the bounds best +- margin. 1.01:
+        # Higham's n u / (1 - n u), up to a width of 160,000.
+        return 1.01 * (self._left.shape[1] + 8) * _ROUNDING * most
 
     def tiles(
         self,
         *,
         group: RankGroup = SINGLE,
         show_progress_bar: bool = False,
-        purpose: str = "comparing",
     ) -> Iterator[Tile]:
-        """Give this rank's share of the tiles, which all ranks of the group cover together.
+        """Give this rank's tiles; the ranks of the group cover all tiles together.
+
+        A band is one tile's rows of the left array with all of the right one. Ranks take bands in
+        turn, so that a left row is seen by one rank alone, and its columns in rising order.
 
         Args:
             group: The ranks.
             show_progress_bar: Whether to show progress on stderr.
-            purpose: What the progress is called.
         """
         size = self.tile
         buffer = torch.empty(size * size, device=self.device)
         starts = range(0, self.shape[1], size)
         bounds = self._bounds_of_tiles(len(starts))
         bands = range(group.rank * size, self.shape[0], group.size * size)
-        for start in tqdm(bands, unit="band", desc=purpose, disable=not show_progress_bar):
+        for start in tqdm(bands, unit="band", desc="comparing", disable=not show_progress_bar):
             left = self._features(self._left[start : start + size])
             for place, begin in enumerate(starts):
                 right = self._features(self._right[begin : begin + size])
@@ -181,8 +188,9 @@ class TiledProducts:
                 f"{list(self.shape)}"
             )
         width = max(1, self.shape[1])
-        keys = np.unique(matches[:, 0].astype(np.int64) * width + matches[:, 1])
+        keys = np.unique(matches[:, 0].astype(np.int64) * width + matches[:, 1])  # row-major places
         rows, columns = np.divmod(keys, width)
+        # By band, then by tile within it: the order of `tiles`, so that a tile's pairs are a slice.
         order = np.lexsort((columns // self.tile, rows // self.tile))
         return (
             torch.from_numpy(rows[order]).to(self.device),

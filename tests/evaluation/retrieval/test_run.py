@@ -7,11 +7,9 @@ import pytest
 
 import vlm
 from tests.builders import make_samples, write_split
-from vlm.embedding.bulk import BulkEmbedder
 from vlm.evaluation.config import RetrievalSource
-from vlm.evaluation.retrieval.evaluation import evaluate_with_protocol
-from vlm.evaluation.retrieval.sources import open_source, sources_of
-from vlm.reports.retrieval_run import RetrievalRun, ScoredBenchmark
+from vlm.evaluation.retrieval.run import evaluate
+from vlm.evaluation.retrieval.sources import sources_of
 
 
 @pytest.fixture
@@ -20,11 +18,7 @@ def record_of(embedder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def record(source):
-        (asked,) = sources_of([source], folder_split="test")
-        opened = open_source(asked, languages=embedder.languages)
-        evaluation = evaluate_with_protocol(BulkEmbedder(embedder), opened.pairs)
-        scored = ScoredBenchmark(source=opened, evaluation=evaluation)
-        run = RetrievalRun(bundle="b", benchmarks={asked.name: scored})
+        run = evaluate(embedder, sources_of([source], folder_split="test"), bundle="b")
         return json.loads(json.dumps(run.as_record()))
 
     return record
@@ -38,8 +32,8 @@ def test_a_run_names_the_version_and_what_was_asked_for(record_of):
     assert (record["bundle"], record["vlm"]) == ("b", vlm.__version__)
     assert record["benchmarks"]["mine"]["source"] == {
         "path": "data", "name": "mine", "kind": None, "split": "test", "images": None,
-        "languages": ["en"], "where": ["source!=photo"], "duplicates": None, "lower_case": None,
-        "allowed_share": None,
+        "language": None, "languages": ["en"], "where": ["source!=photo"],
+        "duplicates": None, "lower_case": None, "allowed_share": None,
     }  # fmt: skip
 
 

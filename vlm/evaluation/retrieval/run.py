@@ -1,0 +1,135 @@
+"""Score a model on several retrieval benchmarks: `evaluate`, and the record of what it found."""
+
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from vlm import __version__
+from vlm.embedding.bulk import BulkEmbedder
+from vlm.embedding.embedder import Embedder
+from vlm.errors import SearchIndexError
+from vlm.evaluation.config import RetrievalSource
+from vlm.evaluation.indexes.comparison import IndexPlan, IndexReport, compare_indexes
+from vlm.evaluation.retrieval.evaluation import Evaluation, evaluate_pairs
+from vlm.evaluation.retrieval.pairs import RetrievalPairs
+from vlm.evaluation.retrieval.scores import CUTOFFS
+from vlm.evaluation.retrieval.sources import open_source, sources_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredBenchmark:
+    """A benchmark, and a model's evaluation on it."""
+
+    source: RetrievalSource
+    pairs: RetrievalPairs
+    evaluation: Evaluation
+    indexes: IndexReport | None = None
+    """Approximate search with the same vectors, if it was asked for."""
+
+    def as_record(self) -> dict[str, Any]:
+        """Return it as plain dictionaries, for JSON."""
+        record = self.evaluation.as_record()
+        record |= {"kind": self.pairs.kind, "split": self.pairs.split}
+        record["source"] = self.source.as_record()
+        if self.pairs.findings:
+            record["findings"] = dict(self.pairs.findings)
+        if self.indexes:
+            record["indexes"] = self.indexes.as_record()
+        return record
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RetrievalRun:
+    """A model's scores on several benchmarks."""
+
+    bundle: str
+    """The bundle's folder."""
+    benchmarks: Mapping[str, ScoredBenchmark]
+    index_error: SearchIndexError | None = None
+    """Why indexes are missing, so that scores are not lost for an index that cannot be built."""
+
+    def with_indexes(
+        self,
+        plan: IndexPlan,
+        *,
+        names: Collection[str] | None = None,
+        device: str | None = None,
+    ) -> "RetrievalRun":
+        """Return the same run with indexes compared with exact search, up to the first error.
+
+        Args:
+            plan: What to compare.
+            names: The benchmarks to do it for; None for all.
+            device: As for `compare_indexes`.
+        """
+        benchmarks, error = dict(self.benchmarks), None
+        try:
+            for name, scored in self.benchmarks.items():
+                if names is None or name in names:
+                    indexes = _indexes_of(scored, plan, device)
+                    benchmarks[name] = replace(scored, indexes=indexes)
+        except SearchIndexError as raised:
+            error = raised
+        return replace(self, benchmarks=benchmarks, index_error=error)
+
+    def as_record(self) -> dict[str, Any]:
+        """Return it as plain dictionaries, for JSON."""
+        return {
+            "bundle": self.bundle,
+            "vlm": __version__,
+            "benchmarks": {name: scored.as_record() for name, scored in self.benchmarks.items()},
+        }
+
+
+def evaluate(
+    embedder: Embedder | BulkEmbedder,
+    sources: Sequence[str | Path | RetrievalSource],
+    *,
+    cutoffs: Sequence[int] = CUTOFFS,
+    bundle: str | Path = "",
+) -> RetrievalRun:
+    """Score a model on benchmarks, in both directions and every language.
+
+    Args:
+        embedder: The model; a `BulkEmbedder` to share the work over ranks, which must all call
+            this, to keep vectors on disk, or to show progress.
+        sources: Data folders and files of published benchmarks: paths, `NAME=PATH`, or sources
+            with settings.
+        cutoffs: The k of the recalls, at least 1 each.
+        bundle: The model's name in the record.
+
+    Raises:
+        VlmError: there are no cutoffs, or one is less than 1.
+        ConfigError: two sources have one name, or a setting does not fit the files.
+        DataError: a benchmark or an image cannot be read, or there is nothing to ask.
+    """
+    bulk = BulkEmbedder(embedder) if isinstance(embedder, Embedder) else embedder
+    # All are opened before any is scored, so that a mistake in the last costs no work.
+    opened = [
+        (source, open_source(source, languages=bulk.embedder.languages))
+        for source in sources_of(sources)
+    ]
+    scored = {}
+    for source, pairs in opened:
+        if pairs.findings and bulk.show_progress_bar:
+            tqdm.write(f"{source.name}: {dict(pairs.findings)}", file=sys.stderr)
+        scored[source.name] = ScoredBenchmark(
+            source=source,
+            pairs=pairs,
+            evaluation=evaluate_pairs(bulk, pairs, cutoffs=cutoffs),
+        )
+    return RetrievalRun(bundle=str(bundle), benchmarks=scored)
+
+
+def _indexes_of(scored: ScoredBenchmark, plan: IndexPlan, device: str | None) -> IndexReport:
+    vectors = scored.evaluation.vectors
+    texts = {
+        language: (vectors.texts[language], of_language.matches)
+        for language, of_language in scored.pairs.texts.items()
+    }
+    ranks = scored.evaluation.ranks
+    return compare_indexes(vectors.images, texts, plan, ranks=ranks, device=device)

@@ -16,8 +16,7 @@ from vlm.data.sample import Sample
 from vlm.embedding.embedder import Embedder
 from vlm.embedding.parts import SplitImages, read_embeddings, write_embeddings
 from vlm.errors import ConfigError
-from vlm.evaluation.config import RetrievalSource
-from vlm.evaluation.indexes.comparison import IndexPlan
+from vlm.evaluation.config import IndexPlan, RetrievalSource
 from vlm.evaluation.retrieval.run import RetrievalRun, evaluate
 from vlm.files import write_file
 from vlm.reports.document import (

@@ -10,7 +10,8 @@ from PIL import Image
 from tests.builders import encoded, make_image, make_samples, tiny_bundle, write_split
 from vlm.cli.main import main
 from vlm.embedding.embedder import Embedder
-from vlm.evaluation.indexes.comparison import IndexPlan, compare_indexes
+from vlm.evaluation.config import IndexPlan
+from vlm.evaluation.indexes import compare_indexes
 from vlm.evaluation.retrieval.evaluation import evaluate_retrieval
 from vlm.evaluation.retrieval.pairs import pairs_of_split
 

@@ -6,7 +6,7 @@ from jsonargparse import ArgumentParser
 from vlm.cli.evaluation_runs import add_output_arguments
 from vlm.cli.index_options import add_index_arguments, index_plan
 from vlm.errors import ConfigError
-from vlm.evaluation.indexes.comparison import IndexPlan
+from vlm.evaluation.config import IndexPlan
 
 
 def plan_of(*words, default=()):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm.evaluation.indexes.sweep import SweepPoint
+from vlm.evaluation.indexes import SweepPoint
 from vlm.reports.index_plot import recall_latency_png
 
 

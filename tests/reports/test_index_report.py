@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from vlm.evaluation.indexes.comparison import IndexPlan, compare_indexes
+from vlm.evaluation.config import IndexPlan
+from vlm.evaluation.indexes import compare_indexes
 from vlm.reports.document import Bullets, Figure, Table, write_report
 from vlm.reports.index_report import index_blocks, index_document
 

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from vlm.embedding.bulk import BulkEmbedder
-from vlm.evaluation.config import RetrievalSource
-from vlm.evaluation.indexes.comparison import IndexPlan
+from vlm.evaluation.config import IndexPlan, RetrievalSource
 from vlm.evaluation.retrieval.evaluation import Vectors, compare_pairs
 from vlm.evaluation.retrieval.run import RetrievalRun, evaluate
 from vlm.reports.document import Bullets, Table, as_markdown, write_report

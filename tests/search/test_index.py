@@ -78,8 +78,15 @@ def test_a_file_cut_short_is_named(tmp_path):
         VectorIndex.read(path)
 
 
-@pytest.mark.parametrize(("width", "k"), [(23, 1), (25, 1), (24, 0), (24, -1)])
-def test_queries_of_another_width_and_no_hits_are_refused(width, k):
-    index = VectorIndex.build(unit_vectors(5))
-    with pytest.raises(SearchIndexError, match=rf"best {k} with queries of width {width}; .* 24"):
-        index.search(np.zeros((2, width), np.float32), k)
+@pytest.mark.parametrize(
+    ("queries", "k", "said"),
+    [
+        (np.zeros((2, 23), np.float32), 1, "queries of 23 dimensions; expected 24"),
+        (np.zeros((2, 24), np.float32), 0, "found k = 0; expected at least 1"),
+        (np.full((2, 24), np.nan, np.float32), 1, "a query that is not finite"),
+    ],
+    ids=["width", "k", "nan"],
+)
+def test_what_cannot_be_searched_for_is_refused(queries, k, said):
+    with pytest.raises(SearchIndexError, match=said):
+        VectorIndex.build(unit_vectors(5)).search(queries, k)

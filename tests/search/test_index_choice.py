@@ -1,11 +1,10 @@
-"""`auto` takes the best index that fits, and a search parameter no larger than it must be."""
+"""`auto` takes the best index that fits."""
 
 import numpy as np
 import pytest
 
 from vlm.errors import SearchIndexError
-from vlm.search.approximate import build_index
-from vlm.search.index_choice import choose_factory, smallest_reaching
+from vlm.search.index import VectorIndex, choose_factory
 
 FLAT, HNSW = 4 * 512, 4 * 512 + 256 + 16
 
@@ -62,23 +61,5 @@ def test_what_is_chosen_keeps_within_its_budget_once_built(bytes_per_vector, exp
     vectors = np.random.default_rng(0).normal(size=(4000, 64)).astype(np.float32)
     factory = choose_factory(4000, 64, memory_budget_bytes=4000 * bytes_per_vector)
     assert factory == expected
-    built = build_index(vectors, factory, device="cpu")
+    built = VectorIndex.build(vectors, factory)
     assert built.bytes_per_vector < bytes_per_vector + 0.5
-
-
-@pytest.mark.parametrize("high", [1, 2, 37, 512])
-@pytest.mark.parametrize("share", [0.01, 0.5, 1.0])
-def test_bisection_finds_the_smallest_number_that_suffices(high, share):
-    asked = []
-
-    def recall_of(value):
-        asked.append(value)
-        return value / high
-
-    found = smallest_reaching(recall_of, high=high, target=share)
-    assert found == next(n for n in range(1, high + 1) if n / high >= share)
-    assert len(asked) <= 2 + high.bit_length()
-
-
-def test_a_target_out_of_reach_gets_the_smallest_number_that_does_as_well_as_the_highest():
-    assert smallest_reaching(lambda value: min(value, 20) / 40, high=512, target=0.9) == 20

@@ -25,7 +25,7 @@ def run_folder(tmp_path_factory, data_folder):
         Embedder.load(bundle, device="cpu"), images, folder / "embeddings", bundle=bundle,
         part_size=7,
     )  # fmt: skip
-    assert build_search_index(folder / "embeddings", folder / "index") == 24
+    assert len(build_search_index(folder / "embeddings", folder / "index")) == 24
     return folder
 
 
@@ -156,3 +156,21 @@ def test_the_index_is_readable_by_faiss_and_pyarrow_themselves(run_folder):
 def test_a_model_path_outside_the_run_is_kept(run_folder, copy):
     change_description(copy, bundle=str(run_folder / "bundle"))
     assert SearchIndex.open(copy).bundle == run_folder / "bundle"
+
+
+def test_an_approximate_index_is_tuned_and_searched_like_an_exact_one(
+    run_folder, embedder, tmp_path
+):
+    built = build_search_index(run_folder / "embeddings", tmp_path / "index", factory="IVF2,Flat")
+    assert set(built.parameters) == {"nprobe"}
+    query = embedder.encode_image([make_sample(8).image])
+    assert SearchIndex.open(tmp_path / "index").search(query, 1)[0].uid == "sample-0008"
+    auto = build_search_index(run_folder / "embeddings", tmp_path / "auto", factory="auto")
+    assert auto.factory == "Flat"
+
+
+def test_hits_that_an_approximate_index_lacks_are_left_out(run_folder, embedder, tmp_path):
+    build_search_index(run_folder / "embeddings", tmp_path / "index", factory="IVF8,Flat@nprobe=1")
+    hits = SearchIndex.open(tmp_path / "index").search(embedder.encode_text(["cat"]), 24)
+    assert 0 < len(hits) < 24
+    assert len({hit.uid for hit in hits}) == len(hits)

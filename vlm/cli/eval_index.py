@@ -16,15 +16,15 @@ from vlm.cli.processes import refuse_several_processes
 from vlm.embedding.embedder import Embedder
 from vlm.embedding.parts import DESCRIPTION_NAME, read_embeddings
 from vlm.errors import ConfigError, DataError, SearchIndexError
-from vlm.evaluation.indexes.comparison import (
-    IndexPlan,
+from vlm.evaluation.config import IndexPlan
+from vlm.evaluation.indexes import (
     IndexReport,
     compare_indexes,
     comparison_rows,
 )
 from vlm.markdown import markdown_table
 from vlm.reports.index_report import index_document
-from vlm.search.index_choice import AUTO
+from vlm.search.index import AUTO
 
 _RECORD_NAME = "index.json"
 

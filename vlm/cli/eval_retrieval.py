@@ -18,6 +18,7 @@ from vlm.cli.evaluation_runs import (
 from vlm.cli.evaluation_sources import SourcesFile, add_source_arguments, sources
 from vlm.cli.index_options import add_index_arguments, index_plan
 from vlm.distributed.launched import launched_group
+from vlm.evaluation.indexes import check_factories
 from vlm.evaluation.retrieval.run import evaluate
 from vlm.reports.results import RECORD_NAME
 from vlm.reports.retrieval_report import format_run, retrieval_document
@@ -43,7 +44,7 @@ def run(options: Any) -> None:
     with launched_group(options.device) as group:
         embedder = bulk_embedder(options, group)
         if plan:
-            plan.check(embedder.embedder.embed_dim)
+            check_factories(plan, embedder.embedder.embed_dim)
         found = evaluate(embedder, asked, bundle=options.bundle)
     if group.rank > 0:  # the first process alone compares indexes and reports
         return

@@ -6,7 +6,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from vlm.errors import ConfigError
-from vlm.evaluation.indexes.comparison import IndexPlan
+from vlm.evaluation.config import IndexPlan
 
 _DEFAULTS = IndexPlan()
 

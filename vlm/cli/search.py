@@ -18,14 +18,16 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--text", type=str | None, default=None, help="what to look for, such as 一只猫"
     )
     parser.add_argument(
-        "--image", type=Path | None, default=None, help="image to look for, instead"
+        "--image", type=Path | None, default=None, help="image to look for (instead of --text)"
     )
     parser.add_argument("--k", type=int, default=5, help="how many images to show")
     parser.add_argument(
         "--bundle", type=Path | None, default=None, help="the model's folder, if it has been moved"
     )
     parser.add_argument("--device", type=str | None, default=None, help="such as cpu or cuda:0")
-    parser.add_argument("--json", action="store_true", help="print JSON, one object a hit")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON list with an object a hit"
+    )
 
 
 def run(options: Any) -> None:

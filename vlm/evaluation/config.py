@@ -1,5 +1,6 @@
 """What can be set of an evaluation: where a benchmark lies and how it is asked."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ Kind = Literal[
     "table",
 ]  # fmt: skip
 """The kinds of benchmark files that can be read."""
+
+_UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,3 +85,43 @@ class CalibrationPlan:
         for name, value, least in (("most_wrong", self.most_wrong, 1), ("seed", self.seed, 0)):
             if value < least:
                 raise ConfigError(f"{name} is {value}; expected at least {least}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IndexPlan:
+    """Which indexes to put beside exact search."""
+
+    factories: Sequence[str] = ("auto",)
+    """Strings for FAISS's index_factory such as HNSW32 or IVF64,SQ8, with @nprobe=8 where a
+    parameter is not to be tuned; auto is chosen by size, memory and recall."""
+    target_recall: float = 0.95
+    """Share of the ten nearest neighbours to which search parameters are tuned."""
+    memory: str = "1GiB"
+    """What an index chosen by auto may take, such as 512MiB or 2GB."""
+    sweep: bool = False
+    """Also measure each index over its search parameter."""
+
+    def __post_init__(self) -> None:
+        if not self.factories:
+            raise ConfigError("no index is to be compared; expected some, such as auto")
+        if not 0 < self.target_recall <= 1:
+            raise ConfigError(
+                f"target_recall is {self.target_recall}; expected more than 0 and up to 1"
+            )
+        _ = self.memory_bytes  # a size that cannot be read is refused before anything is embedded
+
+    @property
+    def memory_bytes(self) -> int:
+        """The memory as a number.
+
+        Raises:
+            ConfigError: it is not a size.
+        """
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", self.memory.strip(), re.IGNORECASE)
+        count = int(float(found[1]) * _UNITS[(found[2] or "").upper()]) if found else 0
+        if not count:
+            raise ConfigError(
+                f"memory is {self.memory!r}; expected a number of bytes above 0, or one with KB, "
+                "MB, GB, KiB, MiB or GiB, such as 512MiB"
+            )
+        return count

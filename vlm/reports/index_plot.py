@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from vlm.evaluation.indexes.sweep import SweepPoint
+from vlm.evaluation.indexes import SweepPoint
 
 _COLUMNS = 3
 _MARKERS = "osD^vP*X"

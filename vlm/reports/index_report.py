@@ -1,6 +1,6 @@
 """The report of `vlm eval index`: approximate beside exact search of stored embeddings."""
 
-from vlm.evaluation.indexes.comparison import IndexReport, comparison_rows
+from vlm.evaluation.indexes import IndexReport, comparison_rows
 from vlm.reports.document import Block, Bullets, Document, Figure, Paragraph, Section, Table
 from vlm.reports.index_plot import recall_latency_png
 

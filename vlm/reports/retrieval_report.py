@@ -3,7 +3,7 @@
 from collections.abc import Collection
 
 from vlm.evaluation.bootstrap import LEVEL
-from vlm.evaluation.indexes.comparison import comparison_rows
+from vlm.evaluation.indexes import comparison_rows
 from vlm.evaluation.retrieval.comparison import Spread
 from vlm.evaluation.retrieval.metrics import mean_recall
 from vlm.evaluation.retrieval.run import RetrievalRun, ScoredBenchmark

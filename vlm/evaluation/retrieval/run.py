@@ -12,8 +12,8 @@ from vlm import __version__
 from vlm.embedding.bulk import BulkEmbedder
 from vlm.embedding.embedder import Embedder
 from vlm.errors import SearchIndexError
-from vlm.evaluation.config import RetrievalSource
-from vlm.evaluation.indexes.comparison import IndexPlan, IndexReport, compare_indexes
+from vlm.evaluation.config import IndexPlan, RetrievalSource
+from vlm.evaluation.indexes import IndexReport, compare_indexes
 from vlm.evaluation.retrieval.evaluation import Evaluation, evaluate_pairs
 from vlm.evaluation.retrieval.pairs import RetrievalPairs
 from vlm.evaluation.retrieval.scores import CUTOFFS

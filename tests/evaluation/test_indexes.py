@@ -1,15 +1,23 @@
 """Approximate search is measured against brute force, in every direction."""
 
+from dataclasses import replace
+
 import faiss
 import numpy as np
 import pytest
 
 from vlm.errors import SearchIndexError
-from vlm.evaluation.indexes import sweep as index_sweep
-from vlm.evaluation.indexes.cases import ann_recall, answers, cases_of, milliseconds_per_query
-from vlm.evaluation.indexes.sweep import compare, compare_all, loss_of, sweep
-from vlm.search.approximate import build_index
-from vlm.search.index import Hits
+from vlm.evaluation.indexes import (
+    ann_recall,
+    answers,
+    cases_of,
+    compare_all,
+    compare_with_exact,
+    loss_of,
+    milliseconds_per_query,
+    sweep,
+)
+from vlm.search.index import Hits, VectorIndex
 
 GIB = 2**30
 
@@ -52,7 +60,7 @@ def test_cases_are_both_directions_of_every_language_and_images_among_themselves
         "image to image",
     ]  # fmt: skip
     assert [len(case.queries) for case in found] == [20, 40, 20, 7, 40]
-    with pytest.raises(SearchIndexError, match=r"40 images and \[0\] right pairs"):
+    with pytest.raises(SearchIndexError, match=r"40 images and \[0\] correct pairs"):
         cases_of(images, {"zh": (texts, matches[:0])})
     with pytest.raises(SearchIndexError, match=r"the best \[0\]"):
         cases_of(images, {}, ks=[0])
@@ -60,7 +68,7 @@ def test_cases_are_both_directions_of_every_language_and_images_among_themselves
 
 def test_exact_search_is_brute_force_and_a_flat_index_equals_it(cases):
     for case in cases:
-        found = compare(build_index(case.candidates, "Flat", device="cpu"), case)
+        found = compare_with_exact(VectorIndex.build(case.candidates, "Flat"), case)
         assert found.ann_recall == {1: 1, 5: 1, 10: 1}
         assert found.index_recall == found.exact_recall
         assert (found.vectors, found.dim) == case.candidates.shape
@@ -79,7 +87,7 @@ def test_exact_search_is_brute_force_and_a_flat_index_equals_it(cases):
 def test_the_share_of_neighbours_found_is_that_of_sets(cases):
     for case in cases:
         rows = np.arange(len(case.queries))
-        index = build_index(case.candidates, "IVF16,Flat@nprobe=2", device="cpu")
+        index = VectorIndex.build(case.candidates, "IVF16,Flat@nprobe=2")
         hits = answers(index, case, 10, rows=rows)
         cosines = case.queries.astype(np.float64) @ case.candidates.T
         if case.matches is None:
@@ -105,14 +113,14 @@ def test_it_does_not_matter_which_of_equal_vectors_is_found():
 def test_fewer_candidates_than_are_looked_for_are_all_found():
     images, texts, matches = two_kinds(concepts=2)
     for case in cases_of(images, {"en": (texts, matches)}):
-        found = compare(build_index(case.candidates, "HNSW8", device="cpu"), case)
+        found = compare_with_exact(VectorIndex.build(case.candidates, "HNSW8"), case)
         assert found.ann_recall == {1: 1, 5: 1, 10: 1}
 
 
 def test_a_search_parameter_is_tuned_by_half_of_the_queries_and_judged_by_the_others(cases):
     case = cases[0]
-    index = build_index(case.candidates, "IVF16,Flat", device="cpu")
-    found = compare(index, case, target_recall=0.8)
+    index = VectorIndex.build(case.candidates, "IVF16,Flat")
+    found = compare_with_exact(index, case, target_recall=0.8)
     ((name, value),) = found.parameters.items()
     assert (name, found.reached_target) == ("nprobe", True)
     assert 1 < value < 16
@@ -132,13 +140,15 @@ def test_queries_of_another_kind_lose_more():
     # Texts lie on the other side of the gap, and their neighbours in more cells.
     images, texts, matches = two_kinds(concepts=1000)
     to_images, _, among_images = cases_of(images, {"en": (texts, matches)})
-    index = build_index(images, "IVF32,Flat@nprobe=4", device="cpu")
-    lost = [1 - compare(index, case).ann_recall[10] for case in (to_images, among_images)]
+    index = VectorIndex.build(images, "IVF32,Flat@nprobe=4")
+    lost = [
+        1 - compare_with_exact(index, case).ann_recall[10] for case in (to_images, among_images)
+    ]
     assert lost[0] > 1.2 * lost[1] > 0
 
 
 def test_a_coarse_index_misses_its_target_and_loses_enough_to_be_told(cases):
-    found = compare(build_index(cases[0].candidates, "IVF4,PQ2x4", device="cpu"), cases[0])
+    found = compare_with_exact(VectorIndex.build(cases[0].candidates, "IVF4,PQ2x4"), cases[0])
     assert not found.reached_target
     lost = 100 * (found.exact_recall[1] - found.index_recall[1])
     assert lost > 1
@@ -147,34 +157,34 @@ def test_a_coarse_index_misses_its_target_and_loses_enough_to_be_told(cases):
 
 
 def test_a_point_of_recall_is_no_loss_worth_telling(cases):
-    flat = compare(build_index(cases[0].candidates, "Flat", device="cpu"), cases[0])
+    flat = compare_with_exact(VectorIndex.build(cases[0].candidates, "Flat"), cases[0])
     for exact, index, told in ((0.5, 0.49, False), (0.5, 0.4899, True), (0.5, 0.6, False)):
-        changed = index_sweep.replace(flat, exact_recall={1: exact}, index_recall={1: index})
+        changed = replace(flat, exact_recall={1: exact}, index_recall={1: index})
         assert (loss_of(changed) is not None) == told
-    assert loss_of(index_sweep.replace(flat, exact_recall={}, index_recall={})) is None
+    assert loss_of(replace(flat, exact_recall={}, index_recall={})) is None
 
 
 def test_a_sweep_goes_from_least_to_most_effort(cases):
-    points = sweep(build_index(cases[0].candidates, "IVF12,Flat", device="cpu"), cases[0])
+    points = sweep(VectorIndex.build(cases[0].candidates, "IVF12,Flat"), cases[0])
     assert [point.value for point in points] == [1, 2, 4, 8, 12]
     recalls = [point.ann_recall for point in points]
     assert recalls == sorted(recalls)
     assert recalls[0] < recalls[-1] == 1
-    expected = compare(build_index(cases[0].candidates, "Flat", device="cpu"), cases[0])
+    expected = compare_with_exact(VectorIndex.build(cases[0].candidates, "Flat"), cases[0])
     assert points[-1].recall_at_1 == expected.exact_recall[1]
     assert all(point.milliseconds_per_query > 0 for point in points)
-    (only,) = sweep(build_index(cases[-1].candidates, "Flat", device="cpu"), cases[-1])
+    (only,) = sweep(VectorIndex.build(cases[-1].candidates, "Flat"), cases[-1])
     assert (only.value, only.ann_recall, only.recall_at_1) == (None, 1, None)
 
 
 def test_every_factory_meets_every_case_and_images_are_indexed_once(cases, monkeypatch):
-    built, seen = [], []
+    built, seen, build = [], [], VectorIndex.build
 
     def counting(vectors, factory, **options):
         built.append((factory, len(vectors)))
-        return build_index(vectors, factory, **options)
+        return build(vectors, factory, **options)
 
-    monkeypatch.setattr(index_sweep, "build_index", counting)
+    monkeypatch.setattr(VectorIndex, "build", counting)
     for index, case, found in compare_all(
         cases, ["SQ8", "auto"], memory_budget_bytes=400 * 24 * 4, device="cpu"
     ):
@@ -189,7 +199,7 @@ def test_every_factory_meets_every_case_and_images_are_indexed_once(cases, monke
 
 
 def test_time_is_taken_on_one_thread_and_the_threads_come_back(cases):
-    index, seen = build_index(cases[0].candidates, "Flat", device="cpu"), []
+    index, seen = VectorIndex.build(cases[0].candidates, "Flat"), []
 
     def search(queries, k):
         seen.append((faiss.omp_get_max_threads(), len(queries), k))

@@ -6,12 +6,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.evaluation.indexes.test_sweep import two_kinds
+from tests.evaluation.test_indexes import two_kinds
 from vlm.errors import ConfigError, SearchIndexError
-from vlm.evaluation.indexes.cases import cases_of
-from vlm.evaluation.indexes.comparison import IndexPlan, bytes_in, compare_indexes, comparison_rows
-from vlm.evaluation.indexes.sweep import compare
-from vlm.search.approximate import build_index
+from vlm.evaluation.config import IndexPlan
+from vlm.evaluation.indexes import (
+    cases_of,
+    compare_indexes,
+    compare_with_exact,
+    comparison_rows,
+)
+from vlm.search.index import VectorIndex
 
 SEARCHES = ["en text to image", "en image to text", "image to image"]
 
@@ -35,8 +39,8 @@ def test_every_index_stands_beside_exact_search_in_every_search(report, vectors)
     assert list(report.exact_milliseconds) == SEARCHES
     assert min(report.exact_milliseconds.values()) > 0
     for case, each in zip(cases_of(*vectors), report.comparisons[:3], strict=True):
-        index = build_index(case.candidates, "IVF16,Flat", device="cpu")
-        expected = compare(index, case, target_recall=0.8)
+        index = VectorIndex.build(case.candidates, "IVF16,Flat")
+        expected = compare_with_exact(index, case, target_recall=0.8)
         assert (each.exact_recall, each.ann_recall) == (
             expected.exact_recall, expected.ann_recall,
         )  # fmt: skip
@@ -124,4 +128,4 @@ def test_images_alone_are_searched_among_themselves(vectors):
     [("1GiB", 2**30), ("1.5kb", 1500), ("512 MiB", 2**29), ("77", 77), ("2gb", 2 * 10**9)],
 )
 def test_sizes_are_read_as_people_write_them(text, size):
-    assert bytes_in(text) == size
+    assert IndexPlan(memory=text).memory_bytes == size

@@ -1,1 +1,0 @@
-"""Approximate search compared with exact search."""

@@ -30,9 +30,9 @@ from vlm.reports.document import (
     write_report,
 )
 from vlm.reports.examples import Answer, Example, Found
+from vlm.reports.plots import loss_png, recall_png
 from vlm.reports.results import RECORD_NAME
 from vlm.reports.retrieval_report import retrieval_sections
-from vlm.reports.training_plots import loss_png, recall_png
 from vlm.search.index import VectorIndex
 from vlm.search.search_index import build_search_index
 from vlm.text.caption_ids import text_id
@@ -234,7 +234,7 @@ def _learning(config: TrainConfig, embedder: Embedder) -> Section:
         for k in (1, 10)
     ]
     return Section(
-        title="How it learned",
+        title="Training",
         blocks=[
             Figure(name="loss.png", content=loss_png(folder), alt="Loss over the steps"),
             Figure(

@@ -197,16 +197,16 @@ def test_folders_without_names_are_refused(capsys, bundle, images):
 @pytest.mark.parametrize(
     ("words", "found"),
     [
-        (["--where", "group=even"], "found --where, which is for"),
-        (["--split", "test_style"], "found --split, which is for"),
-        (["--data", "data/emoji", "--label", "group"], "found --data and --label, which are for"),
+        (["--where", "group=even"], "found --where, for"),
+        (["--split", "test_style"], "found --split, for"),
+        (["--data", "data/emoji", "--label", "group"], "found --data and --label, for"),
     ],
     ids=["where", "a default", "two"],
 )
 def test_folders_with_what_is_for_samples_are_refused(capsys, bundle, images, words, found):
     err = run(capsys, bundle, "--images", images, "--classes", "a.txt", *words, code=2)
     (said,) = err.splitlines()
-    assert f"--images {images} is a folder of images by class; {found} the samples" in said
+    assert f"--images {images} is a folder of images by class; {found} data folders only" in said
 
 
 def test_what_is_not_there_is_named_once(capsys, bundle, data, tmp_path):
@@ -224,10 +224,10 @@ def test_a_data_folder_without_class_names_is_refused(capsys, bundle, tmp_path):
     assert f"{folder} has no classes.json; expected one, or class names by --classes" in err
 
 
-def test_a_model_that_tells_no_languages_is_asked_for_them(capsys, bundle, data, tmp_path):
+def test_a_model_that_names_no_languages_needs_them_named(capsys, bundle, data, tmp_path):
     silent = tmp_path / "silent"
     shutil.copytree(bundle, silent)
     record = json.loads((silent / "vlm.json").read_text(encoding="utf-8"))
     (silent / "vlm.json").write_text(json.dumps(record | {"languages": []}), encoding="utf-8")
     err = run(capsys, silent, "--data", data, "--split", "test", code=2)
-    assert f"{silent} does not tell its languages; name some by --languages" in err
+    assert f"{silent} does not name its languages; give them with --languages" in err

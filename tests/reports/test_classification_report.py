@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,15 +11,12 @@ import pytest
 from tests.builders import THINGS, encoded, make_image
 from vlm.evaluation.classification.class_names import ClassNames
 from vlm.evaluation.classification.dataset import LabelledImages
-from vlm.evaluation.classification.metrics import score_classification
+from vlm.evaluation.classification.metrics import classification_intervals, score_classification
+from vlm.evaluation.classification.run import ClassificationRun
+from vlm.evaluation.config import ClassificationSource
 from vlm.evaluation.reading import Reading
 from vlm.reports import classification_report
-from vlm.reports.classification_report import classification_document
-from vlm.reports.classification_run import (
-    ClassificationRun,
-    classification_intervals,
-    format_classification,
-)
+from vlm.reports.classification_report import classification_document, format_classification
 from vlm.reports.document import Bullets, Examples, Figure, Paragraph, Table, write_report
 
 CLASSES = 24
@@ -43,7 +41,7 @@ def made_run(languages=("zh", "en"), *, noise=1.5, classes=CLASSES):
     }
     return ClassificationRun(
         bundle="runs/a/bundle",
-        source={"data": "data/emoji", "split": "val", "label": "class", "where": ["source=noto"]},
+        source=ClassificationSource(split="val", where=["source=noto"]),
         images=LabelledImages(
             images=[encoded(make_image(number)) for number in range(200)], labels=labels, left_out=7
         ),
@@ -288,7 +286,7 @@ def test_backticks_in_names_are_no_mark_up():
     run = made_run(["en"], classes=8)
     names = {"en": [(f"`{number}`",) for number in range(8)]}
     marked = replace(
-        run, bundle="a`b", source={"data": "c`d", "where": ["concept=`e`"]},
+        run, bundle="a`b", source=ClassificationSource(data=Path("c`d"), where=["concept=`e`"]),
         classes=ClassNames(ids=run.classes.ids, names=names),
     )  # fmt: skip
     document = classification_document(marked)
@@ -296,4 +294,4 @@ def test_backticks_in_names_are_no_mark_up():
     (table,) = blocks_of(document, "Classes", Table)
     assert {row[0] for row in table.rows} == {f"'{number}'" for number in range(7)}
     (bullets,) = blocks_of(document, "Protocol", Bullets)
-    assert "data `c'd`, where `concept='e'`:" in bullets.items[0]
+    assert "data `c'd`, split `test_style`, label `class`, where `concept='e'`:" in bullets.items[0]

@@ -1,4 +1,4 @@
-"""The plot of the confusion is an image of a bounded size, whatever the classes are called."""
+"""The plot of the confusion is an image of a bounded size, whatever the names of the classes."""
 
 import io
 
@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm.reports.confusion_plot import MOST_CLASSES, confusion_png
+from vlm.reports.plots import MOST_CLASSES, confusion_png
 
 
 def entries(matrix):
-    """What is not 0 of a matrix, as rows (right class, given class, images)."""
+    """What is not 0 of a matrix, as rows (true class, predicted class, images)."""
     matrix = np.asarray(matrix)
     return np.column_stack([*np.nonzero(matrix), matrix[matrix != 0]]).astype(np.int64)
 
@@ -26,7 +26,9 @@ def inside(confusion, names):
     image = np.asarray(opened(confusion, names).convert("L"))
     rows = np.flatnonzero((image < 120).mean(axis=1) > 0.7)
     image = image[rows[0] + 3 : rows[-1] - 2]
-    columns = np.flatnonzero((image < 120).all(axis=0))  # of the axes, and of the scale beside them
+    columns = np.flatnonzero(
+        (image < 120).all(axis=0)
+    )  # of the axes, and of the colour scale next to them
     right = columns[columns > columns[0] + 3][0]
     return image[:, columns[0] + 3 : right - 2]
 
@@ -61,7 +63,7 @@ def test_the_diagonal_of_a_perfect_model_is_dark():
     assert (wrong < 70).mean() < 0.1
 
 
-def test_rows_are_right_classes_and_columns_given_ones():
+def test_rows_are_true_classes_and_columns_predicted_ones():
     drawn = inside(np.array([[0, 1, 9], [1, 1, 3], [1, 0, 9]]), ["a", "b"])
     height, width = (side // 2 for side in drawn.shape)
     cells = [drawn[:height, width:], drawn[height:, :width], drawn[height:, width:]]
@@ -69,7 +71,7 @@ def test_rows_are_right_classes_and_columns_given_ones():
     assert all_of_a < 60 < most_of_b < 120 < few_of_b < 230 < np.median(drawn[:height, :width])
 
 
-def test_each_of_the_most_classes_has_dots_of_its_own():
+def test_each_of_the_most_classes_has_pixels_of_its_own():
     every_other = np.array([[number, number, 1] for number in range(0, MOST_CLASSES, 2)])
     dark = inside(every_other, [str(number) for number in range(MOST_CLASSES)]) < 70
     for axis in (0, 1):

@@ -27,13 +27,13 @@ NOTHING = Spread(count=0, mean=np.nan, std=np.nan, min=np.nan, max=np.nan)
 @pytest.fixture
 def figures(monkeypatch):
     """Collect the figures as they are turned into images."""
-    drawn, as_png = [], plots._as_png
+    drawn, as_png = [], plots.figure_png
 
     def collect(figure):
         drawn.append(figure)
         return as_png(figure)
 
-    monkeypatch.setattr(plots, "_as_png", collect)
+    monkeypatch.setattr(plots, "figure_png", collect)
     return drawn
 
 
@@ -43,9 +43,9 @@ def test_a_recall_curve_goes_through_the_recalls(figures):
         assert image.width > 800
     axes = figures[0].axes[0]
     assert len(axes.lines) == 4
-    k, shares = axes.lines[0].get_data()
+    k, recalls = axes.lines[0].get_data()
     for at in (1, 7, 100, 399):
-        drawn = [share for place, share in zip(k, shares, strict=True) if place <= at][-1]
+        drawn = [recall for place, recall in zip(k, recalls, strict=True) if place <= at][-1]
         assert drawn == pytest.approx((found["zh"]["text_to_image"] <= at).mean())
 
 
@@ -57,8 +57,8 @@ def test_queries_that_found_nothing_never_rise(figures):
 
 def test_cosines_are_drawn_for_every_benchmark_and_language(figures):
     both = CosineStatistics(correct=spread(0.5), wrong=spread(0.0))
-    right_alone = CosineStatistics(correct=spread(0.5), wrong=NOTHING)
-    png = cosines_png({"a": {"zh": both, "en": right_alone}, "b": {"en": both}})
+    correct_only = CosineStatistics(correct=spread(0.5), wrong=NOTHING)
+    png = cosines_png({"a": {"zh": both, "en": correct_only}, "b": {"en": both}})
     with Image.open(io.BytesIO(png)) as image:
         assert image.height > 100
     lines = figures[0].axes[0].lines

@@ -1,4 +1,4 @@
-"""The published rows are whole, plausible, and say where they come from and what was asked."""
+"""The published rows are whole, plausible, and give their sources and protocols."""
 
 import tomllib
 from pathlib import Path
@@ -38,16 +38,16 @@ def test_recalls_are_per_cent_and_grow_with_k():
 
 
 def test_printed_means_are_those_of_the_recalls():
-    printed = [row for row in ROWS if row.printed_mean_recall is not None]
+    printed = [row for row in ROWS if row.mean_recall is not None]
     for row in printed:
         known = [recall for recall in row.recalls if recall is not None]
         # Rounded recalls bring 0.05 at most, and so does the printed mean.
-        assert np.mean(known) == pytest.approx(row.printed_mean_recall, abs=0.1), row
+        assert np.mean(known) == pytest.approx(row.mean_recall, abs=0.1), row
     assert len(printed) > 60
 
 
-def test_shares_are_of_as_many_captions_as_the_protocol_says():
-    # With two decimals a share tells the number of queries that it is a share of.
+def test_recalls_are_fractions_of_the_captions_of_the_protocol():
+    # Two decimals determine the number of queries in the denominator.
     two_decimals = [row for row in ROWS if row.source.startswith("ZH-CLIP")]
     for row in two_decimals:
         for recall in row.recalls[:3]:

@@ -1,4 +1,4 @@
-"""Runs are read back as they were written, damage is refused, and differences are told in words."""
+"""Runs are read back as they were written, damage is refused, and differences are described."""
 
 import json
 
@@ -29,24 +29,26 @@ def test_a_run_has_a_result_for_each_benchmark_and_language(tmp_path):
     assert [result.truncated_share for result in results] == [0.25, 0.25, 0.0]
 
 
-def test_runs_of_one_bundle_are_told_apart_by_their_files(tmp_path):
+def test_runs_of_one_bundle_are_distinguished_by_their_files(tmp_path):
     runs = [
         write_run(tmp_path / f"{name}.json", things=benchmark(question())) for name in ("a", "b")
     ]
     assert [result.run for result in read_results(runs)] == [
         f"runs/a/bundle ({run})" for run in runs
     ]
-    with pytest.raises(ConfigError, match=r"a\.json is given twice; expected each run once"):
+    with pytest.raises(ConfigError, match=r"a\.json is given 2 times; expected each run once"):
         read_results([runs[0], tmp_path / "." / "a.json"])
 
 
 def test_equal_numbers_of_other_captions_differ_as_well():
     first, second = question(), question(sha256="f" * 64, fingerprint="other")
-    assert difference(second, first).startswith("as many images and captions, but others")
+    assert difference(second, first).startswith(
+        "the same numbers of images and captions, but other"
+    )
     assert difference(first, first) == ""
     several = question(captions_per_image=[1, 1.053, 3])
-    assert difference(several, first) == "1 to 3 (mean 1.053) captions an image against 2"
-    assert difference(first | {"new": 1}, first) == "new 1 against unknown"
+    assert difference(several, first) == "1 to 3 (mean 1.053) captions per image instead of 2"
+    assert difference(first | {"new": 1}, first) == "new 1 instead of unknown"
 
 
 def without(key):
@@ -55,8 +57,8 @@ def without(key):
     return {"bundle": "b", "benchmarks": {"things": record}}
 
 
-def with_share(share):
-    record = benchmark(question(), recalls=(share, *RECALLS[1:]))
+def with_recall(recall):
+    record = benchmark(question(), recalls=(recall, *RECALLS[1:]))
     return {"bundle": "b", "benchmarks": {"things": record}}
 
 
@@ -73,9 +75,9 @@ def with_share(share):
         (without("questions"), "it lacks 'questions'"),
         (without("reading"), "it lacks 'reading'"),
         (without("scores"), "it lacks 'scores'"),
-        (with_share(72.5), r"a share is 72\.5, not in \[0, 1\]"),
-        (with_share(float("nan")), "a share is nan"),
-        (with_share("0.5"), "is not what `vlm eval retrieval --out` writes"),
+        (with_recall(72.5), r"a ratio is 72\.5; expected a number in \[0, 1\]"),
+        (with_recall(float("nan")), "a ratio is nan"),
+        (with_recall("0.5"), "is not what `vlm eval retrieval --out` writes"),
     ],
 )
 def test_a_damaged_run_is_refused(tmp_path, content, said):
@@ -97,7 +99,7 @@ def test_a_missing_run_is_named(tmp_path):
     ("name", "verb"),
     [("classification.json", "vlm eval classification"), ("index.json", "vlm eval index")],
 )
-def test_a_folder_of_another_verb_is_told_by_its_record(tmp_path, name, verb):
+def test_a_folder_of_another_verb_is_recognised_by_its_record(tmp_path, name, verb):
     (tmp_path / name).write_text("{}")
     with pytest.raises(DataError, match=rf"^{tmp_path} was written by `{verb} --out`; expected"):
         read_results([tmp_path])

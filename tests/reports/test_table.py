@@ -1,4 +1,4 @@
-"""Results stand in one table only if they answer one question, or are marked."""
+"""Results are in one table only if they have one protocol, or are marked."""
 
 import json
 
@@ -47,7 +47,7 @@ def test_real_runs_of_two_models_share_a_table(real_runs, capsys):
     runs = [json.loads((real_runs / f"{seed}" / "retrieval.json").read_text()) for seed in (0, 1)]
     for language in ("zh", "en"):
         asked = runs[0]["benchmarks"]["things"]["questions"][language]
-        assert f"Question {asked['fingerprint']}: 12 images, 12 captions" in text
+        assert f"Protocol {asked['fingerprint']}: 12 images, 12 captions" in text
     rows = [row for row in lines_of(text) if "bundle_" in row[0]]
     assert len(rows) == 4
     for row in rows:
@@ -64,7 +64,7 @@ def test_real_runs_on_other_images_are_refused(real_runs, capsys):
     assert main(words) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "24 images against 12" in error
+    assert "24 images instead of 12" in error
     assert main([*words, "--mixed"]) == 0
     assert "bundle_1 ≠ [1]" in capsys.readouterr().out
 
@@ -86,27 +86,27 @@ def test_halves_are_rounded_upwards(tmp_path):
 @pytest.mark.parametrize(
     ("other", "said"),
     [
-        ({"texts": 4}, "4 captions against 8, 1 captions an image against 2"),
-        ({"duplicates": "by string"}, "duplicates by string against by id"),
-        ({"cleaning": "lower case"}, "cleaning lower case against none"),
+        ({"texts": 4}, "4 captions instead of 8, 1 captions per image instead of 2"),
+        ({"duplicates": "by string"}, "duplicates by string instead of by id"),
+        ({"cleaning": "lower case"}, "cleaning lower case instead of none"),
     ],
 )
-def test_a_run_that_was_asked_something_else_is_refused_with_what_differs(tmp_path, other, said):
+def test_a_run_with_another_protocol_is_refused_with_what_differs(tmp_path, other, said):
     first = write_run(tmp_path / "a.json", things=benchmark(question()))
     second = write_run(tmp_path / "b.json", "runs/b/bundle", things=benchmark(question(**other)))
     results = read_results([first, second])
     with pytest.raises(DataError) as error:
         tables_of(results)
     assert str(error.value) == (
-        f"runs/b/bundle was not asked on things in zh what runs/a/bundle was: {said}; expected "
-        "the same question, or --mixed"
+        "runs/b/bundle and runs/a/bundle have different protocols on things in zh: "
+        f"{said}; expected the same protocol, or --mixed"
     )
     (table,) = tables_of(results, mixed=True)
-    assert [row.other_question for row in table.rows] == [False, True]
+    assert [row.comparable for row in table.rows] == [True, False]
     text = format_tables([table])
     assert "| runs/b/bundle ≠ [1] |" in text
-    assert f"[1] ≠ another question, {question(**other)['fingerprint']}: {said}" in text
-    assert "≠: these rows do not compare with the others." in text
+    assert f"[1] ≠ protocol {question(**other)['fingerprint']}: {said}" in text
+    assert "≠: not comparable with the other rows." in text
 
 
 def test_another_benchmark_or_language_has_a_table_of_its_own(tmp_path):
@@ -121,17 +121,17 @@ def test_another_benchmark_or_language_has_a_table_of_its_own(tmp_path):
     ]  # fmt: skip
 
 
-def test_cut_captions_are_a_footnote(tmp_path):
-    share = 12 / 25010
-    cut = write_run(tmp_path / "a.json", things=benchmark(question(), truncated_share=share))
+def test_truncated_captions_are_a_footnote(tmp_path):
+    ratio = 12 / 25010
+    cut = write_run(tmp_path / "a.json", things=benchmark(question(), truncated_share=ratio))
     whole = write_run(tmp_path / "b.json", "runs/b", things=benchmark(question()))
     text = format_tables(tables_of(read_results([cut, whole])))
-    assert "[1] 0.048 % of the captions, in all languages, were cut to 52 tokens" in text
+    assert "[1] 0.048 % of the captions in all languages truncated to 52 tokens" in text
     assert lines_of(text)[-1][0] == "runs/b"
 
 
 @pytest.mark.parametrize("name", ["flickr30k", "Flickr-30K", "own=flickr30k"])
-def test_published_rows_stand_beside_the_benchmark_of_their_name(tmp_path, name):
+def test_published_rows_join_the_benchmark_of_their_name(tmp_path, name):
     wanted, place = (name, "own") if "=" in name else ("flickr30k", name)
     asked = question(language="en", images=1000, captions=5000)
     run = write_run(tmp_path / "a.json", **{place: benchmark(asked, question())})
@@ -143,22 +143,22 @@ def test_published_rows_stand_beside_the_benchmark_of_their_name(tmp_path, name)
     for row, origin in zip(rows, expected, strict=True):
         assert row.published
         assert origin.source in row.remarks[0]
-        assert row.other_question == row.name.startswith("M2-Encoder")
+        assert row.comparable != row.name.startswith("M2-Encoder")
         assert (row.mean_recall is None) == (None in row.recalls)
     text = format_tables([tables["en"]])
     assert "| M2-Encoder-10B, published ≠ [2, 3] " in text
-    assert "[3] ≠ another question: 1,000 captions against 5,000" in text
+    assert "[3] ≠ protocol: 1,000 captions instead of 5,000" in text
     assert "| FLAVA-0.3B, published [1] " in text
     flava = next(row for row in lines_of(text) if row[0].startswith("FLAVA"))
     assert flava[1:] == ["65.2", "89.4", "-", "67.7", "94.0", "-", "-"]
 
 
-def test_published_rows_of_what_no_run_has_stand_alone(tmp_path):
+def test_published_rows_of_what_no_run_has_are_a_table_of_their_own(tmp_path):
     run = write_run(tmp_path / "a.json", things=benchmark(question()))
     first, muge = tables_of(read_results([run]), published=["muge"])
     assert len(first.rows) == 1
     assert (muge.benchmark, muge.language, muge.question) == ("muge", "zh", None)
-    assert all(row.mean_recall is None and not row.other_question for row in muge.rows)
+    assert all(row.mean_recall is None and row.comparable for row in muge.rows)
     assert "No run has this benchmark in this language." in format_tables([muge])
 
 
@@ -172,14 +172,14 @@ def test_json_has_the_scores_as_runs_have_them(tmp_path, capsys):
     row, *others = tables[0]["rows"]
     assert [row["scores"][name] for name in SCORES] == pytest.approx(RECALLS)
     assert row["scores"]["mean_recall"] == pytest.approx(np.mean(RECALLS), abs=1e-6)
-    assert all(other["published"] and not other["other_question"] for other in others)
+    assert all(other["published"] and other["comparable"] for other in others)
     assert as_record([]) == {"tables": []}
 
 
 @pytest.mark.parametrize(
     ("published", "said"),
     [
-        ("imagenet", "no published rows of 'imagenet'; expected some of flickr30k-cn, coco-cn, "),
+        ("imagenet", "no published rows of 'imagenet'; expected one of flickr30k-cn, coco-cn, "),
         ("gone=muge", r"no run has a benchmark 'gone'; expected one of \['things'\]"),
     ],
 )
@@ -189,9 +189,11 @@ def test_published_rows_that_are_not_there_are_refused(tmp_path, published, said
         tables_of(results, published=[published])
 
 
-def test_two_published_benchmarks_have_no_place_beside_one(tmp_path):
+def test_two_published_benchmarks_cannot_join_one(tmp_path):
     results = read_results([write_run(tmp_path / "a.json", things=benchmark(question()))])
-    with pytest.raises(ConfigError, match="flickr30k and coco are both asked for beside things"):
+    with pytest.raises(
+        ConfigError, match="things is given the published rows of flickr30k and of coco"
+    ):
         tables_of(results, published=["things=flickr30k", "things=coco"])
 
 

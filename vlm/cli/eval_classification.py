@@ -3,7 +3,7 @@
 Also under `accelerate launch -m vlm eval classification`, which splits the work over processes.
 """
 
-from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +15,12 @@ from vlm.cli.evaluation_runs import (
     bulk_embedder,
     deliver,
 )
-from vlm.data.manifest import read_manifest
 from vlm.distributed.launched import launched_group
-from vlm.embedding.embedder import Embedder
-from vlm.errors import ConfigError, DataError
-from vlm.evaluation.classification.class_names import ClassNames, read_class_names
-from vlm.evaluation.classification.dataset import (
-    LabelledImages,
-    class_folders,
-    images_in_class_folders,
-    images_of_split,
-)
-from vlm.evaluation.classification.evaluation import evaluate_classification
-from vlm.evaluation.classification.prompts import prompts_of, read_templates
-from vlm.evaluation.reading import Reading, reading_of
-from vlm.reports.classification_report import classification_document
-from vlm.reports.classification_run import (
-    ClassificationRun,
-    classification_intervals,
-    format_classification,
-)
+from vlm.evaluation.classification.run import evaluate
+from vlm.evaluation.config import ClassificationSource
+from vlm.reports.classification_report import classification_document, format_classification
 
 _RECORD_NAME = "classification.json"
-
-_SAMPLES = {"data": Path("data/emoji"), "split": "test_style", "label": "class", "where": []}
-"""Which samples of a data folder are scored where options do not say."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -53,7 +34,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--label", type=str | None, default=None,
-        help="label that tells a sample's class; default: class",
+        help="label that names a sample's class; default: class",
     )  # fmt: skip
     parser.add_argument(
         "--where", nargs="+", default=None,
@@ -61,20 +42,23 @@ def add_arguments(parser: ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--images", type=Path | None, default=None,
-        help="instead of a data folder, one with a folder of images for each class",
+        help="folder with a folder of images for each class (instead of --data)",
     )  # fmt: skip
     parser.add_argument(
         "--classes", nargs="+", default=[],
-        help="class names: a JSON or YAML file by class, or a text file with one a line in the "
-        "order of the sorted folders; LANGUAGE=FILE for each language; default: the data folder's "
-        "classes.json",
+        help="class names: a JSON or YAML file by class, or a text file with one name per line in "
+        "the order of the sorted folders; LANGUAGE=FILE for each language; default: classes.json "
+        "in the data folder",
     )  # fmt: skip
     parser.add_argument(
         "--templates", type=str, default="general",
         help="prompts: general, drawings, name, or a YAML or JSON file with lists by language",
     )  # fmt: skip
     parser.add_argument(
-        "--languages", nargs="+", default=None, help="languages to ask in; default: the bundle's"
+        "--languages",
+        nargs="+",
+        default=None,
+        help="languages of the class names; default: the bundle's",
     )
     add_embedder_arguments(parser)
     add_output_arguments(parser, record_name=_RECORD_NAME)
@@ -82,89 +66,16 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Any) -> None:
     """Score the bundle; print a table or JSON, and write the report, on the first rank."""
-    source = _source(options)
+    source = ClassificationSource(
+        **{field.name: getattr(options, field.name) for field in fields(ClassificationSource)}
+    )
     with launched_group(options.device) as group:
-        bulk = bulk_embedder(options, group)
-        languages = _languages(options, bulk.embedder)
-        templates = read_templates(options.templates, languages)
-        classes, images = _read_data(options, source, languages)
-        digests = bulk.digests_of(images.images)
-        scores = evaluate_classification(
-            bulk, images.images, images.labels, classes.names, templates, digests=digests
-        )
-    if group.rank == 0:  # the others need not wait for what one process does
-        classified = ClassificationRun(
-            bundle=str(options.bundle),
-            source=source,
-            images=images,
-            images_sha256=images.fingerprint(digests),
-            classes=classes,
-            templates=templates,
-            reading=_reading(bulk.embedder, classes, templates),
-            scores=scores,
-            intervals=classification_intervals(scores, images.labels),
-        )
+        found = evaluate(bulk_embedder(options, group), source, bundle=str(options.bundle))
+    if group.rank == 0:
         deliver(
             options,
-            classified.as_record(),
+            found.as_record(),
             record_name=_RECORD_NAME,
-            document=lambda: classification_document(classified),
-            table=lambda: format_classification(classified),
+            document=lambda: classification_document(found),
+            table=lambda: format_classification(found),
         )
-
-
-def _source(options: Any) -> dict[str, Any]:
-    """Return which images are asked for, as the record says it."""
-    given = {name: getattr(options, name) for name in _SAMPLES}
-    given = {name: value for name, value in given.items() if value is not None}
-    if options.images is None:
-        source = {**_SAMPLES, **given}
-        return {**source, "data": str(source["data"])}
-    if given:
-        found = " and ".join(f"--{name}" for name in given)
-        raise ConfigError(
-            f"--images {options.images} is a folder of images by class; found {found}, which "
-            f"{'is' if len(given) == 1 else 'are'} for the samples of a data folder; expected none"
-        )
-    if not options.classes:
-        raise ConfigError(f"--images {options.images} needs --classes: the names of its classes")
-    return {"data": str(options.images), "where": []}
-
-
-def _languages(options: Any, embedder: Embedder) -> list[str]:
-    languages = list(dict.fromkeys(options.languages or embedder.languages))
-    if not languages:
-        raise ConfigError(f"{options.bundle} does not tell its languages; name some by --languages")
-    return languages
-
-
-def _reading(
-    embedder: Embedder, classes: ClassNames, templates: Mapping[str, Sequence[str]]
-) -> Reading:
-    prompts = (
-        prompt
-        for language, names in classes.names.items()
-        for of_class in names
-        for prompt in prompts_of(of_class, templates[language])
-    )
-    return reading_of(embedder, list(dict.fromkeys(prompts)))
-
-
-def _read_data(
-    options: Any, source: Mapping[str, Any], languages: Sequence[str]
-) -> tuple[ClassNames, LabelledImages]:
-    if options.images is not None:
-        folders = class_folders(options.images)
-        classes = read_class_names(options.classes, languages, folders=folders)
-        return classes, images_in_class_folders(options.images, classes.ids)
-    data = Path(source["data"])
-    read_manifest(data)  # a folder that is none is said to be so, rather than to lack class names
-    own = data / "classes.json"
-    if not options.classes and not own.is_file():
-        raise DataError(f"{data} has no {own.name}; expected one, or class names by --classes")
-    classes = read_class_names(options.classes or [str(own)], languages, label=source["label"])
-    images = images_of_split(
-        data, source["split"], label=source["label"], class_ids=classes.ids,
-        where=source["where"],
-    )  # fmt: skip
-    return classes, images

@@ -1,4 +1,4 @@
-"""Put the results of `vlm eval retrieval` side by side, and published scores beside them."""
+"""Tabulate the results of `vlm eval retrieval`, with published scores next to them."""
 
 import json
 from pathlib import Path
@@ -18,12 +18,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--published", type=str, default="", metavar="[NAME=]BENCHMARK,...",
-        help="also place published rows: of flickr30k-cn, coco-cn, muge, flickr30k, coco; a NAME "
-        "says which benchmark of the runs it is",
+        help="add published rows of flickr30k-cn, coco-cn, muge, flickr30k or coco, by NAME to the "
+        "runs' benchmark of that name",
     )  # fmt: skip
     parser.add_argument(
         "--mixed", action="store_true",
-        help="let runs that were asked different questions stand in one table, marked",
+        help="allow runs with different protocols in one table, marked",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 

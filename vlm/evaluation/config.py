@@ -62,6 +62,54 @@ class RetrievalSource:
         }
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassificationSource:
+    """Labelled images, the names of their classes and the prompts to classify them with."""
+
+    data: Path | None = None
+    """Data folder; default: data/emoji."""
+    split: str | None = None
+    """Split of the data folder; default: test_style."""
+    label: str | None = None
+    """Label that names a sample's class; default: class."""
+    where: Sequence[str] | None = None
+    """Conditions on samples, such as `source=noto` or `group!=flags`."""
+    images: Path | None = None
+    """Folder with a folder of images for each class (instead of `data`)."""
+    classes: Sequence[str] = ()
+    """Class names: a JSON or YAML file by class, or a text file with one name a line in the order
+    of the sorted folders; `LANGUAGE=FILE` for each language; default: the data folder's
+    classes.json."""
+    templates: str = "general"
+    """Prompts: `general`, `drawings`, `name`, or a YAML or JSON file with lists by language."""
+    languages: Sequence[str] | None = None
+    """Languages of the class names; default: the model's."""
+
+    def __post_init__(self) -> None:
+        if self.images is None:
+            return
+        samples = ("data", "split", "label", "where")
+        given = [f"--{name}" for name in samples if getattr(self, name) is not None]
+        if given:
+            raise ConfigError(
+                f"--images {self.images} is a folder of images by class; found "
+                f"{' and '.join(given)}, for data folders only"
+            )
+        if not self.classes:
+            raise ConfigError(f"--images {self.images} needs --classes: the names of its classes")
+
+    def as_record(self) -> dict[str, Any]:
+        """Return which images are asked for, with the defaults, as plain values."""
+        if self.images is not None:
+            return {"data": str(self.images), "where": []}
+        return {
+            "data": str(self.data or "data/emoji"),
+            "split": self.split or "test_style",
+            "label": self.label or "class",
+            "where": list(self.where or ()),
+        }
+
+
 @dataclass(frozen=True, kw_only=True)
 class CalibrationPlan:
     """What a calibration aims at, and on how many pairs it is fitted."""

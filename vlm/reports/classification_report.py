@@ -7,8 +7,8 @@ from jaxtyping import Bool
 
 from vlm.evaluation.bootstrap import LEVEL
 from vlm.evaluation.classification.metrics import Classification
-from vlm.reports.classification_run import ClassificationRun, classification_rows
-from vlm.reports.confusion_plot import MOST_CLASSES, confusion_png
+from vlm.evaluation.classification.run import ClassificationRun
+from vlm.markdown import markdown_table
 from vlm.reports.document import (
     Block,
     Bullets,
@@ -23,6 +23,7 @@ from vlm.reports.document import (
     without_code,
 )
 from vlm.reports.examples import Answer, Example, Found
+from vlm.reports.plots import MOST_CLASSES, confusion_png
 
 _CONFUSIONS, _CLASSES, _EXAMPLES = 10, 10, 3  # that are shown of each kind
 _SEED = 0
@@ -48,8 +49,33 @@ def classification_document(run: ClassificationRun) -> Document:
     )
 
 
+def format_classification(run: ClassificationRun) -> str:
+    """Return how many images and classes there are, and a Markdown table of scores."""
+    table = markdown_table(*_score_rows(run, with_intervals=False))
+    shown, classes = len(np.unique(run.images.labels)), len(run.classes.ids)
+    return (
+        f"{len(run.images.images)} images of {shown} of {classes} classes; "
+        f"{run.images.left_out} left out\n\n{table}"
+    )
+
+
+def _score_rows(
+    run: ClassificationRun, *, with_intervals: bool = True
+) -> tuple[list[str], list[list[str]]]:
+    """Return a header and a row for each language and each baseline; text in the first column."""
+    intervals = run.intervals if with_intervals else {}
+    rows = [
+        [name, *(
+            "-" if value is None else score_cell(value, intervals.get(f"{name}/{key}"))
+            for key, value in found.means().items()
+        )]
+        for name, found in {**run.scores, **run.baselines}.items()
+    ]  # fmt: skip
+    return ["names", "top-1", "top-5", "mean per class"], rows
+
+
 def _scores(run: ClassificationRun) -> Section:
-    header, rows = classification_rows(run, with_intervals=True)
+    header, rows = _score_rows(run)
     return Section(
         title="Scores",
         blocks=[
@@ -190,8 +216,8 @@ def _example(run: ClassificationRun, image: int) -> Example:
 
 
 def _protocol(run: ClassificationRun) -> Iterator[Block]:
-    reading, source = run.reading, dict(run.source)
-    where = without_code(" ".join(source.pop("where", ())))
+    reading, source = run.reading, run.source.as_record()
+    where = without_code(" ".join(source.pop("where")))
     asked = ", ".join(f"{key} `{without_code(value)}`" for key, value in source.items())
     transform = ", ".join(f"{key} {value}" for key, value in reading.transform.items())
     yield Bullets([

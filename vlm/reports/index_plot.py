@@ -1,12 +1,12 @@
 """Recall of approximate search against the time it takes, as an image."""
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
 from vlm.evaluation.indexes import SweepPoint
+from vlm.reports.plots import figure_png
 
 _COLUMNS = 3
 _MARKERS = "osD^vP*X"
@@ -48,14 +48,12 @@ def recall_latency_png(
                 linewidth=1.3,
                 alpha=0.85,
             )
-        axes.set(title=search, xscale="log", xlabel="ms a query, one thread", ylim=(-0.03, 1.03))
+        axes.set(title=search, xscale="log", xlabel="ms per query, one thread", ylim=(-0.03, 1.03))
         axes.grid(alpha=0.3, which="both")
     for number in range(rows):
-        grid[number, 0].set_ylabel(f"share of the {k} nearest found")
+        grid[number, 0].set_ylabel(f"fraction of the {k} nearest found")
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     figure.suptitle(title)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return figure_png(figure)

@@ -1,6 +1,6 @@
-"""Retrieval scores that others published, read from the table `published.yaml` beside this file."""
+"""Retrieval scores that others published, read from `published.yaml` next to this file."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -14,7 +14,7 @@ RECALLS = 6
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PublishedBenchmark:
-    """A benchmark as it is usually asked."""
+    """A benchmark with its usual protocol."""
 
     name: str
     language: str
@@ -26,61 +26,44 @@ class PublishedBenchmark:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PublishedRow:
-    """What a model scored without being trained on the benchmark, in somebody's table."""
+    """The zero-shot scores of a model in a published table."""
 
     model: str
     """As the source calls it."""
     benchmark: str
     language: str
     recalls: tuple[float | None, ...]
-    """Six recalls in per cent, see `RECALLS`; None where the source does not print one."""
-    printed_mean_recall: float | None
+    """Six recalls in per cent, see `RECALLS`; None if the source does not print one."""
+    mean_recall: float | None = None
     """The mean of the recalls that are there, as the source prints it."""
     source: str
     """Whose table it is."""
     images: int
     captions: int
     protocol: str
-    note: str
-    """What else a reader must know; empty where there is nothing."""
+    note: str = ""
+    """What else a reader must know."""
 
 
 @cache
 def published_benchmarks() -> Mapping[str, PublishedBenchmark]:
-    """Return the benchmarks of which rows are recorded, by name."""
-    return {
-        name: PublishedBenchmark(name=name, **entry)
-        for name, entry in _record()["benchmarks"].items()
-    }
+    """Return the benchmarks with published rows, by name."""
+    entries = _record()["benchmarks"]
+    return {name: PublishedBenchmark(name=name, **entry) for name, entry in entries.items()}
 
 
 @cache
 def published_rows() -> tuple[PublishedRow, ...]:
-    """Return all rows that ship with the package, in the order of the table."""
-    return tuple(
-        _row(table | entry, published_benchmarks()[table["benchmark"]])
-        for table in _record()["tables"]
-        for entry in table["rows"]
-    )
-
-
-def _row(entry: Mapping[str, Any], benchmark: PublishedBenchmark) -> PublishedRow:
-    return PublishedRow(
-        model=entry["model"],
-        benchmark=benchmark.name,
-        language=benchmark.language,
-        recalls=_six(entry["recalls"]),
-        printed_mean_recall=entry.get("mean_recall"),
-        source=entry["source"],
-        images=entry.get("images", benchmark.images),
-        captions=entry.get("captions", benchmark.captions),
-        protocol=entry.get("protocol", benchmark.protocol),
-        note=entry.get("note", ""),
-    )
-
-
-def _six(recalls: Sequence[float | None]) -> tuple[float | None, ...]:
-    return (*recalls, *[None] * (RECALLS - len(recalls)))
+    """Return all rows that ship with the package, in the order of the file."""
+    record = _record()
+    rows = []
+    for table in record["tables"]:
+        common = record["benchmarks"][table["benchmark"]] | table
+        del common["rows"]
+        for entry in table["rows"]:
+            recalls = entry["recalls"] + [None] * (RECALLS - len(entry["recalls"]))
+            rows.append(PublishedRow(**common | entry | {"recalls": tuple(recalls)}))
+    return tuple(rows)
 
 
 def _record() -> Any:

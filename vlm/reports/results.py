@@ -1,4 +1,4 @@
-"""What `vlm eval retrieval` wrote, read back: scores, and how the questions they answer differ."""
+"""What `vlm eval retrieval` wrote, read back: scores, and how the protocols of runs differ."""
 
 import json
 from collections import Counter
@@ -11,7 +11,7 @@ from vlm.errors import ConfigError, DataError
 from vlm.evaluation.retrieval.scores import CUTOFFS, DIRECTIONS
 
 RECORD_NAME = "retrieval.json"
-"""The file of a run's folder in which the scores are."""
+"""The file of a run's folder with the scores."""
 
 SCORES = tuple(f"{direction}/recall@{k}" for direction in DIRECTIONS for k in CUTOFFS)
 """The names of a row's recalls, as `evaluate_retrieval` calls them after the language."""
@@ -24,12 +24,12 @@ _OTHER_RECORDS = {
 WORDS = {
     "images": "{} images",
     "captions": "{} captions",
-    "captions_per_image": "{} captions an image",
+    "captions_per_image": "{} captions per image",
     "images_without_caption": "{} images without a caption",
     "duplicates": "duplicates {}",
     "cleaning": "cleaning {}",
 }
-"""What the parts of a question are called, in the order in which they are told."""
+"""How each part of a protocol is written, in this order."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,16 +37,16 @@ class Result:
     """What one run scored on one benchmark in one language."""
 
     run: str
-    """The bundle, and the file of the run where several runs are of that bundle."""
+    """The bundle, and the file of the run if several runs have the same bundle."""
     benchmark: str
     language: str
     question: Mapping[str, Any]
-    """What was asked, as `vlm.evaluation.retrieval.protocol.Question` says it."""
+    """The protocol, as the record of `vlm.evaluation.retrieval.protocol.Question`."""
     recalls: tuple[float, ...]
     """In per cent, in the order of `SCORES`."""
     context_length: int
     truncated_share: float
-    """Share in [0, 1] of the run's captions on this benchmark that were cut."""
+    """Ratio in [0, 1] of the run's captions on this benchmark that were truncated."""
 
 
 def read_results(paths: Sequence[Path]) -> list[Result]:
@@ -59,19 +59,16 @@ def read_results(paths: Sequence[Path]) -> list[Result]:
         ConfigError: a run is given twice.
         DataError: a run cannot be read or holds something else.
     """
-    records: dict[Path, Mapping[str, Any]] = {}
-    read: set[Path] = set()
-    for given in paths:
-        path = _record_path(given)
-        if path.resolve() in read:
-            raise ConfigError(f"the run {given} is given twice; expected each run once")
-        read.add(path.resolve())
-        records[given] = _record_of(path)
+    files = {given: _record_path(given) for given in paths}
+    for given, count in Counter(path.resolve() for path in map(_record_path, paths)).items():
+        if count > 1:
+            raise ConfigError(f"the run {given} is given {count} times; expected each run once")
+    records = {given: _record_of(path) for given, path in files.items()}
     bundles = Counter(record["bundle"] for record in records.values())
     results = []
-    for path, record in records.items():
+    for given, record in records.items():
         bundle = record["bundle"]
-        run = bundle if bundles[bundle] == 1 else f"{bundle} ({path})"
+        run = bundle if bundles[bundle] == 1 else f"{bundle} ({given})"
         try:
             results += [
                 _result(run, name, language, of_one)
@@ -79,7 +76,7 @@ def read_results(paths: Sequence[Path]) -> list[Result]:
                 for language in of_one["questions"]
             ]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(_not_a_run(path, error)) from error
+            raise DataError(_not_a_run(given, error)) from error
     return results
 
 
@@ -104,10 +101,9 @@ def _record_path(given: Path) -> Path:
 def _record_of(path: Path) -> Mapping[str, Any]:
     try:
         record: Any = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"cannot read the run {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"cannot read the run {path}: {error}") from error
+    except (OSError, ValueError) as error:
+        found = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"cannot read the run {path}: {found}") from error
     if isinstance(record, dict) and isinstance(record.get("bundle"), str):
         benchmarks = record.get("benchmarks")
         if isinstance(benchmarks, dict) and benchmarks:
@@ -118,11 +114,11 @@ def _record_of(path: Path) -> Mapping[str, Any]:
 def _result(run: str, benchmark: str, language: str, record: Mapping[str, Any]) -> Result:
     question, reading = record["questions"][language], record["reading"]
     recalls = [record["scores"][f"{language}/{name}"] for name in SCORES]
-    for share in (*recalls, reading["truncated_share"]):
-        if not 0 <= share <= 1:
-            raise ValueError(f"a share is {share}, not in [0, 1]")
+    for ratio in (*recalls, reading["truncated_share"]):
+        if not 0 <= ratio <= 1:
+            raise ValueError(f"a ratio is {ratio}; expected a number in [0, 1]")
     if not isinstance(question["fingerprint"], str):
-        raise ValueError(f"a fingerprint is {question['fingerprint']}, not a text")
+        raise ValueError(f"a fingerprint is {question['fingerprint']}; expected a string")
     return Result(
         run=run,
         benchmark=benchmark,
@@ -140,23 +136,20 @@ def _not_a_run(path: Path, error: Exception) -> str:
 
 
 def difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
-    """Say in words how one question differs from another; empty where it does not."""
+    """Describe how one protocol differs from another; empty if it does not."""
     parts = [
-        f"{_named(key, found.get(key))} against {in_words(expected.get(key))}"
+        f"{WORDS.get(key, f'{key} {{}}').format(in_words(found.get(key)))} instead of "
+        f"{in_words(expected.get(key))}"
         for key in dict.fromkeys([*found, *expected])
         if key not in ("fingerprint", "sha256") and found.get(key) != expected.get(key)
     ]
     if not parts and found.get("fingerprint") != expected.get("fingerprint"):
-        return "as many images and captions, but others, in another order or paired otherwise"
+        return "the same numbers of images and captions, but other images, captions or pairs"
     return ", ".join(parts)
 
 
-def _named(key: str, value: Any) -> str:
-    return WORDS[key].format(in_words(value)) if key in WORDS else f"{key} {in_words(value)}"
-
-
 def in_words(value: Any) -> str:
-    """Return what a part of a question is as people write it: `5,000`, `1 to 5 (mean 2.5)`."""
+    """Return a part of a protocol as people write it: `5,000`, `1 to 5 (mean 2.5)`."""
     if isinstance(value, list | tuple) and len(value) == 3:
         fewest, mean, most = value
         return f"{fewest}" if fewest == most else f"{fewest} to {most} (mean {mean})"

@@ -1,4 +1,4 @@
-"""Results of several evaluations side by side: one table for each question that was asked."""
+"""Results of several evaluations side by side: a table for each benchmark and language."""
 
 import math
 import re
@@ -18,12 +18,12 @@ from vlm.reports.published import (
 from vlm.reports.results import SCORES, WORDS, Result, difference, in_words
 
 _OTHER = "≠"
-_SHORT = {
-    name: name.replace("text_to_image/recall", "T to I R").replace(
-        "image_to_text/recall", "I to T R"
-    )
-    for name in SCORES
-}
+_HEADER = [
+    "model",
+    *(name.replace("text_to_image/recall", "T to I R").replace("image_to_text/recall", "I to T R")
+      for name in SCORES),
+    "MR",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,8 +34,8 @@ class Row:
     recalls: tuple[float | None, ...]
     """In per cent, in the order of `SCORES`; None where it is not known."""
     published: bool = False
-    other_question: bool = False
-    """Whether it was not asked what the table's first row was asked."""
+    comparable: bool = True
+    """Whether it has the protocol of the table's first row."""
     remarks: tuple[str, ...] = ()
 
     @property
@@ -47,40 +47,40 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
-    """Rows that answer one question, but for those that say otherwise."""
+    """Rows with one protocol, except for those that are not `comparable`."""
 
     benchmark: str
     language: str
     question: Mapping[str, Any] | None
-    """Of the first run; None where no run has the benchmark in this language."""
+    """The protocol of the first run; None where no run has the benchmark in this language."""
     rows: Sequence[Row]
 
 
 def tables_of(
     results: Sequence[Result], *, published: Sequence[str] = (), mixed: bool = False
 ) -> list[Table]:
-    """Put results into one table for each benchmark and language, in the order they come.
+    """Put results into a table for each benchmark and language, in their order.
 
     Args:
         results: What the runs scored.
-        published: Benchmarks whose published rows are wanted. Each stands beside the runs'
-            benchmark of the same name, whatever its case and hyphens, or beside the one that is
-            named in `NAME=BENCHMARK`; and alone where no run has it.
-        mixed: Whether runs that were asked another question than the first may stand beside it.
+        published: Benchmarks whose published rows to add: to the runs' benchmark of the same name,
+            whatever its case and hyphens, or to NAME in `NAME=BENCHMARK`; in a table of their own
+            if no run has the benchmark.
+        mixed: Whether a table may hold runs with another protocol than its first run.
 
     Raises:
         ConfigError: there is nothing to tabulate, or no such published benchmark, or no such NAME.
-        DataError: runs were asked different questions, and `mixed` is false.
+        DataError: runs have different protocols, and `mixed` is false.
     """
     of_runs: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         of_runs.setdefault((result.benchmark, result.language), []).append(result)
-    beside = _published_by_place(published, results)
-    if not of_runs and not beside:
+    of_others = _published_by_place(published, results)
+    if not of_runs and not of_others:
         raise ConfigError("there is nothing to tabulate; expected folders of runs, or --published")
     return [
-        _table(place, of_runs.get(place, []), beside.get(place), mixed)
-        for place in dict.fromkeys([*of_runs, *beside])
+        _table(place, of_runs.get(place, []), of_others.get(place), mixed)
+        for place in dict.fromkeys([*of_runs, *of_others])
     ]
 
 
@@ -89,25 +89,26 @@ def _published_by_place(
 ) -> dict[tuple[str, str], PublishedBenchmark]:
     """Return the published benchmarks by the name and language of their table."""
     names = list(dict.fromkeys(result.benchmark for result in results))
-    beside: dict[tuple[str, str], PublishedBenchmark] = {}
+    found: dict[tuple[str, str], PublishedBenchmark] = {}
     for text in asked:
         name, sign, wanted = text.rpartition("=")
-        if wanted not in published_benchmarks():
+        benchmark = published_benchmarks().get(wanted)
+        if benchmark is None:
             raise ConfigError(
-                f"there are no published rows of {wanted!r}; expected some of "
+                f"there are no published rows of {wanted!r}; expected one of "
                 f"{', '.join(published_benchmarks())}"
             )
         if sign and name not in names:
             raise ConfigError(f"no run has a benchmark {name!r}; expected one of {names}")
-        places = [name] if sign else [each for each in names if _plain(each) == _plain(wanted)]
-        benchmark = published_benchmarks()[wanted]
-        for place in ((each, benchmark.language) for each in places or [wanted]):
-            if beside.setdefault(place, benchmark) is not benchmark:
+        same = [name] if sign else [each for each in names if _plain(each) == _plain(wanted)]
+        for each in same or [wanted]:
+            first = found.setdefault((each, benchmark.language), benchmark)
+            if first is not benchmark:
                 raise ConfigError(
-                    f"{beside[place].name} and {wanted} are both asked for beside {place[0]}; "
-                    "expected one of them"
+                    f"{each} is given the published rows of {first.name} and of {wanted}; expected "
+                    "one of them"
                 )
-    return beside
+    return found
 
 
 def _plain(name: str) -> str:
@@ -122,15 +123,14 @@ def _table(
 ) -> Table:
     rows = []
     for result in results:
-        first = results[0]
-        other = result.question["fingerprint"] != first.question["fingerprint"]
-        if other and not mixed:
+        row = _row_of_run(result, results[0])
+        if not row.comparable and not mixed:
             raise DataError(
-                f"{result.run} was not asked on {place[0]} in {place[1]} what {first.run} was: "
-                f"{difference(result.question, first.question)}; expected the same question, or "
-                "--mixed"
+                f"{result.run} and {results[0].run} have different protocols on {place[0]} in "
+                f"{place[1]}: {difference(result.question, results[0].question)}; expected the "
+                "same protocol, or --mixed"
             )
-        rows.append(_row_of_run(result, first, other))
+        rows.append(row)
     question = results[0].question if results else None
     if published:
         usual = {"images": published.images, "captions": published.captions}
@@ -143,33 +143,36 @@ def _table(
     return Table(benchmark=place[0], language=place[1], question=question, rows=rows)
 
 
-def _row_of_run(result: Result, first: Result, other: bool) -> Row:
+def _row_of_run(result: Result, first: Result) -> Row:
     remarks = []
-    if other:
-        fingerprint = result.question["fingerprint"]
-        said = difference(result.question, first.question)
-        remarks.append(f"{_OTHER} another question, {fingerprint}: {said}")
+    fingerprint = result.question["fingerprint"]
+    comparable = fingerprint == first.question["fingerprint"]
+    if not comparable:
+        differs = difference(result.question, first.question)
+        remarks.append(f"{_OTHER} protocol {fingerprint}: {differs}")
     if result.truncated_share:
         remarks.append(
-            f"{100 * result.truncated_share:.3g} % of the captions, in all languages, were cut to "
+            f"{100 * result.truncated_share:.3g} % of the captions in all languages truncated to "
             f"{result.context_length} tokens"
         )
     return Row(
-        name=result.run, recalls=result.recalls, other_question=other, remarks=tuple(remarks)
+        name=result.run, recalls=result.recalls, comparable=comparable, remarks=tuple(remarks)
     )
 
 
 def _row_of_others(row: PublishedRow, expected: Mapping[str, Any]) -> Row:
-    said = difference({"images": row.images, "captions": row.captions}, expected)
+    differs = difference({"images": row.images, "captions": row.captions}, expected)
     remarks = [f"published: {row.source}; {row.images:,} images, {row.captions:,} captions, "
                f"{row.protocol}"]  # fmt: skip
-    remarks += [f"{_OTHER} another question: {said}"] if said else []
-    remarks += [row.note] if row.note else []
+    if differs:
+        remarks.append(f"{_OTHER} protocol: {differs}")
+    if row.note:
+        remarks.append(row.note)
     return Row(
         name=row.model,
         recalls=row.recalls,
         published=True,
-        other_question=bool(said),
+        comparable=not differs,
         remarks=tuple(remarks),
     )
 
@@ -197,41 +200,52 @@ def _row_record(row: Row) -> dict[str, Any]:
 
 
 def format_tables(tables: Iterable[Table]) -> str:
-    """Return the tables in Markdown, in per cent, each with its question and its footnotes."""
+    """Return the tables in Markdown, in per cent, each with its protocol and its footnotes."""
     return "\n\n".join(_format(table) for table in tables)
 
 
 def _format(table: Table) -> str:
-    footnotes = list(dict.fromkeys(remark for row in table.rows for remark in row.remarks))
-    number = {remark: str(place) for place, remark in enumerate(footnotes, start=1)}
-    header = ["model", *(_SHORT[name] for name in SCORES), "MR"]
-    lines = []
-    for row in table.rows:
-        marks = [", published"] * row.published + [f" {_OTHER}"] * row.other_question
-        marks += [f" [{', '.join(number[remark] for remark in row.remarks)}]"] * bool(row.remarks)
-        values = (*row.recalls, row.mean_recall)
-        cells = ["-" if value is None else _one_decimal(value) for value in values]
-        lines.append([row.name + "".join(marks), *cells])
-    below = [f"{_OTHER}: these rows do not compare with the others."] * any(
-        row.other_question for row in table.rows
-    )
-    which = "the question" if table.question else "the usual question"
-    below += [f"Published rows are compared with {which} by numbers of images and captions only."
-              ] * any(row.published for row in table.rows)  # fmt: skip
-    below += [f"[{number[remark]}] {remark}" for remark in footnotes]
-    text = f"### {table.benchmark}, {table.language}\n\n{_question_of(table)}"
-    text += f"\n\n{markdown_table(header, lines)}"
-    return text + ("\n\n" + "  \n".join(below) if below else "")
+    remarks = dict.fromkeys(remark for row in table.rows for remark in row.remarks)
+    numbers = {remark: str(number) for number, remark in enumerate(remarks, start=1)}
+    rows = [
+        [_label(row, numbers), *map(_cell, (*row.recalls, row.mean_recall))] for row in table.rows
+    ]
+    notes = []
+    if not all(row.comparable for row in table.rows):
+        notes.append(f"{_OTHER}: not comparable with the other rows.")
+    if any(row.published for row in table.rows):
+        notes.append("The protocol of published rows is compared by image and caption counts only.")
+    notes += [f"[{number}] {remark}" for remark, number in numbers.items()]
+    parts = [
+        f"### {table.benchmark}, {table.language}",
+        _protocol_of(table),
+        markdown_table(_HEADER, rows),
+    ]
+    if notes:
+        parts.append("  \n".join(notes))  # two spaces at its end break a line in Markdown
+    return "\n\n".join(parts)
 
 
-def _one_decimal(value: float) -> str:
-    """Round as printed tables do: halves upwards, however near below them binary numbers lie."""
-    return f"{math.floor(10 * value + 0.5 + 1e-6) / 10:.1f}"
+def _label(row: Row, numbers: Mapping[str, str]) -> str:
+    """Return a row's name with its marks, such as `M2-Encoder, published ≠ [2, 3]`."""
+    label = row.name
+    if row.published:
+        label += ", published"
+    if not row.comparable:
+        label += f" {_OTHER}"
+    if row.remarks:
+        label += f" [{', '.join(numbers[remark] for remark in row.remarks)}]"
+    return label
 
 
-def _question_of(table: Table) -> str:
+def _cell(value: float | None) -> str:
+    """Round as printed tables do: halves upwards, also those that binary numbers put just below."""
+    return "-" if value is None else f"{math.floor(10 * value + 0.5 + 1e-6) / 10:.1f}"
+
+
+def _protocol_of(table: Table) -> str:
     question = table.question
     if question is None:
         return "No run has this benchmark in this language. Recalls in per cent."
     parts = [words.format(in_words(question.get(key))) for key, words in WORDS.items()]
-    return f"Question {question['fingerprint']}: {', '.join(parts)}. Recalls in per cent."
+    return f"Protocol {question['fingerprint']}: {', '.join(parts)}. Recalls in per cent."

@@ -1,44 +1,54 @@
 """Scores of a classification, as pure functions of what was compared."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int, Int64
 
+from vlm.evaluation.bootstrap import RESAMPLES, interval_of, resampled_means
+
+Interval = tuple[float, float]
+
 TOP = 5
 
 SHOWN = 3
-"""How many of the classes that score highest are told of each image."""
+"""How many of the highest-scoring classes are kept for each image."""
 
+_FEWEST_IMAGES = 10  # of which there are intervals
 _LOWEST = float(np.finfo(np.float32).min)
-_TILE = 1 << 22  # scores that are looked at together: 16 MiB of them
+_TILE = 1 << 22  # scores at a time: 16 MiB
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationScores:
-    """How well images were told apart."""
+    """How well images were classified."""
 
     top1: float
-    """Share in [0, 1] of the images whose right class scores highest."""
+    """Fraction of the images whose true class scores highest."""
     top5: float | None
-    """Share whose right class is among the first five; None where there are fewer classes."""
+    """Fraction whose true class is among the first five; None if there are fewer classes."""
     mean_class_recall: float
-    """Mean over the classes with images of the share of theirs that were given their class."""
+    """Mean of the top-1 of each class that has images."""
+
+    def means(self) -> dict[str, float | None]:
+        """Return the scores by name."""
+        return {"top1": self.top1, "top5": self.top5, "mean_class_recall": self.mean_class_recall}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Classification(ClassificationScores):
-    """The scores of a model, and what it said of each image."""
+    """The scores of a model, and its predictions."""
 
     class_recall: Float64[np.ndarray, " classes"]
-    """The share of each class's images that were given their class; nan where it has none."""
+    """Top-1 of each class's images; NaN for a class without images."""
     confusion: Int64[np.ndarray, "found 3"]
-    """Rows (right class, given class, images), in their order and without those of no image: a
-    matrix of all classes would grow with their square."""
+    """Rows (true class, predicted class, images) in order, without pairs that have no image: a
+    full matrix would grow with the square of the classes."""
     ranks: Int64[np.ndarray, " images"]
-    """Of the right class among all, 1 the best; by it `top1` and `top5` are counted."""
+    """Of the true class, 1 the best."""
     best: Int64[np.ndarray, "images shown"]
-    """The classes that score highest, best first: `SHOWN`, or all where there are fewer."""
+    """The classes that score highest, best first: `SHOWN`, or all if there are fewer."""
     cosines: Float32[np.ndarray, "images shown"]
     """Of the images with these classes."""
 
@@ -48,15 +58,15 @@ def score_classification(
     classes: Float32[np.ndarray, "classes dim"],
     labels: Int[np.ndarray, " images"],
 ) -> Classification:
-    """Give every image the class whose vector has the largest product with its own.
+    """Assign every image to the class whose vector has the largest product with its own.
 
-    A wrong class with the same score as the right one comes before it, so that a model which gives
-    all classes the same score is always wrong. Among equal wrong classes the first is given.
+    A wrong class with the same score as the true one ranks before it, so that a model which gives
+    all classes the same score is always wrong. Among equal wrong classes the first is predicted.
 
     Args:
         images: A vector an image; at least one.
         classes: A vector a class; at least one.
-        labels: The number of each image's right class.
+        labels: The number of each image's true class.
     """
     shown = min(SHOWN, len(classes))
     ranks = np.empty(len(images), np.int64)
@@ -82,12 +92,12 @@ def score_classification(
 
 
 def baselines(images: Int[np.ndarray, " classes"]) -> dict[str, ClassificationScores]:
-    """Return what no model is needed for: a random order of the classes, and the largest first.
+    """Return the scores of two guesses: classes in random order, and the largest class first.
 
     Args:
         images: Number of images of each class.
     """
-    share = images / images.sum()
+    frequency = images / images.sum()
     count = len(images)
     enough = count >= TOP
     return {
@@ -97,41 +107,105 @@ def baselines(images: Int[np.ndarray, " classes"]) -> dict[str, ClassificationSc
             mean_class_recall=1 / count,
         ),
         "majority": ClassificationScores(
-            top1=float(share.max()),
-            top5=float(np.sort(share)[-TOP:].sum()) if enough else None,
+            top1=float(frequency.max()),
+            top5=float(np.sort(frequency)[-TOP:].sum()) if enough else None,
             mean_class_recall=1 / int((images > 0).sum()),
         ),
     }
 
 
+def classification_intervals(
+    scores: Mapping[str, Classification], labels: Int[np.ndarray, " images"]
+) -> dict[str, Interval]:
+    """Return bootstrap intervals over images of all scores, by `zh/top1` and so on.
+
+    Fewer than ten images have no intervals: every resample of one image is the same.
+
+    Args:
+        scores: By language, of the same images; all get the same draws.
+        labels: The number of each image's class.
+    """
+    if len(labels) < _FEWEST_IMAGES:
+        return {}
+    counted = {}
+    for language, found in scores.items():
+        counted[f"{language}/top1"] = found.ranks == 1
+        if found.top5 is not None:
+            counted[f"{language}/top5"] = found.ranks <= TOP
+    values = list(counted.values())
+    means = resampled_means(values, [np.arange(len(of_one)) for of_one in values])
+    by_class = resampled_class_means(scores, labels)
+    return {
+        **{name: interval_of(of_one) for name, of_one in zip(counted, means, strict=True)},
+        **{
+            f"{language}/mean_class_recall": interval_of(of_one)
+            for language, of_one in by_class.items()
+        },
+    }
+
+
+def resampled_class_means(
+    scores: Mapping[str, Classification],
+    labels: Int[np.ndarray, " images"],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Float64[np.ndarray, " resamples"]]:
+    """Return by language the mean over classes of their top-1 for each resample of the images.
+
+    A class without an image in a resample is left out of its mean.
+
+    Args:
+        scores: By language, of the same images; languages get the same draws.
+        labels: The number of each image's class.
+        resamples: How often to draw.
+        seed: Of the draws.
+    """
+    rng = np.random.default_rng(seed)
+    classes = int(labels.max()) + 1
+    # A wrongly classified image counts to an additional last class, which is cut off below.
+    hits = {lang: np.where(found.ranks == 1, labels, classes) for lang, found in scores.items()}
+    means = {language: np.empty(resamples) for language in scores}
+    for number in range(resamples):
+        drawn = rng.integers(len(labels), size=len(labels))
+        images = np.bincount(labels[drawn], minlength=classes)
+        shown = images > 0
+        for language, of_language in hits.items():
+            correct = np.bincount(of_language[drawn], minlength=classes + 1)[:-1]
+            means[language][number] = (correct[shown] / images[shown]).mean()
+    return means
+
+
 def _recall_by_class(
-    right: Bool[np.ndarray, " images"], labels: Int[np.ndarray, " images"], classes: int
+    correct: Bool[np.ndarray, " images"], labels: Int[np.ndarray, " images"], classes: int
 ) -> Float64[np.ndarray, " classes"]:
     images = np.bincount(labels, minlength=classes)
-    hits = np.bincount(labels[right], minlength=classes)
+    hits = np.bincount(labels[correct], minlength=classes)
     return np.where(images > 0, hits / np.maximum(images, 1), np.nan)
 
 
 def _confusion(
-    labels: Int[np.ndarray, " images"], given: Int64[np.ndarray, " images"]
+    labels: Int[np.ndarray, " images"], predicted: Int64[np.ndarray, " images"]
 ) -> Int64[np.ndarray, "found 3"]:
-    pairs, images = np.unique(np.stack([labels, given], axis=1), axis=0, return_counts=True)
+    pairs, images = np.unique(np.stack([labels, predicted], axis=1), axis=0, return_counts=True)
     return np.column_stack([pairs, images]).astype(np.int64)
 
 
 def _places(
     products: Float32[np.ndarray, "images classes"], labels: Int[np.ndarray, " images"], shown: int
 ) -> tuple[Int64[np.ndarray, " images"], Int64[np.ndarray, "images shown"]]:
-    """Return the rank of each image's right class, and the classes that come first."""
-    scores = np.nan_to_num(products, nan=_LOWEST, neginf=_LOWEST)  # no number is no better
+    """Return the rank of each image's true class, and the classes that come first."""
+    scores = np.nan_to_num(products, nan=_LOWEST, neginf=_LOWEST)  # NaN ranks last
     places = np.arange(len(scores))
-    right = scores[places, labels]
-    scores[places, labels] = -np.inf
-    before = (scores >= right[:, None]).sum(axis=1)
+    true = scores[places, labels]
+    scores[places, labels] = -np.inf  # so that it is not counted against itself
+    before = (scores >= true[:, None]).sum(axis=1)
     best = np.empty((len(scores), shown), np.int64)
     for place in range(shown):
         highest = scores.argmax(axis=1)
         best[:, place] = np.where(before == place, labels, highest)
-        taken = before != place  # the right class moves wrong ones back
+        taken = (
+            before != place
+        )  # where the true class took this place, the highest wrong one stays in the race
         scores[places[taken], highest[taken]] = -np.inf
     return before + 1, best

@@ -1,0 +1,173 @@
+"""A zero-shot classification from its source to its record."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from vlm.data.manifest import read_manifest
+from vlm.embedding.bulk import BulkEmbedder
+from vlm.embedding.embedder import Embedder
+from vlm.errors import ConfigError, DataError
+from vlm.evaluation.bootstrap import LEVEL
+from vlm.evaluation.classification.class_names import ClassNames, read_class_names
+from vlm.evaluation.classification.dataset import (
+    LabelledImages,
+    class_folders,
+    images_in_class_folders,
+    images_of_split,
+)
+from vlm.evaluation.classification.evaluation import evaluate_classification
+from vlm.evaluation.classification.metrics import (
+    Classification,
+    ClassificationScores,
+    Interval,
+    baselines,
+    classification_intervals,
+)
+from vlm.evaluation.classification.prompts import prompts_of, read_templates
+from vlm.evaluation.config import ClassificationSource
+from vlm.evaluation.reading import Reading, reading_of
+
+_TIES = "a wrong class with the same score as the true one ranks before it"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassificationRun:
+    """What a bundle scored on labelled images, and all that the scores depend on."""
+
+    bundle: str
+    """The bundle's folder."""
+    source: ClassificationSource
+    images: LabelledImages
+    images_sha256: str
+    """Of the images and their labels."""
+    classes: ClassNames
+    templates: Mapping[str, Sequence[str]]
+    """By language."""
+    reading: Reading
+    """How the model takes in the prompts and the images."""
+    scores: Mapping[str, Classification]
+    """By language."""
+    intervals: Mapping[str, Interval]
+    """What `classification_intervals` returns for the scores."""
+
+    @property
+    def baselines(self) -> dict[str, ClassificationScores]:
+        """Return the scores that need no model."""
+        return baselines(np.bincount(self.images.labels, minlength=len(self.classes.ids)))
+
+    def as_record(self) -> dict[str, Any]:
+        """Return it as plain dictionaries, for JSON."""
+        ids = self.classes.ids
+        return {
+            "scores": {language: _record(found, ids) for language, found in self.scores.items()},
+            "intervals": {"level": LEVEL, "of": dict(self.intervals)},
+            "baselines": {name: found.means() for name, found in self.baselines.items()},
+            "protocol": {
+                **self.source.as_record(),
+                "images": len(self.images.images),
+                "left_out": self.images.left_out,
+                "classes": len(ids),
+                "names": self.classes.names,
+                "ties": _TIES,
+                "images_sha256": self.images_sha256,
+                "templates": self.templates,
+                "bundle": self.reading.model,
+                "tokenizer": self.reading.tokenizer,
+                "context_length": self.reading.context_length,
+                "truncated_share": self.reading.truncated_share,
+                "dim": self.reading.embed_dim,
+                "transform": self.reading.transform,
+            },
+        }
+
+
+def evaluate(
+    embedder: Embedder | BulkEmbedder, source: ClassificationSource, *, bundle: str | Path = ""
+) -> ClassificationRun:
+    """Classify labelled images in each language.
+
+    Args:
+        embedder: The model; a `BulkEmbedder` to share the work over ranks, which must all call
+            this, to keep vectors on disk, or to show progress.
+        source: The images, the names of their classes and the prompts.
+        bundle: The model's name in the report.
+
+    Raises:
+        ConfigError: neither the source nor the bundle names a language.
+        DataError: images, class names or templates cannot be read, or do not fit together.
+    """
+    bulk = BulkEmbedder(embedder) if isinstance(embedder, Embedder) else embedder
+    languages = list(dict.fromkeys(source.languages or bulk.embedder.languages))
+    if not languages:
+        raise ConfigError(
+            f"{bundle or 'the bundle'} does not name its languages; give them with --languages"
+        )
+    templates = read_templates(source.templates, languages)
+    classes, images = _read(source, languages)
+    digests = bulk.digests_of(images.images)
+    scores = evaluate_classification(
+        bulk, images.images, images.labels, classes.names, templates, digests=digests
+    )
+    prompts = (
+        prompt
+        for language, names in classes.names.items()
+        for of_class in names
+        for prompt in prompts_of(of_class, templates[language])
+    )
+    return ClassificationRun(
+        bundle=str(bundle),
+        source=source,
+        images=images,
+        images_sha256=images.fingerprint(digests),
+        classes=classes,
+        templates=templates,
+        reading=reading_of(bulk.embedder, list(dict.fromkeys(prompts))),
+        scores=scores,
+        intervals=classification_intervals(scores, images.labels),
+    )
+
+
+def _read(
+    source: ClassificationSource, languages: Sequence[str]
+) -> tuple[ClassNames, LabelledImages]:
+    if source.images is not None:
+        folders = class_folders(source.images)
+        classes = read_class_names(source.classes, languages, folders=folders)
+        return classes, images_in_class_folders(source.images, classes.ids)
+    asked = source.as_record()
+    data = Path(asked["data"])
+    read_manifest(data)  # so that a missing data folder is not reported as missing class names
+    own = data / "classes.json"
+    if not source.classes and not own.is_file():
+        raise DataError(f"{data} has no {own.name}; expected one, or class names by --classes")
+    names = source.classes or [str(own)]
+    classes = read_class_names(names, languages, label=asked["label"])
+    images = images_of_split(
+        data, asked["split"], label=asked["label"], class_ids=classes.ids, where=asked["where"]
+    )
+    return classes, images
+
+
+def _record(scores: Classification, ids: Sequence[str]) -> dict[str, Any]:
+    recalls = zip(ids, scores.class_recall.tolist(), strict=True)
+    return {
+        **scores.means(),
+        "class_recall": {name: None if math.isnan(recall) else recall for name, recall in recalls},
+        "confusion": _by_class(scores.confusion, ids),
+    }
+
+
+def _by_class(
+    confusion: Int[np.ndarray, "found 3"], ids: Sequence[str]
+) -> dict[str, dict[str, int]]:
+    """Return the number of images by true class and, within it, by predicted class."""
+    found: dict[str, dict[str, int]] = {}
+    for true, predicted, images in confusion.tolist():
+        found.setdefault(ids[true], {})[ids[predicted]] = images
+    return found

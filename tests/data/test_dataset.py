@@ -3,6 +3,7 @@
 import gzip
 import multiprocessing
 import pickle
+from dataclasses import replace
 
 import pytest
 
@@ -130,3 +131,13 @@ def test_a_manifest_whose_shards_share_a_key_is_refused(tmp_path):
     write_manifest(tmp_path, manifest)
     with pytest.raises(DataError, match=r"key 'sample-0000' is in .*train.* and in .*again"):
         ShardedSplit(tmp_path, "train")
+
+
+def test_damaged_samples_are_all_named_with_their_addresses(tmp_path):
+    samples = make_samples(6)
+    cut = {number: replace(samples[number], image=samples[number].image[:60]) for number in (1, 4)}
+    folder = write_split(tmp_path, [cut.get(n, sample) for n, sample in enumerate(samples)])
+    found = list(ShardedSplit(folder, "train").damaged())
+    assert [sentence.split(")")[0] for sentence in found] == [
+        f"sample-000{number} ({folder}/train-00000.tar.gz#{number}" for number in (1, 4)
+    ]

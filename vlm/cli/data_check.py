@@ -7,7 +7,9 @@ from jsonargparse import ArgumentParser
 
 from vlm.data.dataset import ShardedSplit
 from vlm.data.manifest import read_manifest
-from vlm.images.decoding import decode_image
+from vlm.errors import DataError
+
+_NAMED = 10  # an error stays one line that a person can read
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -19,6 +21,10 @@ def run(options: Any) -> None:
     """Read everything once; print what each split holds."""
     for split in read_manifest(options.folder).splits:
         samples = ShardedSplit(options.folder, split)
-        for sample in samples:
-            decode_image(sample.image, name=sample.uid)
+        if found := list(samples.damaged()):
+            more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+            raise DataError(
+                f"{split}: {len(found)} of {len(samples)} samples cannot be read: "
+                + "; ".join(found[:_NAMED]) + more
+            )  # fmt: skip
         print(f"{split}: {len(samples)} samples, all readable")

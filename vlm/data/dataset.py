@@ -9,6 +9,7 @@ from vlm.data.manifest import read_manifest
 from vlm.data.sample import Sample
 from vlm.data.shards import check_keys, open_shard
 from vlm.errors import DataError
+from vlm.images.decoding import decode_image
 
 
 class ShardedSplit:
@@ -70,6 +71,15 @@ class ShardedSplit:
                 for text in sample.captions.get(language, ())
             )
         )
+
+    def damaged(self) -> Iterator[str]:
+        """Give a sentence for every sample whose record or image cannot be read."""
+        for index in range(len(self)):
+            try:
+                sample = self[index]
+                decode_image(sample.image, name=f"{sample.uid} ({self.address(index)})")
+            except DataError as error:
+                yield str(error)
 
     def __reduce__(self) -> tuple[type["ShardedSplit"], tuple[Path, str]]:
         """Open the shards anew in a worker process: a memory map cannot be sent to one."""

@@ -115,7 +115,7 @@ class TrainingExamples(Dataset[Example]):
     def _image(self, place: int, sample: Sample) -> Image.Image:
         if place in self._decoded:
             return self._decoded[place]
-        image = decode_image(sample.image, name=sample.uid)
+        image = decode_image(sample.image, name=f"{sample.uid} ({self.samples.address(place)})")
         if self.keep_decoded:
             self._decoded[place] = image
         return image

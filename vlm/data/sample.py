@@ -63,7 +63,7 @@ class Batch:
         )
 
     def split(self, number: int) -> list["Batch"]:
-        """Return the batch in at most so many parts of about equal size, for micro-batches."""
+        """Return the batch in at most `number` parts of about equal size, for micro-batches."""
         size = -(-len(self.image_ids) // number)
         return [
             self._part(slice(start, start + size)) for start in range(0, len(self.image_ids), size)

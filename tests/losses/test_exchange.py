@@ -115,20 +115,17 @@ def _error(rank, case):
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("rows", "the ranks of a loss group bring 2, 3, 2 samples; expected as many"),
-        ("pairs", "rank 1 brings 2 x 4 float64 features on cpu of image and 4 x 4 float64 "),
-        ("width", "rank 1 brings 2 x 3 float64 features on cpu where the first rank of its "),
-        (
-            "width of uneven",
-            "rank 1 brings 2 x 3 float64 features on cpu where the first rank of its ",
-        ),
-        ("type", "rank 1 brings 2 x 4 float32 features on cpu where the first rank of its "),
-        ("mixed types", "rank 1 brings 2 x 4 float64 features on cpu of image and 2 x 4 float32"),
-        ("integers", "rank 1 brings 2 x 4 non-float features on cpu; expected floating point"),
-        ("vectors", "rank 1 brings 4 x ... (not a matrix) float64 features on cpu; expected "),
-        ("not finite", "rank 1 brings features that are not finite; expected finite ones"),
-        ("frozen", "rank 1 needs gradients for other features than the first of its group"),
-        ("plan", "rank 1 has another loss plan or other languages than the first"),
+        ("rows", "the ranks of a loss group have 2, 3, 2 samples; expected equal numbers, or "),
+        ("pairs", "rank 1 has 2 x 4 float64 features on cpu for image and 4 x 4 float64 "),
+        ("width", "rank 1 has 2 x 3 float64 features on cpu and rank 0 2 x 4 float64 features"),
+        ("width of uneven", "rank 1 has 2 x 3 float64 features on cpu and rank 0 2 x 4 float64"),
+        ("type", "rank 1 has 2 x 4 float32 features on cpu and rank 0 2 x 4 float64 features"),
+        ("mixed types", "rank 1 has 2 x 4 float64 features on cpu for image and 2 x 4 float32"),
+        ("integers", "rank 1 has 2 x 4 non-float features on cpu; expected floating-point "),
+        ("vectors", "rank 1 has 4 x ... (not a matrix) float64 features on cpu; expected "),
+        ("not finite", "rank 1 has features that are not finite; expected finite ones"),
+        ("frozen", "ranks 0 and 1 need gradients for different features; expected the same "),
+        ("plan", "ranks 0 and 1 have different loss plans or languages; expected the same on all"),
     ],
 )
 def test_every_rank_refuses_what_one_of_them_brings(case, message):
@@ -154,7 +151,10 @@ def _sent_and_contrasted(rank, widths):
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("widths", "message"),
-    [(False, "bring 3, 2 samples"), (True, "3, 3 images of width 3 and 3, 3 texts of width 4")],
+    [
+        (False, "have 3, 2 samples; expected equal numbers"),
+        (True, "have 3, 3 x 3 float64 features on cpu for images and 3, 3 x 4 float64 features"),
+    ],
 )
 def test_every_rank_refuses_images_that_do_not_go_with_the_texts_sent_before(widths, message):
     errors = run_in_processes(_sent_and_contrasted, 2, widths)
@@ -200,4 +200,4 @@ def _alone(rank):
 
 def test_one_process_refuses_features_that_do_not_match():
     (message,) = run_in_processes(_alone, 1)
-    assert message.startswith("rank 0 brings 3 x 4 float64 features on cpu of image and 2 x 4")
+    assert message.startswith("rank 0 has 3 x 4 float64 features on cpu for image and 2 x 4")

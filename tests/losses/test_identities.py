@@ -16,10 +16,9 @@ from benchmarks.meters import TensorMeter
 from tests.support.dense_loss import sigmoid_definition, softmax_definition
 from tests.support.processes import run_in_processes
 from vlm.distributed.mesh import build_mesh
+from vlm.losses.axis import AxisLayout, AxisStatistics
 from vlm.losses.bilingual import BilingualLoss
-from vlm.losses.block import AxisLayout, AxisStatistics, Block
 from vlm.losses.contrastive import ContrastiveLoss
-from vlm.losses.matches import OwnPairs
 from vlm.losses.plan import LossPlan
 from vlm.models.encoder import MAIN
 from vlm.models.pretraining import Encoded, Features
@@ -389,10 +388,7 @@ def test_on_a_cpu_the_same_inputs_give_the_same_bits():
 def _merged(rank, world):
     mesh = build_mesh(None, (world, 1))
     layout = AxisLayout(own=slice(0, 8), scored=8, total=8, candidates=8)
-    block = Block(
-        mesh, layout, layout, OwnPairs(slice(0, 8), slice(0, 8)), (8, 8), 0, 0, torch.float
-    )
-    stats = AxisStatistics(layout, layout, block, torch.zeros(()), ["exp_sum"])
+    stats = AxisStatistics(layout, 8, torch.zeros(()), softmax=True)
     logits = 30 * torch.randn(8, 5, generator=torch.Generator().manual_seed(rank))
     stats.add(slice(0, 8), logits.amax(1), (logits - logits.amax(1)[:, None]).exp().sum(1))
     stats.merge(mesh.column)

@@ -1,6 +1,6 @@
 """Contrastive terms of images with captions in several languages, sharing one exchange."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from vlm.distributed.gather import SentRows
 from vlm.errors import ConfigError, DistributedError
 from vlm.losses.contrastive import ContrastiveOutput, contrast
 from vlm.losses.exchange import Exchange, Shares, Side
+from vlm.losses.matches import FIRST_CAPTION, IMAGE, SAMPLE
 from vlm.losses.plan import LossPlan
 from vlm.text.caption_ids import NO_CAPTION
 
@@ -27,8 +28,6 @@ class BilingualOutput(NamedTuple):
 
 Bank = dict[str, list[tuple[Side, Side]]]
 """By term, what earlier micro-batches left as candidates."""
-
-_FIRST_CAPTION = 2  # column of the id table
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +88,7 @@ class BilingualLoss(nn.Module):
         self.text_pair_weight = text_pair_weight
 
     def send_texts(self, text_features: Mapping[str, Float[Tensor, "local dim"]]) -> SentTexts:
-        """Start to send the texts, so that they travel while the images are encoded.
+        """Start to send the texts; they travel while the images are encoded.
 
         Args:
             text_features: By language, unit vectors of this rank's captions.
@@ -98,13 +97,30 @@ class BilingualLoss(nn.Module):
             ConfigError: a language of the text-text term is missing.
             DistributedError: the ranks' features do not fit together (on every rank).
         """
-        self._check_languages(text_features)
-        return self._send_texts(text_features, self.exchange.declare(text_features))
+        missing = set(self.text_pair or ()) - set(text_features)
+        if missing:
+            raise ConfigError(
+                f"there are captions in {', '.join(text_features)}; expected "
+                f"{', '.join(missing)} as well for the text-text term"
+            )
+        shares = self.exchange.declare(text_features)
+        send, features = self.exchange.send, list(text_features.values())
+        per_sample = 1
+        if self.together:
+            features, per_sample = [torch.cat(features)], len(features)
+        columns = tuple(send(each, shares, "column", per_sample=per_sample) for each in features)
+        pair = None
+        if self.text_pair:
+            first, second = (text_features[language] for language in self.text_pair)
+            # Apart, the second language's captions are already on their way along the columns.
+            second_sent = send(second, shares, "column") if self.together else None
+            pair = send(first, shares, "row"), second_sent
+        return SentTexts(tuple(text_features), columns, pair, shares)
 
     def forward(
         self,
         image_features: Float[Tensor, "local dim"],
-        text_features: Mapping[str, Float[Tensor, "local dim"]] | SentTexts,
+        texts: SentTexts,
         logit_scale: Float[Tensor, ""],
         image_ids: Int64[Tensor, " local"],
         caption_ids: Mapping[str, Int64[Tensor, " local"]],
@@ -115,8 +131,7 @@ class BilingualLoss(nn.Module):
 
         Args:
             image_features: Unit vectors of this rank's images.
-            text_features: By language, unit vectors of their captions, or what `send_texts`
-                made of them.
+            texts: What `send_texts` made of their captions.
             logit_scale: Inverse temperature, not its logarithm.
             image_ids: Equal for samples of the same concept; not negative.
             caption_ids: By language, equal for equal captions; `NO_CAPTION` for a missing one.
@@ -127,21 +142,11 @@ class BilingualLoss(nn.Module):
             ConfigError: a sigmoid loss lacks a bias, or a softmax has one.
             DistributedError: the ranks' features do not fit together (on every rank).
         """
-        if isinstance(text_features, SentTexts):
-            languages = text_features.languages
-        else:
-            languages = tuple(text_features)
-        self._check_languages(languages)
-        counts = self._count_captions({name: caption_ids[name] for name in languages})
-        if isinstance(text_features, SentTexts):
-            texts, shares = text_features, self.exchange.declare({"image": image_features}, counts)
-            _check_against(texts.shares, shares)
-        else:
-            features = {"image": image_features, **text_features}
-            shares = self.exchange.declare(features, counts)
-            texts = self._send_texts(text_features, shares)
+        captions = [caption_ids[language] for language in texts.languages]
+        counts = self._count_captions(dict(zip(texts.languages, captions, strict=True)))
+        shares = self.exchange.declare({"image": image_features}, counts)
+        _check_together(shares, texts.shares)
         images = self.exchange.send(image_features, shares, "row")
-        captions = [caption_ids[language] for language in languages]
         table = self.exchange.id_table(image_ids, captions, shares)
         terms = self._receive(images, texts, table, shares)
         outputs = {}
@@ -157,94 +162,63 @@ class BilingualLoss(nn.Module):
         loss = torch.stack([term.weight / total * outputs[term.name].loss for term in terms]).sum()
         return BilingualOutput(loss, outputs)
 
-    def _check_languages(self, languages: Iterable[str]) -> None:
-        missing = set(self.text_pair or ()) - set(languages)
-        if missing:
-            raise ConfigError(
-                f"there are captions in {', '.join(languages)}; expected {', '.join(missing)} as "
-                "well for the text-text term"
-            )
-
     def _count_captions(self, caption_ids: Mapping[str, Int64[Tensor, " local"]]) -> list[int]:
-        """Count the samples that have a language, that have any, and that have both of the pair."""
+        """Count the samples that have each language, then any, then both of the text pair."""
         present = {language: ids != NO_CAPTION for language, ids in caption_ids.items()}
-        both = [present[language] for language in self.text_pair or ()]
-        masks = [
-            *present.values(),
-            torch.stack(list(present.values())).any(0),
-            *([torch.stack(both).all(0)] if both else []),
-        ]
-        counts: list[int] = torch.stack(masks).sum(1).tolist()
-        return counts
-
-    def _send_texts(
-        self, text_features: Mapping[str, Float[Tensor, "local dim"]], shares: Shares
-    ) -> SentTexts:
-        send, features = self.exchange.send, list(text_features.values())
-        many = len(features) if self.together else 1
-        if self.together:
-            features = [torch.cat(features)]
-        columns = tuple(send(each, shares, "column", per_sample=many) for each in features)
-        pair = None
+        masks = [*present.values(), torch.stack(list(present.values())).any(0)]
         if self.text_pair:
-            first, second = (text_features[language] for language in self.text_pair)
-            pair = (
-                send(first, shares, "row"),
-                send(second, shares, "column") if self.together else None,
-            )
-        return SentTexts(tuple(text_features), columns, pair, shares)
+            first, second = self.text_pair
+            masks.append(present[first] & present[second])
+        counts: list[int] = torch.stack(masks).sum(1).tolist()  # waits for the device, once
+        return counts
 
     def _receive(
         self, images: SentRows, texts: SentTexts, table: Int64[Tensor, "local ids"], shares: Shares
     ) -> list[_Term]:
         """Wait for what was sent, and put together what is to be contrasted."""
         receive, gather_ids = self.exchange.receive, self.exchange.gather_ids
-        languages, counts = texts.languages, shares.counts
-        number = len(languages)
-        captions = range(_FIRST_CAPTION, _FIRST_CAPTION + number)
+        languages = range(len(texts.languages))  # captions of the id table are in their order
+        with_each, (with_any, with_both, *_) = (
+            shares.counts[: len(languages)], (*shares.counts[len(languages) :], 0),
+        )  # fmt: skip
         row_ids = gather_ids(table, shares, "row")
         column_ids = gather_ids(table, shares, "column")
-        image_side = receive(images, row_ids, shares, "row")
+        rows = receive(images, row_ids, shares, "row")
         terms = []
         if self.together:
-            each = torch.cat([table[:, [0, 1, caption]] for caption in captions])
-            ids = gather_ids(each, shares, "column", per_sample=number)
-            side = receive(texts.columns[0], ids, shares, "column", per_sample=number)
-            rows = image_side.with_captions(captions, counts[number], every=False)
-            columns = side.with_captions([_FIRST_CAPTION], sum(counts[:number]))
-            terms.append(_Term("image-text", 1.0, rows, columns))
-        sides = (
-            []
-            if self.together
-            else [receive(sent, column_ids, shares, "column") for sent in texts.columns]
-        )
-        for language, caption, side, count in zip(languages, captions, sides, counts, strict=False):
-            rows, columns = (each.with_captions([caption], count) for each in (image_side, side))
+            # As `torch.cat` of the features: all captions of the first language, then of the next.
+            each = torch.cat([table[:, [SAMPLE, IMAGE, FIRST_CAPTION + k]] for k in languages])
+            many = len(languages)
+            ids = gather_ids(each, shares, "column", per_sample=many)
+            columns = receive(texts.columns[0], ids, shares, "column", per_sample=many)
+            rows_with_any = rows.with_captions(languages, with_any, every=False)
+            columns = columns.with_captions([0], sum(with_each))
+            terms.append(_Term("image-text", 1.0, rows_with_any, columns))
+            sides = []
+        else:
+            sides = [receive(sent, column_ids, shares, "column") for sent in texts.columns]
+        for k, side in enumerate(sides):
+            language = texts.languages[k]
             weight = self.weights.get(language, 1.0)
-            terms.append(_Term(f"image-{language}", weight, rows, columns))
+            both = (each.with_captions([k], with_each[k]) for each in (rows, side))
+            terms.append(_Term(f"image-{language}", weight, *both))
         if texts.pair and self.text_pair:
             first, second = texts.pair
-            places = [languages.index(language) for language in self.text_pair]
-            pair = [captions[place] for place in places]
-            rows = receive(first, row_ids, shares, "row")
+            pair = [texts.languages.index(language) for language in self.text_pair]
             columns = (
-                sides[places[1]]
-                if second is None
-                else receive(second, column_ids, shares, "column")
+                sides[pair[1]] if second is None else receive(second, column_ids, shares, "column")
             )
-            rows, columns = (e.with_captions(pair, counts[number + 1]) for e in (rows, columns))
-            terms.append(_Term("-".join(self.text_pair), self.text_pair_weight, rows, columns))
+            sides_of_pair = receive(first, row_ids, shares, "row"), columns
+            both = (side.with_captions(pair, with_both) for side in sides_of_pair)
+            terms.append(_Term("-".join(self.text_pair), self.text_pair_weight, *both))
         return terms
 
 
-def _check_against(texts: Shares, images: Shares) -> None:
-    if (texts.sizes, texts.dim) != (images.sizes, images.dim):
+def _check_together(images: Shares, texts: Shares) -> None:
+    """Refuse texts that were sent before and do not go with the images, on every rank alike."""
+    if (texts.sizes, texts.kind) != (images.sizes, images.kind):
+        found = [", ".join(map(str, each.sizes)) + f" x {each.kind}" for each in (images, texts)]
         raise DistributedError(
-            f"the ranks of a loss group bring {_listed(images.sizes)} images of width "
-            f"{images.dim} and {_listed(texts.sizes)} texts of width {texts.dim}; expected as many "
-            "of both on each, of one width"
+            f"the ranks of a loss group have {found[0]} for images and {found[1]} for texts; "
+            "expected the same for both"
         )
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))

@@ -6,18 +6,18 @@ features, scale and bias alike. With groups smaller than the world the loss is t
 groups' losses.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from vlm.errors import ConfigError
-from vlm.losses.block import AxisLayout, Block, RowStatistics
+from vlm.losses.axis import AxisStatistics, RowStatistics
+from vlm.losses.block import Block
 from vlm.losses.exchange import Exchange, Shares, Side
 from vlm.losses.matches import OwnPairs, SharedIds
 from vlm.losses.plan import LossPlan
@@ -25,12 +25,9 @@ from vlm.losses.sigmoid import sigmoid_loss
 from vlm.losses.softmax import softmax_loss
 from vlm.text.caption_ids import NO_CAPTION
 
-# Up to here the matrix stays in a core's cache, and autograd's own way costs less than tiles.
-_PLAIN_BYTES = 2**19
-
 
 class PairIds(NamedTuple):
-    """By which the pairs of a batch are known to match each other, on any rank."""
+    """Ids by which the pairs of a batch match each other, on any rank."""
 
     image: Int64[Tensor, " local"]
     """Equal for samples of the same concept or image; not negative."""
@@ -46,27 +43,23 @@ class ContrastiveOutput:
     """This rank's share: the mean over ranks is the loss."""
     candidates: int
     """How many texts of the group each image was compared with."""
-    statistics: Callable[[], tuple[RowStatistics, RowStatistics]]
-    """Returns `image_to_text` and `text_to_image`; small batches make them when asked for."""
+    rows: AxisStatistics
+    columns: AxisStatistics
 
     @cached_property
-    def _statistics(self) -> tuple[RowStatistics, RowStatistics]:
-        return self.statistics()
-
-    @property
     def image_to_text(self) -> RowStatistics:
         """Of this rank's images."""
-        return self._statistics[0]
+        return self.rows.of_own()
 
-    @property
+    @cached_property
     def text_to_image(self) -> RowStatistics:
         """Of this rank's texts."""
-        return self._statistics[1]
+        return self.columns.of_own()
 
     @property
     def accuracy(self) -> Float[Tensor, ""]:
-        """Share of this rank's images and texts whose most similar candidate is right."""
-        of_rows, of_columns = self._statistics
+        """Fraction of this rank's images and texts whose most similar candidate is correct."""
+        of_rows, of_columns = self.image_to_text, self.text_to_image
         correct = torch.cat([of_rows.correct, of_columns.correct]).to(of_rows.loss.dtype)
         return correct.sum() / max(len(correct), 1)
 
@@ -108,8 +101,6 @@ class ContrastiveLoss(nn.Module):
             ConfigError: a sigmoid loss lacks a bias, or a softmax has one.
             DistributedError: the ranks' features do not fit together (on every rank).
         """
-        if ids is None and logit_bias is None and self._is_plain(image_features, text_features):
-            return _plain_loss(image_features, text_features, logit_scale)
         present = len(image_features) if ids is None else int((ids.caption != NO_CAPTION).sum())
         shares = self.exchange.declare({"image": image_features, "text": text_features}, [present])
         texts = self.exchange.send(text_features, shares, "column")
@@ -121,42 +112,8 @@ class ContrastiveLoss(nn.Module):
             column_ids = self.exchange.gather_ids(table, shares, "column")
         columns = self.exchange.receive(texts, column_ids, shares, "column")
         rows = self.exchange.receive(images, row_ids, shares, "row")
-        rows, columns = (side.with_captions([2], shares.counts[0]) for side in (rows, columns))
+        rows, columns = (side.with_captions([0], shares.counts[0]) for side in (rows, columns))
         return contrast(rows, columns, self.exchange, shares, logit_scale, logit_bias)
-
-    def _is_plain(self, images: Tensor, texts: Tensor) -> bool:
-        """Say whether two cross-entropies of one small matrix are the whole loss, and quicker."""
-        plan = self.exchange.plan
-        return (
-            self.exchange.mesh.world.size == 1
-            and plan.kind == "softmax"
-            and not plan.label_smoothing
-            and not plan.check_finite
-            and plan.wire_dtype is None
-            and not torch.is_autocast_enabled(images.device.type)
-            and images.ndim == 2
-            and images.shape == texts.shape
-            and images.device == texts.device
-            and images.dtype == texts.dtype == plan.accumulates_in(images.dtype)
-            and 0 < len(images) ** 2 * images.element_size() <= min(plan.kept_bytes, _PLAIN_BYTES)
-        )
-
-
-def _plain_loss(images: Tensor, texts: Tensor, logit_scale: Tensor) -> ContrastiveOutput:
-    logits = logit_scale * images @ texts.T
-    own = torch.arange(len(images), device=images.device)
-    loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-    seen = logits.detach()
-
-    def statistics() -> tuple[RowStatistics, RowStatistics]:
-        positive = seen.diagonal()
-        of_rows, of_columns = (
-            RowStatistics(lse - positive, positive, lse, positive >= seen.amax(dim))
-            for dim, lse in ((1, seen.logsumexp(1)), (0, seen.logsumexp(0)))
-        )
-        return of_rows, of_columns
-
-    return ContrastiveOutput(loss, len(images), statistics)
 
 
 def contrast(
@@ -188,43 +145,19 @@ def contrast(
         raise ConfigError(
             f"there is {found} logit_bias for a {plan.kind} loss; expected {expected}"
         )
-    row_layout, column_layout = (
-        AxisLayout(
-            own=side.own,
-            scored=len(side.features),
-            total=side.total,
-            candidates=side.total + sum(pair[k].total for pair in bank),
-        )
-        for k, side in enumerate((rows, columns))
-    )
-    rows, columns = (
-        side.with_candidates([pair[k] for pair in bank]) for k, side in enumerate((rows, columns))
-    )
-    features = rows.features
+    rows = rows.with_candidates([images for images, _ in bank])
+    columns = columns.with_candidates([texts for _, texts in bank])
     if rows.ids is None or columns.ids is None:
-        matches: OwnPairs | SharedIds = OwnPairs(rows.own, columns.own)
+        matches: OwnPairs | SharedIds = OwnPairs(rows.layout.own, columns.layout.own)
     else:
         matches = SharedIds(rows.ids, columns.ids, plan.duplicates)
-    block = Block(
-        mesh=exchange.mesh,
-        rows=row_layout,
-        columns=column_layout,
-        matches=matches,
-        tile=plan.tile_shape(features.device.type),
-        kept_bytes=plan.kept_bytes,
-        label_smoothing=plan.label_smoothing,
-        product_dtype=_product_dtype(rows),
-    )
+    block = Block(exchange.mesh, plan, rows.layout, columns.layout, matches, _product_dtype(rows))
+    features = rows.features, columns.features
     if logit_bias is None:
-        result = softmax_loss(features, columns.features, logit_scale, block)
+        loss, of_rows, of_columns = softmax_loss(*features, logit_scale, block)
     else:
-        result = sigmoid_loss(features, columns.features, logit_scale, logit_bias, block)
-    loss, of_rows, of_columns = result
-    return ContrastiveOutput(
-        loss=loss * shares.weight,
-        candidates=column_layout.candidates,
-        statistics=lambda: (of_rows, of_columns),
-    )
+        loss, of_rows, of_columns = sigmoid_loss(*features, logit_scale, logit_bias, block)
+    return ContrastiveOutput(loss * shares.weight, columns.layout.candidates, of_rows, of_columns)
 
 
 def _product_dtype(side: Side) -> torch.dtype:

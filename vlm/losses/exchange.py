@@ -12,14 +12,52 @@ from torch import Tensor
 from vlm.distributed.gather import SentRows, gather_numbers, gather_rows, send_rows
 from vlm.distributed.mesh import RankMesh, build_mesh
 from vlm.errors import DistributedError
+from vlm.losses.axis import AxisLayout
+from vlm.losses.matches import FIRST_CAPTION, IMAGE, SAMPLE
 from vlm.losses.plan import LossPlan, dtype_named
 from vlm.text.caption_ids import NO_CAPTION
 
 Axis = Literal["row", "column"]
 
+# What ranks declare are places in these lists: only integers travel.
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu", "cuda", "mps")
+# All declarations have one length, for a gather of different lengths would hang. Enough for the
+# languages, main captions and second ones, of one loss.
 _MOST_COUNTS = 16
+
+
+class FeatureKind(NamedTuple):
+    """What features must have in common to be compared, in integers that can travel."""
+
+    dim: int
+    """Their width; -1 where they are not a matrix."""
+    dtype: int
+    """Place in `_DTYPES`; -1 where they are not floating-point numbers."""
+    device: int
+    """Place in `_DEVICES`; one beyond it for any other."""
+
+    @classmethod
+    def of(cls, features: Tensor) -> "FeatureKind":
+        """Return the kind of any tensor."""
+        device = features.device.type
+        return cls(
+            features.shape[1] if features.ndim == 2 else -1,
+            _DTYPES.index(features.dtype) if features.dtype in _DTYPES else -1,
+            _DEVICES.index(device) if device in _DEVICES else len(_DEVICES),
+        )
+
+    @property
+    def comparable(self) -> bool:
+        """Whether they are a matrix of floating-point numbers."""
+        return self.dim >= 0 and self.dtype >= 0
+
+    def __str__(self) -> str:
+        """Describe the features, all but their number."""
+        shape = str(self.dim) if self.dim >= 0 else "... (not a matrix)"
+        number = str(_DTYPES[self.dtype]).removeprefix("torch.") if self.dtype >= 0 else "non-float"
+        where = (*_DEVICES, "another device")[self.device]
+        return f"{shape} {number} features on {where}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +70,7 @@ class Shares:
     """Sums over the group of the numbers that each rank declared."""
     weight: float
     """Of this group's mean loss among the groups; 1 where all are of one size."""
-    dim: int
-    """Width of the features."""
+    kind: FeatureKind
 
     @property
     def total(self) -> int:
@@ -48,36 +85,35 @@ class Side:
     features: Float[Tensor, "rows dim"]
     ids: Int64[Tensor, "rows ids"] | None
     """An id table as `SharedIds` reads it."""
-    own: slice
-    """This rank's among them."""
-    total: int
-    """How many there are in the whole group."""
+    layout: AxisLayout
     rounded_to: torch.dtype
     """The type that holds the features without loss, which may be narrower than theirs."""
 
-    def with_captions(self, columns: Sequence[int], total: int, *, every: bool = True) -> "Side":
+    def with_captions(self, captions: Sequence[int], total: int, *, every: bool = True) -> "Side":
         """Return those that have captions; `total` of them are in the whole group.
 
         Args:
-            columns: Of the id table; only these stay, after the sample's number and image.
-            total: How many have them in the whole group.
+            captions: Which of the id table's captions, from 0; the others are dropped from it.
+            total: How many samples of the whole group have them.
             every: Whether all of the captions are needed, or any.
         """
         if self.ids is None:
             return self
-        ids = self.ids[:, [0, 1, *columns]]
-        if total == self.total:
+        ids = self.ids[:, [SAMPLE, IMAGE, *(FIRST_CAPTION + k for k in captions)]]
+        if total == self.layout.total:
             return replace(self, ids=ids)
-        there = ids[:, 2:] != NO_CAPTION
+        there = ids[:, FIRST_CAPTION:] != NO_CAPTION
         present = there.all(1) if every else there.any(1)
-        before, own = (int(present[span].sum()) for span in (slice(self.own.start), self.own))
-        return replace(
-            self,
-            features=self.features[present],
-            ids=ids[present],
-            own=slice(before, before + own),
+        # This rank's samples move up by as many as are dropped before them; int() waits.
+        own = self.layout.own
+        before, still = (int(present[span].sum()) for span in (slice(own.start), own))
+        layout = AxisLayout(
+            own=slice(before, before + still),
+            scored=int(present.sum()),
             total=total,
+            candidates=total,
         )
+        return replace(self, features=self.features[present], ids=ids[present], layout=layout)
 
     def banked(self, number: int) -> "Side":
         """Return the same without a gradient, as candidates of later micro-batches.
@@ -88,16 +124,24 @@ class Side:
         ids = self.ids
         if ids is not None:
             ids = ids.clone()
-            ids[:, 0] -= (number + 1) << 40
+            # Sample k of another micro-batch is another sample. A group has fewer than 2**40, so
+            # that each micro-batch gets a range of negative numbers of its own.
+            ids[:, SAMPLE] -= (number + 1) << 40
         return replace(self, features=self.features.detach(), ids=ids)
 
     def with_candidates(self, bank: "Sequence[Side]") -> "Side":
-        """Return the same with banked ones behind."""
+        """Return the same with banked ones behind, which have no loss."""
         if not bank:
             return self
         sides = (self, *bank)
         ids = None if self.ids is None else torch.cat([s.ids for s in sides if s.ids is not None])
-        return replace(self, features=torch.cat([side.features for side in sides]), ids=ids)
+        candidates = sum(side.layout.total for side in sides)
+        return replace(
+            self,
+            features=torch.cat([side.features for side in sides]),
+            ids=ids,
+            layout=replace(self.layout, candidates=candidates),
+        )
 
 
 class Exchange:
@@ -116,8 +160,9 @@ class Exchange:
     def declare(self, features: Mapping[str, Tensor], counts: Sequence[int] = ()) -> Shares:
         """Tell the other ranks what this one brings, and check that all of it fits together.
 
-        Mismatched collectives would hang or read foreign memory; this costs one small message.
-        Nothing is sent where a rank is a group of its own and the plan is even.
+        Mismatched collectives would hang or read foreign memory; this costs one small message,
+        for which all ranks wait. Nothing is sent where a rank is a group of its own and the plan
+        is even.
 
         Args:
             features: This rank's, by a name for messages.
@@ -128,16 +173,14 @@ class Exchange:
                 every rank of the group; of the world if the plan is not even).
         """
         group = self.mesh.group if self.plan.even else self.mesh.world
+        first = next(iter(features.values()))
         if group.size == 1 and not self.plan.check_finite and _match(features):
-            samples, dim = next(iter(features.values())).shape
-            return Shares((samples,), tuple(counts), 1.0, dim)
-        device = next(iter(features.values())).device
-        own = _declaration(features, counts, self.plan)
-        table = gather_numbers(own, group, device)
+            return Shares((len(first),), tuple(counts), 1.0, FeatureKind.of(first))
+        own = _Declaration.of(features, counts, self.plan).numbers()
+        table = gather_numbers(own, group, first.device)
         ranks = self.mesh.members if self.plan.even else range(self.mesh.world.size)
         declared = {
-            rank: _Declaration._make([*numbers[:-_MOST_COUNTS], tuple(numbers[-_MOST_COUNTS:])])
-            for rank, numbers in zip(ranks, table, strict=True)
+            rank: _Declaration.read(numbers) for rank, numbers in zip(ranks, table, strict=True)
         }
         _check(declared, self.plan, list(features))
         members = [declared[rank] for rank in self.mesh.members]
@@ -147,8 +190,9 @@ class Exchange:
         return Shares(
             sizes=tuple(member.rows for member in members),
             counts=tuple(sum(column) for column in zip(*(m.counts for m in members), strict=True)),
+            # The mean over ranks weighs groups alike, whose shares of the samples may differ.
             weight=samples * groups / everyone,
-            dim=members[0].dim,
+            kind=members[0].kind,
         )
 
     def id_table(
@@ -180,11 +224,10 @@ class Exchange:
         """
         plan = self.plan
         dtype = plan.accumulates_in(features.dtype)
-        group = self.mesh.row if axis == "row" else self.mesh.column
         gradient_wire_dtype = plan.gradient_wire_dtype
         return send_rows(
             features,
-            group,
+            self.mesh.row if axis == "row" else self.mesh.column,
             self._sizes(shares, axis, per_sample),
             dtype=dtype,
             wire_dtype=dtype_named(plan.wire_dtype) if plan.wire_dtype else features.dtype,
@@ -213,16 +256,13 @@ class Exchange:
         *,
         per_sample: int = 1,
     ) -> Side:
-        """Wait for the features sent along an axis, and put their ids beside them."""
+        """Wait for the features sent along an axis, and put their ids next to them."""
         group = self.mesh.row if axis == "row" else self.mesh.column
+        features = sent.receive()
         first = sum(self._sizes(shares, axis, per_sample)[: group.rank])
-        return Side(
-            features=sent.receive(),
-            ids=ids,
-            own=slice(first, first + len(sent.own)),
-            total=shares.total * per_sample,
-            rounded_to=sent.transfer.wire_dtype,
-        )
+        own, total = slice(first, first + len(sent.own)), shares.total * per_sample
+        layout = AxisLayout(own, scored=len(features), total=total, candidates=total)
+        return Side(features, ids, layout, rounded_to=sent.transfer.wire_dtype)
 
     def _sizes(self, shares: Shares, axis: Axis, per_sample: int) -> list[int]:
         mesh = self.mesh
@@ -231,106 +271,105 @@ class Exchange:
 
 
 class _Declaration(NamedTuple):
-    """What a rank says of its features, in whole numbers."""
+    """What a rank says of its features."""
 
     setting: int
-    """Of the plan and the names of the features."""
+    """A checksum of the plan and of the names of the features."""
     rows: int
-    dim: int
-    dtype: int
-    device: int
+    kind: FeatureKind
     other: int
     """Place of the first features that do not go with the first; 0 where all do."""
     other_rows: int
-    other_dim: int
-    other_dtype: int
-    other_device: int
+    other_kind: FeatureKind
     gradients: int
+    """One bit for each of the features, set where they need a gradient."""
     finite: int
+    """1 or 0."""
     counts: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls, features: Mapping[str, Tensor], counts: Sequence[int], plan: LossPlan
+    ) -> "_Declaration":
+        """Return what this rank declares."""
+        assert len(counts) <= _MOST_COUNTS
+        tensors = list(features.values())
+        kinds = [(len(each), FeatureKind.of(each)) for each in tensors]
+        other = next((k for k, kind in enumerate(kinds) if kind != kinds[0]), 0)
+        needed = sum(1 << k for k, each in enumerate(tensors) if each.requires_grad)
+        finite = not plan.check_finite or all(each.isfinite().all() for each in tensors)
+        return cls(
+            # Not hash(), which differs from process to process.
+            zlib.crc32(repr((plan, list(features))).encode()),
+            *kinds[0],
+            other,
+            *kinds[other],
+            needed if torch.is_grad_enabled() else 0,
+            int(finite),
+            (*counts, *[0] * (_MOST_COUNTS - len(counts))),
+        )
+
+    def numbers(self) -> list[int]:
+        """Return all of it as a list, always of the same length."""
+        return [
+            self.setting, self.rows, *self.kind, self.other, self.other_rows, *self.other_kind,
+            self.gradients, self.finite, *self.counts,
+        ]  # fmt: skip
+
+    @classmethod
+    def read(cls, numbers: Sequence[int]) -> "_Declaration":
+        """Undo `numbers`."""
+        (
+            setting, rows, dim, dtype, device, other, other_rows, other_dim, other_dtype,
+            other_device, gradients, finite, *counts,
+        ) = numbers  # fmt: skip
+        return cls(
+            setting, rows, FeatureKind(dim, dtype, device), other, other_rows,
+            FeatureKind(other_dim, other_dtype, other_device), gradients, finite, tuple(counts),
+        )  # fmt: skip
 
 
 def _match(features: Mapping[str, Tensor]) -> bool:
-    """Say whether all features are matrices of one shape, floating type and device."""
-    first = next(iter(features.values()))
-    return (
-        first.ndim == 2
-        and first.dtype in _DTYPES
-        and all(
-            each.shape == first.shape and each.dtype == first.dtype and each.device == first.device
-            for each in features.values()
-        )
-    )
-
-
-def _declaration(
-    features: Mapping[str, Tensor], counts: Sequence[int], plan: LossPlan
-) -> list[int]:
-    """Return a rank's declaration, of a fixed length so that nothing can go wrong in sending it."""
-    assert len(counts) <= _MOST_COUNTS
-    kinds = [
-        (
-            *(len(each), each.shape[1] if each.ndim == 2 else -1),
-            _DTYPES.index(each.dtype) if each.dtype in _DTYPES else -1,
-            _DEVICES.index(each.device.type) if each.device.type in _DEVICES else len(_DEVICES),
-        )
-        for each in features.values()
-    ]
-    other = next((k for k, kind in enumerate(kinds) if kind != kinds[0]), 0)
-    needed = torch.is_grad_enabled()
-    gradients = sum(1 << k for k, each in enumerate(features.values()) if each.requires_grad)
-    finite = not plan.check_finite or all(each.isfinite().all() for each in features.values())
-    setting = zlib.crc32(repr((plan, list(features))).encode())
-    own = [setting, *kinds[0], other, *kinds[other], gradients * needed, int(finite)]
-    return [*own, *counts, *[0] * (_MOST_COUNTS - len(counts))]
+    """Say whether all features are comparable and of one shape, type and device."""
+    kinds = {(len(each), FeatureKind.of(each)) for each in features.values()}
+    return len(kinds) == 1 and kinds.pop()[1].comparable
 
 
 def _check(declared: Mapping[int, _Declaration], plan: LossPlan, names: Sequence[str]) -> None:
     """Refuse what cannot be compared; the same on every rank, since all know the same."""
-    first = next(iter(declared.values()))
+    first_rank, first = next(iter(declared.items()))
     for rank, each in declared.items():
-        kind = each[1:5]
+        own = f"rank {rank} has {each.rows} x {each.kind}"
         if each.setting != first.setting:
-            raise DistributedError(
-                f"rank {rank} has another loss plan or other languages than the first of its "
-                "group; expected the same on every rank"
+            problem = (
+                f"ranks {first_rank} and {rank} have different loss plans or languages; expected "
+                "the same on all"
             )
-        if each.other:
-            raise DistributedError(
-                f"rank {rank} brings {_described(kind)} of {names[0]} and "
-                f"{_described(each[6:10])} of {names[each.other]}; expected features that match"
+        elif each.other:
+            problem = (
+                f"{own} for {names[0]} and {each.other_rows} x {each.other_kind} for "
+                f"{names[each.other]}; expected the same for both"
             )
-        if each.dim < 0 or each.dtype < 0:
-            raise DistributedError(
-                f"rank {rank} brings {_described(kind)}; expected floating point features of "
-                "shape (samples, dim)"
+        elif not each.kind.comparable:
+            problem = f"{own}; expected floating-point features of shape (samples, dim)"
+        elif each.kind != first.kind:
+            problem = (
+                f"{own} and rank {first_rank} {first.rows} x {first.kind}; expected the same "
+                "width, dtype and device"
             )
-        if kind[1:] != first[2:5]:
-            raise DistributedError(
-                f"rank {rank} brings {_described(kind)} where the first rank of its group brings "
-                f"{_described(first[1:5])}; expected the same but for the samples"
+        elif each.gradients != first.gradients:
+            problem = (
+                f"ranks {first_rank} and {rank} need gradients for different features; expected "
+                "the same frozen towers"
             )
-        if each.gradients != first.gradients:
-            raise DistributedError(
-                f"rank {rank} needs gradients for other features than the first of its group; "
-                "expected the same frozen towers on every rank"
-            )
-        if not each.finite:
-            raise DistributedError(
-                f"rank {rank} brings features that are not finite; expected finite ones"
-            )
+        elif not each.finite:
+            problem = f"rank {rank} has features that are not finite; expected finite ones"
+        else:
+            continue
+        raise DistributedError(problem)
     rows = [each.rows for each in declared.values()]
     if plan.even and len(set(rows)) > 1:
         raise DistributedError(
-            f"the ranks of a loss group bring {', '.join(map(str, rows))} samples; expected as "
-            "many from each, or even=False in the loss plan"
+            f"the ranks of a loss group have {', '.join(map(str, rows))} samples; expected equal "
+            "numbers, or even=False in the loss plan"
         )
-
-
-def _described(kind: Sequence[int]) -> str:
-    """Return in words the rows, width, type and device of features."""
-    rows, dim, dtype, device = kind
-    shape = f"{rows} x {dim}" if dim >= 0 else f"{rows} x ... (not a matrix)"
-    number = str(_DTYPES[dtype]).removeprefix("torch.") if dtype >= 0 else "non-float"
-    where = _DEVICES[device] if device < len(_DEVICES) else "another device"
-    return f"{shape} {number} features on {where}"

@@ -2,15 +2,19 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from vlm.losses.axis import AxisStatistics
 from vlm.text.caption_ids import NO_CAPTION
 
 Axis = TypeVar("Axis")
+
+# Columns of an id table, which has one row a sample.
+SAMPLE, IMAGE, FIRST_CAPTION = 0, 1, 2
 
 # In place of NO_CAPTION among the rows, so that two missing captions are not the same caption.
 _NOTHING = torch.iinfo(torch.int64).min
@@ -63,6 +67,8 @@ def _spans(count: int, scored: int, longest: int) -> Iterator[tuple[slice, bool]
 class OwnPairs:
     """Every sample matches itself alone: the diagonal of this rank's part of the block."""
 
+    by_ids: ClassVar[bool] = False
+
     rows: slice
     """This rank's samples among the rows, and, as many of them, among the columns."""
     columns: slice
@@ -71,16 +77,42 @@ class OwnPairs:
         self, values: Float[Tensor, "rows columns"], tile: Tile
     ) -> tuple[Float[Tensor, " pairs"], slice, slice]:
         """Return a view of the matching entries, and their rows and columns in the block."""
+        # A pair lies at (row, row + offset) of the block.
         offset = self.columns.start - self.rows.start
         first = max(tile.rows.start, tile.columns.start - offset, self.rows.start)
         last = min(tile.rows.stop, tile.columns.stop - offset, self.rows.stop)
-        rows = slice(first, max(first, last))
+        rows = slice(first, max(first, last))  # empty where the tile has no pair
         columns = slice(first + offset, max(first, last) + offset)
         inside = values[
             first - tile.rows.start : rows.stop - tile.rows.start,
             columns.start - tile.columns.start : columns.stop - tile.columns.start,
         ]
         return inside.diagonal(), rows, columns
+
+    def add_to(
+        self,
+        rows: AxisStatistics,
+        columns: AxisStatistics,
+        logits: Float[Tensor, "rows columns"],
+        tile: Tile,
+        bias: Float[Tensor, ""] | None = None,
+    ) -> Bool[Tensor, "rows columns"] | None:
+        """Add a tile's positive pairs to the statistics, as `SharedIds.add_to` does."""
+        values, own_rows, own_columns = self.diagonal(logits, tile)
+        for axis, span in ((rows, own_rows), (columns, own_columns)):
+            axis.positive_sum[span] = values if bias is None else values + bias
+        return None
+
+    def subtract_from_(
+        self,
+        weights: Float[Tensor, "rows columns"],
+        tile: Tile,
+        row_weight: Float[Tensor, " block_rows"],
+        column_weight: Float[Tensor, " block_columns"],
+    ) -> None:
+        """Subtract its row's and its column's weight from the tile's entry of each positive."""
+        values, own_rows, own_columns = self.diagonal(weights, tile)
+        values -= row_weight[own_rows] + column_weight[own_columns]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +122,8 @@ class SharedIds:
     An id table has a row for each sample: its number in the group, its image id, then the ids of
     its captions, `NO_CAPTION` where one is missing.
     """
+
+    by_ids: ClassVar[bool] = True
 
     rows: Int64[Tensor, "rows ids"]
     columns: Int64[Tensor, "columns other_ids"]
@@ -104,11 +138,62 @@ class SharedIds:
     ) -> tuple[Bool[Tensor, "rows columns"], Bool[Tensor, "rows columns"] | None]:
         """Return which pairs of a tile match, and which are neither positive nor negative."""
         rows, columns = self.rows[tile.rows], self.columns[tile.columns]
-        same = rows[:, None, 1] == columns[None, :, 1]
-        for ids in rows[:, 2:].T:
-            for others in columns[:, 2:].T:
+        same = rows[:, None, IMAGE] == columns[None, :, IMAGE]
+        for ids in rows[:, FIRST_CAPTION:].T:
+            for others in columns[:, FIRST_CAPTION:].T:
                 same |= ids[:, None] == others[None, :]
         if self.duplicates == "positive":
             return same, None
-        own = rows[:, None, 0] == columns[None, :, 0]
+        own = rows[:, None, SAMPLE] == columns[None, :, SAMPLE]
         return own, same & ~own
+
+    def add_to(
+        self,
+        rows: AxisStatistics,
+        columns: AxisStatistics,
+        logits: Float[Tensor, "rows columns"],
+        tile: Tile,
+        bias: Float[Tensor, ""] | None = None,
+    ) -> Bool[Tensor, "rows columns"] | None:
+        """Add a tile's positive pairs to the statistics of the block's rows and columns.
+
+        Args:
+            rows: Statistics of the block's rows.
+            columns: Statistics of its columns.
+            logits: The tile, without its bias.
+            tile: Where it lies.
+            bias: Of all logits.
+
+        Returns:
+            Which pairs are neither positive nor negative; None if duplicates are positives.
+        """
+        positive, ignored = self.masks(tile)
+        if logits.is_cuda or positive.any():  # on a GPU, asking would mean waiting for it
+            whole = logits if bias is None else logits + bias
+            values = torch.where(positive, whole, 0)
+            best = torch.where(positive, whole, torch.finfo(logits.dtype).min)
+            for axis, span, dim in tile.scored(rows, columns):
+                assert axis.positive_count is not None
+                assert axis.positive_max is not None
+                axis.positive_sum[span] += values.sum(dim)
+                axis.positive_count[span] += positive.sum(dim)
+                axis.positive_max[span] = torch.maximum(axis.positive_max[span], best.amax(dim))
+        for axis, span, dim in tile.scored(rows, columns):
+            if ignored is not None and axis.ignored is not None:
+                axis.ignored[span] += ignored.sum(dim)
+        return ignored
+
+    def subtract_from_(
+        self,
+        weights: Float[Tensor, "rows columns"],
+        tile: Tile,
+        row_weight: Float[Tensor, " block_rows"],
+        column_weight: Float[Tensor, " block_columns"],
+    ) -> None:
+        """Subtract its row's and its column's weight from the tile's entry of each positive."""
+        positive, ignored = self.masks(tile)
+        if ignored is not None:
+            weights.masked_fill_(ignored, 0)
+        if weights.is_cuda or positive.any():
+            targets = row_weight[tile.rows, None] + column_weight[None, tile.columns]
+            weights.addcmul_(positive.to(weights.dtype), targets, value=-1)

@@ -6,17 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vlm.losses.block import (
-    AxisStatistics,
-    Block,
-    RowStatistics,
-    TileBuffer,
-    read_matches,
-    refuse_second_derivative,
-    subtract_matches_,
-)
+from vlm.losses.axis import AxisStatistics
+from vlm.losses.block import Block, TileBuffer, refuse_second_derivative
 from vlm.losses.kernels import add_product, sigmoid_sums_
-from vlm.losses.matches import tiles
 
 
 def sigmoid_loss(
@@ -25,7 +17,7 @@ def sigmoid_loss(
     logit_scale: Float[Tensor, ""],
     logit_bias: Float[Tensor, ""],
     block: Block,
-) -> tuple[Float[Tensor, ""], RowStatistics, RowStatistics]:
+) -> tuple[Float[Tensor, ""], AxisStatistics, AxisStatistics]:
     """Return this rank's share of the sigmoid loss, and statistics of its samples.
 
     With `z = logit_scale * rows @ columns.T + logit_bias` over the whole group, the loss is the
@@ -40,13 +32,11 @@ def sigmoid_loss(
         logit_bias: Added to every scaled similarity.
         block: What lies where, and how to compute it.
     """
-    loss, of_rows, of_columns = _SigmoidLoss.apply(rows, columns, logit_scale, logit_bias, block)
-    return loss, _row_statistics(of_rows), _row_statistics(of_columns)
-
-
-def _row_statistics(stacked: Float[Tensor, "3 local"]) -> RowStatistics:
-    loss, positive_logit, correct = stacked
-    return RowStatistics(loss, positive_logit, None, correct.bool())
+    row_stats, column_stats = block.statistics(rows)
+    loss = _SigmoidLoss.apply(
+        rows, columns, logit_scale, logit_bias, block, row_stats, column_stats
+    )
+    return loss, row_stats, column_stats
 
 
 class _SigmoidLoss(torch.autograd.Function):
@@ -60,31 +50,63 @@ class _SigmoidLoss(torch.autograd.Function):
         logit_scale: Tensor,
         logit_bias: Tensor,
         block: Block,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        row_stats = AxisStatistics(block.rows, block.columns, block, rows, ["loss_sum"])
-        column_stats = AxisStatistics(block.columns, block.rows, block, rows, ["loss_sum"])
-        gradients = _Gradients(rows, columns, ctx.needs_input_grad)
+        row_stats: AxisStatistics,
+        column_stats: AxisStatistics,
+    ) -> Tensor:
+        for_rows, for_columns, for_scale, for_bias, *_ = ctx.needs_input_grad
+        # The scale's gradient follows from either side's: sum w_ij x_i y_j = sum_i x_i (w y)_i.
+        for_rows = for_rows or (for_scale and not for_columns)
+        row_gradient = torch.zeros_like(rows) if for_rows else None
+        column_gradient = torch.zeros_like(columns) if for_columns else None
+        bias_gradient = rows.new_zeros(()) if for_bias else None
+        # .item() waits for the device: a matrix product takes its factor as a number.
+        scale, bias = logit_scale.item(), logit_bias.to(rows.dtype)
+        # Half of a pair's loss is its row's and half its column's.
+        halves = rows.new_full((max(len(rows), len(columns)),), 0.5)
+        buffer, dtype = TileBuffer(rows), block.product_dtype
         with torch.autocast(rows.device.type, enabled=False):
-            _read(rows, columns, logit_scale, logit_bias, block, row_stats, column_stats, gradients)
+            for tile in block.tiles(rows, columns):
+                tile_rows, tile_columns = rows[tile.rows], columns[tile.columns]
+                logits = buffer.similarities(tile_rows, tile_columns, scale, dtype)
+                ignored = block.matches.add_to(row_stats, column_stats, logits, tile, bias)
+                if ignored is not None:
+                    # softplus and sigmoid of the lowest finite number are 0.
+                    logits.masked_fill_(ignored, torch.finfo(logits.dtype).min)
+                sums, weights = sigmoid_sums_(logits, bias, buffer.scratch(logits))
+                if tile.rows_scored:
+                    row_stats.add_losses(tile.rows, sums.row_max, sums.row_sum)
+                if tile.columns_scored:
+                    column_stats.add_losses(tile.columns, sums.column_max, sums.column_sum)
+                block.matches.subtract_from_(weights, tile, halves, halves)
+                if row_gradient is not None:
+                    add_product(row_gradient[tile.rows], weights, tile_columns, dtype)
+                if column_gradient is not None:
+                    add_product(column_gradient[tile.columns], weights.T, tile_rows, dtype)
+                if bias_gradient is not None:
+                    bias_gradient += weights.sum()
+            scale_gradient = None
+            for side, gradient in ((rows, row_gradient), (columns, column_gradient)):
+                if gradient is not None and scale_gradient is None:
+                    scale_gradient = torch.linalg.vecdot(gradient, side).sum()
+        # Both wait for other ranks. The loss needs neither's sums, each sample's statistics do.
         row_stats.merge(block.mesh.row)
         column_stats.merge(block.mesh.column)
-        own_rows, own_columns = _own_statistics(row_stats), _own_statistics(column_stats)
+        # The mean over the group's ranks undoes `group_size`.
         ctx.weight = block.group_size / max(block.rows.total, 1)
         ctx.types = (logit_scale.dtype, logit_bias.dtype)
         ctx.save_for_backward(
-            logit_scale, gradients.of_rows, gradients.of_columns, gradients.of_scale(),
-            gradients.of_bias,
-        )  # fmt: skip
-        ctx.mark_non_differentiable(own_rows, own_columns)
-        return own_rows[0].sum() * ctx.weight, own_rows, own_columns
+            logit_scale, row_gradient, column_gradient, scale_gradient, bias_gradient
+        )
+        loss: Tensor = row_stats.losses().sum() * ctx.weight
+        return loss
 
     @staticmethod
     def backward(
-        ctx: Any, factor: Tensor, *_: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None]:
+        ctx: Any, factor: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         refuse_second_derivative()
         logit_scale, of_rows, of_columns, of_scale, of_bias = ctx.saved_tensors
-        for_rows, for_columns, for_scale, for_bias, _ = ctx.needs_input_grad
+        for_rows, for_columns, for_scale, for_bias, *_ = ctx.needs_input_grad
         factor = factor * ctx.weight
         scale_dtype, bias_dtype = ctx.types
         return (
@@ -92,69 +114,5 @@ class _SigmoidLoss(torch.autograd.Function):
             of_columns * (factor * logit_scale) if for_columns else None,
             (of_scale * factor).to(scale_dtype) if for_scale else None,
             (of_bias * factor).to(bias_dtype) if for_bias else None,
-            None,
-        )
-
-
-class _Gradients:
-    """Unscaled gradients of the sum over the block's pairs, as they add up tile by tile."""
-
-    def __init__(
-        self, rows: Tensor, columns: Tensor, needed: tuple[bool, bool, bool, bool, bool]
-    ) -> None:
-        for_rows, for_columns, for_scale, for_bias, _ = needed
-        for_rows = for_rows or (for_scale and not for_columns)
-        self.rows, self.columns = rows, columns
-        self.of_rows = torch.zeros_like(rows) if for_rows else None
-        self.of_columns = torch.zeros_like(columns) if for_columns else None
-        self.of_bias = rows.new_zeros(()) if for_bias else None
-
-    def of_scale(self) -> Tensor | None:
-        """Return the scale's, which follows from either side's."""
-        for side, gradient in ((self.rows, self.of_rows), (self.columns, self.of_columns)):
-            if gradient is not None:
-                total: Tensor = torch.linalg.vecdot(gradient, side).sum()
-                return total
-        return None
-
-
-def _read(
-    rows: Tensor,
-    columns: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    block: Block,
-    row_stats: AxisStatistics,
-    column_stats: AxisStatistics,
-    gradients: _Gradients,
-) -> None:
-    """Fill the statistics of both axes and the gradients that are needed."""
-    scale, bias = logit_scale.item(), logit_bias.to(rows.dtype)
-    ones = rows.new_ones(max(len(rows), len(columns)))
-    buffer, dtype = TileBuffer(rows), block.product_dtype
-    shape = (len(rows), len(columns))
-    for tile in tiles(shape, (block.rows.scored, block.columns.scored), block.tile):
-        logits = buffer.similarities(rows[tile.rows], columns[tile.columns], scale, dtype)
-        ignored = read_matches(block.matches, logits, tile, row_stats, column_stats, bias)
-        if ignored is not None:
-            logits.masked_fill_(ignored, torch.finfo(logits.dtype).min)
-        sums, weights = sigmoid_sums_(logits, bias, buffer.scratch(logits))
-        if tile.rows_scored:
-            row_stats.add_losses(tile.rows, sums.row_max, sums.row_sum)
-        if tile.columns_scored:
-            column_stats.add_losses(tile.columns, sums.column_max, sums.column_sum)
-        subtract_matches_(block.matches, weights, tile, ones / 2, ones / 2)
-        if gradients.of_rows is not None:
-            add_product(gradients.of_rows[tile.rows], weights, columns[tile.columns], dtype)
-        if gradients.of_columns is not None:
-            add_product(gradients.of_columns[tile.columns], weights.T, rows[tile.rows], dtype)
-        if gradients.of_bias is not None:
-            gradients.of_bias += weights.sum()
-
-
-def _own_statistics(stats: AxisStatistics) -> Float[Tensor, "3 local"]:
-    """Return loss, positive logit and correctness of this rank's samples."""
-    own = stats.layout.own
-    positive_logit, correct = stats.own_positives()
-    loss = stats.loss_sum[own] - stats.positive_sum[own]
-    return torch.stack([loss, positive_logit, correct.to(loss.dtype)])
+            None, None, None,
+        )  # fmt: skip

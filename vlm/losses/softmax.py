@@ -1,23 +1,15 @@
 """The symmetric cross-entropy of a rank's block, streamed in tiles."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from vlm.losses.block import (
-    AxisStatistics,
-    Block,
-    RowStatistics,
-    TileBuffer,
-    read_matches,
-    refuse_second_derivative,
-    subtract_matches_,
-)
+from vlm.losses.axis import AxisStatistics
+from vlm.losses.block import Block, TileBuffer, refuse_second_derivative
 from vlm.losses.kernels import add_product, exp_sums_, softmax_weights
-from vlm.losses.matches import Tile, tiles
 
 # A tile of logits, or of exp(logits - offset), and the offset; by its first row and column.
 _Kept = dict[tuple[int, int], tuple[Tensor, float | None]]
@@ -28,7 +20,7 @@ def softmax_loss(
     columns: Float[Tensor, "columns dim"],
     logit_scale: Float[Tensor, ""],
     block: Block,
-) -> tuple[Float[Tensor, ""], RowStatistics, RowStatistics]:
+) -> tuple[Float[Tensor, ""], AxisStatistics, AxisStatistics]:
     """Return this rank's share of the symmetric cross-entropy, and statistics of its samples.
 
     With `z = logit_scale * rows @ columns.T` over the whole group, the loss of row i is
@@ -47,13 +39,9 @@ def softmax_loss(
         logit_scale: Inverse temperature.
         block: What lies where, and how to compute it.
     """
-    loss, of_rows, of_columns = _SoftmaxLoss.apply(rows, columns, logit_scale, block)
-    return loss, _row_statistics(of_rows), _row_statistics(of_columns)
-
-
-def _row_statistics(stacked: Float[Tensor, "4 local"]) -> RowStatistics:
-    loss, positive_logit, log_sum_exp, correct = stacked
-    return RowStatistics(loss, positive_logit, log_sum_exp, correct.bool())
+    row_stats, column_stats = block.statistics(rows)
+    loss = _SoftmaxLoss.apply(rows, columns, logit_scale, block, row_stats, column_stats)
+    return loss, row_stats, column_stats
 
 
 class _SoftmaxLoss(torch.autograd.Function):
@@ -66,86 +54,82 @@ class _SoftmaxLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, columns: Tensor, logit_scale: Tensor, block: Block
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        sums = ["exp_sum", "logit_sum"] if block.label_smoothing else ["exp_sum"]
-        row_stats = AxisStatistics(block.rows, block.columns, block, rows, sums)
-        column_stats = AxisStatistics(block.columns, block.rows, block, rows, sums)
-        keep_bytes = block.kept_bytes if any(ctx.needs_input_grad) else 0.0
+        ctx: Any,
+        rows: Tensor,
+        columns: Tensor,
+        logit_scale: Tensor,
+        block: Block,
+        row_stats: AxisStatistics,
+        column_stats: AxisStatistics,
+    ) -> Tensor:
+        keep_bytes = block.plan.kept_bytes if any(ctx.needs_input_grad) else 0.0
         with torch.autocast(rows.device.type, enabled=False):
             kept = _read(rows, columns, logit_scale, block, row_stats, column_stats, keep_bytes)
+        # Both wait for other ranks; every rank of the group merges rows first.
         row_stats.merge(block.mesh.row)
         column_stats.merge(block.mesh.column)
-        ctx.block = block
-        ctx.kept = [(place, offset) for place, (_, offset) in kept.items()]
-        ctx.save_for_backward(
-            rows, columns, logit_scale,
-            _targets(row_stats, len(rows), block),
-            _targets(column_stats, len(columns), block),
-            *(logits for logits, _ in kept.values()),
-        )  # fmt: skip
-        own_rows = _own_statistics(row_stats, block.label_smoothing)
-        own_columns = _own_statistics(column_stats, block.label_smoothing)
+        # The mean over the group's ranks undoes `group_size`; the half is for two directions.
         share = block.group_size / 2
-        loss = own_rows[0].sum() * (share / max(block.rows.total, 1))
-        loss += own_columns[0].sum() * (share / max(block.columns.total, 1))
-        ctx.mark_non_differentiable(own_rows, own_columns)
-        return loss, own_rows, own_columns
+        row_share, column_share = (
+            share / max(layout.total, 1) for layout in (block.rows, block.columns)
+        )
+        ctx.block = block
+        ctx.row_targets = _targets(row_stats, len(rows), row_share)
+        ctx.column_targets = _targets(column_stats, len(columns), column_share)
+        ctx.kept = [(place, offset) for place, (_, offset) in kept.items()]
+        # The big ones are saved in autograd's way, which frees them after the backward pass.
+        ctx.save_for_backward(rows, columns, logit_scale, *(logits for logits, _ in kept.values()))
+        return row_stats.losses().sum() * row_share + column_stats.losses().sum() * column_share
 
     @staticmethod
     def backward(
-        ctx: Any, factor: Tensor, *_: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        ctx: Any, factor: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         refuse_second_derivative()
-        rows, columns, logit_scale, row_targets, column_targets, *tensors = ctx.saved_tensors
-        block: Block = ctx.block
+        rows, columns, logit_scale, *tensors = ctx.saved_tensors
+        block, of_rows, of_columns = ctx.block, ctx.row_targets, ctx.column_targets
         kept: _Kept = {
             place: (logits, offset)
             for (place, offset), logits in zip(ctx.kept, tensors, strict=True)
         }
-        for_rows, for_columns, for_scale, _ = ctx.needs_input_grad
-        # The scale's gradient follows from either side's.
+        for_rows, for_columns, for_scale, *_ = ctx.needs_input_grad
+        # The scale's gradient follows from either side's: sum w_ij x_i y_j = sum_i x_i (w y)_i.
         for_rows = for_rows or (for_scale and not for_columns)
         row_gradient = torch.zeros_like(rows) if for_rows else None
         column_gradient = torch.zeros_like(columns) if for_columns else None
-        scale, buffer = logit_scale.item(), TileBuffer(rows)
-        shape = (len(rows), len(columns))
+        scale, buffer, dtype = logit_scale.item(), TileBuffer(rows), block.product_dtype
         with torch.autocast(rows.device.type, enabled=False):
-            for tile in tiles(shape, (block.rows.scored, block.columns.scored), block.tile):
+            for tile in block.tiles(rows, columns):
+                tile_rows, tile_columns = rows[tile.rows], columns[tile.columns]
                 state = kept.get((tile.rows.start, tile.columns.start))
                 logits, offset = state or (
-                    buffer.similarities(
-                        rows[tile.rows], columns[tile.columns], scale, block.product_dtype
-                    ),
-                    None,
-                )
+                    buffer.similarities(tile_rows, tile_columns, scale, dtype), None
+                )  # fmt: skip
                 weights = softmax_weights(
-                    logits, offset, *row_targets[:2, tile.rows],
-                    *column_targets[:2, tile.columns],
+                    logits, offset,
+                    of_rows.log_sum_exp[tile.rows], of_rows.softmax[tile.rows],
+                    of_columns.log_sum_exp[tile.columns], of_columns.softmax[tile.columns],
+                    # A second backward pass may read what was kept again.
                     scratch=buffer.scratch(logits), overwrite=state is None,
                 )  # fmt: skip
-                _subtract_targets_(weights, tile, block, row_targets, column_targets)
+                if of_rows.candidate is not None and of_columns.candidate is not None:
+                    weights.sub_(of_rows.candidate[tile.rows, None])
+                    weights.sub_(of_columns.candidate[None, tile.columns])
+                block.matches.subtract_from_(weights, tile, of_rows.positive, of_columns.positive)
                 if row_gradient is not None:
-                    add_product(
-                        row_gradient[tile.rows], weights, columns[tile.columns],
-                        block.product_dtype,
-                    )  # fmt: skip
+                    add_product(row_gradient[tile.rows], weights, tile_columns, dtype)
                 if column_gradient is not None:
-                    add_product(
-                        column_gradient[tile.columns], weights.T, rows[tile.rows],
-                        block.product_dtype,
-                    )  # fmt: skip
+                    add_product(column_gradient[tile.columns], weights.T, tile_rows, dtype)
         side, gradient = (rows, row_gradient) if for_rows else (columns, column_gradient)
         scale_gradient = None
         if for_scale:
             assert gradient is not None
-            scale_gradient = (torch.linalg.vecdot(gradient, side).sum() * factor).to(
-                logit_scale.dtype
-            )
+            total = torch.linalg.vecdot(gradient, side).sum() * factor
+            scale_gradient = total.to(logit_scale.dtype)
         for each in (row_gradient, column_gradient):
             if each is not None:
-                each.mul_(scale * factor)
-        return row_gradient, column_gradient, scale_gradient, None
+                each.mul_(scale * factor)  # only now: the scale's gradient is without the scale
+        return row_gradient, column_gradient, scale_gradient, None, None, None
 
 
 def _read(
@@ -158,18 +142,20 @@ def _read(
     keep_bytes: float,
 ) -> _Kept:
     """Fill the statistics of both axes, and keep as many tiles as the memory allows."""
+    # .item() waits for the device: a matrix product takes its factor as a number.
     scale, buffer, kept = logit_scale.item(), TileBuffer(rows), {}
-    shape = (len(rows), len(columns))
-    for tile in tiles(shape, (block.rows.scored, block.columns.scored), block.tile):
+    for tile in block.tiles(rows, columns):
         logits = buffer.similarities(
             rows[tile.rows], columns[tile.columns], scale, block.product_dtype
         )
-        ignored = read_matches(block.matches, logits, tile, row_stats, column_stats)
-        if block.label_smoothing:
+        ignored = block.matches.add_to(row_stats, column_stats, logits, tile)
+        if block.plan.label_smoothing:
             seen = logits if ignored is None else logits.masked_fill(ignored, 0)
             for stats, span, dim in tile.scored(row_stats, column_stats):
+                assert stats.logit_sum is not None
                 stats.logit_sum[span] += seen.sum(dim)
         if ignored is not None:
+            # exp of the lowest finite number is 0, and differences of it stay finite.
             logits.masked_fill_(ignored, torch.finfo(logits.dtype).min)
         sums, offset = exp_sums_(logits)
         if tile.rows_scored:
@@ -179,58 +165,45 @@ def _read(
         if logits.nbytes <= keep_bytes:
             keep_bytes -= logits.nbytes
             kept[tile.rows.start, tile.columns.start] = (logits, offset)
-            buffer.give_away()
+            buffer.give_away()  # or the next tile would overwrite this one
     return kept
 
 
-def _targets(stats: AxisStatistics, count: int, block: Block) -> Float[Tensor, "weights count"]:
-    """Return what a pair's gradient takes from its row: log-sum-exp, and two or three weights.
+class _Targets(NamedTuple):
+    """What a pair's gradient takes from its row, or from its column."""
 
-    The weights are those of the row's softmax, of each of its positives and, under label
-    smoothing, of each of its candidates. A row without a loss has an infinite log-sum-exp.
+    log_sum_exp: Float[Tensor, " count"]
+    """Infinite where there is no loss, so that the pair's part of the softmax is 0."""
+    softmax: Float[Tensor, " count"]
+    """Weight of its part of the softmax."""
+    positive: Float[Tensor, " count"]
+    """What each positive takes off."""
+    candidate: Float[Tensor, " count"] | None
+    """What label smoothing takes off each candidate."""
+
+
+def _targets(stats: AxisStatistics, count: int, share: float) -> _Targets:
+    """Return the targets of `count` rows, the last of which may be candidates only.
+
+    Args:
+        stats: Of the rows, merged.
+        count: How many there are.
+        share: Weight of a row's loss in the total.
     """
-    share, smoothing = block.group_size / 2 / max(stats.layout.total, 1), block.label_smoothing
-    log_sum_exp, positives = stats.log_sum_exp, stats.positives
-    if isinstance(positives, int):
-        weight = torch.full_like(log_sum_exp, share)
-        of_positive = weight * ((1 - smoothing) / positives)
-    else:
+    log_sum_exp, positives = stats.log_sum_exp, stats.positive_count
+    assert log_sum_exp is not None
+    weight = torch.full_like(log_sum_exp, share)
+    if positives is not None:
         scored = positives > 0
         log_sum_exp = torch.where(scored, log_sum_exp, torch.inf)
         weight = scored.to(log_sum_exp.dtype) * share
-        of_positive = weight * (1 - smoothing) / positives.clamp(min=1)
-    targets = [log_sum_exp, weight, of_positive]
-    if smoothing:
-        targets.append(smoothing * weight / stats.candidates)
-    table = torch.stack(targets)
+    positive = weight * (1 - stats.smoothing) if stats.smoothing else weight
+    if positives is not None:
+        positive = positive / positives.clamp(min=1)
+    candidate = stats.smoothing * weight / stats.candidates if stats.smoothing else None
     unscored = count - stats.layout.scored
     if unscored:
-        table = F.pad(table, (0, unscored))
-        table[0, stats.layout.scored :] = torch.inf
-    return table
-
-
-def _own_statistics(stats: AxisStatistics, smoothing: float) -> Float[Tensor, "4 local"]:
-    """Return loss, positive logit, log-sum-exp and correctness of this rank's samples."""
-    own = stats.layout.own
-    log_sum_exp = stats.log_sum_exp[own]
-    positive_logit, correct = stats.own_positives()
-    loss = log_sum_exp - (1 - smoothing) * positive_logit
-    if smoothing:
-        loss -= smoothing * (stats.logit_sum / stats.candidates)[own]
-    if not isinstance(stats.positives, int):
-        loss = torch.where(stats.positives[own] > 0, loss, 0)
-    return torch.stack([loss, positive_logit, log_sum_exp, correct.to(loss.dtype)])
-
-
-def _subtract_targets_(
-    weights: Float[Tensor, "rows columns"],
-    tile: Tile,
-    block: Block,
-    row_targets: Float[Tensor, "weights block_rows"],
-    column_targets: Float[Tensor, "weights block_columns"],
-) -> None:
-    """Subtract the targets of a tile's pairs from their shares: the derivative by each logit."""
-    if block.label_smoothing:
-        weights.sub_(row_targets[3, tile.rows, None]).sub_(column_targets[3, None, tile.columns])
-    subtract_matches_(block.matches, weights, tile, row_targets[2], column_targets[2])
+        log_sum_exp = F.pad(log_sum_exp, (0, unscored), value=torch.inf)
+        weight, positive = F.pad(weight, (0, unscored)), F.pad(positive, (0, unscored))
+        candidate = None if candidate is None else F.pad(candidate, (0, unscored))
+    return _Targets(log_sum_exp, weight, positive, candidate)

@@ -173,7 +173,7 @@ class CachedContrast(Generic[Part]):
         for name, head in encoded.heads.items():
             assert head.image is not None
             outputs[name] = self.loss(
-                head.image, head.text if head.sent is None else head.sent, head.logit_scale,
+                head.image, head.sent or self.loss.send_texts(head.text), head.logit_scale,
                 image_ids, caption_ids, head.logit_bias, None if banks is None else banks[name],
             )  # fmt: skip
         return outputs

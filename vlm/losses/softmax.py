@@ -14,6 +14,10 @@ from vlm.losses.kernels import add_product, exp_sums_, softmax_weights
 # A tile of logits, or of exp(logits - offset), and the offset; by its first row and column.
 _Kept = dict[tuple[int, int], tuple[Tensor, float | None]]
 
+# From here on float32 cannot hold a log-sum-exp to the digits that its softmax needs. CLIP's
+# scale ends at 100.
+_LARGE_SCALE = 128.0
+
 
 def softmax_loss(
     rows: Float[Tensor, "rows dim"],
@@ -74,8 +78,9 @@ class _SoftmaxLoss(torch.autograd.Function):
             share / max(layout.total, 1) for layout in (block.rows, block.columns)
         )
         ctx.block = block
-        ctx.row_targets = _targets(row_stats, len(rows), row_share)
-        ctx.column_targets = _targets(column_stats, len(columns), column_share)
+        large = logit_scale.item() > _LARGE_SCALE
+        ctx.row_targets = _targets(row_stats, len(rows), row_share, large=large)
+        ctx.column_targets = _targets(column_stats, len(columns), column_share, large=large)
         ctx.kept = [(place, offset) for place, (_, offset) in kept.items()]
         # The big ones are saved in autograd's way, which frees them after the backward pass.
         ctx.save_for_backward(rows, columns, logit_scale, *(logits for logits, _ in kept.values()))
@@ -182,16 +187,22 @@ class _Targets(NamedTuple):
     """What label smoothing takes off each candidate."""
 
 
-def _targets(stats: AxisStatistics, count: int, share: float) -> _Targets:
+def _targets(stats: AxisStatistics, count: int, share: float, *, large: bool) -> _Targets:
     """Return the targets of `count` rows, the last of which may be candidates only.
 
     Args:
         stats: Of the rows, merged.
         count: How many there are.
         share: Weight of a row's loss in the total.
+        large: Whether logits may be so large that a log-sum-exp loses digits.
     """
     log_sum_exp, positives = stats.log_sum_exp, stats.positive_count
     assert log_sum_exp is not None
+    assert stats.exp_sum is not None
+    rounded_off = None
+    if large:
+        # max + log(sum) without the rounding is log_sum_exp + rounded_off.
+        rounded_off = stats.exp_sum.log() - (log_sum_exp - stats.max)
     weight = torch.full_like(log_sum_exp, share)
     if positives is not None:
         scored = positives > 0
@@ -201,6 +212,8 @@ def _targets(stats: AxisStatistics, count: int, share: float) -> _Targets:
     if positives is not None:
         positive = positive / positives.clamp(min=1)
     candidate = stats.smoothing * weight / stats.candidates if stats.smoothing else None
+    if rounded_off is not None:
+        weight = weight * (-rounded_off).exp_()
     unscored = count - stats.layout.scored
     if unscored:
         log_sum_exp = F.pad(log_sum_exp, (0, unscored), value=torch.inf)

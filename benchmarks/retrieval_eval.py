@@ -73,8 +73,9 @@ def our_recalls(
     texts: np.ndarray, images: np.ndarray, pairs: np.ndarray, *, both: bool
 ) -> list[float]:
     """Score with our ranks."""
-    from vlm.evaluation.retrieval.metrics import recall_at
     from vlm.evaluation.retrieval.ranks import exact_ranks, exact_ranks_both
+
+    from vlm.evaluation.retrieval.metrics import recall_at
 
     if both:
         sides = exact_ranks_both(texts, images, pairs, device="cpu")
@@ -260,10 +261,10 @@ def rank_large(rank: int, folder: str, processes: int, queries: int | None) -> N
     """Do one process's share and write what it took."""
     import torch
     import torch.distributed as dist
+    from vlm.evaluation.retrieval.ranks import exact_ranks_both
 
     from vlm.distributed.groups import world_group
     from vlm.evaluation.retrieval.metrics import median_rank
-    from vlm.evaluation.retrieval.ranks import exact_ranks_both
 
     torch.set_num_threads(1)
     if processes > 1:

@@ -194,7 +194,7 @@ def _captions_of_records(
     """Read records of which some may name no captions, but not all."""
     captioned, without = False, ""
     if packed:
-        for place, sample in samples_of(path, advance=advance):
+        for place, (_, sample) in samples_of(path, advance=advance):
             texts = wanted.texts_of_sample(sample, f"{path}, {place}")
             captioned = captioned or texts is not None
             without = without or listed(f".{extension}" for extension in sample)

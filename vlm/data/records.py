@@ -29,7 +29,9 @@ BLOCK = 1 << 17
 LONGEST = 1 << 26  # bytes of a line, cell or member: a file without line ends must not fill memory
 _HEAD = 1 << 16
 _DAMAGE = (OSError, EOFError, ValueError, zlib.error, tarfile.TarError, pyarrow.ArrowException)
-_REGION = re.compile(r"([a-z]{2,3})([-_](?i:hans|hant|latn|[a-z]{2}|[0-9]{3}))+")
+_REGION = r"(?:[-_](?i:hans|hant|latn|[a-z]{2}|[0-9]{3}))"  # or a script
+LANGUAGE_TAG = rf"[a-z]{{2,3}}{_REGION}*"
+_WITH_REGION = re.compile(rf"([a-z]{{2,3}}){_REGION}+")
 
 _T = TypeVar("_T")
 _P = ParamSpec("_P")
@@ -111,8 +113,10 @@ def objects_of(path: Path, *, advance: Advance = ignore) -> Iterator[tuple[str, 
 
 
 @reader
-def samples_of(path: Path, *, advance: Advance = ignore) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Give the samples of a tar: neighbouring members with one key, by extension in lower case.
+def samples_of(
+    path: Path, *, advance: Advance = ignore
+) -> Iterator[tuple[str, tuple[str, dict[str, Member]]]]:
+    """Give the samples of a tar: a key, and its neighbouring members by extension in lower case.
 
     A key is the name up to the first dot of its last part. Links, folders and hidden files are left
     out.
@@ -127,7 +131,7 @@ def samples_of(path: Path, *, advance: Advance = ignore) -> Iterator[tuple[str, 
                 if extension in sample:
                     raise tarfile.ReadError(f"{key}.{extension} occurs twice")
                 sample[extension] = member
-            yield f"sample {key!r}", sample
+            yield f"sample {key!r}", (key, sample)
         _check_end(archive)
 
 
@@ -182,7 +186,7 @@ def languages_of(tags: Iterable[str]) -> dict[str, str]:
     Where it is, as in our own data, `zh-Hant` is a language apart. Other tags are unchanged.
     """
     tags = list(tags)
-    bases = {tag: found[1] for tag in tags if (found := _REGION.fullmatch(tag))}
+    bases = {tag: found[1] for tag in tags if (found := _WITH_REGION.fullmatch(tag))}
     return {tag: tag if bases.get(tag) in tags else bases.get(tag, tag) for tag in tags}
 
 

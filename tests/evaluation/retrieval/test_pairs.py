@@ -1,18 +1,19 @@
 """A benchmark asks once for each concept and knows all its images."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from tests.builders import THINGS, encoded, make_image, make_sample, make_samples, write_split
+from tests.evaluation.retrieval.benchmarks.opened import opened
 from vlm.errors import DataError
-from vlm.evaluation.retrieval.benchmarks.benchmark import Captions
-from vlm.evaluation.retrieval.benchmarks.images import Images
-from vlm.evaluation.retrieval.benchmarks.opening import open_benchmark
-from vlm.evaluation.retrieval.pairs import correct_pairs, linked_groups, pairs_of_split
-from vlm.evaluation.retrieval.sources import pairs_of_benchmark
+from vlm.evaluation.retrieval.pairs import (
+    correct_pairs,
+    linked_groups,
+    pairs_of_split,
+    translations_of,
+)
 
 
 def pairs_of(folder, samples, *, languages=("zh", "en"), where=()):
@@ -95,7 +96,7 @@ def test_matches_are_whole_numbers_in_pairs(data_folder):
     assert matches.shape == (24, 2)
 
 
-def benchmark(tmp_path):
+def benchmark(tmp_path, **settings):
     lines = [
         {"image": "0.png", "caption": ["A Cat", "“the same”"]},
         {"image": "1.png", "caption": ["“the same”"]},
@@ -103,11 +104,11 @@ def benchmark(tmp_path):
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for number in range(2):
         (tmp_path / f"{number}.png").write_bytes(encoded(make_image(number)))
-    return open_benchmark(tmp_path / "test.jsonl")
+    return opened(tmp_path / "test.jsonl", **settings)
 
 
 def test_a_benchmarks_files_become_questions(tmp_path):
-    pairs = pairs_of_benchmark(benchmark(tmp_path))
+    pairs = benchmark(tmp_path)
     texts = pairs.texts["en"]
     assert list(texts.texts) == ["A Cat", "“the same”", "“the same”"]
     assert texts.matches.tolist() == [[0, 0], [1, 0], [2, 1]]
@@ -116,7 +117,7 @@ def test_a_benchmarks_files_become_questions(tmp_path):
 
 
 def test_equal_captions_may_be_right_by_their_string_and_captions_lowered(tmp_path):
-    pairs = pairs_of_benchmark(benchmark(tmp_path), duplicates="by string", lower_case=True)
+    pairs = benchmark(tmp_path, duplicates="by string", lower_case=True)
     assert list(pairs.texts["en"].texts) == ["a cat", '"the same"', '"the same"']
     assert pairs.texts["en"].matches.tolist() == [[0, 0], [1, 0], [1, 1], [2, 0], [2, 1]]
     assert "lower case" in pairs.cleaning
@@ -124,7 +125,7 @@ def test_equal_captions_may_be_right_by_their_string_and_captions_lowered(tmp_pa
 
 def test_a_language_that_a_benchmark_has_not_is_refused(tmp_path):
     with pytest.raises(DataError, match="captions in en; expected zh as well"):
-        pairs_of_benchmark(benchmark(tmp_path), languages=["zh"])
+        benchmark(tmp_path, languages=["zh"])
 
 
 def naive_translations(first, second):
@@ -182,42 +183,30 @@ def test_texts_without_a_common_concept_are_no_translations(tmp_path):
     assert pairs_of(tmp_path, samples).translations == {}
 
 
-@pytest.mark.parametrize("duplicates", ["by id", "by string"])
-def test_the_nth_captions_of_an_image_are_translations_whatever_counts_as_right(
-    tmp_path, duplicates
-):
+def test_the_nth_captions_of_an_image_are_translations():
     rng = np.random.default_rng(0)
-    captions, sides = {}, {"zh": [], "en": []}
-    for language, side in sides.items():
+    sides = {"zh": [], "en": []}
+    for side in sides.values():
         seen = [0] * 15
         for text in range(40):  # a text may have several images, an image any number of texts
             for of in np.unique(rng.integers(0, 15, 2)).tolist():
                 seen[of] += int(rng.integers(1, 3))  # one before it may have been left out
                 side.append((text, of, seen[of]))
-        columns = np.array(side, np.int64)
-        captions[language] = Captions(
-            texts=[f"text {text % 7}" for text in range(40)],
-            pairs=columns[:, :2], turns=columns[:, 2],
-        )  # fmt: skip
-    contents = [encoded(make_image(number)) for number in range(15)]
-    images = Images(contents.__getitem__, np.arange(15))
-    opened = replace(benchmark(tmp_path), captions=captions, images=images)
-    pairs = pairs_of_benchmark(opened, duplicates=duplicates)
-    found = pairs.translations["en", "zh"]
+    columns = {language: np.array(side, np.int64) for language, side in sides.items()}
+    found = translations_of(columns)["en", "zh"]
     assert found.dtype == np.int64
     assert found.tolist() == [list(p) for p in naive_translations(sides["en"], sides["zh"])]
-    assert pairs_of_benchmark(opened, languages=["zh"]).translations == {}
-    apart = {language: replace(each, turns=None) for language, each in captions.items()}
-    assert pairs_of_benchmark(replace(opened, captions=apart)).translations == {}
+    assert translations_of({"zh": columns["zh"]}) == {}
 
 
-def test_a_caption_that_was_left_out_moves_no_other_to_its_place(tmp_path):
+@pytest.mark.parametrize("duplicates", ["by id", "by string"])
+def test_a_caption_that_was_left_out_moves_no_other_to_its_place(tmp_path, duplicates):
     (tmp_path / "0.png").write_bytes(encoded(make_image(0)))
     (tmp_path / "1.png").write_bytes(encoded(make_image(1)))
     rows = ["image,caption_en,caption_zh", "0.png,a red apple,", "0.png,a green tree,绿树"]
     rows += ["1.png,a white house,白房子", "1.png,,黑猫", "1.png,a blue car,蓝色汽车"]
     (tmp_path / "mine.csv").write_text("\n".join(rows), encoding="utf-8")
-    pairs = pairs_of_benchmark(open_benchmark(tmp_path / "mine.csv", allowed_share=0.5))
+    pairs = opened(tmp_path / "mine.csv", allowed_share=0.5, duplicates=duplicates)
     said = [
         (pairs.texts["en"].texts[a], pairs.texts["zh"].texts[b])
         for a, b in pairs.translations["en", "zh"].tolist()

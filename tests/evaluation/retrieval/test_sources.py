@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 
 from tests.builders import THINGS, encoded, make_image, make_samples, write_split
+from tests.evaluation.retrieval.benchmarks.opened import opened
 from vlm.errors import ConfigError, DataError
 from vlm.evaluation.config import RetrievalSource
-from vlm.evaluation.retrieval.benchmarks.opening import open_benchmark
 from vlm.evaluation.retrieval.pairs import pairs_of_split
 from vlm.evaluation.retrieval.sources import (
     open_source,
-    pairs_of_benchmark,
     parse_source,
     sources_of,
 )
@@ -92,7 +91,7 @@ def test_no_source_at_all_is_refused():
 def test_the_files_of_a_benchmark_are_asked_with_what_was_found(table):
     found = open_source(RetrievalSource(path=table), languages=["fr"])
     assert (found.kind, found.split) == ("table", "")
-    assert asked(found) == asked(pairs_of_benchmark(open_benchmark(table)))
+    assert asked(found) == asked(opened(table))
     assert found.findings["images_listed"] == 4
     assert found.findings["duplicate_captions"] == 1
     assert "missing_images" not in found.findings

@@ -36,6 +36,8 @@ class RetrievalPairs:
     """Encoded images, or where they lie."""
     texts: Mapping[str, Texts]
     """The texts by language code."""
+    image_names: Sequence[str] = ()
+    """The id that a benchmark's files give each image, all different."""
     duplicates: DuplicatePolicy = "by id"
     """Which images are correct where several have the same text."""
     cleaning: str = "none"
@@ -45,7 +47,10 @@ class RetrievalPairs:
     split: str = ""
     """Empty where the files have no splits."""
     findings: Mapping[str, Any] = field(default_factory=dict)
-    """What was found in a benchmark's files: what is not 0 or empty of its `Findings`."""
+    """What was found in a benchmark's files: counts that are not 0 (`images_listed`,
+    `captions_listed`, `missing_images`, `unknown_ids`, `empty_captions`, `duplicate_captions`,
+    `duplicate_image_ids`, `tagged_captions`, `images_without_caption`), the first case of each
+    fault in `examples`, and decisions made in reading in `notes`."""
     translations: Mapping[tuple[str, str], Int64[np.ndarray, "pairs 2"]] = field(
         default_factory=dict
     )

@@ -1,24 +1,15 @@
 """Open the benchmarks that sources name: data folders and published files alike."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vlm.data.manifest import is_data_folder
 from vlm.errors import ConfigError, DataError
-from vlm.evaluation.config import DuplicatePolicy, RetrievalSource
-from vlm.evaluation.retrieval.benchmarks.benchmark import Benchmark
+from vlm.evaluation.config import RetrievalSource
 from vlm.evaluation.retrieval.benchmarks.opening import open_benchmark
-from vlm.evaluation.retrieval.pairs import (
-    RetrievalPairs,
-    Texts,
-    correct_pairs,
-    pairs_of_split,
-    translations_of,
-)
+from vlm.evaluation.retrieval.pairs import RetrievalPairs, pairs_of_split
 
 FOLDER_SPLIT = "test_style"
 """The split of a data folder where none is named."""
@@ -26,7 +17,6 @@ FOLDER_SPLIT = "test_style"
 _FOR_FOLDERS = ("where",)
 _FOR_BENCHMARKS = ("kind", "images", "language", "duplicates", "lower_case", "allowed_share")
 _PACKED = ("chinese-clip", "webdataset")
-_ALLOWED_SHARE = 0.01
 
 
 def sources_of(
@@ -125,85 +115,13 @@ def _open_folder(source: RetrievalSource, languages: Sequence[str]) -> Retrieval
 
 
 def _open_benchmark(source: RetrievalSource) -> RetrievalPairs:
-    share = source.allowed_share
-    benchmark = open_benchmark(
-        source.path,
-        kind=source.kind,
-        split=source.split,
-        images=source.images,
-        language=source.language,
-        allowed_share=_ALLOWED_SHARE if share is None else share,
-    )
-    _refuse(source, _FOR_FOLDERS, what=f"a benchmark ({benchmark.kind})", owner="data folders")
-    if benchmark.kind in _PACKED:
-        _refuse(
-            source,
-            ("images",),
-            what=f"a benchmark ({benchmark.kind}) that holds its images",
-            owner="benchmarks whose images are files of their own",
-        )
-    pairs = pairs_of_benchmark(
-        benchmark,
-        duplicates=source.duplicates or "by id",
-        lower_case=bool(source.lower_case),
-        languages=source.languages or (),
-    )
-    found = {key: value for key, value in asdict(benchmark.findings).items() if value}
-    return replace(pairs, kind=benchmark.kind, split=benchmark.split, findings=found)
-
-
-def pairs_of_benchmark(
-    benchmark: Benchmark,
-    *,
-    duplicates: DuplicatePolicy = "by id",
-    lower_case: bool = False,
-    languages: Sequence[str] = (),
-) -> RetrievalPairs:
-    """Make the questions of a benchmark's files.
-
-    Args:
-        benchmark: The images and captions.
-        duplicates: Which images are right where several have the same caption.
-        lower_case: Whether captions are brought to lower case first, as Chinese-CLIP's and
-            M2-Encoder's evaluations do, which also write “ and ” as plain quotation marks.
-        languages: The languages to ask in; none for all.
-
-    Raises:
-        DataError: the benchmark has no captions in a language that is asked for.
-    """
-    missing = [language for language in languages if language not in benchmark.captions]
-    if missing:
-        raise DataError(
-            f"{benchmark.name} has captions in {', '.join(benchmark.captions)}; expected "
-            f"{', '.join(missing)} as well"
-        )
-    texts = {
-        language: Texts(
-            texts=[_lowered(text) for text in captions.texts] if lower_case else captions.texts,
-            matches=correct_pairs(captions.texts, captions.pairs, duplicates),
-        )
-        for language, captions in benchmark.captions.items()
-        if not languages or language in languages
-    }
-    cleaning = [benchmark.cleaning] if benchmark.cleaning != "none" else []
-    cleaning += ["lower case, plain quotation marks"] if lower_case else []
-    return RetrievalPairs(
-        images=benchmark.images,
-        texts=texts,
-        duplicates=duplicates,
-        cleaning="; ".join(cleaning) or "none",
-        translations=translations_of(
-            {
-                language: np.column_stack([captions.pairs, captions.turns])
-                for language, captions in benchmark.captions.items()
-                if language in texts and captions.turns is not None
-            }
-        ),
-    )
-
-
-def _lowered(text: str) -> str:
-    return text.lower().replace("“", '"').replace("”", '"')
+    pairs = open_benchmark(source)
+    what = f"a benchmark ({pairs.kind})"
+    _refuse(source, _FOR_FOLDERS, what=what, owner="data folders")
+    if pairs.kind in _PACKED:
+        owner = "benchmarks whose images are files of their own"
+        _refuse(source, ("images",), what=f"{what} that holds its images", owner=owner)
+    return pairs
 
 
 def _refuse(source: RetrievalSource, settings: Sequence[str], *, what: str, owner: str) -> None:

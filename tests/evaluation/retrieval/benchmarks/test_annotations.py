@@ -5,8 +5,8 @@ import json
 import pytest
 
 from tests.builders import THINGS, encoded, make_image
+from tests.evaluation.retrieval.benchmarks.opened import opened
 from vlm.errors import DataError
-from vlm.evaluation.retrieval.benchmarks.opening import open_benchmark
 
 ZH = [zh for _, zh in THINGS]
 EN = [en for en, _ in THINGS]
@@ -43,41 +43,40 @@ def test_lines_of_m2_encoder_are_read_as_they_were_written(tmp_path):
         {"image": "val2014/a.jpg", "caption": [ZH[0], ZH[1]]},
         {"image": "b.jpg", "caption": f"{ZH[2]}\n"},
     )
-    found = open_benchmark(path)
-    assert (found.kind, found.split, found.name) == ("m2-encoder", "", "coco-cn_test.jsonl")
+    found = opened(path)
+    assert (found.kind, found.split) == ("m2-encoder", "")
     assert list(found.images) == [tmp_path / "val2014/a.jpg", tmp_path / "b.jpg"]
-    assert found.captions["zh"].texts == ZH[:3]
-    assert found.captions["zh"].pairs.tolist() == [[0, 0], [1, 0], [2, 1]]
-    assert found.files == (path,)
+    assert found.texts["zh"].texts == ZH[:3]
+    assert found.texts["zh"].matches.tolist() == [[0, 0], [1, 0], [2, 1]]
     assert found.cleaning == "line ends removed"
 
 
 def test_an_image_on_two_lines_has_the_captions_of_both(tmp_path):
     write_images(tmp_path, ["a.jpg"])
     record = {"image": "a.jpg", "caption": ZH[0]}
-    found = open_benchmark(write_lines(tmp_path / "m.jsonl", record, record))
-    assert found.image_ids == ["a.jpg"]
-    assert found.captions["zh"].pairs.tolist() == [[0, 0], [1, 0]]
-    assert (found.findings.duplicate_image_ids, found.findings.duplicate_captions) == (1, 1)
+    found = opened(write_lines(tmp_path / "m.jsonl", record, record))
+    assert found.image_names == ["a.jpg"]
+    assert found.texts["zh"].matches.tolist() == [[0, 0], [1, 0]]
+    assert found.findings["duplicate_image_ids"] == found.findings["duplicate_captions"] == 1
 
 
 def test_images_lie_below_the_folder_that_is_named(tmp_path):
     write_images(tmp_path / "coco", ["val2014/a.jpg", "deep/er/b.png"])
     records = [{"image": "a.jpg", "caption": ZH[0]}, {"image": "b", "caption": ZH[1]}]
     path = write_lines(tmp_path / "m.jsonl", *records)
-    found = open_benchmark(path, images=tmp_path / "coco")
+    found = opened(path, images=tmp_path / "coco")
     assert [p.name for p in found.images] == ["a.jpg", "b.png"]
     with pytest.raises(DataError, match=r"2 of 2 images are not on the disk \(first: 'a.jpg' in"):
-        open_benchmark(path)
+        opened(path)
     with pytest.raises(DataError, match="nowhere is not a folder"):
-        open_benchmark(path, images=tmp_path / "nowhere")
+        opened(path, images=tmp_path / "nowhere")
 
 
 def test_a_name_that_two_images_have_finds_neither(tmp_path):
     write_images(tmp_path / "coco", ["train/a.jpg", "val/a.jpg"])
     path = write_lines(tmp_path / "m.jsonl", {"image": "a.jpg", "caption": ZH[0]})
     with pytest.raises(DataError, match="1 of 1 images"):
-        open_benchmark(path, images=tmp_path / "coco")
+        opened(path, images=tmp_path / "coco")
 
 
 def test_missing_images_within_the_share_are_left_out_with_their_captions(tmp_path):
@@ -86,12 +85,12 @@ def test_missing_images_within_the_share_are_left_out_with_their_captions(tmp_pa
     records = [{"image": n, "caption": [t, ""]} for n, t in zip(names, ZH, strict=False)]
     path = write_lines(tmp_path / "m.jsonl", *records)
     with pytest.raises(DataError, match="4 of 8 captions are empty"):
-        open_benchmark(path, allowed_share=0.3)
-    found = open_benchmark(path, allowed_share=0.5)
-    assert found.image_ids == names[:3]
-    assert found.captions["zh"].texts == ZH[:3]
-    assert (found.findings.missing_images, found.findings.empty_captions) == (1, 4)
-    assert found.findings.examples["missing_images"].startswith("'3.jpg' in ")
+        opened(path, allowed_share=0.3)
+    found = opened(path, allowed_share=0.5)
+    assert found.image_names == names[:3]
+    assert found.texts["zh"].texts == ZH[:3]
+    assert (found.findings["missing_images"], found.findings["empty_captions"]) == (1, 4)
+    assert found.findings["examples"]["missing_images"].startswith("'3.jpg' in ")
 
 
 @pytest.mark.parametrize(
@@ -99,20 +98,20 @@ def test_missing_images_within_the_share_are_left_out_with_their_captions(tmp_pa
     [
         ('{"image": "a.jpg", "caption"', "m.jsonl, line 2 is not JSON"),
         ({"image": "a.jpg"}, 'm.jsonl, line 2 has no "image" with a "caption"; found image'),
-        ({"image": "a.jpg", "caption": [1]}, "m.jsonl, line 2: found 1; expected a caption"),
+        ({"image": "a.jpg", "caption": [1]}, "m.jsonl, line 2: found 1; expected a text"),
     ],
 )
 def test_a_broken_line_is_named_with_its_number(tmp_path, line, message):
     path = write_lines(tmp_path / "m.jsonl", {"image": "a.jpg", "caption": ZH[0]}, line)
     with pytest.raises(DataError, match=message):
-        open_benchmark(path)
+        opened(path)
 
 
 def test_text_in_another_encoding_is_named_with_its_line(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_bytes(b'{"image": "a.jpg", "caption": "x"}\n' + '{"image": "灰猫"}'.encode("gbk"))
-    with pytest.raises(DataError, match="line 2 is not text in UTF-8"):
-        open_benchmark(path)
+    with pytest.raises(DataError, match="line 2: byte 0xbb at 11 is not UTF-8"):
+        opened(path)
 
 
 def test_a_split_of_karpathy_is_read(tmp_path):
@@ -122,26 +121,26 @@ def test_a_split_of_karpathy_is_read(tmp_path):
         ("a.jpg", "test", EN[:2]), ("b.jpg", "train", EN[2:3]), ("c.jpg", "restval", EN[3:4]),
         ("d.jpg", "test", EN[4:5]), filepath="val2014",
     )  # fmt: skip
-    found = open_benchmark(path)
+    found = opened(path)
     assert (found.kind, found.split) == ("karpathy", "test")
     assert list(found.images) == [tmp_path / "val2014/a.jpg", tmp_path / "val2014/d.jpg"]
-    assert found.captions["en"].texts == [EN[0], EN[1], EN[4]]
-    assert found.captions["en"].pairs.tolist() == [[0, 0], [1, 0], [2, 1]]
-    train = open_benchmark(path, split="train")
-    assert train.captions["en"].texts == EN[2:4]
+    assert found.texts["en"].texts == [EN[0], EN[1], EN[4]]
+    assert found.texts["en"].matches.tolist() == [[0, 0], [1, 0], [2, 1]]
+    train = opened(path, split="train")
+    assert train.texts["en"].texts == EN[2:4]
     with pytest.raises(DataError, match="no split 'restval'; its splits are test, train"):
-        open_benchmark(path, split="restval")
+        opened(path, split="restval")
 
 
 def test_flickr30k_has_no_folders_in_its_names(tmp_path):
     write_images(tmp_path / "flickr30k-images", ["1.jpg"])
     path = karpathy(tmp_path / "dataset_flickr30k.json", ("1.jpg", "test", EN[:1]))
-    found = open_benchmark(path, images=tmp_path / "flickr30k-images")
-    assert found.image_ids == ["1.jpg"]
+    found = opened(path, images=tmp_path / "flickr30k-images")
+    assert found.image_names == ["1.jpg"]
 
 
 def test_an_image_without_sentences_is_refused(tmp_path):
     path = tmp_path / "d.json"
     path.write_text('{"images": [{"filename": "a.jpg", "split": "test", "sentences": [{}]}]}')
     with pytest.raises(DataError, match=r"d.json has an image without"):
-        open_benchmark(path)
+        opened(path)

@@ -13,11 +13,10 @@ import pytest
 import torch
 
 from tests.builders import THINGS, encoded, make_image
+from tests.evaluation.retrieval.benchmarks.opened import opened
 from vlm.errors import DataError
-from vlm.evaluation.retrieval.benchmarks.assembling import Request
+from vlm.evaluation.config import RetrievalSource
 from vlm.evaluation.retrieval.benchmarks.chinese_clip import list_chinese_clip
-from vlm.evaluation.retrieval.benchmarks.opening import open_benchmark
-from vlm.evaluation.retrieval.pairs import correct_pairs
 from vlm.images.decoding import decode_image
 
 ZH = [zh for _, zh in THINGS]
@@ -56,39 +55,37 @@ def build_lmdb(folder, split="valid"):
 
 def refusal_of(path, **options):
     with pytest.raises(DataError) as caught:
-        open_benchmark(path, **options)
+        opened(path, **options)
     return str(caught.value)
 
 
 @pytest.mark.parametrize("encode", [base64.urlsafe_b64encode, base64.b64encode])
 def test_a_folder_is_read_as_it_was_written(tmp_path, encode):
     folder = write(tmp_path / "muge", encode=encode)
-    found = open_benchmark(folder)
-    assert (found.name, found.kind, found.split) == ("muge/valid", "chinese-clip", "valid")
-    assert found.image_ids == list(IMAGES)
+    found = opened(folder)
+    assert (found.kind, found.split) == ("chinese-clip", "valid")
+    assert found.image_names == list(IMAGES)
     assert list(found.images) == list(IMAGES.values())
     assert found.images[1:3] == list(IMAGES.values())[1:3]
-    assert set(found.captions) == {"zh"}
-    assert found.captions["zh"].texts == [ZH[0], ZH[1], ZH[0]]
-    captions = found.captions["zh"]
-    assert captions.pairs.tolist() == [[0, 1], [1, 0], [1, 2], [2, 3]]
-    assert len(correct_pairs(captions.texts, captions.pairs, "by string")) == 6
-    assert found.findings.duplicate_captions == 1
-    assert found.findings.images_without_caption == 0
-    assert found.files == (folder / "valid_texts.jsonl", folder / "valid_imgs.tsv")
+    assert set(found.texts) == {"zh"}
+    assert found.texts["zh"].texts == [ZH[0], ZH[1], ZH[0]]
+    captions = found.texts["zh"]
+    assert captions.matches.tolist() == [[0, 1], [1, 0], [1, 2], [2, 3]]
+    assert len(opened(folder, duplicates="by string").texts["zh"].matches) == 6
+    assert found.findings.get("duplicate_captions", 0) == 1
+    assert found.findings.get("images_without_caption", 0) == 0
 
 
 def test_an_lmdb_holds_the_same(tmp_path):
     folder = write(tmp_path / "muge")
-    from_lines = open_benchmark(folder)
+    from_lines = opened(folder)
     build_lmdb(folder)
     (folder / "valid_imgs.tsv").unlink()
-    found = open_benchmark(folder)
-    assert dict(zip(found.image_ids, found.images, strict=True)) == IMAGES
-    for text, place in found.captions["zh"].pairs.tolist():
-        assert int(found.image_ids[place]) in TEXTS[text]["image_ids"]
-    assert found.captions["zh"].texts == from_lines.captions["zh"].texts
-    assert found.files[1] == folder / "lmdb" / "valid" / "imgs" / "data.mdb"
+    found = opened(folder)
+    assert dict(zip(found.image_names, found.images, strict=True)) == IMAGES
+    for text, place in found.texts["zh"].matches.tolist():
+        assert int(found.image_names[place]) in TEXTS[text]["image_ids"]
+    assert found.texts["zh"].texts == from_lines.texts["zh"].texts
     with multiprocessing.get_context("spawn").Pool(1) as workers:
         assert workers.apply(list, (found.images,)) == list(found.images)
 
@@ -103,9 +100,9 @@ def test_texts_and_images_are_those_of_their_evaluation(tmp_path):
     pictures = [images[number] for number in range(len(images))]
     images.env_imgs.close()
     (folder / "valid_imgs.tsv").unlink()
-    found = open_benchmark(folder)
-    assert [text for _, text in texts] == found.captions["zh"].texts
-    assert [str(name) for name, _ in pictures] == found.image_ids
+    found = opened(folder)
+    assert [text for _, text in texts] == found.texts["zh"].texts
+    assert [str(name) for name, _ in pictures] == found.image_names
     for (_, expected), content in zip(pictures, found.images, strict=True):
         assert torch.equal(images.transform(decode_image(content)), expected)
 
@@ -143,10 +140,10 @@ def test_the_split_is_asked_for_or_clear(tmp_path):
     write(folder, split="train")
     assert refusal_of(folder) == f"{folder} has the splits train, valid; choose one of them"
     assert refusal_of(folder, split="val").endswith("its splits are train, valid")
-    assert open_benchmark(folder, split="train").split == "train"
-    assert open_benchmark(folder / "valid_texts.jsonl").split == "valid"
+    assert opened(folder, split="train").split == "train"
+    assert opened(folder / "valid_texts.jsonl").split == "valid"
     write(folder, split="test")
-    assert open_benchmark(folder).split == "test"
+    assert opened(folder).split == "test"
 
 
 def test_texts_of_another_split_are_refused(tmp_path):
@@ -155,15 +152,15 @@ def test_texts_of_another_split_are_refused(tmp_path):
         folder, allowed_share=0.9
     )
     write(folder, [text | {"image_ids": []} for text in TEXTS])
-    assert "(first: line 1, which names none)" in refusal_of(folder)
+    assert "(first: line 1, which names no image)" in refusal_of(folder)
 
 
 def test_unknown_ids_within_the_share_are_left_out_and_counted(tmp_path):
     texts = [*TEXTS, {"text_id": 1, "text": ZH[3], "image_ids": [902, 77]}]
-    found = open_benchmark(write(tmp_path / "muge", texts), allowed_share=0.25)
-    assert found.findings.unknown_ids == 1
-    assert found.captions["zh"].texts[3] == ZH[3]
-    assert found.captions["zh"].pairs[-1].tolist() == [3, 3]
+    found = opened(write(tmp_path / "muge", texts), allowed_share=0.25)
+    assert found.findings.get("unknown_ids", 0) == 1
+    assert found.texts["zh"].texts[3] == ZH[3]
+    assert found.texts["zh"].matches[-1].tolist() == [3, 3]
 
 
 def test_a_later_image_replaces_one_of_the_same_id_as_in_their_lmdb(tmp_path):
@@ -171,12 +168,12 @@ def test_a_later_image_replaces_one_of_the_same_id_as_in_their_lmdb(tmp_path):
     other = encoded(make_image(9))
     with (folder / "valid_imgs.tsv").open("ab") as file:
         file.write(b"904\t" + base64.b64encode(other) + b"\n")
-    found = open_benchmark(folder)
-    assert found.findings.duplicate_image_ids == 1
+    found = opened(folder)
+    assert found.findings.get("duplicate_image_ids", 0) == 1
     build_lmdb(folder)
     with lmdb.open(str(folder / "lmdb/valid/imgs"), readonly=True, lock=False) as environment:
         theirs = environment.begin().get(b"904")
-    assert found.images[found.image_ids.index("904")] == other == base64.b64decode(theirs)
+    assert found.images[found.image_names.index("904")] == other == base64.b64decode(theirs)
 
 
 @pytest.mark.parametrize("line", [b"no tab here", b"\tabc"])
@@ -190,7 +187,7 @@ def test_a_line_of_images_without_an_id_is_named(tmp_path, line):
 @pytest.mark.parametrize("encode", [lambda b: b"b'" + base64.b64encode(b), lambda b: b"abcde"])
 def test_an_image_that_is_not_base64_is_named_with_its_line(tmp_path, encode):
     folder = write(tmp_path / "muge", encode=encode)
-    listing = list_chinese_clip(Request(path=folder))
+    listing = list_chinese_clip(RetrievalSource(path=folder))
     with pytest.raises(DataError, match=r"valid_imgs.tsv, line 3 is not an image in base64"):
         listing.read(2)
 
@@ -216,7 +213,7 @@ def test_images_are_not_held_in_memory(tmp_path):
     folder = write(tmp_path / "muge", texts, large)
     size = (folder / "valid_imgs.tsv").stat().st_size
     tracemalloc.start()
-    found = open_benchmark(folder)
+    found = opened(folder)
     for content in found.images:
         assert content
     peak = tracemalloc.get_traced_memory()[1]

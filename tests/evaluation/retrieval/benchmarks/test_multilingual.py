@@ -5,8 +5,8 @@ import json
 import pytest
 
 from tests.builders import THINGS, encoded, make_image
+from tests.evaluation.retrieval.benchmarks.opened import opened
 from vlm.errors import DataError
-from vlm.evaluation.retrieval.benchmarks.opening import open_benchmark
 
 ZH = [zh for _, zh in THINGS]
 EN = [en for en, _ in THINGS]
@@ -46,47 +46,47 @@ def xtd10(tmp_path):
 
 
 def test_xm3600_has_its_languages(xm3600):
-    found = open_benchmark(xm3600)
+    found = opened(xm3600)
     assert found.kind == "xm3600"
     assert [path.name for path in found.images] == [f"{number:016x}.jpg" for number in range(3)]
-    assert set(found.captions) == {"en", "zh", "de"}
-    assert found.captions["zh"].texts == ZH[:3]
-    assert found.captions["zh"].pairs.tolist() == [[0, 0], [1, 1], [2, 2]]
-    assert found.captions["en"].texts == [EN[0], EN[3], EN[1], EN[4], EN[2], EN[5]]
-    assert found.captions["en"].pairs.tolist() == [[n, n // 2] for n in range(6)]
-    assert found.findings.captions_listed == 12
-    assert all(captions.turns is None for captions in found.captions.values())  # no translations
+    assert set(found.texts) == {"en", "zh", "de"}
+    assert found.texts["zh"].texts == ZH[:3]
+    assert found.texts["zh"].matches.tolist() == [[0, 0], [1, 1], [2, 2]]
+    assert found.texts["en"].texts == [EN[0], EN[3], EN[1], EN[4], EN[2], EN[5]]
+    assert found.texts["en"].matches.tolist() == [[n, n // 2] for n in range(6)]
+    assert found.findings["captions_listed"] == 12
+    assert not found.translations
 
 
 def test_one_language_can_be_asked_for(xm3600):
-    found = open_benchmark(xm3600 / "captions.jsonl", language="zh")
-    assert set(found.captions) == {"zh"}
-    assert found.findings.captions_listed == 3
-    with pytest.raises(DataError, match="no caption in 'ko'; its languages are de, en, zh"):
-        open_benchmark(xm3600, language="ko")
+    found = opened(xm3600 / "captions.jsonl", languages=["zh"])
+    assert set(found.texts) == {"zh"}
+    with pytest.raises(DataError, match="has captions in en, zh, de; expected ko as well"):
+        opened(xm3600, languages=["ko"])
 
 
 def test_a_line_of_xm3600_without_its_key_is_named(xm3600):
     with (xm3600 / "captions.jsonl").open("a") as file:
         file.write('{"en": {"caption": ["a"]}}')
     with pytest.raises(DataError, match='line 4 has no "image/key"; found en'):
-        open_benchmark(xm3600)
+        opened(xm3600)
 
 
 def test_xtd10_has_one_caption_an_image_and_language(xtd10):
-    found = open_benchmark(xtd10)
+    found = opened(xtd10)
     assert found.kind == "xtd10"
-    assert {code: of.texts for code, of in found.captions.items()} == {
+    assert {code: of.texts for code, of in found.texts.items()} == {
         "en": EN[:3], "zh": ZH[:3], "ja": ["猫がいる", "犬がいる", "木"],
     }  # fmt: skip
-    for captions in found.captions.values():
-        assert captions.pairs.tolist() == [[0, 0], [1, 1], [2, 2]]
-        assert captions.turns.tolist() == [0, 0, 0]
-    assert len(found.files) == 4
+    for captions in found.texts.values():
+        assert captions.matches.tolist() == [[0, 0], [1, 1], [2, 2]]
+    assert set(found.translations) == {("en", "ja"), ("en", "zh")}
+    for translations in found.translations.values():
+        assert translations.tolist() == [[0, 0], [1, 1], [2, 2]]
 
 
 def test_a_language_of_xtd10_with_another_number_of_captions_is_refused(xtd10):
     with (xtd10 / "test_1kcaptions_zh.txt").open("a") as file:
         file.write("一张\n")
     with pytest.raises(DataError, match=r"_zh.txt has 4 captions; expected 3"):
-        open_benchmark(xtd10)
+        opened(xtd10)

@@ -3,8 +3,8 @@
 import pytest
 
 from tests.builders import THINGS, encoded, make_image
+from tests.evaluation.retrieval.benchmarks.opened import opened
 from vlm.errors import DataError
-from vlm.evaluation.retrieval.benchmarks.opening import open_benchmark
 
 ZH = [zh for _, zh in THINGS]
 IDS = [
@@ -34,29 +34,26 @@ def coco(tmp_path):
 
 
 def open_coco(path, coco, **options):
-    return open_benchmark(path, images=coco.parent / "images", **options)
+    return opened(path, images=coco.parent / "images", **options)
 
 
 def test_a_split_of_coco_cn_is_read_as_it_was_written(coco):
     found = open_coco(coco, coco)
     assert (found.kind, found.split) == ("numbered-captions", "test")
-    assert found.image_ids == IDS[:2]
+    assert found.image_names == IDS[:2]
     assert [p.stem for p in found.images] == IDS[:2]
-    assert found.captions["zh"].texts == [ZH[0], ZH[1], ZH[2]]
-    assert found.captions["zh"].pairs.tolist() == [[0, 0], [1, 1], [2, 0]]
-    assert found.findings.notes[0] == "captions of imageid.human-written-caption.txt"
-    assert {path.name for path in found.files} == {
-        "imageid.human-written-caption.txt", "coco-cn_test.txt", "coco-cn_train.txt",
-    }  # fmt: skip
+    assert found.texts["zh"].texts == [ZH[0], ZH[1], ZH[2]]
+    assert found.texts["zh"].matches.tolist() == [[0, 0], [1, 1], [2, 0]]
+    assert found.findings["notes"][0] == "captions of imageid.human-written-caption.txt"
     train = open_coco(coco, coco, split="train")
-    assert train.captions["zh"].texts == [ZH[5]]
-    assert train.findings.images_without_caption == 1
+    assert train.texts["zh"].texts == [ZH[5]]
+    assert train.findings["images_without_caption"] == 1
 
 
 def test_another_protocol_is_asked_for_by_its_file(coco):
     path = write(coco / "imageid.manually-translated-caption.txt", [f"{IDS[1]}#0 {ZH[7]}"])
-    assert open_coco(coco, coco).captions["zh"].texts == [ZH[0], ZH[1], ZH[2]]
-    assert open_coco(path, coco).captions["zh"].texts == [ZH[7]]
+    assert open_coco(coco, coco).texts["zh"].texts == [ZH[0], ZH[1], ZH[2]]
+    assert open_coco(path, coco).texts["zh"].texts == [ZH[7]]
     (coco / "imageid.human-written-caption.txt").rename(coco / "mine.txt")
     with pytest.raises(DataError, match=r"several files of captions: imageid.manual.*, mine.txt"):
         open_coco(coco, coco)
@@ -70,8 +67,8 @@ def test_part_of_speech_tags_are_removed(coco, sign):
         for i, k, t in LINES
     ]
     found = open_coco(write(path, tagged), coco)
-    assert found.captions["zh"].texts == [f"一只{t}，iPad 2" for t in (ZH[0], ZH[1], ZH[2])]
-    assert found.findings.tagged_captions == 3
+    assert found.texts["zh"].texts == [f"一只{t}，iPad 2" for t in (ZH[0], ZH[1], ZH[2])]
+    assert found.findings.get("tagged_captions", 0) == 3
     assert found.cleaning == "line ends removed; part-of-speech tags removed and words joined"
 
 
@@ -80,8 +77,8 @@ def test_texts_with_few_signs_that_look_like_tags_stay(coco):
     texts = ["评分 3:a 的 猫", "一只 猫", "狗 和/n 猫"]
     lines = [f"{i}#{k}\t{t}" for (i, k, _), t in zip([LINES[0], *LINES[2:]], texts, strict=True)]
     found = open_coco(write(path, lines), coco)
-    assert found.captions["zh"].texts == texts
-    assert found.findings.tagged_captions == 0
+    assert found.texts["zh"].texts == texts
+    assert found.findings.get("tagged_captions", 0) == 0
 
 
 def test_flickr30k_cn_keeps_lists_and_texts_in_folders(tmp_path):
@@ -91,10 +88,10 @@ def test_flickr30k_cn_keeps_lists_and_texts_in_folders(tmp_path):
     write(tmp_path / name / "TextData" / f"seg.{name}.caption.txt", lines)
     for number in (1007, 1009):
         (tmp_path / f"{number}.jpg").write_bytes(encoded(make_image(number), "JPEG"))
-    found = open_benchmark(tmp_path / name, images=tmp_path)
-    assert found.image_ids == ["1007", "1009"]
-    assert found.captions["zh"].texts == ["小狗。", "猫", "绿茶"]
-    assert found.captions["zh"].pairs.tolist() == [[0, 1], [1, 0], [2, 0]]
+    found = opened(tmp_path / name, images=tmp_path)
+    assert found.image_names == ["1007", "1009"]
+    assert found.texts["zh"].texts == ["小狗。", "猫", "绿茶"]
+    assert found.texts["zh"].matches.tolist() == [[0, 1], [1, 0], [2, 0]]
 
 
 def test_a_file_without_lists_has_the_images_that_it_names(tmp_path):
@@ -102,11 +99,11 @@ def test_a_file_without_lists_has_the_images_that_it_names(tmp_path):
     path = write(tmp_path / "test" / "flickr30k_cn_test.txt", lines)
     for number in (6, 7):
         (tmp_path / f"{number}.jpg").write_bytes(encoded(make_image(number), "JPEG"))
-    found = open_benchmark(path, images=tmp_path)
-    assert found.image_ids == ["7.jpg", "6.jpg"]
-    assert found.captions["zh"].texts == ZH[:4]
+    found = opened(path, images=tmp_path)
+    assert found.image_names == ["7.jpg", "6.jpg"]
+    assert found.texts["zh"].texts == ZH[:4]
     with pytest.raises(DataError, match="no split 'val'; it has no splits"):
-        open_benchmark(path, images=tmp_path, split="val")
+        opened(path, images=tmp_path, split="val")
 
 
 def test_captions_that_no_list_names_are_refused(coco):
@@ -123,8 +120,8 @@ def test_lists_of_other_images_are_noted(coco):
     with pytest.raises(DataError, match="no split 'test'"):
         open_coco(coco, coco, split="test")
     found = open_coco(coco, coco)
-    assert len(found.image_ids) == 3
-    assert "coco-cn_test.txt, coco-cn_train.txt name none of them" in found.findings.notes[0]
+    assert len(found.image_names) == 3
+    assert "coco-cn_test.txt, coco-cn_train.txt name none of them" in found.findings["notes"][0]
 
 
 def test_a_line_that_is_no_caption_is_named(coco):

@@ -1,44 +1,48 @@
-"""JSON files that name image files: M2-Encoder's lines, Karpathy's splits of COCO and Flickr30k.
+"""Text files that name images: of M2-Encoder, Karpathy, XM3600 and XTD10.
 
-M2-Encoder's files have an object a line, `{"image": path, "caption": [text, ...]}`; Karpathy's
-are one object whose `images` have `filename`, `split` and `sentences`.
+M2-Encoder's have an object a line, `{"image": path, "caption": [text, ...]}`. Karpathy's splits of
+COCO and Flickr30k are one object whose `images` have `filename`, `split` and `sentences`. XM3600
+and XTD10 have captions in many languages.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
+from vlm.data.records import decoded, first_object, lines_of, object_in, objects_of, texts_in
 from vlm.errors import DataError
-from vlm.evaluation.retrieval.benchmarks.assembling import Listing, Request, Row, listing_of_files
-from vlm.evaluation.retrieval.benchmarks.images import ImageFolder
-from vlm.evaluation.retrieval.benchmarks.lines import (
+from vlm.evaluation.config import RetrievalSource
+from vlm.evaluation.retrieval.benchmarks.assembling import (
+    Listing,
+    Row,
     choose_split,
-    first_record,
-    parse_object,
-    records_of,
-    texts_in,
-)  # fmt: skip
+    listing_of_files,
+)
+from vlm.evaluation.retrieval.benchmarks.images import ImageFolder
+from vlm.files import lines_in
 
 _HEAD = 1 << 14
+_XM3600, _XM3600_KEY = "captions.jsonl", "image/key"
+_XTD_NAMES, _XTD_CAPTIONS = "test_image_names.txt", "test_1kcaptions_"
+_XTD_CODES = {"jp": "ja"}
 
 
 def is_m2_encoder(path: Path) -> bool:
     """Say whether a path is a file of lines with an image and its captions."""
-    return path.is_file() and {"image", "caption"} <= first_record(path).keys()
+    return path.is_file() and {"image", "caption"} <= first_object(path).keys()
 
 
-def list_m2_encoder(request: Request) -> Listing:
+def list_m2_encoder(source: RetrievalSource) -> Listing:
     """List the images and captions; an image on two lines has the captions of both."""
-    choose_split((), request.split, request.path)
+    choose_split((), source.split, source.path)
     names, rows = [], []
-    for number, record in records_of(request.path):
-        place = f"{request.path}, line {number}"
+    for place, record in objects_of(source.path):
+        where = f"{source.path}, {place}"
         name = record.get("image")
         if not isinstance(name, str) or "caption" not in record:
-            raise DataError(f'{place} has no "image" with a "caption"; found {", ".join(record)}')
+            raise DataError(f'{where} has no "image" with a "caption"; found {", ".join(record)}')
         names.append(name)
-        rows += [Row(text, (name,), number) for text in texts_in(record["caption"], place)]
-    folder = ImageFolder(request.images, request.path.parent)
-    return listing_of_files(names, folder, rows=rows, files=(request.path,))
+        rows += [Row(text, (name,), place) for text in texts_in(record["caption"], where)]
+    return listing_of_files(names, ImageFolder(source.images, source.path.parent), rows=rows)
 
 
 def is_karpathy(path: Path) -> bool:
@@ -46,23 +50,22 @@ def is_karpathy(path: Path) -> bool:
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        head = file.read(_HEAD)
+        head = file.read(_HEAD).removeprefix(b"\xef\xbb\xbf")
     return head.lstrip()[:1] == b"{" and b'"images"' in head and b'"sentences"' in head
 
 
-def list_karpathy(request: Request) -> Listing:
+def list_karpathy(source: RetrievalSource) -> Listing:
     """List the images of a split; what Karpathy calls `restval` is part of `train`."""
-    path = request.path
-    record = parse_object(path.read_text(encoding="utf-8"), str(path))
+    path = source.path
+    record = object_in(decoded(path.read_bytes(), str(path)), str(path))
     images = list(_karpathy_images(record, path))
-    split = choose_split((of for _, of, _ in images), request.split, path)
+    split = choose_split((of for _, of, _ in images), source.split, path)
     names, rows = [], []
     for number, (name, of, texts) in enumerate(images, start=1):
         if of == split:
             names.append(name)
-            rows += [Row(text, (name,), number) for text in texts]
-    folder = ImageFolder(request.images, path.parent)
-    return listing_of_files(names, folder, rows=rows, files=(path,), split=split, unit="image")
+            rows += [Row(text, (name,), f"image {number}") for text in texts]
+    return listing_of_files(names, ImageFolder(source.images, path.parent), rows=rows, split=split)
 
 
 def _karpathy_images(record: dict[str, object], path: Path) -> Iterator[tuple[str, str, list[str]]]:
@@ -80,3 +83,61 @@ def _karpathy_images(record: dict[str, object], path: Path) -> Iterator[tuple[st
         raise DataError(
             f'{path} has an image without "filename", "split" or "sentences" with "raw": {error}'
         ) from error
+
+
+def is_xm3600(path: Path) -> bool:
+    """Say whether a path is XM3600's file of captions, or a folder with it."""
+    return _XM3600_KEY in first_object(path / _XM3600 if path.is_dir() else path)
+
+
+def list_xm3600(source: RetrievalSource) -> Listing:
+    """List the images `KEY.jpg` of a folder, or of `images` in it, and captions by language."""
+    choose_split((), source.split, source.path)
+    path = source.path / _XM3600 if source.path.is_dir() else source.path
+    names, rows = [], []
+    for place, record in objects_of(path):
+        name = record.get(_XM3600_KEY)
+        if not isinstance(name, str):
+            raise DataError(f'{path}, {place} has no "{_XM3600_KEY}"; found {", ".join(record)}')
+        names.append(name)
+        for language, value in record.items():
+            if isinstance(value, dict) and "caption" in value:
+                texts = texts_in(value["caption"], f"{path}, {place}, {language!r}")
+                rows += [Row(text, (name,), place, language) for text in texts]
+    # The captions of each language were written in view of the image alone: no translations.
+    return listing_of_files(names, _images(source, path.parent), rows=rows, translated=False)
+
+
+def is_xtd10(path: Path) -> bool:
+    """Say whether a path is a folder with XTD10's list of images and its captions."""
+    return (path / _XTD_NAMES).is_file() and any(path.glob(f"{_XTD_CAPTIONS}*.txt"))
+
+
+def list_xtd10(source: RetrievalSource) -> Listing:
+    """List the images, which are COCO's, and the caption of each in every language there is.
+
+    Raises:
+        DataError: a language has more or fewer captions than there are images.
+    """
+    folder = source.path
+    choose_split((), source.split, folder)
+    names = [line.strip() for _, line in lines_of(folder / _XTD_NAMES) if line.strip()]
+    rows = []
+    for file in sorted(folder.glob(f"{_XTD_CAPTIONS}*.txt")):
+        code = file.stem.removeprefix(_XTD_CAPTIONS)
+        texts = lines_in(decoded(file.read_bytes(), str(file)).rstrip("\r\n"))
+        if len(texts) != len(names):
+            raise DataError(
+                f"{file} has {len(texts)} captions; expected {len(names)}, one for each image of "
+                f"{_XTD_NAMES}"
+            )
+        rows += [
+            Row(text, (name,), f"line {number}", _XTD_CODES.get(code, code))
+            for number, (text, name) in enumerate(zip(texts, names, strict=True), start=1)
+        ]
+    return listing_of_files(names, _images(source, folder), rows=rows)
+
+
+def _images(source: RetrievalSource, folder: Path) -> ImageFolder:
+    inside = folder / "images"
+    return ImageFolder(source.images, inside if inside.is_dir() else folder)

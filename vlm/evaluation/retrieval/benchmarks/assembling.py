@@ -1,8 +1,8 @@
-"""From what a reader found in files to a benchmark: checked, counted, languages and tags told."""
+"""From what a reader found in a benchmark's files to pairs: checked, counted, languages named."""
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -10,28 +10,18 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vlm.data.records import languages_of
 from vlm.errors import DataError
-from vlm.evaluation.retrieval.benchmarks.benchmark import Benchmark, Captions, Findings, check
+from vlm.evaluation.config import RetrievalSource
 from vlm.evaluation.retrieval.benchmarks.images import ImageFiles, ImageFolder, Images
+from vlm.evaluation.retrieval.pairs import RetrievalPairs, Texts, correct_pairs, translations_of
 from vlm.text.words import HAN
 
+_ALLOWED_SHARE = 0.01
 _TAG = re.compile(r"(?<=\S)[:#/][A-Za-z]{1,4}$")
 _TAGGED = 0.9  # of all words; untagged texts have next to none that look so
 _KANA_OR_HANGUL = re.compile("[\u3040-\u30ff\uac00-\ud7af]")
 _LATIN = re.compile("[A-Za-z\u00c0-\u024f]")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
-    """What a user wants of a path."""
-
-    path: Path
-    split: str | None = None
-    images: Path | None = None
-    """The folder with the images; None for the folder of the file."""
-    language: str | None = None
-    """Language of captions that do not say it; where files do, the only one to keep."""
-    allowed_share: float = 0.01
 
 
 class Row(NamedTuple):
@@ -39,12 +29,11 @@ class Row(NamedTuple):
 
     text: str
     image_ids: Sequence[str]
-    line: int
-    """Where it is, counted from 1 in the listing's unit."""
+    """MUGE's captions have several."""
+    place: str
+    """Where it is in the file, such as `line 3`."""
     language: str = ""
-    """Empty where the file does not say."""
-    turns: Mapping[str, int] = {}
-    """By the ids of images, as `Captions` has them; told when all rows are known."""
+    """As the file names it; empty where it does not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,8 +49,6 @@ class Listing:
     """Those of the ids that have no image."""
     looked_in: Path | None = None
     rows: Sequence[Row]
-    unit: str = "line"
-    files: tuple[Path, ...]
     notes: Sequence[str] = ()
     translated: bool = True
     """Whether the n-th captions of an image in two languages say the same."""
@@ -72,9 +59,7 @@ def listing_of_files(
     folder: ImageFolder,
     *,
     rows: Sequence[Row],
-    files: tuple[Path, ...],
     split: str = "",
-    unit: str = "line",
     notes: Sequence[str] = (),
     translated: bool = True,
 ) -> Listing:
@@ -85,64 +70,166 @@ def listing_of_files(
     known = tuple(path or folder.folder for path in paths)  # what is missing is never read
     return Listing(
         split=split, image_ids=names, read=ImageFiles(known), missing=missing,
-        looked_in=folder.folder, rows=rows, unit=unit, files=files, notes=notes,
-        translated=translated,
+        looked_in=folder.folder, rows=rows, notes=notes, translated=translated,
     )  # fmt: skip
 
 
-def assemble(listing: Listing, request: Request, *, kind: str) -> Benchmark:
-    """Make the benchmark.
+def choose_split(splits: Iterable[str], asked: str | None, path: Path) -> str:
+    """Return the split to read: the one asked for, else the only one, else `test`.
 
     Raises:
-        DataError: more is wrong than the request allows, nothing is left, or a language is
-            neither told nor recognised.
+        DataError: there is no such split, or none is asked for and it is not clear which.
     """
-    source = f"{request.path}{f' ({listing.split})' if listing.split else ''}"
-    positions = {name: position for position, name in enumerate(listing.image_ids)}
-    kept = [name for name in positions if name not in listing.missing]
-    counts: Counter[str] = Counter(
-        duplicate_image_ids=len(listing.image_ids) - len(positions),
-        missing_images=len(positions.keys() & listing.missing),
-    )
-    examples = {}
-    if counts["missing_images"]:
-        first = next(name for name in positions if name in listing.missing)
-        examples["missing_images"] = f"{first!r} in {listing.looked_in}"
-    rows, notes = _with_languages(_cleaned(listing.rows, counts), request)
-    usable = _usable(_with_turns(rows), positions, listing, counts, examples)
-    captions = _by_language(
-        usable,
-        {name: place for place, name in enumerate(kept)},
-        counts,
-        translated=listing.translated,
-    )
-    described = {image for of_one in captions.values() for image in of_one.pairs[:, 1].tolist()}
-    findings = Findings(
-        images_listed=len(positions),
-        captions_listed=len(rows),
-        images_without_caption=len(kept) - len(described),
-        examples=examples,
-        notes=(*listing.notes, *notes),
-        **counts,
-    )
-    check(findings, source=source, allowed_share=request.allowed_share)
-    if not captions:
-        raise DataError(f"{source} has no caption with an image; expected at least one")
-    return Benchmark(
-        name=f"{request.path.resolve().name}{f'/{listing.split}' if listing.split else ''}",
+    known = sorted(set(splits))
+    if asked is None:
+        if len(known) < 2:
+            return known[0] if known else ""
+        if "test" in known:
+            return "test"
+        raise DataError(f"{path} has the splits {', '.join(known)}; choose one of them")
+    if asked not in known:
+        has = f"its splits are {', '.join(known)}" if known else "it has no splits, so leave it out"
+        raise DataError(f"{path} has no split {asked!r}; {has}")
+    return asked
+
+
+def assemble(listing: Listing, source: RetrievalSource, *, kind: str) -> RetrievalPairs:
+    """Make the pairs: leave out what is empty or has no image, and count it.
+
+    Raises:
+        DataError: more is wrong than the source allows, nothing is left, a language is neither
+            named nor recognised, or one that is asked for has no captions.
+    """
+    name = f"{source.path}{f' ({listing.split})' if listing.split else ''}"
+    # Of images with one id the last counts, as in an LMDB.
+    positions = {each: position for position, each in enumerate(listing.image_ids)}
+    kept = [each for each in positions if each not in listing.missing]
+    places = {each: place for place, each in enumerate(kept)}
+    cleaned = _texts_without_tags(listing.rows)
+    languages, notes = _languages(listing.rows, cleaned, source)
+    texts: dict[str, list[str]] = {}
+    pairs: dict[str, list[tuple[int, int, int]]] = {}
+    turns: Counter[tuple[str, str]] = Counter()
+    empty, unknown = [], []
+    for row, text, language in zip(listing.rows, cleaned, languages, strict=True):
+        ids = dict.fromkeys(row.image_ids)
+        # Captions that are left out take their turn too: the n-th stays the n-th.
+        turn = {each: turns[language, each] for each in ids}
+        turns.update((language, each) for each in ids)
+        if not text.strip():
+            empty.append(row.place)
+            continue
+        strangers = [each for each in ids if each not in positions]
+        if strangers or not ids:
+            found = repr(strangers[0]) if strangers else "which names no image"
+            unknown.append(f"{row.place}, {found}")
+        if known := [each for each in ids if each in places]:
+            own = texts.setdefault(language, [])
+            rows = pairs.setdefault(language, [])
+            rows += [(len(own), places[each], turn[each]) for each in known]
+            own.append(text)
+    missing = [f"{each!r} in {listing.looked_in}" for each in positions if each in listing.missing]
+    faults = {"missing_images": missing, "unknown_ids": unknown, "empty_captions": empty}
+    _check(faults, images=len(positions), captions=len(listing.rows), source=source, name=name)
+    if not texts:
+        raise DataError(f"{name} has no caption with an image; expected at least one")
+    if absent := [each for each in source.languages or () if each not in texts]:
+        raise DataError(
+            f"{name} has captions in {', '.join(texts)}; expected {', '.join(absent)} as well"
+        )
+    tagged = sum(row.text != text for row, text in zip(listing.rows, cleaned, strict=True))
+    described = {image for of_one in pairs.values() for _, image, _ in of_one}
+    findings = {
+        "images_listed": len(positions),
+        "captions_listed": len(listing.rows),
+        **{fault: len(cases) for fault, cases in faults.items()},
+        "duplicate_captions": sum(len(own) - len(set(own)) for own in texts.values()),
+        "duplicate_image_ids": len(listing.image_ids) - len(positions),
+        "tagged_captions": tagged,
+        "images_without_caption": len(kept) - len(described),
+        "examples": {fault: cases[0] for fault, cases in faults.items() if cases},
+        "notes": (*listing.notes, *notes),
+    }
+    asked = [each for each in texts if not source.languages or each in source.languages]
+    columns = {each: np.array(pairs[each], np.int64).reshape(-1, 3) for each in asked}
+    return RetrievalPairs(
+        images=Images(listing.read, np.array([positions[each] for each in kept], np.int64)),
+        image_names=kept,
+        texts={
+            each: Texts(
+                texts=[_lowered(text) for text in texts[each]]
+                if source.lower_case
+                else texts[each],
+                matches=correct_pairs(
+                    texts[each], columns[each][:, :2], source.duplicates or "by id"
+                ),
+            )
+            for each in asked
+        },
+        duplicates=source.duplicates or "by id",
+        cleaning="line ends removed"
+        + ("; part-of-speech tags removed and words joined" if tagged else "")
+        + ("; lower case, plain quotation marks" if source.lower_case else ""),
         kind=kind,
         split=listing.split,
-        images=Images(listing.read, np.array([positions[name] for name in kept], np.int64)),
-        image_ids=kept,
-        captions=captions,
-        findings=findings,
-        files=listing.files,
-        cleaning="line ends removed"
-        + "; part-of-speech tags removed and words joined" * bool(counts["tagged_captions"]),
+        findings={key: value for key, value in findings.items() if value},
+        translations=translations_of(columns) if listing.translated else {},
     )
 
 
-def language_of(texts: Iterable[str], name: str) -> tuple[str, str]:
+def _check(
+    faults: Mapping[str, Sequence[str]],
+    *,
+    images: int,
+    captions: int,
+    source: RetrievalSource,
+    name: str,
+) -> None:
+    """Refuse a benchmark of which too much is missing; duplicates are only reported."""
+    allowed = _ALLOWED_SHARE if source.allowed_share is None else source.allowed_share
+    totals = {"missing_images": images, "unknown_ids": captions, "empty_captions": captions}
+    words = {
+        "missing_images": "images are not on the disk",
+        "unknown_ids": "captions name an image that is not listed",
+        "empty_captions": "captions are empty",
+    }
+    beyond = [
+        f"{len(cases)} of {totals[fault]} {words[fault]} (first: {cases[0]})"
+        for fault, cases in faults.items()
+        if len(cases) > allowed * totals[fault]
+    ]
+    if beyond:
+        raise DataError(f"{name}: {'; '.join(beyond)}; exceeds allowed_share {allowed:.1%}")
+
+
+def _lowered(text: str) -> str:
+    return text.lower().replace("“", '"').replace("”", '"')
+
+
+# Languages.
+
+
+def _languages(
+    rows: Sequence[Row], texts: Sequence[str], source: RetrievalSource
+) -> tuple[list[str], list[str]]:
+    """Return the language of each row, and what is worth knowing of it."""
+    named = languages_of({row.language for row in rows if row.language})
+    unnamed = [text for row, text in zip(rows, texts, strict=True) if not row.language]
+    if not unnamed:
+        if source.language and rows:
+            raise DataError(
+                f"{source.path} names the languages of all its captions: {', '.join(named)}; "
+                f"expected no language, found {source.language!r}"
+            )
+        return [named[row.language] for row in rows], []
+    language, notes = source.language, []
+    if not language:
+        language, note = recognised_language(unnamed, str(source.path.name))
+        notes = [note]
+    return [named[row.language] if row.language else language for row in rows], notes
+
+
+def recognised_language(texts: Iterable[str], name: str) -> tuple[str, str]:
     """Return `zh` or `en` by the letters that texts are written in, and a note that says so.
 
     Raises:
@@ -157,97 +244,24 @@ def language_of(texts: Iterable[str], name: str) -> tuple[str, str]:
         return "zh", f"{note}; taken for Chinese"
     if latin >= 0.8 * letters:
         return "en", f"{note}; taken for English"
-    raise DataError(f"{note}, which is clearly neither zh nor en; give the language (--language)")
+    raise DataError(
+        f"{note}, which is clearly neither zh nor en; give the language of its captions: "
+        "--language LANGUAGE, or language in a file of --config"
+    )
 
 
-def _cleaned(rows: Sequence[Row], counts: Counter[str]) -> Sequence[Row]:
-    """Remove tags, language by language, before a language is told by the letters."""
-    cleaned = list(rows)
-    by_language: dict[str, list[int]] = {}
-    for place, row in enumerate(rows):
-        by_language.setdefault(row.language, []).append(place)
-    for places in by_language.values():
-        texts = without_tags([rows[place].text for place in places])
-        for place, text in zip(places, texts, strict=True):
-            if text != rows[place].text:
-                cleaned[place] = rows[place]._replace(text=text)
-                counts["tagged_captions"] += 1
-    return cleaned
+# Part-of-speech tags.
 
 
-def _with_languages(rows: Sequence[Row], request: Request) -> tuple[Sequence[Row], Sequence[str]]:
-    """Tell untold languages, and keep the one that is asked for if there is one."""
-    notes: list[str] = []
-    asked = request.language
-    if any(not row.language for row in rows):
-        untold = (row.text for row in rows if not row.language)
-        if asked is None:
-            asked_or_found, note = language_of(untold, request.path.name)
-            notes.append(note)
-        else:
-            asked_or_found = asked
-        rows = [row if row.language else row._replace(language=asked_or_found) for row in rows]
-    kept = [row for row in rows if asked in (None, row.language)]
-    if rows and not kept:
-        known = ", ".join(sorted({row.language for row in rows}))
-        raise DataError(f"{request.path} has no caption in {asked!r}; its languages are {known}")
-    return kept, notes
-
-
-def _with_turns(rows: Iterable[Row]) -> Iterator[Row]:
-    """Count the captions of each image and language, before any is left out."""
-    seen: Counter[tuple[str, str]] = Counter()
-    for row in rows:
-        turns = {name: seen[row.language, name] for name in row.image_ids}
-        seen.update((row.language, name) for name in turns)
-        yield row._replace(turns=turns)
-
-
-def _usable(
-    rows: Iterable[Row],
-    positions: Mapping[str, int],
-    listing: Listing,
-    counts: Counter[str],
-    examples: dict[str, str],
-) -> list[Row]:
-    """Leave out what is empty or has no image, and count it."""
-    usable = []
-    for row in rows:
-        place = f"{listing.unit} {row.line}"
-        if not row.text.strip():
-            counts["empty_captions"] += 1
-            examples.setdefault("empty_captions", place)
-            continue
-        unknown = [name for name in row.image_ids if name not in positions]
-        if unknown or not row.image_ids:
-            counts["unknown_ids"] += 1
-            named = f"{place}, {unknown[0]!r}" if unknown else f"{place}, which names none"
-            examples.setdefault("unknown_ids", named)
-        known = [
-            name for name in row.image_ids if name in positions and name not in listing.missing
-        ]
-        if known:
-            usable.append(row._replace(image_ids=known))
-    return usable
-
-
-def _by_language(
-    rows: Sequence[Row], places: Mapping[str, int], counts: Counter[str], *, translated: bool
-) -> dict[str, Captions]:
-    of_language: dict[str, tuple[list[str], list[tuple[int, int, int]]]] = {}
-    for row in rows:
-        own, found = of_language.setdefault(row.language, ([], []))
-        names = dict.fromkeys(row.image_ids)
-        found += [(len(own), places[name], row.turns[name]) for name in names]
-        own.append(row.text)
-    captions = {}
-    for language, (own, found) in of_language.items():
-        counts["duplicate_captions"] += len(own) - len(set(own))
-        columns = np.array(found, dtype=np.int64).reshape(-1, 3)
-        captions[language] = Captions(
-            texts=own, pairs=columns[:, :2], turns=columns[:, 2] if translated else None
-        )
-    return captions
+def _texts_without_tags(rows: Sequence[Row]) -> list[str]:
+    """Remove tags, language by language, before a language is recognised by the letters."""
+    texts = [row.text for row in rows]
+    for language in {row.language for row in rows}:
+        places = [place for place, row in enumerate(rows) if row.language == language]
+        cleaned = without_tags([texts[place] for place in places])
+        for place, text in zip(places, cleaned, strict=True):
+            texts[place] = text
+    return texts
 
 
 def without_tags(texts: Sequence[str]) -> list[str]:

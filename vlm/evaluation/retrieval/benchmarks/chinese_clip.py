@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
+from vlm.data.records import first_object, objects_of, whole_characters
 from vlm.errors import DataError
-from vlm.evaluation.retrieval.benchmarks.assembling import Listing, Request, Row
+from vlm.evaluation.config import RetrievalSource
+from vlm.evaluation.retrieval.benchmarks.assembling import Listing, Row, choose_split
 from vlm.evaluation.retrieval.benchmarks.images import EncodedLines, LmdbValues, open_lmdb
-from vlm.evaluation.retrieval.benchmarks.lines import choose_split, first_record, records_of
 
 _TEXTS, _IMAGES = "_texts.jsonl", "_imgs.tsv"
 _COUNT = "num_images"
@@ -18,17 +19,17 @@ def is_chinese_clip(path: Path) -> bool:
     """Say whether a path is such a folder, or a text file of one."""
     if path.is_dir():
         return any(path.glob(f"*{_TEXTS}")) or any(path.glob("lmdb/*/pairs"))
-    return {"text_id", "image_ids"} <= first_record(path).keys()
+    return {"text_id", "image_ids"} <= first_object(path).keys()
 
 
-def list_chinese_clip(request: Request) -> Listing:
+def list_chinese_clip(source: RetrievalSource) -> Listing:
     """List the images and texts of a split.
 
     Raises:
         DataError: a file is missing or damaged.
     """
-    folder = request.path
-    asked = request.split
+    folder = source.path
+    asked = source.split
     if not folder.is_dir():
         asked = asked or folder.name.removesuffix(_TEXTS)
         folder = folder.parent
@@ -39,34 +40,32 @@ def list_chinese_clip(request: Request) -> Listing:
             f"can run code; put the SPLIT{_TEXTS} that they were made of beside it"
         )
     split = choose_split(splits, asked, folder)
-    texts = folder / f"{split}{_TEXTS}"
-    ids, read, images = _images_of(folder, split)
-    return Listing(
-        split=split, image_ids=ids, read=read, rows=list(_rows_of(texts)), files=(texts, images)
-    )
+    ids, read = _images_of(folder, split)
+    rows = list(_rows_of(folder / f"{split}{_TEXTS}"))
+    return Listing(split=split, image_ids=ids, read=read, rows=rows)
 
 
 def _rows_of(path: Path) -> Iterator[Row]:
-    for number, record in records_of(path):
+    for place, record in objects_of(path):
         text, images = record.get("text"), record.get("image_ids")
         if not isinstance(text, str | int | float) or not isinstance(images, list):
             raise DataError(
-                f'{path}, line {number} has no "text" with a list of "image_ids"; found the keys '
+                f'{path}, {place} has no "text" with a list of "image_ids"; found the keys '
                 f"{', '.join(record)}"
             )
-        yield Row(str(text).strip("\r\n"), [str(image) for image in images], number)
+        text = whole_characters(str(text), f"{path}, {place}").strip("\r\n")
+        yield Row(text, [str(image) for image in images], place)
 
 
-def _images_of(folder: Path, split: str) -> tuple[list[str], Callable[[int], bytes], Path]:
-    """Return ids, what reads the image at a position, and the file."""
+def _images_of(folder: Path, split: str) -> tuple[list[str], Callable[[int], bytes]]:
+    """Return ids, and what reads the image at a position."""
     path = folder / f"{split}{_IMAGES}"
     if path.is_file():
-        ids, reader = _scan(path)
-        return ids, reader, path
+        return _scan(path)
     for store in (folder / "lmdb" / split / "imgs", folder / split / "imgs"):
         if store.is_dir():
             keys = _keys_of(store)
-            return keys, LmdbValues(store, keys), store / "data.mdb"
+            return keys, LmdbValues(store, keys)
     raise DataError(f"{folder} has no images of {split!r}: expected {path.name} or lmdb/{split}")
 
 

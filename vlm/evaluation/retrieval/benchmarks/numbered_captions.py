@@ -8,10 +8,16 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from vlm.data.records import first_line, lines_of
 from vlm.errors import DataError
-from vlm.evaluation.retrieval.benchmarks.assembling import Listing, Request, Row, listing_of_files
+from vlm.evaluation.config import RetrievalSource
+from vlm.evaluation.retrieval.benchmarks.assembling import (
+    Listing,
+    Row,
+    choose_split,
+    listing_of_files,
+)
 from vlm.evaluation.retrieval.benchmarks.images import ImageFolder
-from vlm.evaluation.retrieval.benchmarks.lines import choose_split, first_line, lines_of
 
 _LINE = re.compile(r"([^\s#]+)#(?:[^\s#]+#)?\d+(?:[\t ](.*))?", re.DOTALL)
 _ID = re.compile(r"[^\s#]+")
@@ -24,30 +30,29 @@ def is_numbered_captions(path: Path) -> bool:
     return bool(_caption_files(path))
 
 
-def list_numbered_captions(request: Request) -> Listing:
+def list_numbered_captions(source: RetrievalSource) -> Listing:
     """List the images of a split, or all that the captions name where there is no list of ids.
 
     Raises:
         DataError: the folder has several files of captions, or a line is none.
     """
-    path = _choose(_caption_files(request.path), request.path)
+    path = _choose(_caption_files(source.path), source.path)
     rows = list(_rows_of(path))
-    folder = ImageFolder(request.images, path.parent)
+    folder = ImageFolder(source.images, path.parent)
     named = dict.fromkeys(name for row in rows for name in row.image_ids)
     beside = _lists_beside(path)
     lists = {of: found for of, found in beside.items() if not named.keys().isdisjoint(found[1])}
-    split = choose_split(lists, request.split, request.path)
+    split = choose_split(lists, source.split, source.path)
     if not lists:
         strange = ", ".join(file.name for file, _ in beside.values())
         notes = (f"all images of {path.name}; {strange} name none of them",) if strange else ()
-        return listing_of_files(named, folder, rows=rows, files=(path,), notes=notes)
+        return listing_of_files(named, folder, rows=rows, notes=notes)
     of_split = lists[split][1]
     others = {name for _, names in lists.values() for name in names}.difference(of_split)
     return listing_of_files(
         of_split,
         folder,
         rows=[row for row in rows if row.image_ids[0] not in others],
-        files=(path, *(file for file, _ in lists.values())),
         split=split,
         notes=(f"captions of {path.name}",),
     )
@@ -71,14 +76,16 @@ def _choose(files: Sequence[Path], path: Path) -> Path:
 
 
 def _rows_of(path: Path) -> Iterator[Row]:
-    for number, line in lines_of(path):
+    for place, line in lines_of(path):
+        if not line.strip():
+            continue
         parts = _LINE.fullmatch(line)
         if parts is None:
             raise DataError(
-                f"{path}, line {number} is {line[:40]!r}; expected IMAGE#NUMBER, a tab or a "
+                f"{path}, {place} is {line[:40]!r}; expected IMAGE#NUMBER, a tab or a "
                 "space, and a caption"
             )
-        yield Row(parts[2] or "", (parts[1],), number)
+        yield Row(parts[2] or "", (parts[1],), place)
 
 
 def _lists_beside(captions: Path) -> dict[str, tuple[Path, list[str]]]:
@@ -91,7 +98,7 @@ def _lists_beside(captions: Path) -> dict[str, tuple[Path, list[str]]]:
     for part in _LIST_FOLDERS:
         for file in sorted((folder / part).glob("*.txt")):
             if file != captions and _ID.fullmatch(first_line(file).strip()):
-                names = [line.strip() for _, line in lines_of(file)]
+                names = [line.strip() for _, line in lines_of(file) if line.strip()]
                 if all(map(_ID.fullmatch, names)):
                     lists[re.split("[-_]", file.stem)[-1]] = (file, names)
     return lists

@@ -1,4 +1,4 @@
-"""Rows of every rank of a group side by side, and sums over ranks, with their gradients."""
+"""Gathered rows and sums over the ranks of a group, with their gradients."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +15,10 @@ from vlm.distributed.groups import RankGroup
 def gather_numbers(
     numbers: Sequence[int], group: RankGroup, device: torch.device
 ) -> list[list[int]]:
-    """Return the integers that every rank of the group brings, in rank order."""
+    """Return every rank's integers in rank order; as many from each."""
     if group.size == 1:
         return [list(numbers)]
+    # On the device, because NCCL sends nothing else; tolist() waits for it and for all ranks.
     own = torch.tensor(list(numbers), dtype=torch.int64, device=device)
     gathered = own.new_empty(group.size, len(numbers))
     dist.all_gather_single(gathered, own[None], group=group.process_group)
@@ -28,15 +29,10 @@ def gather_numbers(
 def gather_rows(
     rows: Shaped[Tensor, "local ..."], group: RankGroup, sizes: Sequence[int]
 ) -> Shaped[Tensor, "gathered ..."]:
-    """Concatenate the rows of every rank of the group, in rank order, without a gradient.
-
-    Args:
-        rows: This rank's.
-        group: The ranks to gather from.
-        sizes: How many rows each of them brings.
-    """
+    """Concatenate the rows of every rank, `sizes` of them, in rank order, without a gradient."""
     if group.size == 1 or max(sizes) == 0:
         return rows
+    # One buffer of the longest from each: a single collective takes equal sizes only.
     gathered = rows.new_empty(group.size * max(sizes), *rows.shape[1:])
     dist.all_gather_single(gathered, _padded(rows, sizes), group=group.process_group)
     return _trimmed(gathered, sizes)
@@ -55,13 +51,14 @@ class SentRows:
     transfer: "_Transfer"
 
     def receive(self) -> Float[Tensor, "gathered dim"]:
-        """Return the rows of every rank, in rank order.
+        """Wait for the rows of every rank, in rank order.
 
         The gradient of a row is the sum of its gradients on all ranks of the group: the loss of
         each rank depends on every gathered row. Where the rows need no gradient, nothing is sent
         in the backward pass.
         """
         if not self.transfer.travels:
+            # Rounded as if it travelled, so that a group of one learns the same.
             return self.own.to(self.transfer.wire_dtype).to(self.transfer.dtype)
         received: Tensor = _Receive.apply(self.own, self.transfer)
         return received
@@ -77,12 +74,12 @@ def send_rows(
     gradient_wire_dtype: torch.dtype,
     overlap: bool = True,
 ) -> SentRows:
-    """Start to send this rank's rows to every rank of the group.
+    """Start to send this rank's rows to every rank of the group, each of which must call this.
 
     Args:
         rows: This rank's.
-        group: The ranks to exchange rows with; each must call this.
-        sizes: How many rows each of them brings.
+        group: The ranks to exchange rows with.
+        sizes: How many rows each of them has.
         dtype: In which the rows are received.
         wire_dtype: To which the rows are rounded, whether or not they travel.
         gradient_wire_dtype: To which gradients are rounded before they travel.
@@ -113,8 +110,8 @@ class _Transfer:
         return self.group.size > 1 and max(self.sizes) > 0
 
     def start(self, work: dist.Work | None, arriving: Tensor, leaving: Tensor) -> None:
-        # Both tensors must stay alive until the exchange is over.
         assert work is not None  # as it is for a member of the group
+        # The communicator reads and writes both until the exchange is over: keep them alive.
         self.work, self.arriving, self.leaving = work, arriving, leaving
         if not self.overlap:
             work.wait()
@@ -122,6 +119,7 @@ class _Transfer:
     def finish(self) -> Tensor:
         assert self.work is not None
         assert self.arriving is not None
+        # On CUDA only the current stream waits, not the host.
         self.work.wait()
         arrived = self.arriving
         self.work = self.arriving = self.leaving = None
@@ -139,6 +137,7 @@ class _Send(torch.autograd.Function):
         arriving = leaving.new_empty(group.size * len(leaving), *rows.shape[1:])
         work = dist.all_gather_single(arriving, leaving, group=group.process_group, async_op=True)
         transfer.start(work, arriving, leaving)
+        # The rows are unchanged; the view gives autograd a node whose backward pass waits.
         return rows.view_as(rows)
 
     @staticmethod
@@ -164,6 +163,7 @@ class _Receive(torch.autograd.Function):
         group = transfer.group
         leaving = gradients[0].to(transfer.gradient_wire_dtype).contiguous()
         if len(set(transfer.sizes)) > 1:
+            # Uneven rows are padded once more: the parts of a reduce-scatter are of one size.
             parts = torch.split(leaving, list(transfer.sizes))
             leaving = torch.cat([_padded(part, transfer.sizes) for part in parts])
         arriving = leaving.new_empty(max(transfer.sizes), *shape[1:])
@@ -171,12 +171,13 @@ class _Receive(torch.autograd.Function):
             arriving, leaving, group=group.process_group, async_op=True
         )
         transfer.start(work, arriving, leaving)
-        # The gradient itself is still on its way, and autograd wants something of its shape.
+        # The gradient itself is still on its way, and autograd wants something of its shape: one
+        # zero, expanded, costs no memory. _Send.backward puts what arrived in its place.
         return gradients[0].new_zeros((), dtype=dtype).expand(shape), None
 
 
 def _padded(rows: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Lengthen the rows by zeros to the most that any rank brings."""
+    """Append zeros up to the longest rank's rows."""
     missing = max(sizes) - len(rows)
     if missing:
         rows = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
@@ -184,7 +185,7 @@ def _padded(rows: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def _trimmed(gathered: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Take the padding out again."""
+    """Cut the padding off again."""
     longest = max(sizes)
     if min(sizes) == longest:
         return gathered
@@ -193,7 +194,7 @@ def _trimmed(gathered: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def sum_over(values: Shaped[Tensor, "*shape"], group: RankGroup) -> Shaped[Tensor, "*shape"]:
-    """Add up a tensor over the ranks of the group; its gradient is added up in the same way."""
+    """Add up a tensor over the ranks of the group, and its gradient as well."""
     if group.size == 1:
         return values
     total: Tensor = _SumOver.apply(values, group)
@@ -206,12 +207,13 @@ class _SumOver(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, group: RankGroup) -> Tensor:
         ctx.group = group
-        total = values.clone()
+        total = values.clone()  # all_reduce works in place
         dist.all_reduce(total, group=group.process_group)
         return total
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        # Every rank's loss depends on the sum, so a value's gradient is the sum of all ranks'.
         total = gradients[0].clone()
         dist.all_reduce(total, group=ctx.group.process_group)
         return total, None

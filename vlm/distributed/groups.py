@@ -1,4 +1,4 @@
-"""Groups of ranks that exchange data, as one of their members sees them."""
+"""Groups of ranks that exchange data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +12,10 @@ class RankGroup:
     """A group of ranks as one of its members sees it."""
 
     process_group: dist.ProcessGroup | None
-    """The communicator; none where the group is this process alone."""
+    """The communicator; None where the group is this process alone."""
     rank: int
     """This process's place in the group, in [0, size)."""
     size: int
-    """Number of ranks in the group."""
 
 
 SINGLE = RankGroup(process_group=None, rank=0, size=1)
@@ -49,13 +48,15 @@ def join_group(partition: Sequence[Sequence[int]]) -> RankGroup:
     if len(members) == 1:
         return SINGLE
     if list(members) == list(range(dist.get_world_size())):
-        return world_group()
+        return world_group()  # in the world's own order its communicator does
     assert dist.group.WORLD is not None
     known = _joined.setdefault(dist.group.WORLD, {})
     key = tuple(tuple(group) for group in partition)
     if key not in known:
-        for group in key:  # every rank makes every group, in the same order
+        # Collective: every rank makes every group, also those of others, in the same order.
+        for group in key:
             made = dist.new_group(list(group))
+            # Ranks that are not members get a placeholder, which is no ProcessGroup.
             if group == tuple(members) and isinstance(made, dist.ProcessGroup):
                 known[key] = RankGroup(made, rank=group.index(rank), size=len(group))
     return known[key]

@@ -1,4 +1,4 @@
-"""The ranks that a launcher started this process among, where it did."""
+"""The ranks that a launcher started together with this process."""
 
 import os
 from collections.abc import Iterator
@@ -25,18 +25,18 @@ def launched_group(device: str | None = None) -> Iterator[RankGroup]:
     Raises:
         DistributedError: another device was asked for, and there are several ranks.
     """
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))  # set by the launcher, before any group exists
     if ranks == 1:
         yield SINGLE
         return
     if device not in (None, "cpu"):
         raise DistributedError(
-            f"the device is {device} and there are {ranks} ranks; expected cpu, or none given, so "
-            "that each rank takes a device of its own"
+            f"the device is {device} and there are {ranks} ranks; expected cpu, or none, for a "
+            "device of its own for each rank"
         )
-    from accelerate import PartialState
+    from accelerate import PartialState  # seconds of imports that one process alone can do without
 
-    # Without a word of the CPU accelerate takes processes without a GPU for one process each.
+    # Unless it is asked for the CPU, accelerate makes no group of processes without a GPU.
     state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
     try:
         yield world_group()

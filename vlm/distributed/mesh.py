@@ -34,7 +34,7 @@ class RankMesh:
     @property
     def rows(self) -> int:
         """Number of mesh rows."""
-        return self.column.size
+        return self.column.size  # a column has one rank from each row
 
     @property
     def columns(self) -> int:
@@ -60,14 +60,12 @@ class RankMesh:
 def build_mesh(
     group_size: int | None = None, shape: MeshShape = "auto", grouping: Grouping = "contiguous"
 ) -> RankMesh:
-    """Divide the world into loss groups and put each on a mesh.
-
-    Every rank must call this at the same point: making communicators is collective.
+    """Divide the world into loss groups and put each on a mesh; every rank must call this.
 
     Args:
         group_size: Ranks that contrast with each other; None is all of them.
         shape: (rows, columns), or a rule as `mesh_shape` explains.
-        grouping: `contiguous` groups neighbouring ranks; `strided` takes every so-many-th rank.
+        grouping: `contiguous` groups neighbouring ranks; `strided` takes every n-th rank.
 
     Raises:
         DistributedError: the group size does not divide the world size, or the mesh does not
@@ -86,8 +84,11 @@ def build_mesh(
         for k in range(world.size // size)
     ]
     rows, columns = mesh_shape(shape, groups[0], ranks_per_node())
+    # Ranks are numbered row by row: rank (p, q) of a group is its member p * columns + q.
     mesh_rows = [g[p * columns : (p + 1) * columns] for g in groups for p in range(rows)]
     mesh_columns = [g[q::columns] for g in groups for q in range(columns)]
+    # Collective, three times: all ranks make the rows' communicators, then the columns', then
+    # the groups'.
     return RankMesh(
         row=join_group(mesh_rows),
         column=join_group(mesh_columns),
@@ -119,15 +120,17 @@ def mesh_shape(shape: MeshShape, members: Sequence[int], ranks_per_node: int) ->
         return size, 1
     if shape == "image":
         return 1, size
+    # Ranks of a node are neighbours: node k has ranks k * ranks_per_node and so on.
     in_node = Counter(member // ranks_per_node for member in members)
     columns = min(in_node.values())
     if len(in_node) > 1 and columns > 1 and columns == max(in_node.values()):
         return size // columns, columns
+    # The largest divisor up to the square root: what travels grows with rows + columns.
     rows = max(k for k in range(1, int(size**0.5) + 1) if size % k == 0)
     return rows, size // rows
 
 
 def ranks_per_node() -> int:
-    """Return how many ranks a machine runs, as torchrun tells its children; else the world."""
+    """Return how many ranks a machine runs, from torchrun's variable; else the world's size."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     return int(os.environ.get("LOCAL_WORLD_SIZE", world))

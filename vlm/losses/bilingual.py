@@ -107,6 +107,7 @@ class BilingualLoss(nn.Module):
         send, features = self.exchange.send, list(text_features.values())
         per_sample = 1
         if self.together:
+            # One message for all languages, sorted by language, not by sample.
             features, per_sample = [torch.cat(features)], len(features)
         columns = tuple(send(each, shares, "column", per_sample=per_sample) for each in features)
         pair = None
@@ -144,6 +145,7 @@ class BilingualLoss(nn.Module):
         """
         captions = [caption_ids[language] for language in texts.languages]
         counts = self._count_captions(dict(zip(texts.languages, captions, strict=True)))
+        # The ranks wait for each other here for the second time; the texts were declared first.
         shares = self.exchange.declare({"image": image_features}, counts)
         _check_together(shares, texts.shares)
         images = self.exchange.send(image_features, shares, "row")
@@ -156,9 +158,11 @@ class BilingualLoss(nn.Module):
                 term.rows, term.columns, self.exchange, shares, logit_scale, logit_bias, banked
             )
             if bank is not None:
+                # After contrasting, so that this micro-batch is no candidate of its own twice.
                 number = len(banked)
                 banked.append((term.rows.banked(number), term.columns.banked(number)))
         total = sum(term.weight for term in terms)
+        # Ranks differentiate with the same factors, since weights are settings, not data.
         loss = torch.stack([term.weight / total * outputs[term.name].loss for term in terms]).sum()
         return BilingualOutput(loss, outputs)
 
@@ -181,12 +185,14 @@ class BilingualLoss(nn.Module):
         with_each, (with_any, with_both, *_) = (
             shares.counts[: len(languages)], (*shares.counts[len(languages) :], 0),
         )  # fmt: skip
+        # The order of collectives from here on is the same on every rank.
         row_ids = gather_ids(table, shares, "row")
         column_ids = gather_ids(table, shares, "column")
         rows = receive(images, row_ids, shares, "row")
         terms = []
         if self.together:
             # As `torch.cat` of the features: all captions of the first language, then of the next.
+            # Each has one caption column, whereas an image, being a row, keeps all of its captions.
             each = torch.cat([table[:, [SAMPLE, IMAGE, FIRST_CAPTION + k]] for k in languages])
             many = len(languages)
             ids = gather_ids(each, shares, "column", per_sample=many)

@@ -49,6 +49,7 @@ class Block:
 
     def tiles(self, rows: Tensor, columns: Tensor) -> Iterator[Tile]:
         """Yield the tiles in which something is scored, always in the same order."""
+        # A fixed order: float sums depend on it, and the same inputs shall give the same bits.
         shape = self.plan.tile_shape(rows.device.type)
         return tiles((len(rows), len(columns)), (self.rows.scored, self.columns.scored), shape)
 
@@ -71,6 +72,7 @@ class TileBuffer:
     ) -> Float[Tensor, "rows columns"]:
         """Return all inner products times `scale`, multiplied in `dtype`, until the next call."""
         size = len(rows) * len(columns)
+        # The first tile is the largest but where scored and unscored parts differ.
         if len(self._memory) < size:
             self._memory = self._memory.new_empty(size)
         out = self._memory[:size].view(len(rows), len(columns))
@@ -91,6 +93,7 @@ class TileBuffer:
 
 def refuse_second_derivative() -> None:
     """Raise NotImplementedError in a backward pass that is itself to be differentiated."""
+    # Autograd enables gradients inside backward for create_graph alone.
     if torch.is_grad_enabled():
         raise NotImplementedError(
             "the contrastive loss can be differentiated once; expected create_graph=False"

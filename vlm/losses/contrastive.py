@@ -44,7 +44,9 @@ class ContrastiveOutput:
     candidates: int
     """How many texts of the group each image was compared with."""
     rows: AxisStatistics
+    """Merged, of the images of this rank's mesh row."""
     columns: AxisStatistics
+    """Merged, of the texts of its mesh column."""
 
     @cached_property
     def image_to_text(self) -> RowStatistics:
@@ -101,8 +103,10 @@ class ContrastiveLoss(nn.Module):
             ConfigError: a sigmoid loss lacks a bias, or a softmax has one.
             DistributedError: the ranks' features do not fit together (on every rank).
         """
+        # int() waits for the device; every rank has to know how many pairs the group has.
         present = len(image_features) if ids is None else int((ids.caption != NO_CAPTION).sum())
         shares = self.exchange.declare({"image": image_features, "text": text_features}, [present])
+        # Both travel at once; the waiting is in `receive`.
         texts = self.exchange.send(text_features, shares, "column")
         images = self.exchange.send(image_features, shares, "row")
         row_ids = column_ids = None
@@ -112,6 +116,7 @@ class ContrastiveLoss(nn.Module):
             column_ids = self.exchange.gather_ids(table, shares, "column")
         columns = self.exchange.receive(texts, column_ids, shares, "column")
         rows = self.exchange.receive(images, row_ids, shares, "row")
+        # The only caption of a sample here; those without one drop out on every rank alike.
         rows, columns = (side.with_captions([0], shares.counts[0]) for side in (rows, columns))
         return contrast(rows, columns, self.exchange, shares, logit_scale, logit_bias)
 
@@ -125,16 +130,10 @@ def contrast(
     logit_bias: Float[Tensor, ""] | None = None,
     bank: Sequence[tuple[Side, Side]] = (),
 ) -> ContrastiveOutput:
-    """Contrast what this rank received with each other.
+    """Contrast what this rank received: images of its mesh row with texts of its mesh column.
 
-    Args:
-        rows: Images of its mesh row; for a text-text term, texts.
-        columns: Texts of its mesh column.
-        exchange: How they came.
-        shares: What the ranks declared.
-        logit_scale: Inverse temperature.
-        logit_bias: For a sigmoid loss.
-        bank: Earlier rows and columns, detached, that are candidates only.
+    In a text-text term texts are the rows. Rows and columns of the bank, detached, are candidates
+    only.
 
     Raises:
         ConfigError: a sigmoid loss lacks a bias, or a softmax has one.
@@ -148,6 +147,7 @@ def contrast(
     rows = rows.with_candidates([images for images, _ in bank])
     columns = columns.with_candidates([texts for _, texts in bank])
     if rows.ids is None or columns.ids is None:
+        # Without ids no rank needs to know of other ranks' pairs.
         matches: OwnPairs | SharedIds = OwnPairs(rows.layout.own, columns.layout.own)
     else:
         matches = SharedIds(rows.ids, columns.ids, plan.duplicates)
@@ -157,6 +157,7 @@ def contrast(
         loss, of_rows, of_columns = softmax_loss(*features, logit_scale, block)
     else:
         loss, of_rows, of_columns = sigmoid_loss(*features, logit_scale, logit_bias, block)
+    # The weight comes last and is the same on all ranks of the group, as a gradient needs.
     return ContrastiveOutput(loss * shares.weight, columns.layout.candidates, of_rows, of_columns)
 
 

@@ -28,7 +28,7 @@ _MOST_COUNTS = 16
 
 
 class FeatureKind(NamedTuple):
-    """What features must have in common to be compared, in integers that can travel."""
+    """What features must have in common to be compared, as integers."""
 
     dim: int
     """Their width; -1 where they are not a matrix."""
@@ -53,7 +53,6 @@ class FeatureKind(NamedTuple):
         return self.dim >= 0 and self.dtype >= 0
 
     def __str__(self) -> str:
-        """Describe the features, all but their number."""
         shape = str(self.dim) if self.dim >= 0 else "... (not a matrix)"
         number = str(_DTYPES[self.dtype]).removeprefix("torch.") if self.dtype >= 0 else "non-float"
         where = (*_DEVICES, "another device")[self.device]
@@ -158,11 +157,10 @@ class Exchange:
         self.mesh: RankMesh = build_mesh(plan.group_size, plan.mesh, plan.grouping)
 
     def declare(self, features: Mapping[str, Tensor], counts: Sequence[int] = ()) -> Shares:
-        """Tell the other ranks what this one brings, and check that all of it fits together.
+        """Exchange what each rank has, and check that all of it fits together.
 
         Mismatched collectives would hang or read foreign memory; this costs one small message,
-        for which all ranks wait. Nothing is sent where a rank is a group of its own and the plan
-        is even.
+        for which all ranks wait.
 
         Args:
             features: This rank's, by a name for messages.
@@ -174,18 +172,22 @@ class Exchange:
         """
         group = self.mesh.group if self.plan.even else self.mesh.world
         first = next(iter(features.values()))
-        if group.size == 1 and not self.plan.check_finite and _match(features):
-            return Shares((len(first),), tuple(counts), 1.0, FeatureKind.of(first))
+        if group.size == 1 and not self.plan.check_finite:
+            kinds = {(len(each), FeatureKind.of(each)) for each in features.values()}
+            rows, kind = kinds.pop()
+            if not kinds and kind.comparable:  # nobody to ask, and nothing to complain of
+                return Shares((rows,), tuple(counts), 1.0, kind)
         own = _Declaration.of(features, counts, self.plan).numbers()
         table = gather_numbers(own, group, first.device)
         ranks = self.mesh.members if self.plan.even else range(self.mesh.world.size)
         declared = {
             rank: _Declaration.read(numbers) for rank, numbers in zip(ranks, table, strict=True)
         }
+        # Every rank checks the same table, so that all raise or none does.
         _check(declared, self.plan, list(features))
         members = [declared[rank] for rank in self.mesh.members]
         samples = sum(member.rows for member in members)
-        everyone = sum(each.rows for each in declared.values()) or 1
+        everyone = sum(each.rows for each in declared.values()) or 1  # no samples: weight 0
         groups = len(declared) / len(members)
         return Shares(
             sizes=tuple(member.rows for member in members),
@@ -202,6 +204,7 @@ class Exchange:
         shares: Shares,
     ) -> Int64[Tensor, "local ids"]:
         """Return this rank's ids as `SharedIds` reads them: sample, image, captions."""
+        # Numbered over the whole group, since a sample's image and text reach different ranks.
         first = sum(shares.sizes[: self.mesh.member])
         samples = torch.arange(first, first + len(image_ids), device=image_ids.device)
         return torch.stack([samples, image_ids, *caption_ids], dim=1)
@@ -214,14 +217,7 @@ class Exchange:
         *,
         per_sample: int = 1,
     ) -> SentRows:
-        """Start to send features along this rank's mesh row or column.
-
-        Args:
-            features: This rank's, `per_sample` of each sample.
-            shares: What the ranks declared.
-            axis: Along which they go.
-            per_sample: How many each sample has.
-        """
+        """Start to send features, `per_sample` of each sample, along a row or column."""
         plan = self.plan
         dtype = plan.accumulates_in(features.dtype)
         gradient_wire_dtype = plan.gradient_wire_dtype
@@ -291,7 +287,6 @@ class _Declaration(NamedTuple):
     def of(
         cls, features: Mapping[str, Tensor], counts: Sequence[int], plan: LossPlan
     ) -> "_Declaration":
-        """Return what this rank declares."""
         assert len(counts) <= _MOST_COUNTS
         tensors = list(features.values())
         kinds = [(len(each), FeatureKind.of(each)) for each in tensors]
@@ -310,7 +305,6 @@ class _Declaration(NamedTuple):
         )
 
     def numbers(self) -> list[int]:
-        """Return all of it as a list, always of the same length."""
         return [
             self.setting, self.rows, *self.kind, self.other, self.other_rows, *self.other_kind,
             self.gradients, self.finite, *self.counts,
@@ -318,7 +312,6 @@ class _Declaration(NamedTuple):
 
     @classmethod
     def read(cls, numbers: Sequence[int]) -> "_Declaration":
-        """Undo `numbers`."""
         (
             setting, rows, dim, dtype, device, other, other_rows, other_dim, other_dtype,
             other_device, gradients, finite, *counts,
@@ -327,12 +320,6 @@ class _Declaration(NamedTuple):
             setting, rows, FeatureKind(dim, dtype, device), other, other_rows,
             FeatureKind(other_dim, other_dtype, other_device), gradients, finite, tuple(counts),
         )  # fmt: skip
-
-
-def _match(features: Mapping[str, Tensor]) -> bool:
-    """Say whether all features are comparable and of one shape, type and device."""
-    kinds = {(len(each), FeatureKind.of(each)) for each in features.values()}
-    return len(kinds) == 1 and kinds.pop()[1].comparable
 
 
 def _check(declared: Mapping[int, _Declaration], plan: LossPlan, names: Sequence[str]) -> None:

@@ -1,8 +1,7 @@
-"""What is computed on one tile of similarities, on any device.
+"""What is computed on one tile of similarities.
 
-On CUDA each function is one fused kernel that torch.compile makes of the plain form below. On
-other devices the softmax's functions share one exponential between rows and columns wherever the
-numbers allow it.
+On CUDA torch.compile makes one fused kernel of the plain forms at the end. On other devices the
+softmax's functions share one exponential between rows and columns where the range allows it.
 """
 
 from collections.abc import Callable
@@ -18,7 +17,8 @@ from torch import Tensor
 # smallest normal number is exp(-87): what underflows is then below exp(60 - 87) of its sum.
 _SHARED_RANGE = 60.0
 
-# From here on softplus is taken for the identity; torch's own 20 would be off by 2e-9.
+# Where softplus becomes the identity; at torch's own 20 that would be off by 2e-9, a bias over
+# millions of pairs.
 _LINEAR_FROM = 40
 
 
@@ -38,17 +38,11 @@ def scaled_product(
     out: Float[Tensor, "rows columns"],
     dtype: torch.dtype,
 ) -> Float[Tensor, "rows columns"]:
-    """Return all inner products times `scale`, in `out`'s type.
-
-    Args:
-        rows: One side.
-        columns: The other.
-        scale: What a matrix product multiplies by at no cost.
-        out: Where they go.
-        dtype: In which to multiply; sums are `out`'s type whatever it is.
-    """
+    """Write all inner products times `scale` to `out`; multiply in `dtype`, sum in `out`'s type."""
     if dtype == out.dtype:
+        # With beta 0 what `out` held is ignored, even nan; a product takes alpha at no cost.
         return torch.addmm(out, rows, columns.T, beta=0, alpha=scale, out=out)
+    # Only the operator itself takes an output type that is wider than its inputs' (CUDA alone).
     product: Tensor = torch.ops.aten.addmm.dtype_out(
         out, rows.to(dtype), columns.to(dtype).T, out.dtype, beta=0, alpha=scale, out=out
     )
@@ -72,16 +66,18 @@ def exp_sums_(logits: Float[Tensor, "rows columns"]) -> tuple[TileSums, float | 
     """Return maxima, and sums of exponentials relative to them.
 
     Returns:
-        The sums, and an offset: `logits` now holds `exp(logits - offset)`. None where one offset
-        would not do for all rows and columns, and `logits` is as it was.
+        The sums, and an offset: `logits` now holds `exp(logits - offset)`. None where no single
+        offset does for all rows and columns, and `logits` is as it was.
     """
     if logits.is_cuda:
         return TileSums(*_compiled(_exp_sums)(logits)), None
     row_max, column_max = logits.amax(1), logits.amax(0)
     top = row_max.max().item()
+    # Only maxima matter: a row's small terms may underflow, its largest may not.
     if top - min(row_max.min().item(), column_max.min().item()) > _SHARED_RANGE:
         return TileSums(*_exp_sums(logits)), None
     logits.sub_(top).exp_()
+    # From sums relative to the tile's maximum to sums relative to each row's and column's.
     row_sum = logits.sum(1).mul_((top - row_max).exp_())
     column_sum = logits.sum(0).mul_((top - column_max).exp_())
     return TileSums(row_max, row_sum, column_max, column_sum), top
@@ -98,24 +94,26 @@ def softmax_weights(
     scratch: Float[Tensor, "rows columns"] | None = None,
     overwrite: bool = False,
 ) -> Float[Tensor, "rows columns"]:
-    """Return every pair's share of its row's and of its column's softmax, weighted and added.
+    """Return every pair's part of its row's and of its column's softmax, weighted and added.
 
     Args:
         logits: The tile, or `exp(logits - offset)` where there is an offset.
         offset: As `exp_sums_` gave it.
-        row_log_sum_exp: Of the whole rows, infinite for a row that has no loss.
+        row_log_sum_exp: Of the whole rows, infinite for a row that has no loss; so for columns.
         row_weight: Of each row's loss in the total.
-        column_log_sum_exp: As for rows.
-        column_weight: As for rows.
+        column_log_sum_exp: Of the whole columns.
+        column_weight: Of each column's loss.
         scratch: Memory that the result may take.
         overwrite: Whether `logits` may be lost.
     """
     if offset is None and not logits.is_cuda:
+        # No logit exceeds its row's or its column's log-sum-exp, so that exp(z - top) <= 1.
         top = min(row_log_sum_exp.max().item(), column_log_sum_exp.max().item())
         low = min(row_log_sum_exp.min().item(), column_log_sum_exp.min().item())
         if top - low <= _SHARED_RANGE:
             logits, offset = (logits.sub_(top) if overwrite else logits - top).exp_(), top
     if offset is not None:
+        # exp(z - lse) = exp(z - offset) exp(offset - lse): one exponential a row, not one a pair.
         rows = row_weight * (offset - row_log_sum_exp).exp_()
         columns = column_weight * (offset - column_log_sum_exp).exp_()
         return torch.add(rows[:, None], columns[None, :], out=scratch).mul_(logits)
@@ -129,16 +127,15 @@ def sigmoid_sums_(
     bias: Float[Tensor, ""],
     scratch: Float[Tensor, "rows columns"] | None = None,
 ) -> tuple[TileSums, Float[Tensor, "rows columns"]]:
-    """Return what a tile is as pairs that do not match, and the derivative of that.
+    """Return a tile's losses, as if no pair matched, and their derivatives.
 
     Args:
         logits: The tile without its bias; it may be overwritten.
-        bias: To be added to each.
+        bias: Added to each logit.
         scratch: Memory of the tile's size to work in.
 
     Returns:
-        The maxima of rows and columns and their sums of `softplus(logits + bias)`, and
-        `sigmoid(logits + bias)`.
+        Maxima and sums of `softplus(logits + bias)`, and `sigmoid(logits + bias)`.
     """
     if logits.is_cuda:
         *sums, weights = _compiled(_sigmoid_sums)(logits, bias)
@@ -172,5 +169,6 @@ def _sigmoid_sums(logits: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor,
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Fuse a function of tensors; sizes of tiles may vary without compiling anew."""
+    """Fuse a function of tensors."""
+    # dynamic: the last tiles of a block are smaller, and would each be compiled anew.
     return torch.compile(function, dynamic=True)

@@ -13,7 +13,7 @@ from vlm.text.caption_ids import NO_CAPTION
 
 Axis = TypeVar("Axis")
 
-# Columns of an id table, which has one row a sample.
+# Columns of an id table, which has one row a sample: its number, its image id, then caption ids.
 SAMPLE, IMAGE, FIRST_CAPTION = 0, 1, 2
 
 # In place of NO_CAPTION among the rows, so that two missing captions are not the same caption.
@@ -35,6 +35,7 @@ class Tile:
 
         The dimension is the one to reduce over.
         """
+        # Rows are reduced over dimension 1, which is the columns, and the other way round.
         sides = []
         if self.rows_scored:
             sides.append((of_rows, self.rows, 1))
@@ -58,6 +59,7 @@ def tiles(shape: tuple[int, int], scored: tuple[int, int], tile: tuple[int, int]
 
 
 def _spans(count: int, scored: int, longest: int) -> Iterator[tuple[slice, bool]]:
+    # No tile has scored and other rows in it, so that one flag says what it adds to.
     for first, last in ((0, scored), (scored, count)):
         for start in range(first, last, longest):
             yield slice(start, min(start + longest, last)), last <= scored
@@ -112,6 +114,7 @@ class OwnPairs:
     ) -> None:
         """Subtract its row's and its column's weight from the tile's entry of each positive."""
         values, own_rows, own_columns = self.diagonal(weights, tile)
+        # A view, so that this changes the tile.
         values -= row_weight[own_rows] + column_weight[own_columns]
 
 
@@ -131,6 +134,7 @@ class SharedIds:
 
     def __post_init__(self) -> None:
         """Make missing captions differ from each other."""
+        # On one side only: two missing captions, here -1 and there another number, never match.
         object.__setattr__(self, "rows", self.rows.masked_fill(self.rows == NO_CAPTION, _NOTHING))
 
     def masks(
@@ -138,12 +142,14 @@ class SharedIds:
     ) -> tuple[Bool[Tensor, "rows columns"], Bool[Tensor, "rows columns"] | None]:
         """Return which pairs of a tile match, and which are neither positive nor negative."""
         rows, columns = self.rows[tile.rows], self.columns[tile.columns]
+        # Compared pair by pair, caption by caption: the tile is small, and a sort would wait.
         same = rows[:, None, IMAGE] == columns[None, :, IMAGE]
         for ids in rows[:, FIRST_CAPTION:].T:
             for others in columns[:, FIRST_CAPTION:].T:
                 same |= ids[:, None] == others[None, :]
         if self.duplicates == "positive":
             return same, None
+        # By its number, since a sample's own pair lies wherever its column came to lie.
         own = rows[:, None, SAMPLE] == columns[None, :, SAMPLE]
         return own, same & ~own
 
@@ -193,6 +199,7 @@ class SharedIds:
         """Subtract its row's and its column's weight from the tile's entry of each positive."""
         positive, ignored = self.masks(tile)
         if ignored is not None:
+            # Logits that were computed again, and label smoothing, know nothing of these.
             weights.masked_fill_(ignored, 0)
         if weights.is_cuda or positive.any():
             targets = row_weight[tile.rows, None] + column_weight[None, tile.columns]

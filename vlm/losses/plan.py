@@ -11,6 +11,8 @@ if TYPE_CHECKING:  # configurations cost no torch import: see `dtype_named`
 
 WireDtype = Literal["float64", "float32", "bfloat16", "float16"]
 
+# 2 MiB of float32 stays in a CPU core's cache; 256 MiB fills a GPU. Wider than high, because
+# rows are contiguous.
 _CPU_TILE, _GPU_TILE = (512, 1024), (8192, 8192)
 
 
@@ -25,9 +27,9 @@ class LossPlan:
     kind: Literal["softmax", "sigmoid"] = "softmax"
     """`softmax` is CLIP's symmetric cross-entropy, `sigmoid` SigLIP's pairwise loss."""
     group_size: int | None = None
-    """Ranks that contrast with each other; it divides their number. None is all: exact."""
+    """Ranks that contrast with each other, a divisor of their number; null is all: exact."""
     grouping: Grouping = "contiguous"
-    """Groups of neighbouring ranks, or of every so-many-th rank."""
+    """Groups of neighbouring ranks, or of every n-th rank."""
     mesh: MeshShape = "auto"
     """(rows, columns) of a group's ranks; `text` is (g, 1), `image` (1, g).
 
@@ -35,27 +37,27 @@ class LossPlan:
     a machine, which sends images inside machines only.
     """
     label_smoothing: float = 0.0
-    """Share of a softmax's target that is spread over all candidates, in [0, 1)."""
+    """Fraction of a softmax's target that is spread over all candidates, in [0, 1)."""
     duplicates: Literal["positive", "ignore"] = "positive"
-    """Whether samples that share a concept or caption are positives, or take no part."""
+    """Samples that share a concept or caption are positives, or are left out of the candidates."""
     tile: int | tuple[int, int] | None = None
-    """Rows and columns of similarities alive at a time; None chooses by the device."""
+    """Rows and columns of similarities computed at a time; null chooses by the device."""
     keep_logits: bool | Literal["auto"] = "auto"
     """Keep logits for the backward pass: all, none, or as many as `keep_logits_mib` hold."""
     keep_logits_mib: int = 24
     """Memory for kept logits under `auto`, in MiB a term."""
     accum_dtype: Literal["float32", "float64"] = "float32"
-    """In which statistics and gradients add up; wider inputs widen it."""
+    """Type in which statistics and gradients add up; wider inputs widen it."""
     wire_dtype: WireDtype | None = None
-    """To which features are rounded and in which they travel; None is their own."""
+    """Type to which features are rounded to travel; null is their own."""
     gradient_wire_dtype: WireDtype | None = None
-    """In which gradients travel; None is the one they add up in."""
+    """Type to which gradients are rounded to travel; null is the type they add up in."""
     overlap: bool = True
     """Let features and gradients travel while the other tower computes."""
     even: bool = True
-    """Every rank brings as many samples as the others; if not, it is an error or, with False, fine.
+    """Every rank must have as many samples as the others.
 
-    With False every sample of the world counts the same, however the ranks share them.
+    With False ranks may differ, and every sample of the world counts the same.
     """
     check_finite: bool = False
     """Refuse features that are not finite, on every rank."""

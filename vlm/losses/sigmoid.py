@@ -23,14 +23,7 @@ def sigmoid_loss(
     With `z = logit_scale * rows @ columns.T + logit_bias` over the whole group, the loss is the
     sum over pairs of `softplus(-z)` for positives and `softplus(z)` for others, divided by the
     number of rows (SigLIP: Zhai et al. 2023, section 3.2). The mean of the shares over the
-    group's ranks is that loss. Every rank must differentiate its share with the same factor.
-
-    Args:
-        rows: Images of the mesh row, this rank's among them.
-        columns: Texts of the mesh column, this rank's among them.
-        logit_scale: Inverse temperature.
-        logit_bias: Added to every scaled similarity.
-        block: What lies where, and how to compute it.
+    group's ranks is that loss. Arguments and gradients are as in `softmax_loss`.
     """
     row_stats, column_stats = block.statistics(rows)
     loss = _SigmoidLoss.apply(

@@ -36,8 +36,9 @@ from vlm.reports.retrieval_report import retrieval_sections
 from vlm.search.index import VectorIndex
 from vlm.search.search_index import build_search_index
 from vlm.text.caption_ids import text_id
+from vlm.training.build import build_run
 from vlm.training.config import TrainConfig
-from vlm.training.run import BUNDLE_NAME, CONFIG_NAME, train
+from vlm.training.run import BUNDLE_NAME, CONFIG_NAME
 
 SEARCHED_SPLIT = "test_style"
 BENCHMARKS: Mapping[str, tuple[str, tuple[str, ...]]] = {
@@ -77,7 +78,7 @@ def run_quickstart(config: TrainConfig) -> tuple[Path, RetrievalRun]:
         raise ConfigError("the quickstart plots recall: evaluation.every_steps must be more than 0")
     _clear(folder)
     started = time.perf_counter()
-    bundle = train(config)
+    bundle = build_run(config).fit()
     seconds = time.perf_counter() - started
     embedder = Embedder.load(bundle)
     scored = score_benchmarks(embedder, data, bundle=bundle)

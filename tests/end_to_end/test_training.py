@@ -33,7 +33,7 @@ def train_arguments(run_folder, *, steps, **changes):
 
 def losses(run_folder, key="loss"):
     records = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    return [record[key] for record in records if "loss" in record]
+    return [record[key] for record in records if key in record]
 
 
 def weights(run_folder):
@@ -44,7 +44,7 @@ def weights(run_folder):
 @pytest.mark.distributed
 def test_two_processes_report_the_losses_of_one_with_the_same_global_batch(tmp_path):
     # At the recipe's rate Adam makes steps of 3e-3 of gradients that are rounding errors alone.
-    changes = {"optimizer.learning_rate": 1e-4}
+    changes = {"optimizer.learning_rate": 1e-4, "evaluation.every_steps": 20}
     run_vlm(*train_arguments(tmp_path / "one", steps=20, **changes))
     changes["loss.plan.group_size"] = 2  # one process would refuse that
     run_vlm(*train_arguments(tmp_path / "two", steps=20, **changes), launcher=TWO_PROCESSES)
@@ -54,6 +54,10 @@ def test_two_processes_report_the_losses_of_one_with_the_same_global_batch(tmp_p
     norms = [losses(tmp_path / name, "gradient_norm") for name in ("one", "two")]
     assert norms[1] == pytest.approx(norms[0], rel=1e-2)
     assert sum(one[-5:]) < sum(one[:5])
+    for key in ("accuracy", "val/zh/mean_recall", "val/en/text_to_image/mrr"):
+        of_one, of_two = (losses(tmp_path / name, key) for name in ("one", "two"))
+        assert of_one
+        assert of_two == pytest.approx(of_one, abs=0.02), key
 
 
 @pytest.mark.slow

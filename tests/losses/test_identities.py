@@ -15,6 +15,7 @@ from torch import nn
 from benchmarks.meters import TensorMeter
 from tests.support.dense_loss import sigmoid_definition, softmax_definition
 from tests.support.processes import run_in_processes
+from tests.support.vectors import batch_of_vectors, image_vectors, rows_of, text_vectors
 from vlm.distributed.mesh import build_mesh
 from vlm.losses.axis import AxisLayout, AxisStatistics
 from vlm.losses.bilingual import BilingualLoss
@@ -22,7 +23,7 @@ from vlm.losses.contrastive import ContrastiveLoss
 from vlm.losses.plan import LossPlan
 from vlm.models.encoder import MAIN
 from vlm.models.pretraining import Encoded, Features
-from vlm.training.step import CachedContrast
+from vlm.training.step import ContrastiveStep
 
 LOCAL, WIDTH, DIM = 3, 5, 4
 WORLDS = [1, 2, 3, 4, 6]
@@ -122,18 +123,26 @@ def in_one_batch(towers, inputs, plan):
     return output.loss.detach()
 
 
-def in_micro_batches(towers, inputs, plan, sizes, rank):
-    """The same by micro-batches, where ids tell which pairs match."""
+class EncodingTowers(nn.Module):
+    """The same as a step calls a model."""
 
-    def encode(part, *, images=True, texts=True, on_texts=None):
-        image, text, scale, bias = towers(*part)
-        own_bias = bias if plan.kind == "sigmoid" else None
+    def __init__(self, towers, kind):
+        super().__init__()
+        self.towers, self.kind = towers, kind
+
+    def forward(self, images, texts, hidden=None, on_texts=None):
+        image, text, scale, bias = self.towers(image_vectors(images), text_vectors(texts["en"]))
+        own_bias = bias if self.kind == "sigmoid" else None
         return Encoded({MAIN: Features(image, {"en": text}, scale, own_bias)}, {})
 
-    ids = (rank * LOCAL + torch.arange(LOCAL)).split(sizes)
-    parts = list(zip(*(each.split(sizes) for each in inputs), strict=True))
-    cached = CachedContrast(BilingualLoss(plan), towers)
-    return cached.step(encode, parts, ids, [{"en": each} for each in ids]).loss
+
+def in_micro_batches(towers, inputs, plan, sizes, rank):
+    """The same by micro-batches, where ids tell which pairs match."""
+    ids = rank * LOCAL + torch.arange(LOCAL)
+    images, texts = inputs
+    batch = batch_of_vectors(images, {"en": texts}, ids, {"en": ids})
+    parts = [rows_of(batch, rows) for rows in torch.arange(LOCAL).split(sizes)]
+    return ContrastiveStep(EncodingTowers(towers, plan.kind), BilingualLoss(plan))(parts).loss
 
 
 def _largest_errors(rank, world):

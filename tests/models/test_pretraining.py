@@ -75,20 +75,24 @@ def test_multiway_towers_have_a_second_head_with_a_temperature_of_its_own(tokeni
     assert heads[MAIN].logit_scale.item() == pytest.approx(1 / 0.07)
 
 
-def test_every_head_is_sent_before_the_images_are_encoded(tokenizer, batch):
-    sent = []
-    model = PretrainingModel(multiway(tokenizer), matryoshka=[8]).eval()
-
-    def send(texts):
-        sent.append(texts)
-        return len(sent)
-
+def test_every_heads_texts_are_handed_over_before_the_images_are_encoded(tokenizer, batch):
+    encoder = multiway(tokenizer)
+    model = PretrainingModel(encoder, matryoshka=[8]).eval()
     texts_only = model(None, batch[1])
-    encoded = model(*batch, on_texts=send)
-    assert [head.sent for head in encoded.heads.values()] == [1, 2, 3]
-    for (name, head), seen in zip(texts_only.heads.items(), sent, strict=True):
+    handed = {}
+
+    def send(head, texts):
+        assert encoded == []
+        handed[head] = texts
+
+    encoded, features = [], encoder.image_features
+    encoder.image_features = lambda images: encoded.append(images) or features(images)
+    model(*batch, on_texts=send)
+    assert len(encoded) == 1
+    assert list(handed) == list(texts_only.heads) == [MAIN, "main 8", UNIMODAL]
+    for name, head in texts_only.heads.items():
         assert head.image is None
-        for language, features in seen.items():
+        for language, features in handed[name].items():
             assert torch.equal(features, head.text[language]), name
 
 

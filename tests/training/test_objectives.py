@@ -1,5 +1,4 @@
 import json
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -30,7 +29,7 @@ from vlm.losses.bilingual import BilingualLoss
 from vlm.losses.plan import LossConfig
 from vlm.models.build import build_from_config
 from vlm.models.config import MaskedConfig
-from vlm.models.masked import Hidden
+from vlm.training.build import build_run
 from vlm.training.config import (
     AdaptationConfig,
     CheckpointConfig,
@@ -39,8 +38,7 @@ from vlm.training.config import (
     TrainConfig,
 )
 from vlm.training.objectives import build_pretraining_model, loss_weights, mask_plan
-from vlm.training.run import train
-from vlm.training.step import CachedContrast
+from vlm.training.step import ContrastiveStep
 
 LANGUAGES = {"zh": "zh", "en": "en"}
 BOTH = MaskedConfig(cmlm_weight=0.5, cmim_weight=2.0, image_share=0.6, decoder_layers=1)
@@ -83,7 +81,7 @@ def test_every_objective_is_trained_reported_apart_and_left_out_of_the_bundle(
         masked=BOTH, matryoshka=(8,), language_embeddings=True, unimodal_weight=0.5
     )
     folder = tmp_path / "run"
-    bundle = train(config(data, tokenizer, folder, model=model, objectives=objectives))
+    bundle = build_run(config(data, tokenizer, folder, model=model, objectives=objectives)).fit()
     heads = {"main": 1.0, "main 8": 1.0}
     heads |= {"unimodal": 0.5} if model is TINY_MULTIWAY else {}
     for record in records(folder):
@@ -117,7 +115,7 @@ def test_micro_batches_give_the_losses_of_one_batch(data, tokenizer, tmp_path, m
             "objectives": ObjectivesConfig(masked=BOTH),
             "adapt": AdaptationConfig(lock_image=0),  # no batch norm over parts
         }
-        train(config(data, tokenizer, folder, **settings))
+        build_run(config(data, tokenizer, folder, **settings)).fit()
         found.append(records(folder)[0])
     for name in ("loss/main", "loss/cmim"):
         assert found[0][name] == pytest.approx(found[1][name], rel=1e-4)
@@ -129,14 +127,14 @@ def test_a_run_with_adapters_and_objectives_resumes_to_the_same_bundle(data, tok
         "adapt": AdaptationConfig(lora_rank=2, lora_towers=("text",)),
         "checkpoint": CheckpointConfig(every_steps=2, keep=9),
     }
-    whole = train(config(data, tokenizer, tmp_path / "whole", **settings))
+    whole = build_run(config(data, tokenizer, tmp_path / "whole", **settings)).fit()
     cut = config(data, tokenizer, tmp_path / "cut", **settings)
-    train(cut)
+    build_run(cut).fit()
     last = tmp_path / "cut/checkpoints/step-00000004"
     for file in last.iterdir():
         file.unlink()
     last.rmdir()
-    resumed = train(cut, resume=True)
+    resumed = build_run(cut, resume=True).fit()
     first, second = (load_file(b / "open_clip_model.safetensors") for b in (whole, resumed))
     assert first.keys() == second.keys()
     assert not any("lora" in name for name in first)
@@ -206,7 +204,7 @@ def test_patch_dropout_beside_masked_modelling_is_refused(data, tokenizer, tmp_p
         "adapt": AdaptationConfig(patch_dropout=0.5),
     }
     with pytest.raises(ConfigError, match=r"patch_dropout is 0\.5, but masked modelling reads"):
-        train(config(data, tokenizer, tmp_path / "run", **settings))
+        build_run(config(data, tokenizer, tmp_path / "run", **settings)).fit()
     assert not (tmp_path / "run").exists()
 
 
@@ -229,7 +227,7 @@ def test_dropped_patches_do_not_go_with_masked_modelling(data, tokenizer, tmp_pa
     settings = {"objectives": ObjectivesConfig(masked=BOTH), "model": TINY_MULTIWAY}
     adapted = AdaptationConfig(patch_dropout=0.5)
     with pytest.raises(ConfigError, match="masked modelling reads every patch"):
-        train(config(data, tokenizer, tmp_path / "run", adapt=adapted, **settings))
+        build_run(config(data, tokenizer, tmp_path / "run", adapt=adapted, **settings)).fit()
 
 
 def _gradients(rank, world, parts):
@@ -263,19 +261,12 @@ def _gradients(rank, world, parts):
     )
     batches = whole.split(world)[rank].split(parts)
 
-    def encode(part, *, images=True, texts=True, on_texts=None):
-        hidden = Hidden({}, part.hidden_patches)
-        return wrapped(
-            part.images if images else None, part.texts if texts else {}, on_texts, hidden
-        )
-
-    contrast = CachedContrast(
+    step = ContrastiveStep(
+        wrapped,
         BilingualLoss(text_pair=("zh", "en"), text_pair_weight=0.3),
-        model,
         weights=loss_weights(objectives),
-        no_sync=wrapped.no_sync if world > 1 else nullcontext,
     )
-    contrast.step(encode, batches, [b.image_ids for b in batches], [b.caption_ids for b in batches])
+    step(batches)
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 

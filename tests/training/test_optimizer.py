@@ -1,9 +1,14 @@
+import math
+from itertools import pairwise
+
+import pytest
 import torch
 from torch import nn
 
 from tests.builders import tiny_model, tiny_tokenizer
-from vlm.training.config import OptimizerConfig
-from vlm.training.optimizer import build_optimizer
+from vlm.errors import ConfigError
+from vlm.training.config import OptimizerConfig, ScheduleConfig
+from vlm.training.optimizer import build_optimizer, learning_rate_factor
 
 
 def test_only_matrices_and_kernels_decay():
@@ -36,3 +41,23 @@ def test_a_step_is_the_step_of_adamw():
     # After one step Adam's moments cancel: every gradient moves its weight by the rate.
     torch.testing.assert_close(model.weight, weight * (1 - 0.01 * 0.5) - 0.01)
     torch.testing.assert_close(model.bias, bias - 0.01)
+
+
+def test_the_rate_rises_in_a_line_then_falls_along_half_a_cosine():
+    config = ScheduleConfig(steps=14, warmup_steps=4, final_share=0.2)
+    factors = [learning_rate_factor(step, config) for step in range(14)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert factors[4] == 1.0
+    assert factors[9] == pytest.approx(0.6)
+    assert all(after < before for before, after in pairwise(factors[4:]))
+    assert factors[-1] == pytest.approx(0.2 + 0.8 * (1 + math.cos(0.9 * math.pi)) / 2)
+
+
+def test_without_warm_up_the_run_starts_at_the_highest_rate():
+    assert learning_rate_factor(0, ScheduleConfig(steps=5, warmup_steps=0)) == 1.0
+
+
+@pytest.mark.parametrize("warmup", [-1, 10, 11])
+def test_a_warm_up_that_does_not_fit_is_refused_with_both_numbers(warmup):
+    with pytest.raises(ConfigError, match=f"warmup_steps is {warmup} and steps 10"):
+        ScheduleConfig(steps=10, warmup_steps=warmup)

@@ -12,8 +12,8 @@ from vlm.errors import ConfigError
 from vlm.images.config import PreprocessConfig
 from vlm.models.config import GrowthConfig, ModelConfig
 from vlm.text.extension import extend
+from vlm.training.build import build_run
 from vlm.training.config import CheckpointConfig, OptimizerConfig, ScheduleConfig, TrainConfig
-from vlm.training.run import train
 from vlm.training.start import build_start
 from vlm.vocabulary_transfer import grow_bundle
 
@@ -70,7 +70,7 @@ def test_a_run_goes_on_with_the_bundles_model_tokenizer_and_transform(grown, dat
 
 
 def test_the_bundle_of_such_a_run_knows_all_its_languages_and_no_new_rows(grown, data, tmp_path):
-    after = load_bundle(train(config(grown, data, tmp_path / "run")))
+    after = load_bundle(build_run(config(grown, data, tmp_path / "run")).fit())
     assert after.languages == ("zh", "en")
     assert after.first_new_id is None
     assert after.tokenizer.fingerprint == load_bundle(grown).tokenizer.fingerprint
@@ -80,7 +80,7 @@ def test_the_bundle_of_such_a_run_knows_all_its_languages_and_no_new_rows(grown,
 def test_in_its_first_steps_only_the_new_rows_change(grown, data, tmp_path):
     schedule = ScheduleConfig(steps=6, warmup_steps=1, new_rows_steps=5)
     settings = {"schedule": schedule, "checkpoint": CheckpointConfig(every_steps=5, keep=9)}
-    train(config(grown, data, tmp_path / "run", **settings))
+    build_run(config(grown, data, tmp_path / "run", **settings)).fit()
     before = load_file(grown / WEIGHTS)
     stored = load_file(tmp_path / "run/checkpoints/step-00000005/model.safetensors")
     frozen = {name.removeprefix("encoder."): tensor for name, tensor in stored.items()}
@@ -99,14 +99,14 @@ def test_in_its_first_steps_only_the_new_rows_change(grown, data, tmp_path):
 def test_resuming_in_or_after_the_first_steps_gives_the_same_weights(grown, data, tmp_path, stop):
     schedule = ScheduleConfig(steps=6, warmup_steps=1, new_rows_steps=4)
     settings = {"schedule": schedule, "checkpoint": CheckpointConfig(every_steps=1, keep=9)}
-    whole = train(config(grown, data, tmp_path / "whole", **settings))
+    whole = build_run(config(grown, data, tmp_path / "whole", **settings)).fit()
     cut = config(grown, data, tmp_path / "cut", **settings)
-    train(cut)
+    build_run(cut).fit()
     for folder in sorted((tmp_path / "cut/checkpoints").iterdir())[stop:]:
         for file in folder.iterdir():
             file.unlink()
         folder.rmdir()
-    resumed = train(cut, resume=True)
+    resumed = build_run(cut, resume=True).fit()
     assert changed_tensors(whole, resumed) == set()
 
 

@@ -11,12 +11,13 @@ from torch import nn
 from benchmarks.meters import TensorMeter
 from tests.support.dense_loss import matches, softmax_definition
 from tests.support.processes import run_in_processes
+from tests.support.vectors import batch_of_vectors, image_vectors, rows_of, text_vectors
 from vlm.errors import ConfigError
 from vlm.losses.bilingual import BilingualLoss
 from vlm.losses.plan import LossPlan
 from vlm.models.encoder import MAIN
 from vlm.models.pretraining import Encoded, Features
-from vlm.training.step import CachedContrast
+from vlm.training.step import ContrastiveStep
 
 LOCAL, WIDTH, DIM = 6, 5, 4
 LANGUAGES = ("zh", "en")
@@ -45,42 +46,33 @@ class Model(nn.Module):
             self.second = nn.Parameter(second)
             self.second_log_scale = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
 
-    def forward(self, images, texts, on_texts=None):
+    def forward(self, images, texts, hidden=None, on_texts=None):
         self.encoded["images"] += images is not None
         self.encoded["texts"] += bool(texts)
+        images = None if images is None else image_vectors(images)
+        texts = {name: text_vectors(tokens) for name, tokens in texts.items()}
         text = {name: F.normalize(self.dropout(x) @ self.text, dim=-1) for name, x in texts.items()}
-        sent = on_texts(text) if on_texts else None
+        if on_texts:
+            on_texts(MAIN, text)
         image = None
         if images is not None:
             image = F.normalize(self.norm(self.dropout(images) @ self.image), dim=-1)
         bias = None if self.bias is None else self.bias * 1
-        heads = {MAIN: Features(image, text, self.log_scale.exp(), bias, sent)}
+        heads = {MAIN: Features(image, text, self.log_scale.exp(), bias)}
         if self.second is None:
             return Encoded(heads, {})
         heads["second"] = self.second_head(images, texts, on_texts)
         if images is None or not texts or not torch.is_grad_enabled():
             return Encoded(heads, {})
-        told = self.dropout(images) @ self.image - texts["zh"] @ self.text
-        return Encoded(heads, {"told": told.square().sum(1).mean()})
+        distance = self.dropout(images) @ self.image - texts["zh"] @ self.text
+        return Encoded(heads, {"distance": distance.square().sum(1).mean()})
 
     def second_head(self, images, texts, on_texts):
         text = {name: F.normalize(x @ self.second[0], dim=-1) for name, x in texts.items()}
-        sent = on_texts(text) if on_texts else None
+        if on_texts:
+            on_texts("second", text)
         image = None if images is None else F.normalize(images @ self.second[1], dim=-1)
-        return Features(image, text, self.second_log_scale.exp(), None, sent)
-
-
-class Part:
-    def __init__(self, images, texts, ids, caption_ids):
-        self.images, self.texts, self.ids, self.caption_ids = images, texts, ids, caption_ids
-
-    def rows(self, rows):
-        return Part(
-            self.images[rows],
-            {name: x[rows] for name, x in self.texts.items()},
-            self.ids[rows],
-            {name: x[rows] for name, x in self.caption_ids.items()},
-        )
+        return Features(image, text, self.second_log_scale.exp())
 
 
 def global_batch(samples, repeated=True):
@@ -88,27 +80,15 @@ def global_batch(samples, repeated=True):
     images, *texts = torch.randn(3, samples, WIDTH, generator=generator, dtype=torch.float64)
     number = samples - 2 if repeated else 10**9
     ids = torch.randint(0, number, (3, samples), generator=generator)
-    return Part(
+    return batch_of_vectors(
         images, dict(zip(LANGUAGES, texts, strict=True)), ids[0],
         dict(zip(LANGUAGES, ids[1:], strict=True)),
     )  # fmt: skip
 
 
-def encoder(model):
-    def encode(part, *, images=True, texts=True, on_texts=None):
-        return model(part.images if images else None, part.texts if texts else {}, on_texts)
-
-    return encode
-
-
-def run_step(cached, model, batch, sizes):
-    parts = [
-        batch.rows(slice(end - size, end))
-        for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)
-    ]
-    return cached.step(
-        encoder(model), parts, [p.ids for p in parts], [p.caption_ids for p in parts]
-    )
+def run_step(step, batch, sizes):
+    ends = itertools.accumulate(sizes)
+    return step([rows_of(batch, slice(e - n, e)) for n, e in zip(sizes, ends, strict=True)])
 
 
 def gradients_of(model):
@@ -125,7 +105,7 @@ def definition(head, batch):
     return sum(
         softmax_definition(
             head.image, head.text[name], head.logit_scale,
-            positives=matches(batch.ids.tolist(), batch.caption_ids[name].tolist()),
+            positives=matches(batch.image_ids.tolist(), batch.caption_ids[name].tolist()),
         )
         for name in LANGUAGES
     ) / 2  # fmt: skip
@@ -137,18 +117,18 @@ SPLITS = [(6,), (3, 3), (4, 2), (2, 2, 2), (3, 2, 1)]
 def _steps_under_ddp(rank, world, kind, plan):
     """Two optimizer steps of each split; returns losses, gradients and parameters."""
     own = slice(rank * LOCAL, (rank + 1) * LOCAL)
-    batch = global_batch(LOCAL * world).rows(own)
+    batch = rows_of(global_batch(LOCAL * world), own)
     results = []
     for sizes in SPLITS:
         model = Model(kind=kind)
         wrapped = nn.parallel.DistributedDataParallel(model)
         loss = BilingualLoss(LossPlan(kind=kind, tile=5, **plan))
-        cached = CachedContrast(loss, wrapped, no_sync=wrapped.no_sync)
+        step = ContrastiveStep(wrapped, loss)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
         found = []
         for _ in range(2):
             optimizer.zero_grad()
-            output = run_step(cached, wrapped, batch, sizes)
+            output = run_step(step, batch, sizes)
             total = output.loss.clone()
             dist.all_reduce(total)
             found.append([total / world, *(g.clone() for g in gradients_of(model))])
@@ -177,7 +157,7 @@ def test_any_number_of_micro_batches_under_ddp_is_one_batch(kind, plan):
 def test_one_process_agrees_with_the_definition(sizes):
     batch = global_batch(LOCAL)
     model, plain = Model(), Model()
-    output = run_step(CachedContrast(BilingualLoss(), model), model, batch, sizes)
+    output = run_step(ContrastiveStep(model, BilingualLoss()), batch, sizes)
     expected = definition(plain(batch.images, batch.texts).heads[MAIN], batch)
     expected.backward()
     assert_all_close([output.loss], [expected.detach()])
@@ -188,16 +168,16 @@ def test_one_process_agrees_with_the_definition(sizes):
 def test_further_heads_and_other_losses_are_weighed_and_reported_apart(sizes):
     batch = global_batch(LOCAL)
     model, plain = Model(further=True), Model(further=True)
-    weights = {"second": 3.0, "told": 0.2}
-    cached = CachedContrast(BilingualLoss(), model, weights=weights)
-    output = run_step(cached, model, batch, sizes)
+    weights = {"second": 3.0, "distance": 0.2}
+    step = ContrastiveStep(model, BilingualLoss(), weights=weights)
+    output = run_step(step, batch, sizes)
     encoded = plain(batch.images, batch.texts)
     main, second = (definition(head, batch) for head in encoded.heads.values())
-    told = encoded.others["told"]
-    loss = (main + 3 * second) / 4 + 0.2 * told
+    distance = encoded.others["distance"]
+    loss = (main + 3 * second) / 4 + 0.2 * distance
     loss.backward()
     assert_all_close([output.loss], [loss.detach()])
-    parts = {MAIN: main, "second": second, "told": told}
+    parts = {MAIN: main, "second": second, "distance": distance}
     assert output.parts.keys() == parts.keys()
     assert_all_close(output.parts.values(), [part.detach() for part in parts.values()])
     assert_all_close(gradients_of(model), gradients_of(plain))
@@ -208,11 +188,11 @@ def test_dropout_leaves_features_alike_where_another_loss_draws_after_them():
     batch = global_batch(LOCAL)
     model, plain = (Model(further=True, dropout=0.5) for _ in range(2))
     torch.manual_seed(3)
-    run_step(CachedContrast(BilingualLoss(), model), model, batch, (2, 2, 2))
+    run_step(ContrastiveStep(model, BilingualLoss()), batch, (2, 2, 2))
     encoded = []
     torch.manual_seed(3)
     for start in (0, 2, 4):
-        part, state = batch.rows(slice(start, start + 2)), torch.get_rng_state()
+        part, state = rows_of(batch, slice(start, start + 2)), torch.get_rng_state()
         encoded.append(plain(part.images, part.texts))
         torch.set_rng_state(state)
         with torch.no_grad():
@@ -226,7 +206,7 @@ def test_dropout_leaves_features_alike_where_another_loss_draws_after_them():
         for name in encoded[0].heads
     }
     loss = sum(definition(head, batch) for head in joined.values()) / 2
-    (loss + sum(each.others["told"] for each in encoded) / 3).backward()
+    (loss + sum(each.others["distance"] for each in encoded) / 3).backward()
     assert_all_close(gradients_of(model), gradients_of(plain))
 
 
@@ -237,7 +217,7 @@ def test_another_loss_has_a_frozen_tower_encoded_again(frozen):
     for sizes in ((6,), (2, 2, 2)):
         model = Model(further=True)
         getattr(model, frozen).requires_grad_(False)
-        run_step(CachedContrast(BilingualLoss(), model), model, batch, sizes)
+        run_step(ContrastiveStep(model, BilingualLoss()), batch, sizes)
         found.append(gradients_of(model))
     assert_all_close(*found)
     assert model.encoded == {"images": 5, "texts": 5}
@@ -246,23 +226,23 @@ def test_another_loss_has_a_frozen_tower_encoded_again(frozen):
 def test_one_pass_adds_the_other_losses_of_its_micro_batches():
     batch = global_batch(LOCAL)
     model, plain = Model(further=True), Model(further=True)
-    cached = CachedContrast(BilingualLoss(), model, mode="one_pass", weights={"told": 1e6})
-    output = run_step(cached, model, batch, (4, 2))
-    told = plain(batch.images, batch.texts).others["told"]
-    told.backward()
-    torch.testing.assert_close(output.parts["told"], told.detach())
+    step = ContrastiveStep(model, BilingualLoss(), mode="one_pass", weights={"distance": 1e6})
+    output = run_step(step, batch, (4, 2))
+    distance = plain(batch.images, batch.texts).others["distance"]
+    distance.backward()
+    torch.testing.assert_close(output.parts["distance"], distance.detach())
     torch.testing.assert_close(model.image.grad / 1e6, plain.image.grad, rtol=1e-4, atol=1e-4)
 
 
 def _further_steps_under_ddp(rank, world):
     own = slice(rank * LOCAL, (rank + 1) * LOCAL)
-    batch = global_batch(LOCAL * world).rows(own)
+    batch = rows_of(global_batch(LOCAL * world), own)
     results = []
     for sizes in SPLITS:
         model = Model(further=True)
         wrapped = nn.parallel.DistributedDataParallel(model)
-        cached = CachedContrast(BilingualLoss(), wrapped, no_sync=wrapped.no_sync)
-        run_step(cached, wrapped, batch, sizes)
+        step = ContrastiveStep(wrapped, BilingualLoss())
+        run_step(step, batch, sizes)
         results.append(gradients_of(model))
     return results
 
@@ -272,7 +252,7 @@ def test_further_heads_and_other_losses_under_ddp_are_those_of_one_process():
     batch, plain = global_batch(2 * LOCAL), Model(further=True)
     encoded = plain(batch.images, batch.texts)
     heads = sum(definition(head, batch) for head in encoded.heads.values()) / 2
-    (heads + encoded.others["told"]).backward()
+    (heads + encoded.others["distance"]).backward()
     for results in run_in_processes(_further_steps_under_ddp, 2, 2):
         for gradients in results:
             assert_all_close(gradients, gradients_of(plain))
@@ -284,18 +264,18 @@ def test_dropout_and_the_random_numbers_after_it_are_those_of_a_single_pass(size
     batch = global_batch(LOCAL)
     model, plain = Model(dropout=0.5), Model(dropout=0.5)
     torch.manual_seed(3)
-    run_step(CachedContrast(BilingualLoss(), model), model, batch, sizes)
+    run_step(ContrastiveStep(model, BilingualLoss()), batch, sizes)
     after = torch.rand(3)
     torch.manual_seed(3)
     encoded = []
     for size, end in zip(sizes, itertools.accumulate(sizes), strict=True):
-        part = batch.rows(slice(end - size, end))
+        part = rows_of(batch, slice(end - size, end))
         encoded.append(plain(part.images, part.texts).heads[MAIN])
     assert torch.equal(after, torch.rand(3))
     BilingualLoss()(
         torch.cat([each.image for each in encoded]),
         {name: torch.cat([each.text[name] for each in encoded]) for name in LANGUAGES},
-        encoded[-1].logit_scale, batch.ids, batch.caption_ids,
+        encoded[-1].logit_scale, batch.image_ids, batch.caption_ids,
     ).loss.backward()  # fmt: skip
     assert_all_close(gradients_of(model), gradients_of(plain))
 
@@ -303,7 +283,7 @@ def test_dropout_and_the_random_numbers_after_it_are_those_of_a_single_pass(size
 def test_running_statistics_see_every_micro_batch_once():
     batch = global_batch(LOCAL)
     model, plain = Model(batch_norm=True), Model(batch_norm=True)
-    run_step(CachedContrast(BilingualLoss(), model), model, batch, (2, 2, 2))
+    run_step(ContrastiveStep(model, BilingualLoss()), batch, (2, 2, 2))
     for start in (0, 2, 4):
         plain(batch.images[start : start + 2], {})
     assert model.norm.num_batches_tracked == 3
@@ -317,7 +297,7 @@ def test_a_frozen_tower_is_encoded_once(frozen):
     for sizes in ((6,), (2, 2, 2)):
         model = Model()
         getattr(model, frozen).requires_grad_(False)
-        run_step(CachedContrast(BilingualLoss(), model), model, batch, sizes)
+        run_step(ContrastiveStep(model, BilingualLoss()), batch, sizes)
         found.append(gradients_of(model))
     assert_all_close(*found)
     assert getattr(model, frozen).grad is None
@@ -329,17 +309,17 @@ def test_a_frozen_temperature_and_towers_that_need_nothing_but_it():
     batch = global_batch(LOCAL)
     model = Model()
     model.log_scale.requires_grad_(False)
-    run_step(CachedContrast(BilingualLoss(), model), model, batch, (3, 3))
+    run_step(ContrastiveStep(model, BilingualLoss()), batch, (3, 3))
     assert model.log_scale.grad is None
     assert model.image.grad.abs().sum() > 0
 
 
 def _exchanges(rank, sizes):
     model = Model()
-    batch = global_batch(2 * LOCAL).rows(slice(rank * LOCAL, (rank + 1) * LOCAL))
-    cached = CachedContrast(BilingualLoss(LossPlan(mesh="text")), model)
+    batch = rows_of(global_batch(2 * LOCAL), slice(rank * LOCAL, (rank + 1) * LOCAL))
+    step = ContrastiveStep(model, BilingualLoss(LossPlan(mesh="text")))
     with TensorMeter() as meter:
-        run_step(cached, model, batch, sizes)
+        run_step(step, batch, sizes)
     return meter.collectives
 
 
@@ -356,12 +336,12 @@ def one_pass_definition(batch, sizes, plain):
     total = 0
     bank = []
     for size, end in zip(sizes, itertools.accumulate(sizes), strict=True):
-        part = batch.rows(slice(end - size, end))
-        image, text, scale, _, _ = plain(part.images, part.texts).heads[MAIN]
+        part = rows_of(batch, slice(end - size, end))
+        image, text, scale, _ = plain(part.images, part.texts).heads[MAIN]
         for name in LANGUAGES:
             images = torch.cat([image, *(b[0] for b in bank)])
             texts = torch.cat([text[name], *(b[1][name] for b in bank)])
-            ids = torch.cat([part.ids, *(b[2] for b in bank)])
+            ids = torch.cat([part.image_ids, *(b[2] for b in bank)])
             captions = torch.cat([part.caption_ids[name], *(b[3][name] for b in bank)])
             same = matches(ids.tolist(), captions.tolist())[:size].double()
             target = same / same.sum(1, keepdim=True)
@@ -369,7 +349,7 @@ def one_pass_definition(batch, sizes, plain):
             by_column = F.cross_entropy(scale * text[name] @ images.T, target)
             total = total + (by_row + by_column) / 4 * size / sum(sizes)
         detached = {name: x.detach() for name, x in text.items()}
-        bank.append((image.detach(), detached, part.ids, part.caption_ids))
+        bank.append((image.detach(), detached, part.image_ids, part.caption_ids))
     return total
 
 
@@ -378,8 +358,8 @@ def one_pass_definition(batch, sizes, plain):
 def test_one_pass_contrasts_each_micro_batch_with_itself_and_those_before(sizes, tile):
     batch = global_batch(LOCAL)
     model, plain = Model(), Model()
-    cached = CachedContrast(BilingualLoss(LossPlan(tile=tile)), model, mode="one_pass")
-    output = run_step(cached, model, batch, sizes)
+    step = ContrastiveStep(model, BilingualLoss(LossPlan(tile=tile)), mode="one_pass")
+    output = run_step(step, batch, sizes)
     expected = one_pass_definition(batch, sizes, plain)
     expected.backward()
     assert_all_close([output.loss], [expected.detach()])
@@ -389,11 +369,11 @@ def test_one_pass_contrasts_each_micro_batch_with_itself_and_those_before(sizes,
 
 def _one_pass_on_ranks(rank, world, mesh, duplicates):
     model = Model()
-    batch = global_batch(LOCAL * world).rows(slice(rank * LOCAL, (rank + 1) * LOCAL))
+    batch = rows_of(global_batch(LOCAL * world), slice(rank * LOCAL, (rank + 1) * LOCAL))
     wrapped = nn.parallel.DistributedDataParallel(model)
     plan = LossPlan(mesh=mesh, tile=4, duplicates=duplicates)
-    cached = CachedContrast(BilingualLoss(plan), wrapped, mode="one_pass", no_sync=wrapped.no_sync)
-    output = run_step(cached, wrapped, batch, (2, 4))
+    step = ContrastiveStep(wrapped, BilingualLoss(plan), mode="one_pass")
+    output = run_step(step, batch, (2, 4))
     total = output.loss.clone()
     dist.all_reduce(total)
     return [total / world, *gradients_of(model)]
@@ -406,8 +386,8 @@ def test_one_pass_on_a_mesh_is_one_pass_on_one_process(duplicates):
     world = 4
     order = [r * LOCAL + k for ks in ((0, 1), (2, 3, 4, 5)) for r in range(world) for k in ks]
     model = Model()
-    cached = CachedContrast(BilingualLoss(LossPlan(duplicates=duplicates)), model, mode="one_pass")
-    output = run_step(cached, model, global_batch(LOCAL * world).rows(order), (8, 16))
+    step = ContrastiveStep(model, BilingualLoss(LossPlan(duplicates=duplicates)), mode="one_pass")
+    output = run_step(step, rows_of(global_batch(LOCAL * world), order), (8, 16))
     expected = [output.loss, *gradients_of(model)]
     for mesh in ((2, 2), "text"):
         for found in run_in_processes(_one_pass_on_ranks, world, world, mesh, duplicates):
@@ -415,5 +395,33 @@ def test_one_pass_on_a_mesh_is_one_pass_on_one_process(duplicates):
 
 
 def test_one_pass_needs_as_many_samples_from_every_rank():
-    with pytest.raises(ConfigError, match=r"accumulation is one_pass .* expected even=True"):
-        CachedContrast(BilingualLoss(LossPlan(even=False)), Model(), mode="one_pass")
+    with pytest.raises(ConfigError, match=r"one_pass needs loss\.plan\.even true"):
+        ContrastiveStep(Model(), BilingualLoss(LossPlan(even=False)), mode="one_pass")
+
+
+def scaled_gradients(mode, sizes):
+    """The gradients of a step through a gradient scaler, and after the scaler's own unscaling."""
+    batch, model = global_batch(LOCAL), Model(further=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    step = ContrastiveStep(
+        model, BilingualLoss(), mode=mode, weights={"distance": 0.2},
+        backward=lambda loss: scaler.scale(loss).backward(),
+    )  # fmt: skip
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run_step(step, batch, sizes)
+    scaled = [gradient.clone() for gradient in gradients_of(model)]
+    scaler.unscale_(optimizer)
+    return scaled, gradients_of(model)
+
+
+@pytest.mark.parametrize(
+    ("mode", "sizes"), [("exact", (6,)), ("exact", (3, 2, 1)), ("one_pass", (4, 2))]
+)
+def test_a_gradient_scaler_scales_every_gradient_once(mode, sizes):
+    batch, model = global_batch(LOCAL), Model(further=True)
+    step = ContrastiveStep(model, BilingualLoss(), mode=mode, weights={"distance": 0.2})
+    run_step(step, batch, sizes)
+    expected = gradients_of(model)
+    scaled, unscaled = scaled_gradients(mode, sizes)
+    assert_all_close(unscaled, expected)
+    assert_all_close(scaled, [1024 * gradient for gradient in expected])

@@ -4,8 +4,8 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from vlm.training.build import build_run
 from vlm.training.config import TrainConfig
-from vlm.training.run import train
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -22,4 +22,4 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Any) -> None:
     """Train; print the bundle's folder."""
     fields = {name: getattr(options, name) for name in TrainConfig.__dataclass_fields__}
-    print(train(TrainConfig(**fields), resume=options.resume))
+    print(build_run(TrainConfig(**fields), resume=options.resume).fit())

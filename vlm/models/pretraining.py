@@ -1,7 +1,7 @@
 """The model of a training run: an encoder, and what is trained with it and then left out."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,6 @@ class Features(NamedTuple):
     """The inverse temperature, at most `MAX_LOGIT_SCALE`."""
     logit_bias: Float[Tensor, ""] | None = None
     """The bias of a sigmoid loss's logits, where the model has one."""
-    sent: Any = None
-    """What the receiver of the text features has returned."""
 
 
 class Encoded(NamedTuple):
@@ -37,7 +35,11 @@ class Encoded(NamedTuple):
     heads: dict[str, Features]
     """By head, the model's own first."""
     others: dict[str, Float[Tensor, ""]]
-    """Losses of masked modelling; none without a graph."""
+    """Losses of masked modelling; empty without a graph."""
+
+
+OnTexts = Callable[[str, Mapping[str, Tensor]], None]
+"""Takes a head's name and its text features by language, before the images are encoded."""
 
 
 class PretrainingModel(nn.Module):
@@ -47,7 +49,7 @@ class PretrainingModel(nn.Module):
         encoder: The model that a bundle keeps.
         masked: Masked modelling of words and patches, if any.
         languages: Vectors that are added to the texts' features by language, if any.
-        matryoshka: Widths below `embed_dim`: the first so many numbers of a feature are a head of
+        matryoshka: Widths below `embed_dim`: the first N dimensions of the features are a head of
             their own (Kusupati et al. 2022, "Matryoshka Representation Learning", section 3).
         unimodal: Whether a second head that the encoder has is trained.
         teacher: Gives the patch states that hidden patches are to be recovered as; frozen, and
@@ -72,7 +74,7 @@ class PretrainingModel(nn.Module):
         if wrong:
             raise ConfigError(
                 f"matryoshka has the width {wrong[0]}; expected 1 to {encoder.embed_dim - 1}, "
-                "below the width of the features"
+                "below the dimension of the features"
             )
         if len(set(matryoshka)) < len(matryoshka):
             raise ConfigError(f"matryoshka is {list(matryoshka)}; expected each width once")
@@ -84,7 +86,7 @@ class PretrainingModel(nn.Module):
         self.teacher = teacher
         hides_patches = masked is not None and masked.hides_patches
         for parameter in encoder.untrained_parameters(unimodal=unimodal, patches=hides_patches):
-            # Wrappers that average gradients over ranks wait for those of all others.
+            # Wrappers that average gradients over ranks wait for every parameter that wants one.
             parameter.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "PretrainingModel":
@@ -97,66 +99,50 @@ class PretrainingModel(nn.Module):
         self,
         images: Float[Tensor, "batch 3 height width"] | None,
         texts: Mapping[str, TokenBatch],
-        on_texts: Callable[[Mapping[str, Tensor]], Any] | None = None,
         hidden: Hidden | None = None,
+        on_texts: OnTexts | None = None,
     ) -> Encoded:
         """Encode a batch's captions in every language, then its images.
 
         Args:
             images: Normalised images, or None.
-            texts: Captions by language; none at all is possible.
-            on_texts: Called with the text features of each head before the images are encoded,
-                so that they can travel meanwhile; the head carries what it returns.
-            hidden: What masked modelling hides; its losses are there where both sides are given
-                and gradients are asked for.
+            texts: Captions by language; may be empty.
+            hidden: What masked modelling hides; its losses are computed where both sides are given
+                and gradients are enabled.
+            on_texts: Called with each head's text features before the images are encoded, so that
+                they can travel to other ranks meanwhile.
         """
-        if images is None or not texts or self.masked is None or hidden is None:
-            return self._contrasted(images, texts, on_texts)
-        text_states = {name: self.encoder.text_states(tokens) for name, tokens in texts.items()}
+        encoder = self.encoder
+        masked = self.masked if images is not None and texts else None
+        if masked is None or hidden is None:  # the features alone are quicker than the states
+            text = {
+                name: self._heads(encoder.text_features(tokens), name)
+                for name, tokens in texts.items()
+            }
+            self._announce(text, on_texts)
+            image = {} if images is None else self._heads(encoder.image_features(images))
+            return Encoded(self._joined(image, text), {})
+        assert images is not None
+        text_states = {name: encoder.text_states(tokens) for name, tokens in texts.items()}
         text = {name: self._heads(each.features, name) for name, each in text_states.items()}
-        sent = self._sent(text, on_texts)
-        image_states = self.encoder.image_states(images)
-        heads = self._joined(self._heads(image_states.features), text, sent)
+        self._announce(text, on_texts)
+        image_states = encoder.image_states(images)
+        heads = self._joined(self._heads(image_states.features), text)
         if not torch.is_grad_enabled():
-            # The states were needed even so: another way to the same features would draw other
+            # The states were computed even so: the other way to the same features would draw other
             # random numbers than the pass that is differentiated.
             return Encoded(heads, {})
         target = None if self.teacher is None else self.teacher(images)
-        others = self.masked(self.encoder, images, image_states, texts, text_states, hidden, target)
+        others = masked(encoder, images, image_states, texts, text_states, hidden, target)
         return Encoded(heads, others)
 
-    def _contrasted(
-        self,
-        images: Tensor | None,
-        texts: Mapping[str, TokenBatch],
-        on_texts: Callable[[Mapping[str, Tensor]], Any] | None,
-    ) -> Encoded:
-        """Encode without the states that masked modelling reads, which is quicker."""
-        text = {
-            name: self._heads(self.encoder.text_features(tokens), name)
-            for name, tokens in texts.items()
-        }
-        sent = self._sent(text, on_texts)
-        image = {} if images is None else self._heads(self.encoder.image_features(images))
-        return Encoded(self._joined(image, text, sent), {})
-
-    def _sent(
-        self,
-        text: Mapping[str, Mapping[str, Tensor]],
-        on_texts: Callable[[Mapping[str, Tensor]], Any] | None,
-    ) -> dict[str, Any]:
-        if on_texts is None:
-            return {}
-        return {
-            head: on_texts({name: features[head] for name, features in text.items()})
-            for head in self._head_names()
-        }
+    def _announce(self, text: Mapping[str, Mapping[str, Tensor]], on_texts: OnTexts | None) -> None:
+        if on_texts is not None:
+            for head in self._head_names():
+                on_texts(head, {name: features[head] for name, features in text.items()})
 
     def _joined(
-        self,
-        image: Mapping[str, Tensor],
-        text: Mapping[str, Mapping[str, Tensor]],
-        sent: Mapping[str, Any],
+        self, image: Mapping[str, Tensor], text: Mapping[str, Mapping[str, Tensor]]
     ) -> dict[str, Features]:
         scales, bias = self.encoder.logit_scales, self.encoder.logit_bias
         return {
@@ -164,9 +150,8 @@ class PretrainingModel(nn.Module):
                 image=image.get(head),
                 text={name: features[head] for name, features in text.items()},
                 logit_scale=scales[UNIMODAL if head == UNIMODAL else MAIN],
-                # Not the parameter itself, which wrappers of the module may not see leave it.
+                # Not the parameter itself: wrappers of the module may not see it leave.
                 logit_bias=None if bias is None else bias * 1,
-                sent=sent.get(head),
             )
             for head in self._head_names()
         }

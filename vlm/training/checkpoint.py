@@ -1,31 +1,91 @@
-"""Checkpoints that are whole or absent: written beside, flushed, renamed, verified when read."""
+"""Checkpoints that are whole or absent: written beside, flushed, renamed, verified when read.
+
+A checkpoint holds a few named parts, each with `state_dict` and `load_state_dict`: tensors go to
+`NAME.safetensors`, plain numbers to `state.json`.
+"""
 
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.stateful import Stateful
 
 from vlm.errors import CheckpointError
 from vlm.files import sha256_of, write_folder
 
-_MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+_STATE = "state.json"
 _FOLDER_NAME = re.compile(r"step-(\d{8})")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Progress:
     """How far a run has come; together with its configuration this is the state of its data."""
 
-    step: int
+    step: int = 0
     """Optimizer steps taken."""
-    samples: int
+    samples: int = 0
     """Samples read by all processes."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the two numbers."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Set the two numbers."""
+        self.step, self.samples = state["step"], state["samples"]
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """AdamW's tensors by `PARAMETER.KEY`; its other settings come from the configuration."""
+
+    model: nn.Module
+    """Names the parameters."""
+    optimizer: torch.optim.Optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the moments and step counts."""
+        names: dict[Tensor, str] = {each: name for name, each in self.model.named_parameters()}
+        return {
+            f"{names[parameter]}.{key}": value
+            for parameter, slots in self.optimizer.state.items()
+            for key, value in slots.items()
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Give each parameter its moments; one that was not trained so far has none yet.
+
+        Raises:
+            ValueError: there are moments for what is not trained, or of another shape.
+        """
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        indices = {parameter: index for index, parameter in enumerate(parameters)}
+        trained = {name: each for name, each in self.model.named_parameters() if each in indices}
+        slots: dict[int, dict[str, Tensor]] = {}
+        for full_name, tensor in state.items():
+            name, key = full_name.rsplit(".", 1)
+            # Step counts are scalars, moments have their parameter's shape.
+            if name not in trained or tensor.shape not in (trained[name].shape, torch.Size()):
+                raise ValueError(
+                    f"it has optimizer state for {name}, which is frozen or of another shape here"
+                )
+            slots.setdefault(indices[trained[name]], {})[key] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
+        # The fused step walks a parameter and its moments side by side in memory, so moments must
+        # lie as their parameter does (channels last); a file keeps their values only.
+        for parameter, slot in self.optimizer.state.items():
+            for key, value in slot.items():
+                if value.shape == parameter.shape:
+                    slot[key] = torch.empty_like(parameter).copy_(value)
 
 
 class Checkpoints:
@@ -34,41 +94,58 @@ class Checkpoints:
     Args:
         folder: Holds one folder a checkpoint.
         keep: How many of the newest are kept.
+        writes: Whether this rank writes; all others only take part.
     """
 
-    def __init__(self, folder: Path, *, keep: int) -> None:
+    def __init__(self, folder: Path, *, keep: int, writes: bool = True) -> None:
         self.folder = folder
         self.keep = keep
+        self.writes = writes
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-        """Write a checkpoint; older ones are removed only once it is complete."""
-        with write_folder(self.folder / f"step-{progress.step:08d}") as temporary:
-            save_file(_on_cpu(model.state_dict()), temporary / _MODEL)
-            save_file(_on_cpu(_optimizer_tensors(model, optimizer)), temporary / _OPTIMIZER)
-            hashes = {name: sha256_of(temporary / name) for name in (_MODEL, _OPTIMIZER)}
-            state = {"step": progress.step, "samples": progress.samples, "sha256": hashes}
-            (temporary / _STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+    def save(self, step: int, parts: Mapping[str, Stateful]) -> None:
+        """Write a checkpoint; older ones are removed only once it is complete.
+
+        Every rank calls this, since a sharded part can be collected by all ranks together only.
+        """
+        states = {name: part.state_dict() for name, part in parts.items()}
+        if not self.writes:  # nor waits: the next step's collectives do
+            return
+        with write_folder(self.folder / f"step-{step:08d}") as temporary:
+            numbers: dict[str, Any] = {}
+            hashes: dict[str, str] = {}
+            for name, state in states.items():
+                if not all(isinstance(value, Tensor) for value in state.values()):
+                    numbers |= state
+                    continue
+                file = temporary / f"{name}.safetensors"
+                save_file(
+                    {key: each.detach().contiguous().cpu() for key, each in state.items()}, file
+                )
+                hashes[file.name] = sha256_of(file)
+            content = json.dumps(numbers | {"sha256": hashes}, indent=1)
+            (temporary / _STATE).write_text(content + "\n", encoding="utf-8")
         for old in self._complete()[: -self.keep]:
             shutil.rmtree(old)
 
-    def load_latest(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:
-        """Restore the newest checkpoint in place; None if there is none.
+    def load_latest(self, parts: Mapping[str, Stateful]) -> bool:
+        """Restore the newest checkpoint in place; return False if there is none.
 
         Raises:
             CheckpointError: the newest checkpoint is damaged or belongs to another model.
         """
         complete = self._complete()
         if not complete:
-            return None
+            return False
         folder = complete[-1]
-        progress = _verify(folder)
+        numbers = _verify(folder)
         try:
-            model.load_state_dict(load_file(folder / _MODEL))
-            _restore_optimizer(model, optimizer, load_file(folder / _OPTIMIZER))
+            for name, part in parts.items():
+                file = folder / f"{name}.safetensors"
+                part.load_state_dict(load_file(file) if file.exists() else numbers)
         except (RuntimeError, KeyError, ValueError) as error:
-            reason = shorten(str(error), width=200, placeholder=" ...")  # of one line
+            reason = shorten(str(error), width=200, placeholder=" ...")  # on one line
             raise CheckpointError(f"{folder} belongs to another configuration: {reason}") from error
-        return progress
+        return True
 
     def _complete(self) -> list[Path]:
         """Return the finished checkpoints, oldest first; a partial one has another name."""
@@ -77,9 +154,10 @@ class Checkpoints:
         return sorted(path for path in self.folder.iterdir() if _FOLDER_NAME.fullmatch(path.name))
 
 
-def _verify(folder: Path) -> Progress:
+def _verify(folder: Path) -> dict[str, Any]:
+    """Check every file of a checkpoint; return its numbers."""
     try:
-        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        state: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
         for name, expected in state["sha256"].items():
             found = sha256_of(folder / name)
             if found != expected:
@@ -87,51 +165,8 @@ def _verify(folder: Path) -> Progress:
                     f"{folder / name} is damaged: sha256 {found[:12]}, expected {expected[:12]}; "
                     f"remove {folder} to resume from the checkpoint before it"
                 )
-        return Progress(step=state["step"], samples=state["samples"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{folder} is damaged ({error}); remove it to resume from the checkpoint before it"
         ) from error
-
-
-def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-
-
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Name AdamW's tensors `PARAMETER.KEY`; its other settings come from the configuration."""
-    names: dict[Tensor, str] = {each: name for name, each in model.named_parameters()}
-    return {
-        f"{names[parameter]}.{key}": value
-        for parameter, slots in optimizer.state.items()
-        for key, value in slots.items()
-    }
-
-
-def _restore_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
-) -> None:
-    """Give each parameter its own moments again; one that was not trained so far has none yet.
-
-    Raises:
-        ValueError: there are moments of what is not trained, or of another shape.
-    """
-    places = {
-        parameter: place
-        for place, parameter in enumerate(p for g in optimizer.param_groups for p in g["params"])
-    }
-    trained = {name: each for name, each in model.named_parameters() if each in places}
-    slots: dict[int, dict[str, Tensor]] = {}
-    for full_name, tensor in tensors.items():
-        name, key = full_name.rsplit(".", 1)
-        if name not in trained or tensor.shape not in (trained[name].shape, torch.Size()):
-            raise ValueError(f"it has trained {name}, which is not trained here")
-        slots.setdefault(places[trained[name]], {})[key] = tensor
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": slots, "param_groups": groups})
-    # The fused step walks a parameter and its moments side by side in memory, so moments must lie
-    # as their parameter does (channels last); a file keeps their values only.
-    for parameter, slot in optimizer.state.items():
-        for key, value in slot.items():
-            if value.shape == parameter.shape:
-                slot[key] = torch.empty_like(parameter).copy_(value)
+    return state

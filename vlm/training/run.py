@@ -1,245 +1,260 @@
-"""One training run: build the parts that a configuration names, train, leave a bundle."""
+"""One training run: the loop over its steps, and what it reports, keeps and leaves."""
 
-from collections.abc import Callable
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.stateful import Stateful
 
-from vlm.bundle import Bundle, save_bundle
-from vlm.data.dataset import ShardedSplit
-from vlm.data.loader import BatchOrder, TrainingExamples, TrainingLoader, second_of
+from vlm.bundle import save_bundle
+from vlm.data.loader import TrainingLoader
 from vlm.data.sample import Batch
-from vlm.distributed.groups import world_group
-from vlm.embedding.embedder import Embedder
-from vlm.errors import ConfigError
-from vlm.evaluation.retrieval.evaluation import evaluate_retrieval
-from vlm.evaluation.retrieval.pairs import pairs_of_split
+from vlm.errors import TrainingError
 from vlm.files import write_file
-from vlm.images.transforms import TrainingTransform, evaluation_transform
-from vlm.losses.bilingual import BilingualLoss
-from vlm.models.batch_norm import synchronize_batch_norm
-from vlm.models.encoder import Encoder
+from vlm.models.encoder import MAIN, Encoder
+from vlm.models.growth import only_new_rows
 from vlm.models.lora import without_lora
 from vlm.models.pretraining import PretrainingModel
-from vlm.training.adaptation import adapt
-from vlm.training.checkpoint import Checkpoints, Progress
+from vlm.text.caption_ids import text_id
+from vlm.training.checkpoint import Checkpoints, OptimizerState, Progress
 from vlm.training.config import TrainConfig, config_as_yaml
-from vlm.training.objectives import (
-    build_pretraining_model,
-    check_patches,
-    loss_weights,
-    mask_plan,
-)
-from vlm.training.optimizer import build_optimizer
+from vlm.training.optimizer import learning_rate_factor, skip_when_not_finite
 from vlm.training.reporter import Reporter
-from vlm.training.start import Start, build_start
-from vlm.training.step import CachedContrast
-from vlm.training.trainer import LoopConfig, Trainer
+from vlm.training.start import Start
+from vlm.training.step import StepOutput
 
-BUNDLE_NAME, CONFIG_NAME = "bundle", "config.yaml"
+BUNDLE_NAME, CONFIG_NAME, CHECKPOINTS_NAME = "bundle", "config.yaml", "checkpoints"
 
 
-def train(config: TrainConfig, *, resume: bool = False) -> Path:
-    """Run, or go on with, the training that a configuration describes.
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step measured on this rank; reading the tensors waits for the device."""
 
-    Args:
-        config: The run.
-        resume: Whether to continue from the newest checkpoint in the run's folder.
+    step: int
+    """Steps taken before it."""
+    uids: tuple[str, ...]
+    """The first samples of this rank's batch."""
+    loss: Tensor
+    parts: Mapping[str, Tensor]
+    """What the loss is made of, by head and objective, where it has more than one part."""
+    accuracy: Tensor
+    """Ratio of images and texts whose most similar candidate in the batch is correct."""
+    candidates: int
+    """How many texts an image was compared with."""
+    gradient_norm: Tensor
+    """Of the averaged gradient, before clipping; the same on every rank."""
+    logit_scale: Tensor
+    learning_rate: float
 
-    Returns:
-        The folder of the bundle that the run leaves.
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The built parts of a run; every rank calls the same methods at the same points."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    """Devices, processes and mixed precision."""
+    start: Start
+    """What the run started from; its encoder is the one that is trained."""
+    model: nn.Module
+    """The `PretrainingModel` as the accelerator prepared it."""
+    optimizer: torch.optim.Optimizer
+    """As the accelerator prepared it."""
+    step: Callable[[Sequence[Batch]], StepOutput]
+    """The forward and backward passes of a step over its micro-batches."""
+    loader: TrainingLoader
+    """This rank's batches."""
+    checkpoints: Checkpoints
+    evaluate: Callable[[Encoder], dict[str, float]]
+    """Scores the encoder; the ranks share the work."""
+    progress: Progress = field(default_factory=Progress)
+    """How far the run has come."""
+
+    def describe(self) -> str:
+        """Return what the run trains, on what, and for how long, a line each."""
+        config, encoder = self.config, self._encoder
+        data, plan, steps = config.data, config.loss.plan, config.schedule.steps
+        sizes = [p.numel() for p in self._unwrapped.parameters()]
+        trained = [p.numel() for p in self._unwrapped.parameters() if p.requires_grad]
+        ranks = self.accelerator.num_processes
+        group, samples = plan.group_size or ranks, len(self.loader.examples)
+        candidates = data.batch_size // ranks * group
+        lines = {
+            "model": f"{type(encoder).__name__}, {sum(sizes):,} parameters ({sum(trained):,} "
+            f"trained), {self.start.image_size} pixels, {encoder.embed_dim} dimensions",
+            "data": f"split {data.split} of {data.folder}: {samples:,} samples, captions in "
+            f"{', '.join(config.captions.languages)}",
+            "loss": f"{plan.kind} over {candidates:,} candidates, in {config.loss.micro_batches} "
+            f"micro-batches a rank; groups of {group} ranks",
+            "ranks": f"{ranks} on {self.accelerator.device.type}, {config.precision}",
+            "steps": f"{self.progress.step:,} to {steps:,} of {data.batch_size:,} samples "
+            f"({steps * data.batch_size / samples:.1f} epochs)",
+        }
+        return "\n".join(f"{name}: {line}" for name, line in lines.items())
+
+    def fit(self) -> Path:
+        """Train to the end of the schedule; return the folder of the bundle that this leaves.
+
+        Raises:
+            TrainingError: the gradient is no longer finite; the weights are those before it.
+            VlmError: a sample cannot be read, or a file not written.
+        """
+        config, is_main = self.config, self.accelerator.is_main_process
+        self.accelerator.wait_for_everyone()  # all ranks have checked the folder before one writes
+        if is_main:
+            write_file(config.run_folder / CONFIG_NAME, config_as_yaml(config).encode())
+        with Reporter(
+            config.run_folder,
+            samples=config.schedule.steps * config.data.batch_size,
+            progress=self.progress,
+            active=is_main,
+        ) as reporter:
+            self.accelerator.print(self.describe(), file=sys.stderr)
+            self._train(reporter)
+        bundle = config.run_folder / BUNDLE_NAME
+        if is_main:
+            save_bundle(
+                bundle,
+                model=without_lora(self.start.encoder),
+                model_cfg=self.start.model_cfg,
+                preprocess_cfg=self.start.preprocess_cfg,
+                tokenizer=self.start.tokenizer,
+                languages=tuple(dict.fromkeys((*self.start.languages, *config.captions.languages))),
+                truncate_dims=config.objectives.matryoshka,
+            )
+        self.accelerator.end_training()
+        return bundle
+
+    @property
+    def state(self) -> dict[str, Stateful]:
+        """What a checkpoint keeps of the run, by name."""
+        return {
+            "model": self._unwrapped,
+            "optimizer": OptimizerState(self._unwrapped, self.optimizer),
+            "progress": self.progress,
+        }
+
+    def _train(self, reporter: Reporter) -> None:
+        config, progress, batch_size = self.config, self.progress, self.config.data.batch_size
+        last = config.schedule.steps
+        batches = self.loader.read(first_sample=progress.samples, last_sample=last * batch_size)
+        unchecked: list[StepResult] = []
+        reported, since = progress.step, time.perf_counter()
+        for batch in batches:
+            result = self.train_step(batch.to(self.accelerator.device), progress.step)
+            unchecked.append(result)
+            progress.step += 1
+            progress.samples += batch_size
+            reporter.advance(batch_size)
+            step = progress.step
+            reports = _is_due(step, config.report_every, last)
+            evaluates = _is_due(step, config.evaluation.every_steps, last)
+            saves = _is_due(step, config.checkpoint.every_steps, last)
+            if reports or evaluates or saves or step == last:
+                _check_finite(unchecked)  # waits for the device, so that the rate below is true
+                unchecked.clear()
+            if reports:
+                rate = (step - reported) * batch_size / (time.perf_counter() - since)
+                reporter.record(step, self._averaged(result) | {"samples_per_s": rate})
+                reported, since = step, time.perf_counter()
+            pause = time.perf_counter()
+            if evaluates:
+                reporter.record(step, self.evaluate(self._encoder))
+            if saves:
+                self.checkpoints.save(step, self.state)
+            since += time.perf_counter() - pause  # the rate is that of training alone
+
+    def train_step(self, batch: Batch, step: int) -> StepResult:
+        """Update the model once on one global batch, of which `batch` is this rank's part."""
+        self.model.train()
+        # Dropout and the like follow from (seed, step, rank), so that resuming repeats them.
+        torch.manual_seed(text_id(f"{self.config.seed}/{step}/{self.accelerator.process_index}"))
+        rate = self.config.optimizer.learning_rate
+        rate *= learning_rate_factor(step, self.config.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        output = self.step(batch.split(self.config.loss.micro_batches))
+        with self._trained_at(step):
+            norm: Tensor = self.accelerator.clip_grad_norm_(
+                self.model.parameters(), self.config.optimizer.max_gradient_norm
+            )
+            skip_when_not_finite(self.optimizer, norm)
+            logit_scale = self._encoder.logit_scales[MAIN].detach()
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._encoder.clamp_logit_scale()
+        terms = output.terms.values()
+        return StepResult(
+            step=step,
+            uids=batch.uids[:3],
+            loss=output.loss,
+            parts=output.parts if len(output.parts) > 1 else {},
+            accuracy=torch.stack([term.accuracy for term in terms]).mean(),
+            candidates=max(term.candidates for term in terms),
+            gradient_norm=norm,
+            logit_scale=logit_scale,
+            learning_rate=rate,
+        )
+
+    def _trained_at(self, step: int) -> AbstractContextManager[None]:
+        """Let the first steps of a grown model change its new rows only."""
+        embedding, steps = self._encoder.token_embedding, self.config.schedule.new_rows_steps
+        if self.start.first_new_id is not None and step < steps:
+            return only_new_rows(self.model, embedding, first_new=self.start.first_new_id)
+        if step == steps and steps > 0:
+            # Else the old rows, which have not moved, would start at the new ones' step count.
+            self.optimizer.state.pop(embedding.weight, None)
+        return nullcontext()
+
+    @property
+    def _unwrapped(self) -> PretrainingModel:
+        model: PretrainingModel = self.accelerator.unwrap_model(self.model)
+        return model
+
+    @property
+    def _encoder(self) -> Encoder:
+        return self._unwrapped.encoder
+
+    def _averaged(self, result: StepResult) -> dict[str, float]:
+        """Average what ranks measured apart, in one message, and read all of it."""
+        own = {"loss": result.loss}
+        own |= {f"loss/{name}": part for name, part in result.parts.items()}
+        own["accuracy"] = result.accuracy
+        means = self.accelerator.reduce(torch.stack(list(own.values())), reduction="mean")
+        return dict(zip(own, means.tolist(), strict=True)) | {
+            "candidates": result.candidates,
+            "gradient_norm": result.gradient_norm.item(),
+            "logit_scale": result.logit_scale.item(),
+            "learning_rate": result.learning_rate,
+        }
+
+
+def _check_finite(results: Sequence[StepResult]) -> None:
+    """Read the gradient norms of the steps since the last look at them.
+
+    Looking at each step would make the host wait for the device at each. The first norm that is
+    not finite has stopped all updates since (`skip_when_not_finite`).
 
     Raises:
-        VlmError: something in the configuration, the data or the run's folder is not as it
-            must be; the message says what was found and what was expected.
+        TrainingError: one is not finite; the norm is that of all ranks, so all raise.
     """
-    if config.cpu_threads:
-        torch.set_num_threads(config.cpu_threads)
-    accelerator = Accelerator(
-        # Without this accelerate takes processes that have no GPU for one process each.
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision="bf16" if config.precision == "bf16" else "no",
-    )
-    _check_run_folder(config.run_folder, resume)
-    start = build_start(config)
-    loader = _build_loader(config, start, accelerator)
-    loss = _build_loss(config, start.encoder.logit_bias is not None)
-    evaluate = _evaluation(config, start)
-    model, optimizer = _prepare(_build_model(config, start), config, accelerator)
-    trained: PretrainingModel = accelerator.unwrap_model(model)
-    checkpoints = Checkpoints(config.run_folder / "checkpoints", keep=config.checkpoint.keep)
-    progress = (checkpoints.load_latest(trained, optimizer) if resume else None) or Progress(0, 0)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_file(config.run_folder / CONFIG_NAME, config_as_yaml(config).encode())
-    with Reporter(
-        config.run_folder,
-        samples=config.schedule.steps * config.data.batch_size,
-        progress=progress,
-        active=accelerator.is_main_process,
-    ) as reporter:
-        trainer = Trainer(
-            config=_loop_config(config),
-            accelerator=accelerator,
-            model=model,
-            optimizer=optimizer,
-            contrast=_build_contrast(config, loss, model, accelerator),
-            loader=loader,
-            checkpoints=checkpoints,
-            reporter=reporter,
-            evaluate=evaluate,
-            first_new_id=start.first_new_id,
-        )
-        trainer.fit(progress)
-    bundle = config.run_folder / BUNDLE_NAME
-    if accelerator.is_main_process:
-        _save(config, start, bundle)
-    accelerator.end_training()
-    return bundle
+    norms = torch.stack([result.gradient_norm for result in results]).tolist()
+    for result, norm in zip(results, norms, strict=True):
+        if not math.isfinite(norm):
+            raise TrainingError(
+                f"the gradient at step {result.step} is {norm} (loss {result.loss.item():.4g}); "
+                "lower optimizer.learning_rate or look at the batch's images: "
+                + ", ".join(result.uids)
+            )
 
 
-def _save(config: TrainConfig, start: Start, bundle: Path) -> None:
-    save_bundle(
-        bundle,
-        model=without_lora(start.encoder),
-        model_cfg=start.model_cfg,
-        preprocess_cfg=start.preprocess_cfg,
-        tokenizer=start.tokenizer,
-        languages=tuple(dict.fromkeys((*start.languages, *config.captions.languages))),
-        truncate_dims=config.objectives.matryoshka,
-    )
-
-
-def _check_run_folder(folder: Path, resume: bool) -> None:
-    if not resume and (folder / CONFIG_NAME).exists():
-        raise ConfigError(
-            f"{folder} holds a run already; go on with it by --resume, or choose another run_folder"
-        )
-
-
-def _build_loader(config: TrainConfig, start: Start, accelerator: Accelerator) -> TrainingLoader:
-    samples = ShardedSplit(config.data.folder, config.data.split)
-    order = BatchOrder(
-        size=len(samples),
-        global_batch_size=config.data.batch_size,
-        seed=config.seed,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-    )
-    transform = TrainingTransform(start.preprocess, config.augmentation, start.image_size)
-    examples = TrainingExamples(
-        samples,
-        transform,
-        config.captions,
-        seed=config.seed,
-        keep_decoded=config.data.keep_decoded,
-    )
-    return TrainingLoader(
-        examples,
-        order,
-        start.tokenizer,
-        workers=config.data.workers,
-        masks=mask_plan(config.objectives.masked, start.encoder),
-    )
-
-
-def _build_loss(config: TrainConfig, has_bias: bool) -> BilingualLoss:
-    """Build the loss; a collective operation.
-
-    Raises:
-        ConfigError: the loss does not go with the model or the captions.
-        DistributedError: its groups do not go with the number of processes.
-    """
-    loss, languages = config.loss, config.captions.languages
-    if (loss.plan.kind == "sigmoid") != has_bias:
-        raise ConfigError(
-            f"loss.plan.kind is {loss.plan.kind} and the model has {'a' if has_bias else 'no'} "
-            "bias; expected model.init_logit_bias for a sigmoid loss, for example -10, and none "
-            "for a softmax"
-        )
-    if loss.text_text_weight and len(languages) != 2:
-        raise ConfigError(
-            f"loss.text_text_weight is {loss.text_text_weight} for the languages "
-            f"{', '.join(languages)}; expected two languages"
-        )
-    return BilingualLoss(
-        loss.plan,
-        weights={second_of(language): loss.second_weight for language in languages},
-        together=loss.captions == "together",
-        text_pair=(languages[0], languages[1]) if loss.text_text_weight else None,
-        text_pair_weight=loss.text_text_weight,
-    )
-
-
-def _build_contrast(
-    config: TrainConfig, loss: BilingualLoss, model: nn.Module, accelerator: Accelerator
-) -> CachedContrast[Batch]:
-    return CachedContrast(
-        loss,
-        model,
-        mode=config.loss.accumulation,
-        weights=loss_weights(config.objectives),
-        backward=accelerator.backward,
-        no_sync=lambda: accelerator.no_sync(model),
-    )
-
-
-def _build_model(config: TrainConfig, start: Start) -> PretrainingModel:
-    check_patches(config.objectives, config.adapt.patch_dropout)
-    adapt(start.encoder, config.adapt)
-    languages = config.captions.languages
-    return build_pretraining_model(
-        start.encoder,
-        config.objectives,
-        languages={
-            name: language for language in languages for name in (language, second_of(language))
-        },
-        preprocess_cfg=start.preprocess_cfg,
-    )
-
-
-def _prepare(
-    model: nn.Module, config: TrainConfig, accelerator: Accelerator
-) -> tuple[nn.Module, torch.optim.Optimizer]:
-    # Batch norm is always over the whole batch, so that a run does not depend on its processes.
-    model = synchronize_batch_norm(model, world_group(), accelerator.device)
-    optimizer = build_optimizer(model, config.optimizer)
-    prepared: tuple[nn.Module, torch.optim.Optimizer] = accelerator.prepare(model, optimizer)
-    return prepared
-
-
-def _loop_config(config: TrainConfig) -> LoopConfig:
-    return LoopConfig(
-        schedule=config.schedule,
-        learning_rate=config.optimizer.learning_rate,
-        max_gradient_norm=config.optimizer.max_gradient_norm,
-        report_every=config.report_every,
-        evaluate_every=config.evaluation.every_steps,
-        checkpoint_every=config.checkpoint.every_steps,
-        micro_batches=config.loss.micro_batches,
-        seed=config.seed,
-    )
-
-
-def _evaluation(config: TrainConfig, start: Start) -> Callable[[Encoder], dict[str, float]]:
-    split, languages = config.evaluation.split, config.captions.languages
-    bundle = Bundle(
-        model=start.encoder,
-        tokenizer=start.tokenizer,
-        transform=evaluation_transform(start.preprocess_cfg),
-        languages=languages,
-        model_cfg=start.model_cfg,
-        preprocess_cfg=start.preprocess_cfg,
-    )
-    # Read before the first step, so that a missing split does not end a run half way.
-    asked = config.evaluation.every_steps > 0
-    pairs = pairs_of_split(config.data.folder, split, languages=languages) if asked else None
-
-    def evaluate(model: Encoder) -> dict[str, float]:
-        assert pairs is not None
-        scores = evaluate_retrieval(Embedder(bundle, model=model), pairs)
-        return {f"{split}/{name}": value for name, value in scores.items()}
-
-    return evaluate
+def _is_due(step: int, every: int, last: int) -> bool:
+    """Return whether something that happens every `every` steps, and at the end, happens now."""
+    return every > 0 and (step % every == 0 or step == last)

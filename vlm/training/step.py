@@ -1,93 +1,36 @@
-"""Contrastive training steps over micro-batches, whose samples all contrast with each other."""
+"""One training step: forward and backward passes over micro-batches that contrast as one batch."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from types import MappingProxyType
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Int64
 from torch import Tensor, nn
 
+from vlm.data.sample import Batch
 from vlm.errors import ConfigError
-from vlm.losses.bilingual import Bank, BilingualLoss, BilingualOutput
+from vlm.losses.bilingual import Bank, BilingualLoss, BilingualOutput, SentTexts
 from vlm.losses.contrastive import ContrastiveOutput
-
-Part = TypeVar("Part")
-Part_contra = TypeVar("Part_contra", contravariant=True)
-
-Accumulation = Literal["exact", "one_pass"]
-
-_Pairs = list[tuple[Tensor, Tensor]]
-"""What is differentiated, with the gradient that reaches it."""
-
-
-@runtime_checkable
-class Head(Protocol):
-    """Features of a micro-batch in one space, which contrast with each other."""
-
-    @property
-    def image(self) -> Tensor | None:
-        """Unit vectors of the images; None where they were not asked for."""
-
-    @property
-    def text(self) -> Mapping[str, Tensor]:
-        """Unit vectors of the captions by language; empty where they were not asked for."""
-
-    @property
-    def sent(self) -> Any:
-        """What the encoder was given to call with the texts has returned, if anything."""
-
-    @property
-    def logit_scale(self) -> Tensor:
-        """The inverse temperature."""
-
-    @property
-    def logit_bias(self) -> Tensor | None:
-        """Added to every scaled similarity; None for a softmax."""
-
-
-@runtime_checkable
-class EncodedPart(Protocol):
-    """What an encoder gives for a micro-batch."""
-
-    @property
-    def heads(self) -> Mapping[str, Head]:
-        """One or more heads by name; the first is the model's own."""
-
-    @property
-    def others(self) -> Mapping[str, Tensor]:
-        """Losses of other kinds, means over the micro-batch; none where no graph is kept."""
+from vlm.models.masked import Hidden
+from vlm.models.pretraining import Encoded, Features, OnTexts
 
 
 class StepOutput(NamedTuple):
-    """What one step measured; nothing in it has a graph."""
+    """What one step measured on this rank; nothing in it has a graph."""
 
     loss: Tensor
-    """The weighted mean of the heads' losses, and the weighted sum of the others."""
+    """The weighted mean of the heads' losses, plus the weighted sum of the others."""
     parts: dict[str, Tensor]
     """The loss of each head and each of the others, before weighting."""
     terms: dict[str, ContrastiveOutput]
     """The contrastive terms of the first head."""
 
 
-@runtime_checkable
-class Encoder(Protocol[Part_contra]):
-    """Encodes a micro-batch, or one side of it."""
-
-    def __call__(
-        self,
-        part: Part_contra,
-        *,
-        images: bool = True,
-        texts: bool = True,
-        on_texts: Callable[[Mapping[str, Tensor]], Any] | None = None,
-    ) -> EncodedPart:
-        """Encode what is asked for; call `on_texts` with the text features once they are there."""
-
-
-class CachedContrast(Generic[Part]):
+@dataclass(frozen=True)
+class ContrastiveStep:
     """The forward and backward passes of one step over K micro-batches.
 
     `exact` (GradCache: Gao et al. 2021, section 3) gives the loss and gradients of the whole
@@ -101,80 +44,201 @@ class CachedContrast(Generic[Part]):
     aggregation with batch accumulation, Guo et al. 2024). It is cheaper, and biased: early
     micro-batches see fewer candidates, and no sample gets a gradient as an earlier one's negative.
 
-    With one micro-batch both are the plain step, whose texts travel behind the image tower.
-
-    Args:
-        loss: The loss of a head; every rank runs the same steps.
-        model: Whose buffers the second encoding must leave alone.
-        mode: `exact` or `one_pass`.
-        weights: Of heads and other losses by name; 1 where it is not named.
-        backward: Differentiates a loss, scaling it where the precision asks for that.
-        no_sync: A context in which backward passes leave gradients unaveraged over ranks.
+    With one micro-batch both are the plain step.
 
     Raises:
-        ConfigError: `one_pass` for ranks that bring different numbers of samples.
+        ConfigError: `one_pass` with a loss that allows uneven batches.
     """
 
-    def __init__(
-        self,
-        loss: BilingualLoss,
-        model: nn.Module,
-        *,
-        mode: Accumulation = "exact",
-        weights: Mapping[str, float] | None = None,
-        backward: Callable[[Tensor], None] = torch.Tensor.backward,
-        no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ) -> None:
-        if mode == "one_pass" and not loss.exchange.plan.even:
-            raise ConfigError(
-                "accumulation is one_pass and the loss plan's even False; expected even=True, "
-                "for every rank must weigh a micro-batch alike"
-            )
-        self.loss, self.model, self.mode = loss, model, mode
-        self.weights = dict(weights or {})
-        self.backward, self.no_sync = backward, no_sync
+    model: nn.Module
+    """A `PretrainingModel`, any other module that is called like one, or a wrapper of it (DDP)."""
+    loss: BilingualLoss
+    """The loss of a head; every rank runs the same steps."""
+    mode: Literal["exact", "one_pass"] = "exact"
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Of heads and other losses by name; 1 where it is not named."""
+    backward: Callable[[Tensor], None] = torch.Tensor.backward
+    """Differentiates a scalar, and scales it where the precision needs that; `Accelerator.backward`
+    for example. Every gradient of a parameter comes from here."""
+    no_sync: Callable[[], AbstractContextManager[None]] | None = None
+    """Makes a context whose backward passes leave gradients unaveraged; by default the model's."""
 
-    def step(
-        self,
-        encode: Encoder[Part],
-        parts: Sequence[Part],
-        image_ids: Sequence[Int64[Tensor, " _"]],
-        caption_ids: Sequence[Mapping[str, Int64[Tensor, " _"]]],
-    ) -> StepOutput:
+    def __post_init__(self) -> None:
+        """Refuse a mode that the loss cannot serve."""
+        if self.mode == "one_pass" and not self.loss.exchange.plan.even:
+            raise ConfigError(
+                "loss.accumulation one_pass needs loss.plan.even true: every rank must weight a "
+                "micro-batch alike"
+            )
+
+    def __call__(self, parts: Sequence[Batch]) -> StepOutput:
         """Add the gradients of one step to the model's parameters.
 
         Args:
-            encode: Runs the model.
-            parts: The micro-batches of this rank; as many on every rank.
-            image_ids: Of each, as the loss takes them.
-            caption_ids: Of each, as the loss takes them.
+            parts: The micro-batches of this rank; the same number on every rank.
 
         Returns:
             The losses; in mode `one_pass` the terms are those of the last micro-batch.
         """
-        if len(parts) == 1:
-            encoded = encode(parts[0], on_texts=self.loss.send_texts)
-            outputs = self._contrast(encoded, image_ids[0], caption_ids[0])
-            self.backward(self._mean(outputs) + self._sum(encoded.others))
-            return self._output(outputs, encoded.others)
-        if self.mode == "one_pass":
-            return self._one_pass(encode, parts, image_ids, caption_ids)
-        return self._exact(encode, parts, image_ids, caption_ids)
+        if self.mode == "exact" and len(parts) > 1:
+            return self._exact(parts)
+        return self._one_pass(parts)
+
+    def _one_pass(self, parts: Sequence[Batch]) -> StepOutput:
+        banks: dict[str, Bank] | None = defaultdict(dict) if len(parts) > 1 else None
+        steps, ratios = [], _ratios(parts)
+        for part, ratio in zip(parts, ratios, strict=True):
+            with nullcontext() if part is parts[-1] else self._without_sync():
+                encoded, sent = self._encode_and_send(part)
+                outputs = self._contrast(
+                    encoded.heads, sent, part.image_ids, part.caption_ids, banks
+                )
+                self.backward(ratio * (self._mean(outputs) + self._sum(encoded.others)))
+            steps.append(self._output(outputs, encoded.others))
+        return StepOutput(
+            _weighted([each.loss for each in steps], ratios),
+            {
+                name: _weighted([each.parts[name] for each in steps], ratios)
+                for name in steps[0].parts
+            },
+            steps[-1].terms,
+        )
+
+    def _exact(self, parts: Sequence[Batch]) -> StepOutput:
+        device, ratios = parts[0].images.device, _ratios(parts)
+        encoded, states = [], []
+        with self._without_sync():
+            for part in parts:
+                states.append(_random_state(device))
+                with torch.set_grad_enabled(part is parts[-1]):
+                    encoded.append(self._encode(part))
+        # The chain rule is cut at the features: this pass ends in `joined` and reaches neither a
+        # parameter nor a wrapper's hooks, so it must not be scaled. `backward` scales below, once.
+        joined = _joined([each.heads for each in encoded])
+        outputs = self._contrast(
+            joined,
+            {},
+            torch.cat([part.image_ids for part in parts]),
+            {
+                name: torch.cat([part.caption_ids[name] for part in parts])
+                for name in parts[0].caption_ids
+            },
+        )
+        torch.autograd.backward(self._mean(outputs))
+        ends = list(accumulate(len(part.image_ids) for part in parts))
+        rows = [slice(*ends_of) for ends_of in zip([0, *ends], ends, strict=False)]
+        # Encoding again must not count twice: dropout goes on from here, and batch norm's running
+        # statistics have seen every micro-batch already.
+        after = _random_state(device)
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        others = [encoded[-1].others] * len(parts)
+        with self._without_sync():
+            self._push(encoded[-1], joined, rows[-1], ratios[-1])
+        del encoded  # and the last micro-batch's activations with it
+        both = bool(others[-1])  # other losses read both sides
+        images = both or any(_is_trained(head.image) for head in joined.values())
+        texts = both or any(_is_trained(*head.text.values()) for head in joined.values())
+        for k, part in enumerate(parts[:-1]):
+            _restore_random_state(states[k], device)
+            is_last = k == len(parts) - 2
+            # Wrappers average over ranks in the first backward pass outside `no_sync`, and wait
+            # there for every parameter, the scales included: they get their gradient in this one.
+            with nullcontext() if is_last else self._without_sync():
+                again = self._encode(part, images=images, texts=texts)
+                others[k] = again.others
+                self._push(again, joined, rows[k], ratios[k], scalars=is_last)
+        with torch.no_grad():
+            for buffer, value in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(value)
+        _restore_random_state(after, device)
+        return self._output(
+            outputs,
+            {
+                name: _weighted([each[name].detach() for each in others], ratios)
+                for name in others[0]
+            },
+        )
+
+    def _push(
+        self,
+        encoded: Encoded,
+        joined: Mapping[str, Features],
+        rows: slice,
+        ratio: float,
+        *,
+        scalars: bool = False,
+    ) -> None:
+        """Differentiate the encoder by the gradients of its features.
+
+        One scalar stands for the whole loss: the gradient of sum(features * g) by the parameters
+        is that of a loss whose gradient by the features is g. As a scalar it can go through
+        `backward`, so that gradient scalers and DeepSpeed see every pass.
+
+        Args:
+            encoded: A micro-batch with its graph.
+            joined: The features of all micro-batches; their `grad` is g.
+            rows: The micro-batch's rows of it.
+            ratio: The micro-batch's part of the batch, which the other losses count.
+            scalars: Whether the scales and biases get their gradients as well.
+        """
+        terms = [
+            ratio * self.weights.get(name, 1.0) * loss
+            for name, loss in encoded.others.items()
+            if loss.requires_grad
+        ]
+        for name, head in encoded.heads.items():
+            leaf = joined[name]
+            pairs = [(text, leaf.text[language]) for language, text in head.text.items()]
+            if head.image is not None and leaf.image is not None:
+                pairs.append((head.image, leaf.image))
+            terms += [(own * each.grad[rows]).sum() for own, each in pairs if each.grad is not None]
+            if scalars:
+                pairs = [(head.logit_scale, leaf.logit_scale)]
+                if head.logit_bias is not None and leaf.logit_bias is not None:
+                    pairs.append((head.logit_bias, leaf.logit_bias))
+                terms += [own * each.grad for own, each in pairs if each.grad is not None]
+        if terms:
+            self.backward(torch.stack(terms).sum())
+
+    def _encode(
+        self,
+        part: Batch,
+        *,
+        images: bool = True,
+        texts: bool = True,
+        on_texts: OnTexts | None = None,
+    ) -> Encoded:
+        hidden = Hidden(part.hidden_words, part.hidden_patches)
+        encoded: Encoded = self.model(
+            part.images if images else None, part.texts if texts else {}, hidden, on_texts
+        )
+        return encoded
+
+    def _encode_and_send(self, part: Batch) -> tuple[Encoded, dict[str, SentTexts]]:
+        """Encode a micro-batch; its texts travel to other ranks while its images are encoded."""
+        sent: dict[str, SentTexts] = {}
+
+        def send(head: str, texts: Mapping[str, Tensor]) -> None:
+            sent[head] = self.loss.send_texts(texts)
+
+        return self._encode(part, on_texts=send), sent
 
     def _contrast(
         self,
-        encoded: EncodedPart,
+        heads: Mapping[str, Features],
+        sent: Mapping[str, SentTexts],
         image_ids: Tensor,
         caption_ids: Mapping[str, Tensor],
         banks: Mapping[str, Bank] | None = None,
     ) -> dict[str, BilingualOutput]:
         """Compute the loss of every head."""
         outputs = {}
-        for name, head in encoded.heads.items():
+        for name, head in heads.items():
             assert head.image is not None
+            texts = sent[name] if name in sent else self.loss.send_texts(head.text)
             outputs[name] = self.loss(
-                head.image, head.sent or self.loss.send_texts(head.text), head.logit_scale,
-                image_ids, caption_ids, head.logit_bias, None if banks is None else banks[name],
+                head.image, texts, head.logit_scale, image_ids, caption_ids, head.logit_bias,
+                None if banks is None else banks[name],
             )  # fmt: skip
         return outputs
 
@@ -194,213 +258,56 @@ class CachedContrast(Generic[Part]):
         loss = self._mean(outputs).detach() + self._sum(others)
         return StepOutput(loss, parts | others, next(iter(outputs.values())).terms)
 
-    def _one_pass(
-        self,
-        encode: Encoder[Part],
-        parts: Sequence[Part],
-        image_ids: Sequence[Tensor],
-        caption_ids: Sequence[Mapping[str, Tensor]],
-    ) -> StepOutput:
-        banks: dict[str, Bank] = defaultdict(dict)
-        steps = []
-        shares = [len(ids) / sum(map(len, image_ids)) for ids in image_ids]
-        for k, part in enumerate(parts):
-            with self.no_sync() if k < len(parts) - 1 else nullcontext():
-                encoded = encode(part, on_texts=self.loss.send_texts)
-                outputs = self._contrast(encoded, image_ids[k], caption_ids[k], banks)
-                self.backward(shares[k] * (self._mean(outputs) + self._sum(encoded.others)))
-            steps.append(self._output(outputs, encoded.others))
-        return StepOutput(
-            _weighted([each.loss for each in steps], shares),
-            {
-                name: _weighted([each.parts[name] for each in steps], shares)
-                for name in steps[0].parts
-            },
-            steps[-1].terms,
+    def _without_sync(self) -> AbstractContextManager[None]:
+        if self.no_sync is not None:
+            return self.no_sync()
+        context: AbstractContextManager[None] = getattr(self.model, "no_sync", nullcontext)()
+        return context
+
+
+def _ratios(parts: Sequence[Batch]) -> list[float]:
+    """Return each micro-batch's part of the batch."""
+    sizes = [len(part.image_ids) for part in parts]
+    return [size / sum(sizes) for size in sizes]
+
+
+def _weighted(losses: Sequence[Tensor], ratios: Sequence[float]) -> Tensor:
+    return torch.stack([ratio * loss for ratio, loss in zip(ratios, losses, strict=True)]).sum()
+
+
+def _joined(heads: Sequence[Mapping[str, Features]]) -> dict[str, Features]:
+    """Join the features of all micro-batches, as leaves whose gradients are collected."""
+    joined = {}
+    for name, last in heads[-1].items():
+        of_parts = [each[name] for each in heads]
+        joined[name] = Features(
+            image=_leaf([each.image for each in of_parts if each.image is not None]),
+            text={key: _leaf([each.text[key] for each in of_parts]) for key in last.text},
+            logit_scale=_leaf([last.logit_scale]),
+            logit_bias=None if last.logit_bias is None else _leaf([last.logit_bias]),
         )
-
-    def _exact(
-        self,
-        encode: Encoder[Part],
-        parts: Sequence[Part],
-        image_ids: Sequence[Tensor],
-        caption_ids: Sequence[Mapping[str, Tensor]],
-    ) -> StepOutput:
-        encoded, states = self._encode_all(encode, parts)
-        leaves = _Leaves(encoded)
-        ids = {name: torch.cat([each[name] for each in caption_ids]) for name in caption_ids[0]}
-        outputs = self._contrast(leaves, torch.cat(list(image_ids)), ids)
-        self.backward(self._mean(outputs))
-        sizes = [len(each) for each in image_ids]
-        gradients = leaves.gradients(sizes)
-        after = _RandomState(image_ids[0].device)
-        buffers = [buffer.clone() for buffer in self.model.buffers()]
-        others = [encoded[-1].others] * len(parts)
-        with self.no_sync():
-            gradients[-1].push(encoded[-1], self._gradients_of(others[-1], sizes[-1] / sum(sizes)))
-        del encoded
-        for k, part in enumerate(parts[:-1]):
-            states[k].restore()
-            is_last = k == len(parts) - 2
-            # The averaging over ranks begins with a backward pass that reaches every parameter.
-            with nullcontext() if is_last else self.no_sync():
-                both = bool(others[-1])  # other losses need both sides
-                again = encode(
-                    part, images=both or gradients[k].asks_images,
-                    texts=both or gradients[k].asks_texts,
-                )  # fmt: skip
-                others[k] = again.others
-                of_others = self._gradients_of(again.others, sizes[k] / sum(sizes))
-                gradients[k].push(again, of_others, leaves if is_last else None)
-        with torch.no_grad():
-            for buffer, value in zip(self.model.buffers(), buffers, strict=True):
-                buffer.copy_(value)
-        after.restore()
-        shares = [size / sum(sizes) for size in sizes]
-        means = {
-            name: _weighted([each[name].detach() for each in others], shares) for name in others[0]
-        }
-        return self._output(outputs, means)
-
-    def _gradients_of(self, others: Mapping[str, Tensor], share: float) -> _Pairs:
-        """Return the other losses that have a graph, each with its gradient."""
-        return [
-            (loss, torch.full_like(loss, share * self.weights.get(name, 1.0)))
-            for name, loss in others.items()
-            if loss.requires_grad
-        ]
-
-    def _encode_all(
-        self, encode: Encoder[Part], parts: Sequence[Part]
-    ) -> tuple[list[EncodedPart], list["_RandomState"]]:
-        """Encode every micro-batch, the last one with its graph."""
-        encoded, states = [], []
-        device = next(self.model.parameters()).device
-        with self.no_sync():
-            for k, part in enumerate(parts):
-                states.append(_RandomState(device))
-                with torch.set_grad_enabled(k == len(parts) - 1):
-                    encoded.append(encode(part))
-        return encoded, states
-
-
-def _weighted(losses: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
-    return torch.stack([share * loss for share, loss in zip(shares, losses, strict=True)]).sum()
-
-
-class _Leaf:
-    """The features of a head of all micro-batches as tensors whose gradients are collected."""
-
-    sent = None
-
-    def __init__(self, heads: Sequence[Head]) -> None:
-        last = heads[-1]
-        images = [each.image for each in heads if each.image is not None]
-        self.image: Tensor | None = _leaf(images)
-        self.text = {name: _leaf([each.text[name] for each in heads]) for name in last.text}
-        self.logit_scale = _leaf([last.logit_scale])
-        self.logit_bias = None if last.logit_bias is None else _leaf([last.logit_bias])
-
-
-class _Leaves:
-    """The heads of all micro-batches joined."""
-
-    others: Mapping[str, Tensor] = MappingProxyType({})
-
-    def __init__(self, encoded: Sequence[EncodedPart]) -> None:
-        self.heads = {
-            name: _Leaf([each.heads[name] for each in encoded]) for name in encoded[-1].heads
-        }
-
-    def gradients(self, sizes: Sequence[int]) -> list["_Gradients"]:
-        """Return the gradients of each micro-batch's features."""
-        images, texts = {}, {}
-        for name, leaf in self.heads.items():
-            images[name] = _split(None if leaf.image is None else leaf.image.grad, sizes)
-            for language, text in leaf.text.items():
-                texts[name, language] = _split(text.grad, sizes)
-        return [
-            _Gradients(
-                {name: each[k] for name, each in images.items()},
-                {name: each[k] for name, each in texts.items()},
-            )
-            for k in range(len(sizes))
-        ]
-
-
-def _split(gradient: Tensor | None, sizes: Sequence[int]) -> Sequence[Tensor | None]:
-    return [None] * len(sizes) if gradient is None else torch.split(gradient, list(sizes))
+    return joined
 
 
 def _leaf(tensors: Sequence[Tensor]) -> Tensor:
-    """Join tensors of micro-batches; only the last shows whether they need a gradient."""
+    """Join tensors of micro-batches; only the last, which has a graph, shows what is trained."""
     joined = torch.cat(list(tensors)) if tensors[0].ndim else tensors[0]
     return joined.detach().requires_grad_(tensors[-1].requires_grad)
 
 
-class _Gradients:
-    """Gradients of the features of one micro-batch; None where a tower needs none."""
-
-    def __init__(
-        self,
-        images: Mapping[str, Tensor | None],
-        texts: Mapping[tuple[str, str], Tensor | None],
-    ) -> None:
-        self.images = {name: each for name, each in images.items() if each is not None}
-        self.texts = {name: each for name, each in texts.items() if each is not None}
-
-    @property
-    def asks_images(self) -> bool:
-        """Whether the images have to be encoded once more."""
-        return bool(self.images)
-
-    @property
-    def asks_texts(self) -> bool:
-        """Whether the texts have to be encoded once more."""
-        return bool(self.texts)
-
-    def push(
-        self,
-        encoded: EncodedPart,
-        of_others: _Pairs,
-        scalars: _Leaves | None = None,
-    ) -> None:
-        """Differentiate the encoder, with the scales and biases where their gradients are given."""
-        pairs = list(of_others)
-        pairs += [(encoded.heads[name].text[language], gradient)
-                  for (name, language), gradient in self.texts.items()]  # fmt: skip
-        for name, gradient in self.images.items():
-            image = encoded.heads[name].image
-            if image is not None:
-                pairs.append((image, gradient))
-        if scalars is not None:
-            pairs += _scalar_gradients(encoded.heads, scalars.heads)
-        torch.autograd.backward([each for each, _ in pairs], [gradient for _, gradient in pairs])
+def _is_trained(*leaves: Tensor | None) -> bool:
+    return any(leaf is not None and leaf.grad is not None for leaf in leaves)
 
 
-def _scalar_gradients(
-    heads: Mapping[str, Head], leaves: Mapping[str, _Leaf]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    for name, head in heads.items():
-        leaf = leaves[name]
-        for own, joined in (
-            (head.logit_scale, leaf.logit_scale),
-            (head.logit_bias, leaf.logit_bias),
-        ):
-            if own is not None and joined is not None and joined.grad is not None:
-                yield own, joined.grad
+def _random_state(device: torch.device) -> list[Tensor]:
+    """Return the states of the generators that a model may draw from: the host's, the device's."""
+    states = [torch.get_rng_state()]
+    if device.type != "cpu":
+        states.append(torch.get_device_module(device).get_rng_state())
+    return states
 
 
-class _RandomState:
-    """The states of the random number generators that a model may use."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.host = torch.get_rng_state()
-        self.device = None if device.type == "cpu" else torch.get_device_module(device)
-        self.device_state = None if self.device is None else self.device.get_rng_state()
-
-    def restore(self) -> None:
-        """Bring the generators back to where they were."""
-        torch.set_rng_state(self.host)
-        if self.device is not None:
-            self.device.set_rng_state(self.device_state)
+def _restore_random_state(states: Sequence[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(states[1])

@@ -1,0 +1,213 @@
+"""The loop on tiny data: what is due when, what stops it, and what it refuses to go on with."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.builders import TINY_MODEL, make_samples, tiny_tokenizer, write_split
+from vlm.data.config import CaptionConfig, DataConfig
+from vlm.data.sample import Batch
+from vlm.errors import ConfigError, DataError, TrainingError
+from vlm.losses.plan import LossConfig
+from vlm.text.tokenizer import TokenBatch
+from vlm.training.build import build_run
+from vlm.training.checkpoint import Progress
+from vlm.training.config import (
+    CheckpointConfig,
+    EvaluationConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from vlm.training.reporter import METRICS_NAME, read_metrics
+
+STEPS, BATCH = 7, 4
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A data folder and a tokenizer folder."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write_split(folder / "data", make_samples(12))
+    write_split(folder / "data", make_samples(12), split="val")
+    tiny_tokenizer().save(folder / "tokenizer")
+    return folder
+
+
+def config(inputs, run_folder, **changes):
+    settings = {
+        "run_folder": run_folder,
+        "tokenizer": inputs / "tokenizer",
+        "model": TINY_MODEL,
+        "data": DataConfig(folder=inputs / "data", batch_size=BATCH, workers=0),
+        "schedule": ScheduleConfig(steps=STEPS, warmup_steps=2),
+        "evaluation": EvaluationConfig(every_steps=3),
+        "checkpoint": CheckpointConfig(every_steps=5, keep=9),
+        "report_every": 2,
+    }
+    return TrainConfig(**(settings | changes))
+
+
+def losses(run_folder, key="loss"):
+    records = read_metrics(run_folder / METRICS_NAME)
+    return {record["step"]: record[key] for record in records if key in record}
+
+
+def steps_of(run_folder):
+    return sorted(path.name for path in (run_folder / "checkpoints").iterdir())
+
+
+def test_reports_evaluates_and_saves_when_due_and_at_the_end(inputs, tmp_path):
+    build_run(config(inputs, tmp_path)).fit()
+    assert list(losses(tmp_path)) == [2, 4, 6, 7]
+    assert list(losses(tmp_path, "val/en/text_to_image/recall@1")) == [3, 6, 7]
+    assert steps_of(tmp_path) == ["step-00000005", "step-00000007"]
+    assert all(rate > 0 for rate in losses(tmp_path, "samples_per_s").values())
+    assert all(scale <= 100 for scale in losses(tmp_path, "logit_scale").values())
+
+
+def test_the_learning_rate_is_that_of_the_schedule(inputs, tmp_path):
+    build_run(config(inputs, tmp_path, optimizer=OptimizerConfig(learning_rate=0.25))).fit()
+    rates = losses(tmp_path, "learning_rate")
+    assert rates[2] == 0.25
+    assert rates[4] > rates[6] > rates[7] > 0
+
+
+def test_going_on_takes_the_remaining_steps_only(inputs, tmp_path):
+    run = build_run(config(inputs, tmp_path))
+    replace(run, progress=Progress(4, 4 * BATCH)).fit()
+    assert list(losses(tmp_path)) == [6, 7]
+
+
+def test_a_description_names_model_data_loss_ranks_and_steps(inputs, tmp_path):
+    text = build_run(config(inputs, tmp_path)).describe()
+    assert [line.split(":")[0] for line in text.splitlines()] == [
+        "model", "data", "loss", "ranks", "steps",
+    ]  # fmt: skip
+    assert "12 samples, captions in zh, en" in text
+    assert "0 to 7 of 4 samples" in text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("report_every", [2, 100])
+def test_a_gradient_that_is_not_finite_stops_the_run_and_leaves_the_weights(
+    inputs, tmp_path, report_every
+):
+    run = build_run(config(inputs, tmp_path, report_every=report_every))
+    parameters = dict(run.start.encoder.named_parameters())
+    before = {}
+
+    def poison(encoder):
+        with torch.no_grad():
+            encoder.log_logit_scale.fill_(torch.nan)
+        before.update({name: p.detach().clone() for name, p in parameters.items()})
+        return {}
+
+    with pytest.raises(TrainingError, match=r"gradient at step 3 is nan.*sample-"):
+        replace(run, evaluate=poison).fit()
+    assert not {step for step in losses(tmp_path) if step > 3}
+    assert not (tmp_path / "checkpoints").exists()
+    del before["log_logit_scale"]
+    assert before
+    for name, weight in before.items():
+        assert torch.equal(parameters[name], weight), name
+
+
+def test_steps_after_a_gradient_that_is_not_finite_change_nothing(inputs, tmp_path):
+    """Nobody looks before the next report, and the next gradients may be finite again."""
+    run = build_run(config(inputs, tmp_path, report_every=100))
+    batch = next(run.loader.read(first_sample=0, last_sample=BATCH))
+    run.train_step(batch, 0)
+    weights = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    for wrong in (True, False):
+        images = torch.full_like(batch.images, torch.nan) if wrong else batch.images
+        result = run.train_step(replace(batch, images=images), 1)
+    del result
+    for name, parameter in run.model.named_parameters():
+        assert torch.equal(parameter, weights[name]), name
+
+
+@pytest.mark.parametrize("mode", ["exact", "one_pass"])
+def test_micro_batches_train_and_report_the_candidates_they_saw(inputs, tmp_path, mode):
+    loss = LossConfig(micro_batches=2, accumulation=mode)
+    build_run(config(inputs, tmp_path, loss=loss)).fit()
+    assert list(losses(tmp_path, "candidates").values()) == [BATCH] * 4
+    assert all(0 <= accuracy <= 1 for accuracy in losses(tmp_path, "accuracy").values())
+
+
+CHANGES = {
+    "data.batch_size": {"data": {"batch_size": 6}},
+    "data.split": {"data": {"split": "val"}},
+    "optimizer.learning_rate": {"optimizer": OptimizerConfig(learning_rate=0.5)},
+    "schedule.steps": {"schedule": ScheduleConfig(steps=STEPS + 2, warmup_steps=2)},
+    "captions.second": {"captions": CaptionConfig(second=True)},
+    "seed": {"seed": 3},
+}
+
+
+def changed(start, changes):
+    data = changes.get("data", {})
+    return replace(start, **(changes | {"data": replace(start.data, **data)}))
+
+
+@pytest.mark.parametrize("named", CHANGES)
+def test_a_run_does_not_go_on_with_other_settings(inputs, tmp_path, named):
+    start = config(inputs, tmp_path, evaluation=EvaluationConfig())
+    build_run(start).fit()
+    before = (tmp_path / "config.yaml").read_bytes()
+    with pytest.raises(ConfigError, match=rf"with changed settings: {named} .* \(was "):
+        build_run(changed(start, CHANGES[named]), resume=True)
+    assert (tmp_path / "config.yaml").read_bytes() == before
+
+
+def test_a_run_goes_on_with_other_workers_and_reports(inputs, tmp_path):
+    start = config(inputs, tmp_path)
+    build_run(start).fit()
+    other = {
+        "data": {"workers": 1, "keep_decoded": True}, "report_every": 1, "cpu_threads": 1,
+        "checkpoint": CheckpointConfig(every_steps=3), "evaluation": EvaluationConfig(),
+    }  # fmt: skip
+    run = build_run(changed(start, other), resume=True)
+    assert run.progress == Progress(STEPS, STEPS * BATCH)
+
+
+def test_a_start_that_fails_before_its_first_step_leaves_the_folder_free(inputs, tmp_path):
+    run = build_run(config(inputs, tmp_path, evaluation=EvaluationConfig()))
+
+    def fail(parts):
+        raise DataError("the first image is damaged")
+
+    with pytest.raises(DataError):
+        replace(run, step=fail).fit()
+    other = config(inputs, tmp_path, seed=5, evaluation=EvaluationConfig())
+    assert build_run(other).fit().is_dir()
+    with pytest.raises(ConfigError, match="holds a run already"):
+        build_run(other)
+
+
+@pytest.mark.parametrize("languages", [("de",), ("zh", "de"), ("zh-CN",)])
+def test_languages_that_no_sample_has_are_refused_with_those_found(inputs, tmp_path, languages):
+    settings = config(inputs, tmp_path, captions=CaptionConfig(languages=languages))
+    with pytest.raises(ConfigError, match=rf"has {languages[-1]}, but .* captions in en, zh only"):
+        build_run(settings)
+
+
+def test_a_batch_is_split_into_parts_of_about_one_size():
+    samples = torch.arange(7)
+    batch = Batch(
+        images=torch.zeros(7, 3, 2, 2),
+        texts={"en": TokenBatch(samples[:, None], torch.ones(7, 1, dtype=torch.bool))},
+        image_ids=samples,
+        caption_ids={"en": samples + 10},
+        uids=tuple("abcdefg"),
+    )
+    parts = batch.split(3)
+    assert [part.uids for part in parts] == [tuple("abc"), tuple("def"), ("g",)]
+    for field in ("images", "image_ids"):
+        joined = torch.cat([getattr(part, field) for part in parts])
+        assert torch.equal(joined, getattr(batch, field))
+    assert torch.equal(torch.cat([part.texts["en"].ids for part in parts]), samples[:, None])
+    assert torch.equal(torch.cat([part.caption_ids["en"] for part in parts]), samples + 10)
+    assert [len(part.uids) for part in batch.split(1)] == [7]
+    assert [len(part.uids) for part in batch.split(9)] == [1] * 7

@@ -1,0 +1,255 @@
+"""Build the parts of a run that a configuration names."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from torch import nn
+
+from vlm.bundle import Bundle
+from vlm.data.dataset import ShardedSplit
+from vlm.data.loader import BatchOrder, TrainingExamples, TrainingLoader, second_of
+from vlm.distributed.groups import world_group
+from vlm.embedding.embedder import Embedder
+from vlm.errors import ConfigError
+from vlm.evaluation.retrieval.evaluation import evaluate_retrieval
+from vlm.evaluation.retrieval.pairs import pairs_of_split
+from vlm.images.transforms import TrainingTransform, evaluation_transform
+from vlm.losses.bilingual import BilingualLoss
+from vlm.models.batch_norm import synchronize_batch_norm
+from vlm.models.encoder import Encoder
+from vlm.models.pretraining import PretrainingModel
+from vlm.training.adaptation import adapt
+from vlm.training.checkpoint import Checkpoints
+from vlm.training.config import TrainConfig, config_as_yaml
+from vlm.training.objectives import (
+    build_pretraining_model,
+    check_patches,
+    loss_weights,
+    mask_plan,
+)
+from vlm.training.optimizer import build_optimizer
+from vlm.training.reporter import METRICS_NAME, read_metrics
+from vlm.training.run import BUNDLE_NAME, CHECKPOINTS_NAME, CONFIG_NAME, Run
+from vlm.training.start import Start, build_start
+from vlm.training.step import ContrastiveStep
+
+_FREE_ON_RESUME = (
+    "run_folder", "cpu_threads", "report_every", "data.workers", "data.keep_decoded", "evaluation",
+    "checkpoint", "loss.plan.tile", "loss.plan.keep_logits", "loss.plan.keep_logits_mib",
+    "loss.plan.overlap", "loss.plan.check_finite",
+)  # fmt: skip
+"""Settings, and sections of them, that do not change what a run learns."""
+
+
+def build_run(config: TrainConfig, *, resume: bool = False) -> Run:
+    """Build the run that a configuration describes; nothing is written yet.
+
+    Every rank calls this at the same point.
+
+    Args:
+        config: The run.
+        resume: Whether to continue from the newest checkpoint in the run's folder.
+
+    Raises:
+        VlmError: something in the configuration, the data or the run's folder is not as it
+            must be; the message says what was found and what was expected.
+    """
+    if config.cpu_threads:
+        torch.set_num_threads(config.cpu_threads)
+    accelerator = Accelerator(
+        # Without this accelerate takes processes that have no GPU for one process each.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision="bf16" if config.precision == "bf16" else "no",
+    )
+    _check_run_folder(config, resume)
+    start = build_start(config)
+    loader = _build_loader(config, start, accelerator)
+    loss = _build_loss(config, start.encoder.logit_bias is not None)
+    evaluate = _build_evaluation(config, start)
+    model, optimizer = _prepare(_build_model(config, start), config, accelerator)
+    run = Run(
+        config=config,
+        accelerator=accelerator,
+        start=start,
+        model=model,
+        optimizer=optimizer,
+        step=ContrastiveStep(
+            model,
+            loss,
+            mode=config.loss.accumulation,
+            weights=loss_weights(config.objectives),
+            backward=accelerator.backward,
+            no_sync=lambda: accelerator.no_sync(model),
+        ),
+        loader=loader,
+        checkpoints=Checkpoints(
+            config.run_folder / CHECKPOINTS_NAME,
+            keep=config.checkpoint.keep,
+            writes=accelerator.is_main_process,
+        ),
+        evaluate=evaluate,
+    )
+    if resume:
+        run.checkpoints.load_latest(run.state)
+    return run
+
+
+def _check_run_folder(config: TrainConfig, resume: bool) -> None:
+    """Refuse to overwrite a run, or to go on with one under settings that it did not have."""
+    folder = config.run_folder
+    kept = (folder / CONFIG_NAME).exists() and (
+        (folder / CHECKPOINTS_NAME).exists()
+        or (folder / BUNDLE_NAME).exists()
+        or bool(read_metrics(folder / METRICS_NAME))
+    )
+    if not kept:  # a start that failed before it left anything does not take the folder
+        return
+    if not resume:
+        raise ConfigError(
+            f"{folder} holds a run already; go on with it by --resume, or choose another run_folder"
+        )
+    before, now = (
+        _flat(yaml.safe_load(text))
+        for text in ((folder / CONFIG_NAME).read_text(encoding="utf-8"), config_as_yaml(config))
+    )
+    changed = [
+        f"{name} {now.get(name)} (was {before.get(name)})"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+        and not any(f"{name}.".startswith(f"{free}.") for free in _FREE_ON_RESUME)
+    ]
+    if changed:
+        raise ConfigError(
+            f"cannot resume {folder} with changed settings: {', '.join(changed)}; expected those "
+            f"of its {CONFIG_NAME}, or another run_folder"
+        )
+
+
+def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by their dotted names."""
+    if not isinstance(settings, Mapping):
+        return {prefix: settings}
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}.{name}" if prefix else str(name))
+    return flat
+
+
+def _build_loader(config: TrainConfig, start: Start, accelerator: Accelerator) -> TrainingLoader:
+    samples = ShardedSplit(config.data.folder, config.data.split)
+    _check_languages(samples, config.captions.languages)
+    order = BatchOrder(
+        size=len(samples),
+        global_batch_size=config.data.batch_size,
+        seed=config.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    transform = TrainingTransform(start.preprocess, config.augmentation, start.image_size)
+    examples = TrainingExamples(
+        samples,
+        transform,
+        config.captions,
+        seed=config.seed,
+        keep_decoded=config.data.keep_decoded,
+    )
+    return TrainingLoader(
+        examples,
+        order,
+        start.tokenizer,
+        workers=config.data.workers,
+        masks=mask_plan(config.objectives.masked, start.encoder),
+    )
+
+
+def _check_languages(samples: ShardedSplit, languages: Sequence[str]) -> None:
+    """Refuse languages that no sample has: their terms of the loss would be 0 all the way."""
+    found: set[str] = set()
+    for sample in samples:  # up to the first sample with each: all of them only before an error
+        found |= {language for language, texts in sample.captions.items() if texts}
+        if found.issuperset(languages):
+            return
+    missing = [language for language in languages if language not in found]
+    raise ConfigError(
+        f"captions.languages has {', '.join(missing)}, but the split {samples.split!r} of "
+        f"{samples.folder} has captions in {', '.join(sorted(found)) or 'no language'} only"
+    )
+
+
+def _build_loss(config: TrainConfig, has_bias: bool) -> BilingualLoss:
+    """Build the loss; a collective operation.
+
+    Raises:
+        ConfigError: the loss does not go with the model or the captions.
+        DistributedError: its groups do not go with the number of processes.
+    """
+    loss, languages = config.loss, config.captions.languages
+    if (loss.plan.kind == "sigmoid") != has_bias:
+        raise ConfigError(
+            f"loss.plan.kind is {loss.plan.kind} and the model has {'a' if has_bias else 'no'} "
+            "bias; expected model.init_logit_bias for a sigmoid loss, for example -10, and none "
+            "for a softmax"
+        )
+    if loss.text_text_weight and len(languages) != 2:
+        raise ConfigError(
+            f"loss.text_text_weight is {loss.text_text_weight} for the languages "
+            f"{', '.join(languages)}; expected two languages"
+        )
+    return BilingualLoss(
+        loss.plan,
+        weights={second_of(language): loss.second_weight for language in languages},
+        together=loss.captions == "together",
+        text_pair=(languages[0], languages[1]) if loss.text_text_weight else None,
+        text_pair_weight=loss.text_text_weight,
+    )
+
+
+def _build_model(config: TrainConfig, start: Start) -> PretrainingModel:
+    check_patches(config.objectives, config.adapt.patch_dropout)
+    adapt(start.encoder, config.adapt)
+    languages = config.captions.languages
+    return build_pretraining_model(
+        start.encoder,
+        config.objectives,
+        languages={
+            name: language for language in languages for name in (language, second_of(language))
+        },
+        preprocess_cfg=start.preprocess_cfg,
+    )
+
+
+def _prepare(
+    model: nn.Module, config: TrainConfig, accelerator: Accelerator
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    # Batch norm is always over the whole batch, so that a run does not depend on its processes.
+    model = synchronize_batch_norm(model, world_group(), accelerator.device)
+    optimizer = build_optimizer(model, config.optimizer)
+    prepared: tuple[nn.Module, torch.optim.Optimizer] = accelerator.prepare(model, optimizer)
+    return prepared
+
+
+def _build_evaluation(config: TrainConfig, start: Start) -> Callable[[Encoder], dict[str, float]]:
+    """Return a function that every rank calls, since the ranks share the work."""
+    split, languages = config.evaluation.split, config.captions.languages
+    if config.evaluation.every_steps == 0:
+        return lambda encoder: {}
+    bundle = Bundle(
+        model=start.encoder,
+        tokenizer=start.tokenizer,
+        transform=evaluation_transform(start.preprocess_cfg),
+        languages=languages,
+        model_cfg=start.model_cfg,
+        preprocess_cfg=start.preprocess_cfg,
+    )
+    # Read before the first step, so that a missing split does not end a run half way.
+    pairs = pairs_of_split(config.data.folder, split, languages=languages)
+
+    def evaluate(encoder: Encoder) -> dict[str, float]:
+        embedder = Embedder(bundle, model=encoder)
+        scores = evaluate_retrieval(embedder, pairs, group=world_group())
+        return {f"{split}/{name}": value for name, value in scores.items()}
+
+    return evaluate

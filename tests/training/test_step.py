@@ -325,8 +325,8 @@ def _exchanges(rank, sizes):
 
 @pytest.mark.distributed
 def test_features_of_all_micro_batches_travel_at_once():
-    # What each brings, two languages, ids, and two merges; texts and gradients home.
-    expected = {"_allgather_base_": 6, "_reduce_scatter_base_": 2}
+    # What each brings of texts and of images, two languages, ids, and two merges; gradients home.
+    expected = {"_allgather_base_": 7, "_reduce_scatter_base_": 2}
     for collectives in run_in_processes(_exchanges, 2, (2, 2, 2)):
         assert collectives == expected
 

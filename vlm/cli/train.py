@@ -4,7 +4,6 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from vlm.training.build import build_run
 from vlm.training.config import TrainConfig
 
 
@@ -21,5 +20,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Any) -> None:
     """Train; print the bundle's folder."""
+    from vlm.training.build import build_run
+
     fields = {name: getattr(options, name) for name in TrainConfig.__dataclass_fields__}
     print(build_run(TrainConfig(**fields), resume=options.resume).fit())

@@ -36,7 +36,7 @@ def test_a_bundle_learns_what_its_cosines_mean(capsys, bundle, data):
     np.testing.assert_allclose(embedder.match_probability(texts, images), expected, atol=1e-6)
     assert main(words) == 0
     out = capsys.readouterr().out
-    assert f"from the cosine {stored['threshold']:.4f} on match with a precision of 0.4" in out
+    assert f"threshold {stored['threshold']:.4f} gives precision 0.4" in out
     assert [line.split("|")[1].strip() for line in out.splitlines()[-3:]] == ["zh", "en", "all"]
 
 

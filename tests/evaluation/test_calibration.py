@@ -9,13 +9,13 @@ from vlm.calibration import Calibration
 from vlm.embedding.embedder import Embedder
 from vlm.errors import DataError, VlmError
 from vlm.evaluation.calibration import (
+    PairCosines,
     calibrate,
     halves_of_images,
     pair_cosines,
     reliability,
 )
 from vlm.evaluation.config import CalibrationPlan
-from vlm.evaluation.isotonic import PairCosines
 from vlm.evaluation.retrieval.pairs import RetrievalPairs, Texts, pairs_of_split
 
 
@@ -52,16 +52,16 @@ def noisy_case(seed, *, concepts=120, noise=0.6):
     return TableEmbedder(table), RetrievalPairs(images=images, texts=texts)
 
 
-def test_all_pairs_are_right_or_wrong():
+def test_all_pairs_are_correct_or_wrong():
     rng = np.random.default_rng(0)
     texts, images = (rng.normal(size=(n, 4)).astype(np.float32) for n in (5, 7))
     matches = np.array([[0, 0], [0, 1], [4, 6], [0, 1]])
     found = pair_cosines(texts, images, matches)
     table = texts @ images.T
-    is_right = np.zeros(table.shape, bool)
-    is_right[tuple(matches.T)] = True
-    np.testing.assert_allclose(found.right, table[is_right], rtol=1e-6)
-    np.testing.assert_allclose(found.wrong, table[~is_right], rtol=1e-6)
+    is_correct = np.zeros(table.shape, bool)
+    is_correct[tuple(matches.T)] = True
+    np.testing.assert_allclose(found.correct, table[is_correct], rtol=1e-6)
+    np.testing.assert_allclose(found.wrong, table[~is_correct], rtol=1e-6)
 
 
 def test_a_sample_of_wrong_pairs_follows_the_seed():
@@ -72,7 +72,7 @@ def test_a_sample_of_wrong_pairs_follows_the_seed():
     assert 4500 < len(found[0].wrong) <= 5000
     np.testing.assert_array_equal(found[0].wrong, found[1].wrong)
     assert not np.array_equal(found[0].wrong[:100], found[2].wrong[:100])
-    np.testing.assert_allclose(found[2].right, (texts * images).sum(axis=1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found[2].correct, (texts * images).sum(axis=1), rtol=1e-5, atol=1e-6)
     every = texts @ images.T
     assert found[0].wrong.mean() == pytest.approx(every[~np.eye(300, dtype=bool)].mean(), abs=0.1)
 
@@ -110,11 +110,11 @@ def test_a_calibration_holds_on_pairs_it_was_not_fitted_on(prior):
     calibration, checked = calibrate(embedder, pairs, plan, data={"split": "val"})
     assert (calibration.prior, calibration.dim, calibration.fingerprint) == (prior, 8, "table")
     assert calibration.fitted_on == {
-        "split": "val", "languages": ["zh", "en"], "right_pairs": 240,
+        "split": "val", "languages": ["zh", "en"], "correct_pairs": 240,
         "wrong_pairs": 2 * 59 * 120, "seed": 0,
     }  # fmt: skip
     assert list(checked) == ["zh", "en", "all"]
-    assert checked["all"].right == 240
+    assert checked["all"].correct == 240
     assert checked["all"].wrong == checked["zh"].wrong + checked["en"].wrong == 2 * 59 * 120
     assert checked["all"].calibration_error < 0.05
     assert checked["all"].precision == pytest.approx(0.8, abs=0.15)
@@ -124,13 +124,13 @@ def test_a_calibration_holds_on_pairs_it_was_not_fitted_on(prior):
 
 def test_reliability_equals_a_naive_count():
     rng = np.random.default_rng(2)
-    pairs = PairCosines(right=rng.normal(0.5, 0.2, 50), wrong=rng.normal(0.2, 0.2, 300))
+    pairs = PairCosines(correct=rng.normal(0.5, 0.2, 50), wrong=rng.normal(0.2, 0.2, 300))
     calibration = Calibration(
         cosines=[-1.0, 0.2, 1.0], probabilities=[0.02, 0.3, 0.99], prior=0.2, threshold=0.4,
         precision=0.9, dim=8, fingerprint="", fitted_on={},
     )  # fmt: skip
     found = reliability(calibration, pairs)
-    rows = [(c, 1, 0.2 / 50) for c in pairs.right] + [(c, 0, 0.8 / 300) for c in pairs.wrong]
+    rows = [(c, 1, 0.2 / 50) for c in pairs.correct] + [(c, 0, 0.8 / 300) for c in pairs.wrong]
     bins = {}
     for cosine, right, weight in rows:
         stated = float(calibration.probability(np.array([cosine]))[0])
@@ -145,7 +145,7 @@ def test_reliability_equals_a_naive_count():
     hits = sum(right * weight for right, weight in above)
     assert found.calibration_error == pytest.approx(error)
     assert found.precision == pytest.approx(hits / sum(weight for _, weight in above))
-    assert found.recall == pytest.approx((pairs.right >= 0.4).mean())
+    assert found.recall == pytest.approx((pairs.correct >= 0.4).mean())
     nothing = reliability(replace(calibration, threshold=9.0), pairs)
     assert (nothing.precision, nothing.recall) == (0, 0)
 
@@ -155,7 +155,7 @@ def test_a_real_model_is_calibrated(embedder, data_folder):
     # A model that has learnt nothing reaches no more than about the prior.
     calibration, checked = calibrate(embedder, pairs, CalibrationPlan(precision=0.3))
     assert calibration.fingerprint == embedder.fingerprint
-    assert (calibration.dim, calibration.fitted_on["right_pairs"]) == (32, 24)
+    assert (calibration.dim, calibration.fitted_on["correct_pairs"]) == (32, 24)
     assert checked["zh"].wrong == 6 * 12 - 12
 
 

@@ -1,10 +1,10 @@
-"""The isotonic map is the best rising one, and right at the prior that was asked for."""
+"""The isotonic map is the best rising one, and holds at the prior that was asked for."""
 
 import numpy as np
 import pytest
 
 from vlm.errors import VlmError
-from vlm.evaluation.isotonic import PairCosines, fit_map, pool_adjacent_violators, threshold_for
+from vlm.evaluation.calibration import PairCosines, fit_map, threshold_for
 
 
 def best_rising_values(x, y, weight):
@@ -23,30 +23,32 @@ def best_rising_values(x, y, weight):
     return np.array([values[np.searchsorted(places, place)] for place in x])
 
 
-@pytest.mark.parametrize("places", [5, 1000], ids=["many ties", "few ties"])
+@pytest.mark.parametrize("digits", [1, 6], ids=["many ties", "few ties"])
 @pytest.mark.parametrize("seed", range(6))
-def test_pooling_equals_the_max_min_formula(seed, places):
+def test_the_map_equals_the_max_min_formula(seed, digits):
     rng = np.random.default_rng(seed)
-    x = np.sort(rng.integers(0, places, 40)) / 10
-    y = (rng.random(40) < x / x.max()).astype(float) if seed % 2 else rng.normal(size=40)
-    weight = rng.random(40) + 0.01
-    starts, values = pool_adjacent_violators(x, y, weight)
-    fitted = np.repeat(values, np.diff(np.append(starts, 40)))
-    np.testing.assert_allclose(fitted, best_rising_values(x, y, weight), atol=1e-12)
-    assert starts[0] == 0
-    assert (np.diff(starts) > 0).all()
-    assert (np.diff(values) > 0).all()
+    pairs = PairCosines(
+        # Mixed at both ends, where steps of one kind alone would count half a pair of the other.
+        correct=np.concatenate([[0.0, 1.0], rng.random(15).round(digits)]),
+        wrong=np.concatenate([[0.0, 1.0], rng.random(30).round(digits) ** 2]),
+    )
+    x, is_correct, weight = pairs.weighted(0.4)
+    knots, values = fit_map(pairs, prior=0.4)
+    assert (np.diff(knots) >= 0).all()
+    np.testing.assert_allclose(
+        np.interp(x, knots, values), best_rising_values(x, is_correct, weight), atol=1e-12
+    )
 
 
-def test_points_in_one_place_are_one_step():
-    starts, values = pool_adjacent_violators(np.zeros(3), np.array([1.0, 0, 1]), np.ones(3))
-    assert (starts.tolist(), values.tolist()) == ([0], [pytest.approx(2 / 3)])
+def test_pairs_of_one_cosine_share_a_step():
+    knots, values = fit_map(PairCosines(correct=np.full(2, 0.5), wrong=np.array([0.5])), prior=0.4)
+    assert (knots.tolist(), values.tolist()) == ([0.5, 0.5], pytest.approx([0.4, 0.4]))
 
 
 @pytest.mark.parametrize("prior", [0.5, 0.05])
 def test_the_map_finds_the_true_probabilities(prior):
     rng = np.random.default_rng(0)
-    pairs = PairCosines(right=rng.normal(0.6, 0.1, 20_000), wrong=rng.normal(0.3, 0.1, 200_000))
+    pairs = PairCosines(correct=rng.normal(0.6, 0.1, 20_000), wrong=rng.normal(0.3, 0.1, 200_000))
     knots, values = fit_map(pairs, prior=prior)
     asked = np.linspace(0.3, 0.7, 41)
     found = np.interp(asked, knots, values)
@@ -58,15 +60,15 @@ def test_the_map_finds_the_true_probabilities(prior):
 @pytest.mark.parametrize("prior", [0.5, 0.1])
 def test_the_mean_probability_of_the_pairs_is_the_prior(prior):
     rng = np.random.default_rng(1)
-    pairs = PairCosines(right=rng.normal(0.5, 0.1, 300), wrong=rng.normal(0.3, 0.1, 5000))
+    pairs = PairCosines(correct=rng.normal(0.5, 0.1, 300), wrong=rng.normal(0.3, 0.1, 5000))
     knots, values = fit_map(pairs, prior=prior)
-    mean = [np.interp(cosines, knots, values).mean() for cosines in (pairs.right, pairs.wrong)]
+    mean = [np.interp(cosines, knots, values).mean() for cosines in (pairs.correct, pairs.wrong)]
     # But for the half pairs at both ends.
     assert prior * mean[0] + (1 - prior) * mean[1] == pytest.approx(prior, abs=0.01)
 
 
 def test_nothing_is_certain():
-    pairs = PairCosines(right=np.array([0.8, 0.9]), wrong=np.array([0.1, 0.2, 0.3]))
+    pairs = PairCosines(correct=np.array([0.8, 0.9]), wrong=np.array([0.1, 0.2, 0.3]))
     knots, values = fit_map(pairs, prior=0.5)
     assert knots.tolist() == [0.1, 0.3, 0.8, 0.9]
     # Three wrong pairs of a sixth each and half a right one of a quarter; the reverse above.
@@ -77,21 +79,21 @@ def test_nothing_is_certain():
 def test_the_half_pairs_keep_the_map_rising():
     # One right pair on top of a step that is nearly all right.
     right = np.concatenate([np.linspace(0.5, 0.6, 999), [0.9]])
-    pairs = PairCosines(right=right, wrong=np.array([0.0, 0.55, 0.61]))
+    pairs = PairCosines(correct=right, wrong=np.array([0.0, 0.55, 0.61]))
     _, values = fit_map(pairs, prior=0.99)
     assert (np.diff(values) >= 0).all()
     assert 0 < values[0] < values[-1] < 1
 
 
 def test_one_step_is_the_prior():
-    knots, values = fit_map(PairCosines(right=np.array([0.1]), wrong=np.array([0.5])), prior=0.3)
+    knots, values = fit_map(PairCosines(correct=np.array([0.1]), wrong=np.array([0.5])), prior=0.3)
     assert knots.tolist() == [0.1, 0.5]
     np.testing.assert_allclose(values, 0.3)
 
 
 def brute_force_threshold(pairs, prior, precision):
-    for cosine in sorted({*pairs.right.tolist(), *pairs.wrong.tolist()}):
-        right = prior * np.mean(pairs.right >= cosine)
+    for cosine in sorted({*pairs.correct.tolist(), *pairs.wrong.tolist()}):
+        right = prior * np.mean(pairs.correct >= cosine)
         wrong = (1 - prior) * np.mean(pairs.wrong >= cosine)
         if right >= precision * (right + wrong) - 1e-9:
             return cosine
@@ -104,7 +106,7 @@ def brute_force_threshold(pairs, prior, precision):
 def test_the_threshold_is_the_lowest_with_the_precision(seed, precision, levels):
     rng = np.random.default_rng(seed)
     pairs = PairCosines(
-        right=np.append(rng.normal(0.6, 0.1, 50), 1.5).round(int(np.log10(levels))),
+        correct=np.append(rng.normal(0.6, 0.1, 50), 1.5).round(int(np.log10(levels))),
         wrong=rng.normal(0.4, 0.1, 400).round(int(np.log10(levels))),
     )
     found = threshold_for(pairs, prior=0.2, precision=precision)
@@ -112,26 +114,26 @@ def test_the_threshold_is_the_lowest_with_the_precision(seed, precision, levels)
 
 
 def test_a_precision_out_of_reach_is_refused():
-    pairs = PairCosines(right=np.array([0.1, 0.5]), wrong=np.array([0.2, 0.9]))
+    pairs = PairCosines(correct=np.array([0.1, 0.5]), wrong=np.array([0.2, 0.9]))
     with pytest.raises(VlmError, match=r"precision 0\.9 at the prior 0\.5; the best .* is 0\.5"):
         threshold_for(pairs, prior=0.5, precision=0.9)
 
 
 @pytest.mark.parametrize("precision", [0.0, -1.0, 1.5, float("nan")])
-def test_a_precision_that_is_no_share_is_refused(precision):
-    pairs = PairCosines(right=np.array([0.5]), wrong=np.array([0.2]))
-    with pytest.raises(VlmError, match=r"the precision is .*; expected a share above 0, at most 1"):
+def test_a_precision_out_of_range_is_refused(precision):
+    pairs = PairCosines(correct=np.array([0.5]), wrong=np.array([0.2]))
+    with pytest.raises(VlmError, match=r"the precision is .*; expected a number above 0"):
         threshold_for(pairs, prior=0.5, precision=precision)
 
 
 @pytest.mark.parametrize("prior", [0.0, 1.0, float("nan")])
-def test_a_prior_that_is_no_share_is_refused(prior):
-    with pytest.raises(VlmError, match=r"the prior is .*; expected a share between 0 and 1"):
-        fit_map(PairCosines(right=np.array([0.5]), wrong=np.array([0.2])), prior=prior)
+def test_a_prior_out_of_range_is_refused(prior):
+    with pytest.raises(VlmError, match=r"the prior is .*; expected a number between 0 and 1"):
+        fit_map(PairCosines(correct=np.array([0.5]), wrong=np.array([0.2])), prior=prior)
 
 
 @pytest.mark.parametrize(("right", "wrong"), [(0, 3), (3, 0)])
 def test_pairs_of_one_kind_are_refused(right, wrong):
-    pairs = PairCosines(right=np.zeros(right), wrong=np.zeros(wrong))
-    with pytest.raises(VlmError, match=f"found {right} right and {wrong} wrong pairs; expected at"):
+    pairs = PairCosines(correct=np.zeros(right), wrong=np.zeros(wrong))
+    with pytest.raises(VlmError, match=f"found {right} correct and {wrong} wrong pairs; exp"):
         fit_map(pairs, prior=0.5)

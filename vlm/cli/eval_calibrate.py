@@ -1,4 +1,4 @@
-"""Fit what a bundle's cosines say of a match on held-out pairs, and store it in the bundle."""
+"""Fit the map from cosine to match probability on held-out pairs, and store it in the bundle."""
 
 import json
 import sys
@@ -29,7 +29,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--device", type=str | None, default=None, help="such as cpu or cuda:0")
     parser.add_argument(
         "--truncate_dim", type=int | None, default=None,
-        help="calibrate the first so many numbers of each vector, where they were trained so",
+        help="keep only the first N dimensions (a Matryoshka width of the model)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
@@ -62,17 +62,17 @@ def run(options: Any) -> None:
         print(json.dumps({"calibration": calibration.record(), "checked": checked}, indent=1))
         return
     print(
-        f"{options.bundle}: pairs from the cosine {calibration.threshold:.4f} on match with a "
-        f"precision of {plan.precision} where a share of {plan.prior} of all pairs matches.\n"
-        "Checked with the half of the data that it was not fitted on:\n"
+        f"{options.bundle}: threshold {calibration.threshold:.4f} gives precision "
+        f"{plan.precision} at a match rate of {plan.prior:.2%}.\n"
+        "Checked on the half of the data that it was not fitted on:\n"
     )
     print(_table(reliability))
 
 
 def _table(reliability: Mapping[str, Reliability]) -> str:
-    header = ["texts", "right pairs", "wrong pairs", "calibration error", "precision", "recall"]
+    header = ["texts", "correct pairs", "wrong pairs", "calibration error", "precision", "recall"]
     rows = []
     for name, found in reliability.items():
-        shares = (found.calibration_error, found.precision, found.recall)
-        rows.append([name, str(found.right), str(found.wrong), *(f"{s:.3f}" for s in shares)])
+        ratios = (found.calibration_error, found.precision, found.recall)
+        rows.append([name, str(found.correct), str(found.wrong), *(f"{r:.3f}" for r in ratios)])
     return markdown_table(header, rows)

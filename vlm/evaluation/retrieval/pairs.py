@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Int64
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from vlm.data.conditions import samples_where
 from vlm.data.dataset import ShardedSplit
@@ -133,10 +135,10 @@ def correct_pairs(
 def linked_groups(
     matches: Int[np.ndarray, "matches 2"], *, texts: int, images: int
 ) -> tuple[Int64[np.ndarray, " texts"], Int64[np.ndarray, " images"]]:
-    """Number the sets of texts and images that right pairs link, directly or through others.
+    """Number the sets of texts and images that correct pairs link, directly or through others.
 
-    They are what can be drawn: an image with its five captions, or a concept with its caption
-    and all its images.
+    A bootstrap draws such sets: an image with its five captions, or a concept with its caption and
+    all its images.
 
     Args:
         matches: Pairs (text, image) that belong together.
@@ -146,17 +148,11 @@ def linked_groups(
     Returns:
         The set of each text, and that of each image.
     """
-    of_node = np.arange(texts + images)
-    left, right = matches[:, 0].astype(np.int64), matches[:, 1].astype(np.int64) + texts
-    while True:
-        before = of_node.copy()
-        lower = np.minimum(of_node[left], of_node[right])
-        for ends in (left, right):
-            np.minimum.at(of_node, of_node[ends], lower)
-            np.minimum.at(of_node, ends, lower)
-        of_node = of_node[of_node]  # a set takes over what the set it joined was told
-        if (of_node == before).all():
-            return of_node[:texts], of_node[texts:]
+    ends = matches[:, 0], matches[:, 1] + texts  # one graph: images are the nodes after the texts
+    graph = coo_array((np.ones(len(matches), bool), ends), shape=(texts + images,) * 2)
+    # Sets are numbered by their first node, so that the same pairs are always drawn alike.
+    of_node = connected_components(graph, directed=False)[1].astype(np.int64)
+    return of_node[:texts], of_node[texts:]
 
 
 def _languages_of(samples: Sequence[Sample]) -> str:

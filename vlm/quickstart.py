@@ -145,6 +145,7 @@ def _worked_examples(config: TrainConfig, embedder: Embedder) -> Examples:
                 found=[
                     Found(
                         image=samples[place].image,
+                        text=samples[place].address,
                         correct=samples[place].concept == concept,
                         cosine=cosine,
                     )

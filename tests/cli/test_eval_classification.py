@@ -175,12 +175,12 @@ def test_folders_of_classes_are_scored(capsys, bundle, images, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--split", "test", "--label", "colour"], "expected those of the label 'colour'"),
+        (["--split", "test", "--label", "colour"], "expected one for the label 'colour'"),
         (["--split", "gone"], "gone"),
         (["--split", "test", "--languages", "fr"], "not in fr; their languages are en, zh"),
         (["--split", "test", "--templates", "photos"], "there are no templates 'photos'"),
         (["--split", "test", "--where", "source"], "'source' is not a condition"),
-        (["--split", "test", "--where", "source=x"], "none of the samples"),
+        (["--split", "test", "--where", "source=x"], "no selected sample of the split"),
         (["--split", "test", "--where", "colour!=red"], "has 'colour', which 'colour!=red' asks"),
     ],
 )

@@ -43,7 +43,8 @@ def made_run(languages=("zh", "en"), *, noise=1.5, classes=CLASSES):
         bundle="runs/a/bundle",
         source=ClassificationSource(split="val", where=["source=noto"]),
         images=LabelledImages(
-            images=[encoded(make_image(number)) for number in range(200)], labels=labels, left_out=7
+            images=[encoded(make_image(number)) for number in range(200)],
+            addresses=[f"a.tar#{number}" for number in range(200)], labels=labels, left_out=7,
         ),
         images_sha256="5" * 64,
         classes=ClassNames(ids=tuple(f"c{number}" for number in range(classes)), names=names),
@@ -189,7 +190,8 @@ def test_examples_are_correct_where_they_say_and_show_their_own_class(run, docum
         assert group.title == f"{title}: {(right == languages).sum()} of 200 images"
         assert len(group.examples) == 3
         for example in group.examples:
-            number = run.images.images.index(example.image)
+            number = run.images.images.index(example.image.image)
+            assert example.image.text == f"a.tar#{number}"
             own = run.images.labels[number]
             assert sum(answer.rank == 1 for answer in example.answers) == languages
             for answer in example.answers:

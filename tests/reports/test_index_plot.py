@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from vlm.evaluation.indexes import SweepPoint
-from vlm.reports.index_plot import recall_latency_png
+from vlm.reports.index_report import recall_latency_png
 
 
 def point(value, recall):

@@ -59,24 +59,24 @@ def test_exact_indexes_without_a_sweep_give_a_table_alone():
     assert [type(block) for block in blocks] == [Table]
 
 
-def test_the_report_tells_what_was_asked(swept, tmp_path):
+def test_the_report_has_the_protocol(swept, tmp_path):
     document = index_document(swept, embeddings="runs/a/embeddings", model="a" * 64)
     page = write_report(tmp_path, document)
     assert {path.name for path in tmp_path.iterdir()} == {"report.html", "report.md", "index.png"}
     assert page.name == "report.html"
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     for part in (
-        "`runs/a/embeddings` has 60 images, vectors of 16 numbers", "`HNSW8`, `PQ1x1`",
-        "main captions in zh, en find each other", "Images find images",
-        "95% of the 10 nearest neighbours; `auto` may take 512MiB", "`aaaaaaaaaaaa`",
+        "`runs/a/embeddings` has 60 images of 16 dimensions", "`HNSW8`, `PQ1x1`",
+        "main captions in zh, en, both ways", "Images among the other images",
+        "95% of the 10 nearest neighbours; memory limit of `auto`: 512MiB", "`aaaaaaaaaaaa`",
         "median of batches", "(index.png)",
     ):  # fmt: skip
         assert part in text
 
 
-def test_images_without_captions_are_said_to_find_images_alone(tmp_path):
+def test_images_without_captions_are_searched_with_images_only(tmp_path):
     report = report_of(IndexPlan(factories=["Flat"]), languages=())
     write_report(tmp_path, index_document(report, embeddings="e", model="a"))
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "captions" not in text
-    assert "Images find images" in text
+    assert "Images among the other images" in text

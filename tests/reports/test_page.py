@@ -136,7 +136,7 @@ def test_text_of_strangers_is_never_mark_up(text):
                 title=text,
                 examples=[
                     Example(answers=[asking(text, True, language=text)]),
-                    Example(image=IMAGE, answers=[finding(text, language=text)]),
+                    Example(image=Found(image=IMAGE), answers=[finding(text, language=text)]),
                 ],
             ),
         ],
@@ -182,8 +182,8 @@ def test_the_page_is_for_phones_dark_screens_and_paper():
         for node in read(
             Table(header=["a", "b"], rows=[]),
             examples(
-                Example(answers=[asking("q", True)], missed=IMAGE),
-                Example(image=IMAGE, answers=[finding("a", rank=1)]),
+                Example(answers=[asking("q", True)], missed=Found(image=IMAGE)),
+                Example(image=Found(image=IMAGE), answers=[finding("a", rank=1)]),
             ),
         ).iter()
         for kind in node.get("class", "").split()
@@ -206,7 +206,7 @@ def test_an_example_shows_each_language_its_rank_and_what_is_correct_in_words_to
                     asking("红苹果", False, True, language="zh", rank=2),
                     asking("red apple", False, rank=1204),
                 ],
-                missed=IMAGE,
+                missed=Found(image=IMAGE),
             ),
             Example(answers=[asking("free", False)]),
         )
@@ -233,7 +233,7 @@ def test_an_example_shows_each_language_its_rank_and_what_is_correct_in_words_to
 
 def test_captions_stand_next_to_their_image_with_their_language():
     answers = [finding("一只猫", "一条狗", language="zh", rank=1), finding("a cat", rank=3)]
-    root = read(examples(Example(image=IMAGE, answers=answers)))
+    root = read(examples(Example(image=Found(image=IMAGE), answers=answers)))
     assert root.find(".//article/img").get("alt") == "the query image"
     zh, en = root.findall(".//article/div")
     assert texts(zh, "div/p") == ["zh", "first correct caption at rank 1"]
@@ -267,9 +267,11 @@ def test_transparency_is_white():
 
 
 def test_the_address_of_an_image_is_its_title():
-    found = [Found(image=IMAGE, correct=True, text=text) for text in ("a/b.tar#7", "")]
-    root = read(examples(Example(answers=[Answer(language="en", query="q", found=found)])))
-    assert [li.get("title") for li in root.findall(".//ol/li")] == ["a/b.tar#7", None]
+    first, second = (Found(image=IMAGE, text=text) for text in ("a/b.tar#7", ""))
+    answer = Answer(language="en", query="q", found=[first, second])
+    root = read(examples(Example(answers=[answer], missed=first), Example(image=first, answers=[])))
+    titles = [image.get("title") for image in root.findall(".//article//img")]
+    assert titles == ["a/b.tar#7", None, "a/b.tar#7", "a/b.tar#7"]
 
 
 def test_half_characters_and_control_characters_are_replaced():

@@ -113,7 +113,7 @@ def test_the_record_is_json_without_vectors(run):
     assert record["benchmarks"]["chinese alone"]["agreement"] == {}
 
 
-def test_found_questions_were_found_and_missed_ones_were_missed(run):
+def test_found_questions_were_found_and_missed_ones_were_missed(run, data_folder):
     scored = run.benchmarks["both"]
     groups = drawn_examples(scored.pairs, scored.evaluation, of_each=4)
     assert list(groups)[-1] == "Images and the captions they find"
@@ -129,6 +129,10 @@ def test_found_questions_were_found_and_missed_ones_were_missed(run):
                 assert max(ranks) == 1
                 assert example.missed is None
             for answer in example.answers:
+                for found in answer.found:
+                    assert str(data_folder) in found.text
+                    row = int(found.text.rpartition("#")[2])
+                    assert found.image == scored.pairs.images[row]
                 first_correct = [image.correct for image in answer.found].index(True) + 1 if any(
                     image.correct for image in answer.found
                 ) else None  # fmt: skip
@@ -145,7 +149,9 @@ def test_examples_of_images_show_the_best_captions(run, embedder):
     for example in examples:
         for answer in example.answers:
             texts = scored.pairs.texts[answer.language].texts
-            cosines = (embedder.encode_text(texts) @ embedder.encode_image([example.image]).T)[:, 0]
+            cosines = (
+                embedder.encode_text(texts) @ embedder.encode_image([example.image.image]).T
+            )[:, 0]
             best = np.argsort(-cosines)[:3]
             assert [found.text for found in answer.found] == [texts[row] for row in best]
 

@@ -28,6 +28,8 @@ class Sample:
     """SPDX identifier of the image's licence."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """Further labels, for example the class used in zero-shot classification."""
+    address: str = field(default="", compare=False)
+    """Where it was read from, `FOLDER/SHARD#ROW`; empty for a sample that is in no shard yet."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

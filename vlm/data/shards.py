@@ -8,7 +8,7 @@ import mmap
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -59,12 +59,13 @@ class Shard:
         image = self._read(members.image)
         try:
             record = json.loads(self._read(members.record))
-            return _sample_from_record(members.key, image, record)
+            sample = _sample_from_record(members.key, image, record)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{self.path}: the record of {members.key!r} is not valid ({error}); "
                 'expected JSON with "captions": {language: [text, ...]}'
             ) from error
+        return replace(sample, address=f"{self.path}#{position}")
 
     def _read(self, span: tuple[int, int]) -> bytes:
         start, size = span

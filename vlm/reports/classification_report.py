@@ -204,15 +204,16 @@ def _example(run: ClassificationRun, image: int) -> Example:
     for language, found in run.scores.items():
         names, own = run.classes.names[language], int(run.images.labels[image])
         best, cosines = found.best[image].tolist(), found.cosines[image].tolist()
-        shown = [
+        classes = [
             Found(text=names[number][0], correct=number == own, cosine=cosine)
             for number, cosine in zip(best, cosines, strict=True)
         ]
         if own not in best:
-            shown.append(Found(text=names[own][0], correct=True))
+            classes.append(Found(text=names[own][0], correct=True))
         rank = int(found.ranks[image])
-        answers.append(Answer(language=language, found=shown, rank=rank, what="class"))
-    return Example(image=run.images.images[image], answers=answers)
+        answers.append(Answer(language=language, found=classes, rank=rank, what="class"))
+    shown = Found(image=run.images.images[image], text=run.images.addresses[image])
+    return Example(image=shown, answers=answers)
 
 
 def _protocol(run: ClassificationRun) -> Iterator[Block]:

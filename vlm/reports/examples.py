@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -21,9 +22,9 @@ _ROUNDING = 1e-5  # float32 products of unit vectors are closer than this to the
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """One image or text that was found."""
+    """One image or text, as it is shown."""
 
-    correct: bool
+    correct: bool = False
     cosine: float | None = None
     image: ImageSource | None = None
     text: str = ""
@@ -48,9 +49,9 @@ class Example:
     """The same question in each language."""
 
     answers: Sequence[Answer]
-    image: ImageSource | None = None
+    image: Found | None = None
     """The image that asks; None where texts do."""
-    missed: ImageSource | None = None
+    missed: Found | None = None
     """A correct image to show after the answers, if they miss it."""
 
 
@@ -143,13 +144,13 @@ def _text_example(
                 language=language,
                 query=own.texts[row],
                 found=[
-                    Found(image=pairs.images[place], correct=place in correct, cosine=cosine)
+                    _image(pairs, place, correct=place in correct, cosine=cosine)
                     for place, cosine in best
                 ],
                 rank=int(evaluation.ranks[language]["text_to_image"][row]),
             )
         )
-        missed = pairs.images[int(correct[0])]
+        missed = _image(pairs, int(correct[0]), correct=True)
     shown = any(image.correct for answer in answers for image in answer.found)
     return Example(answers=answers, missed=None if shown else missed)
 
@@ -176,7 +177,16 @@ def _image_example(
                 rank=int(evaluation.ranks[language]["image_to_text"][place]),
             )
         )
-    return Example(image=pairs.images[image], answers=answers)
+    return Example(image=_image(pairs, image), answers=answers)
+
+
+def _image(
+    pairs: RetrievalPairs, number: int, *, correct: bool = False, cosine: float | None = None
+) -> Found:
+    image = pairs.images[number]
+    file = str(image) if isinstance(image, Path) else ""
+    address = pairs.addresses[number] if pairs.addresses else file
+    return Found(image=image, text=address, correct=correct, cosine=cosine)
 
 
 def _best(

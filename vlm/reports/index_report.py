@@ -1,23 +1,31 @@
-"""The report of `vlm eval index`: approximate beside exact search of stored embeddings."""
+"""The report of `vlm eval index`: approximate compared with exact search of embeddings."""
 
-from vlm.evaluation.indexes import IndexReport, comparison_rows
+import math
+from collections.abc import Mapping, Sequence
+
+from matplotlib.figure import Figure as Plot
+
+from vlm.evaluation.indexes import IndexReport, SweepPoint, comparison_rows
 from vlm.reports.document import Block, Bullets, Document, Figure, Paragraph, Section, Table
-from vlm.reports.index_plot import recall_latency_png
+from vlm.reports.plots import figure_png
+
+_COLUMNS = 3
+_MARKERS = "osD^vP*X"
 
 EXPLANATION = (
-    "The same queries through FAISS indexes. `ann_recall@10` is the share of the ten nearest "
-    "neighbours that the index found; ms is the median time of a query on one thread."
+    "The same queries through FAISS indexes. `ann_recall@10` is the fraction of the ten nearest "
+    "neighbours that the index found; ms is the median time per query on one thread."
 )
 """What stands before the blocks of `index_blocks`."""
 
 
 def index_blocks(report: IndexReport, *, name: str, number: int | None = None) -> list[Block]:
-    """Return the table of the comparisons, what is to be warned of, and the plot of a sweep.
+    """Return the table of the comparisons, the warnings, and the plot of a sweep.
 
     Args:
         report: What was compared.
-        name: What the vectors are of, as it stands over the table.
-        number: Tells the plots of a document apart, as `index_1.png`; None for `index.png`.
+        name: Of the vectors, for the caption of the table.
+        number: Of the plot in its document, for `index_1.png`; None for `index.png`.
     """
     header, rows = comparison_rows(report.comparisons)
     blocks: list[Block] = [Table(header=header, rows=rows, text_columns=2, caption=name)]
@@ -31,7 +39,7 @@ def index_blocks(report: IndexReport, *, name: str, number: int | None = None) -
                     report.curves,
                     exact_milliseconds=report.exact_milliseconds,
                     k=report.k,
-                    title=f"{report.images} images, {report.dim} numbers each",
+                    title=f"{report.images} images, {report.dim} dimensions",
                 ),
                 alt=f"Recall of approximate search against its time on {name}",
             )
@@ -52,7 +60,7 @@ def index_document(report: IndexReport, *, embeddings: str, model: str) -> Docum
         title="Exact and approximate search",
         summary=[
             Paragraph(
-                f"`{embeddings}` has {report.images:,} images, vectors of {report.dim} numbers."
+                f"`{embeddings}` has {report.images:,} images of {report.dim} dimensions."
             )
         ],
         sections=[
@@ -61,13 +69,13 @@ def index_document(report: IndexReport, *, embeddings: str, model: str) -> Docum
                 blocks=[Paragraph(EXPLANATION), *index_blocks(report, name=embeddings)],
             ),
             Section(
-                title="What was asked",
+                title="Protocol",
                 blocks=[
                     Bullets([
                         f"Indexes: {', '.join(f'`{name}`' for name in plan.factories)}.",
                         *_searches(report),
-                        f"Search parameters are tuned to {plan.target_recall:.0%} of the "
-                        f"{report.k} nearest neighbours; `auto` may take {plan.memory}.",
+                        f"Search parameters are tuned to find {plan.target_recall:.0%} of the "
+                        f"{report.k} nearest neighbours; memory limit of `auto`: {plan.memory}.",
                         f"Times: {report.as_record()['timing']}.",
                         f"Weights `{model[:12]}`.",
                     ])
@@ -77,12 +85,59 @@ def index_document(report: IndexReport, *, embeddings: str, model: str) -> Docum
     )  # fmt: skip
 
 
+def recall_latency_png(
+    panels: Mapping[str, Mapping[str, Sequence[SweepPoint]]],
+    *,
+    exact_milliseconds: Mapping[str, float],
+    k: int,
+    title: str,
+) -> bytes:
+    """Draw a panel per search with a line per index (up and to the left is better) as a PNG.
+
+    Args:
+        panels: By the name of the search and that of the index, what `sweep` returned; at least
+            one search.
+        exact_milliseconds: By search, the time of an exact one, drawn as a vertical line.
+        k: The number of neighbours searched for.
+        title: Of the plot.
+    """
+    columns = min(_COLUMNS, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Plot(figsize=(4.2 * columns + 0.4, 3.4 * rows + 0.9), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    factories = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    handles = {}
+    for axes, (search, curves) in zip(grid.flat, panels.items(), strict=False):
+        exact = axes.axvline(exact_milliseconds[search], color="#777777", linestyle="--")
+        handles["exact search"] = exact
+        for factory, points in curves.items():
+            number = factories.index(factory)
+            (handles[factory],) = axes.plot(
+                [point.milliseconds_per_query for point in points],
+                [point.ann_recall for point in points],
+                marker=_MARKERS[number % len(_MARKERS)],
+                color=f"C{number % 10}",
+                markersize=4.5,
+                linewidth=1.3,
+                alpha=0.85,
+            )
+        axes.set(title=search, xscale="log", xlabel="ms per query, one thread", ylim=(-0.03, 1.03))
+        axes.grid(alpha=0.3, which="both")
+    for number in range(rows):
+        grid[number, 0].set_ylabel(f"fraction of the {k} nearest found")
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    figure.suptitle(title)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    return figure_png(figure)
+
+
 def _searches(report: IndexReport) -> list[str]:
-    """Say in words what is searched with and in."""
-    said = []
+    """Return what is searched for what."""
+    searches = []
     languages = dict.fromkeys(each.language for each in report.comparisons if each.language)
     if languages:
-        said.append(f"Images and their main captions in {', '.join(languages)} find each other.")
+        searches.append(f"Images and their main captions in {', '.join(languages)}, both ways.")
     if any(each.direction == "image_to_image" for each in report.comparisons):
-        said.append("Images find images; none is an answer to itself.")
-    return said
+        searches.append("Images among the other images.")
+    return searches

@@ -72,7 +72,9 @@ def test_the_emoji_set_has_names_in_both_languages(label, count):
 
 
 def test_a_label_without_a_table_is_refused():
-    with pytest.raises(DataError, match="names the groups and the classes; expected those of the"):
+    with pytest.raises(
+        DataError, match="has tables of groups and classes; expected one for the label"
+    ):
         read_class_names(["data/emoji/classes.json"], ["en"], label="colour")
 
 
@@ -82,21 +84,25 @@ FOLDERS = ["n1", "n2"]
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.txt", "cat\n", "has 1 names in a row; expected 2, one for each class folder"),
+        ("a.txt", "cat\n", "is a list of 1 names; expected 2, one for each class folder"),
         ("a.json", {"n1": "cat"}, "has no name for 1 of the class folders: n2"),
-        ("a.json", {"n1": "cat", "n2": ""}, "the class 'n2' in .* is called ''; expected a text"),
-        ("a.json", {"n1": "cat", "n2": []}, r"is called \[\]; expected a text or a list"),
-        ("a.json", {"n1": "cat", "n2": 3}, "is called 3; expected a text or a list"),
+        (
+            "a.json",
+            {"n1": "cat", "n2": ""},
+            "the class 'n2' in .* has the name ''; expected a string",
+        ),
+        ("a.json", {"n1": "cat", "n2": []}, r"has the name \[\]; expected a string or a list"),
+        ("a.json", {"n1": "cat", "n2": 3}, "has the name 3; expected a string or a list"),
         (
             "a.json",
             {"n1": {"zh": "猫"}, "n2": "x"},
             "'n1' in .* has no name in 'en'; its languages are zh",
         ),
-        ("a.json", {}, "holds no names by class"),
-        ("a.json", "3", "holds neither names by class nor a list"),
+        ("a.json", {}, "has no names by class"),
+        ("a.json", "3", "has neither names by class nor a list"),
         ("a.json", "{", "cannot read the class names"),
         ("a.yaml", '{\n"a": [', r"cannot read the class names \S*a\.yaml: [^\n]+$"),
-        ("a.txt", "cat\n\ndog\n", "has 3 names in a row"),
+        ("a.txt", "cat\n\ndog\n", "is a list of 3 names"),
     ],
 )
 def test_a_file_that_lacks_names_is_refused(tmp_path, name, content, said):
@@ -104,15 +110,23 @@ def test_a_file_that_lacks_names_is_refused(tmp_path, name, content, said):
         read_class_names([write(tmp_path / name, content)], ["en"], folders=FOLDERS)
 
 
+@pytest.mark.parametrize("letter", ["\u2028", "\x85", "\x0c", "\x1e"])
+def test_only_line_feeds_separate_names(tmp_path, letter):
+    path = tmp_path / "a.txt"
+    path.write_bytes(f"cat{letter}fish\r\ndog\n".encode())
+    names = read_class_names([str(path)], ["en"], folders=FOLDERS).names["en"]
+    assert names == [(f"cat{letter}fish",), ("dog",)]
+
+
 def test_names_in_one_language_do_not_serve_two(tmp_path):
     path = write(tmp_path / "a.txt", "cat\ndog\n")
-    with pytest.raises(DataError, match="has names in one language; say which with --languages"):
+    with pytest.raises(DataError, match="has names in one language; name it with --languages"):
         read_class_names([path], ["zh", "en"], folders=FOLDERS)
 
 
 def test_lines_do_not_serve_labels(tmp_path):
     path = write(tmp_path / "a.txt", "cat\ndog\n")
-    with pytest.raises(DataError, match="has names in a row; expected the name of each label"):
+    with pytest.raises(DataError, match="is a list of names; expected names by label"):
         read_class_names([path], ["en"], label="class")
 
 

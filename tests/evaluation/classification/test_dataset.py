@@ -33,7 +33,7 @@ def test_conditions_leave_samples_out_uncounted(folder):
 
 
 def test_a_label_without_a_name_is_refused(folder):
-    with pytest.raises(DataError, match=r"has the group 'even'; expected one of the 1 that have"):
+    with pytest.raises(DataError, match=r"has the group 'even'; expected one of the 1 with names"):
         images_of_split(folder, "test", label="group", class_ids=["odd"])
 
 
@@ -41,7 +41,7 @@ def test_a_label_without_a_name_is_refused(folder):
     ("label", "where"), [("colour", []), ("group", ["source=film"])], ids=["no label", "no sample"]
 )
 def test_nothing_to_classify_is_refused(folder, label, where):
-    with pytest.raises(DataError, match=f"none of the samples .* has the label '{label}'"):
+    with pytest.raises(DataError, match=f"no selected sample .* has the label '{label}'"):
         images_of_split(folder, "test", label=label, class_ids=["odd", "even"], where=where)
 
 
@@ -101,7 +101,7 @@ def test_the_fingerprint_tells_images_and_labels_apart(images):
 def test_folders_without_classes_or_images_are_refused(images):
     with pytest.raises(DataError, match="is not a folder; expected one with a folder for each"):
         class_folders(images / "gone")
-    with pytest.raises(DataError, match="holds no folders; expected one for each class"):
+    with pytest.raises(DataError, match="has no folders; expected one for each class"):
         class_folders(images / "b")
-    with pytest.raises(DataError, match=r"the class folders in .* hold no image"):
+    with pytest.raises(DataError, match=r"the class folders in .* have no image"):
         images_in_class_folders(images, ["none"])

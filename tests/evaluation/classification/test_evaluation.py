@@ -99,9 +99,14 @@ IMAGE = encoded(make_image(0))
     ("images", "labels", "templates", "said"),
     [
         ([], [], {"en": ["{}"]}, "found 0 images and 0 labels"),
-        ([IMAGE], [0, 1], {"en": ["{}"]}, "found 1 images and 2 labels; expected as many"),
-        ([IMAGE], [2], {"en": ["{}"]}, "labels go from 2 to 2; expected the numbers of the 2"),
-        ([IMAGE], [-1], {"en": ["{}"]}, "labels go from -1 to -1"),
+        ([IMAGE], [0, 1], {"en": ["{}"]}, "found 1 images and 2 labels; expected the same number"),
+        (
+            [IMAGE],
+            [2],
+            {"en": ["{}"]},
+            r"labels are in \[2, 2\]; expected \[0, 1\] for the 2 classes",
+        ),
+        ([IMAGE], [-1], {"en": ["{}"]}, r"labels are in \[-1, -1\]"),
         ([IMAGE], [0], {"zh": ["{}"]}, "class names in 'en', but templates only in zh"),
     ],
     ids=["nothing", "unequal", "too large", "negative", "language"],

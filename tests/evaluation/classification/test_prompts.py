@@ -60,11 +60,14 @@ def test_templates_of_a_file_are_read(tmp_path, file):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("- a list", "are no lists by language"),
+        ("- a list", "are not lists by language"),
         ('{"zh": ["{}"], "fr": ["{}"]}', "are not in en; their languages are zh, fr$"),
         ('{"en": []}', "are not in en; their languages are none$"),
         ('{"en": "{}"}', r"in 'en' are '\{\}'; expected a list"),
-        ('{"en": ["no place"]}', r"'no place' in the templates .* is no template; expected a text"),
+        (
+            '{"en": ["no place"]}',
+            r"'no place' in the templates .* is not a template; expected \{\}",
+        ),
         ('{"en": [3]}', "3 in the templates"),
         ('{\n"a": [', r"cannot read the templates \S*templates\.yaml: [^\n]+$"),
     ],

@@ -1,4 +1,4 @@
-"""Class names: what the classes of a data set are called, in each language."""
+"""Names of the classes of a data set, in each language."""
 
 import json
 import re
@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from vlm.errors import DataError
+from vlm.files import lines_in
 
 _BETWEEN_SYNONYMS = re.compile(r"\s*(?:；|;\s)\s*")
 
@@ -19,7 +20,7 @@ class ClassNames:
     """The classes of a data set, in one order."""
 
     ids: tuple[str, ...]
-    """What labels or folders call them."""
+    """Their labels or folders."""
     names: Mapping[str, Sequence[tuple[str, ...]]]
     """By language, the names of every class: one, or several synonyms."""
 
@@ -33,16 +34,16 @@ def read_class_names(
 ) -> ClassNames:
     """Read class names from one file for all languages, or from a file for each.
 
-    A JSON or YAML file gives the names by class: a text, a list of synonyms, or either by
-    language. It may hold several such tables, `groups` and `classes` say, of which `label` chooses
-    one. Any other file has one name a line, in the order of the sorted folders. Synonyms in one
-    text are divided by "；" or "; ". Names without a language are of the one that is asked for.
+    A JSON or YAML file gives the names by class: a string, a list of synonyms, or either by
+    language. It may hold several such tables, such as `groups` and `classes`; `label` selects one.
+    Any other file has one name per line, in the order of the sorted folders. Synonyms in one string
+    are separated by "；" or "; ". Names without a language are in the one that is asked for.
 
     Args:
         sources: A path, or `LANGUAGE=PATH` for each language.
         languages: The languages that are wanted.
         folders: Names of the class folders; empty where classes are labels of samples.
-        label: Name of the label that tells a sample's class.
+        label: Name of the label with a sample's class.
 
     Raises:
         DataError: a file cannot be read, lacks a class or a language, or the files differ in
@@ -72,10 +73,10 @@ def _read(path: Path, languages: tuple[str, ...], folders: Sequence[str], label:
     if isinstance(record, list):
         if len(record) != len(folders):
             raise DataError(
-                f"{path} has {len(record)} names in a row; expected {len(folders)}, one for each "
+                f"{path} is a list of {len(record)} names; expected {len(folders)}, one for each "
                 "class folder"
                 if folders
-                else f"{path} has names in a row; expected the name of each label"
+                else f"{path} is a list of names; expected names by label"
             )
         record = dict(zip(folders, record, strict=True))
     record = _table_of(record, label, path)
@@ -95,13 +96,13 @@ def _read(path: Path, languages: tuple[str, ...], folders: Sequence[str], label:
 
 
 def _table_of(record: dict[str, Any], label: str, path: Path) -> dict[str, Any]:
-    """Choose the table of a label, where the file holds several."""
+    """Return the table of a label, if the file holds several."""
     table = next((record[name] for name in (f"{label}s", f"{label}es") if name in record), record)
     if not isinstance(table, dict) or not table:
-        raise DataError(f"{path} holds no names by class")
+        raise DataError(f"{path} has no names by class")
     if all(isinstance(entry, dict) and _is_table(entry) for entry in table.values()):
         raise DataError(
-            f"{path} names the {' and the '.join(table)}; expected those of the label {label!r}"
+            f"{path} has tables of {' and '.join(table)}; expected one for the label {label!r}"
         )
     return table
 
@@ -112,22 +113,22 @@ def _is_table(entry: dict[str, Any]) -> bool:
 
 def _parsed(path: Path) -> Any:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
         if path.suffix.lower() == ".json":
             record = json.loads(text)
         elif path.suffix.lower() in (".yaml", ".yml"):
             record = yaml.safe_load(text)
         else:
-            record = text.splitlines()
+            record = lines_in(text)
             while record and not record[-1].strip():
                 record.pop()
     except OSError as error:
         raise DataError(f"cannot read the class names {path}: {error.strerror}") from error
     except (ValueError, yaml.YAMLError) as error:
-        said = " ".join(str(error).split())
-        raise DataError(f"cannot read the class names {path}: {said}") from error
+        reason = " ".join(str(error).split())
+        raise DataError(f"cannot read the class names {path}: {reason}") from error
     if not isinstance(record, dict | list):
-        raise DataError(f"{path} holds neither names by class nor a list of names")
+        raise DataError(f"{path} has neither names by class nor a list of names")
     return record
 
 
@@ -141,10 +142,10 @@ def _synonyms(entry: Any, language: str, languages: tuple[str, ...], where: str)
         entry = entry[language]
     elif len(languages) > 1:
         raise DataError(
-            f"the class {where} has names in one language; say which with --languages, or give a "
+            f"the class {where} has names in one language; name it with --languages, or give a "
             f"file for each of {', '.join(languages)}"
         )
     texts = entry if isinstance(entry, list) else [entry]
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise DataError(f"the class {where} is called {entry!r}; expected a text or a list of them")
+        raise DataError(f"the class {where} has the name {entry!r}; expected a string or a list")
     return tuple(name for text in texts for name in _BETWEEN_SYNONYMS.split(text.strip()) if name)

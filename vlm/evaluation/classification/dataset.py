@@ -20,6 +20,8 @@ class LabelledImages:
 
     images: Sequence[bytes | Path]
     """Encoded images or their files."""
+    addresses: Sequence[str]
+    """Where each image lies: its file, or `FOLDER/SHARD#ROW`."""
     labels: Int[np.ndarray, " images"]
     """The number of each image's class."""
     left_out: int
@@ -40,22 +42,25 @@ def images_of_split(
     folder: Path, split: str, *, label: str, class_ids: Sequence[str],
     where: Sequence[str] = (),
 ) -> LabelledImages:  # fmt: skip
-    """Take the samples of a split that meet all conditions and have the label.
+    """Return the samples of a split that meet all conditions and have the label.
 
     Args:
         folder: A data folder with a manifest.
         split: Name of the split.
-        label: Name of the label that tells a sample's class.
+        label: Name of the label with a sample's class.
         class_ids: Values of the label, in the order of the classes.
         where: Conditions such as `source=noto` or `group!=flags` that samples must meet.
 
     Raises:
-        DataError: the split cannot be read, a condition is not one or asks for what no sample
-            has, a label is no class, or nothing is left.
+        DataError: the split cannot be read, a condition is invalid or has a key that no sample
+            has, a label is not a class, or no sample is left.
     """
     name = f"the split {split!r} of {folder}"
     number_of = {class_id: number for number, class_id in enumerate(class_ids)}
-    images, labels, left_out = [], [], 0
+    images: list[bytes] = []
+    addresses: list[str] = []
+    labels: list[int] = []
+    left_out = 0
     for sample in samples_where(ShardedSplit(folder, split), where, name=name):
         value = sample.labels.get(label)
         if value is None:
@@ -64,20 +69,23 @@ def images_of_split(
         if value not in number_of:
             raise DataError(
                 f"{sample.uid} in {name} has the {label} {value!r}; expected one of the "
-                f"{len(class_ids)} that have names"
+                f"{len(class_ids)} with names"
             )
         images.append(sample.image)
+        addresses.append(sample.address)
         labels.append(number_of[value])
     if not images:
-        raise DataError(f"none of the samples asked for in {name} has the label {label!r}")
-    return LabelledImages(images=images, labels=np.array(labels, dtype=np.int64), left_out=left_out)
+        raise DataError(f"no selected sample of {name} has the label {label!r}")
+    return LabelledImages(
+        images=images, addresses=addresses, labels=np.array(labels, np.int64), left_out=left_out
+    )
 
 
 def class_folders(folder: Path) -> list[str]:
     """Return the sorted names of the sub-folders, each with the images of a class.
 
     Raises:
-        DataError: there is no such folder, or none in it.
+        DataError: the folder is missing, or has no sub-folder.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; expected one with a folder for each class")
@@ -85,12 +93,12 @@ def class_folders(folder: Path) -> list[str]:
         path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
     )
     if not names:
-        raise DataError(f"{folder} holds no folders; expected one for each class")
+        raise DataError(f"{folder} has no folders; expected one for each class")
     return names
 
 
 def images_in_class_folders(folder: Path, class_ids: Sequence[str]) -> LabelledImages:
-    """Take every JPEG, PNG and WebP below the classes' folders, as torchvision's ImageFolder does.
+    """Return every image below the classes' folders, as torchvision's ImageFolder does.
 
     Args:
         folder: Holds a folder for each class; a class without one has no images.
@@ -109,6 +117,11 @@ def images_in_class_folders(folder: Path, class_ids: Sequence[str]) -> LabelledI
         labels += [number] * len(found.paths)
     if not images:
         raise DataError(
-            f"the class folders in {folder} hold no image ({', '.join(sorted(IMAGE_SUFFIXES))})"
+            f"the class folders in {folder} have no image ({', '.join(sorted(IMAGE_SUFFIXES))})"
         )
-    return LabelledImages(images=images, labels=np.array(labels, dtype=np.int64), left_out=left_out)
+    return LabelledImages(
+        images=images,
+        addresses=[str(path) for path in images],
+        labels=np.array(labels, np.int64),
+        left_out=left_out,
+    )

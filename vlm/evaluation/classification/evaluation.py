@@ -1,4 +1,4 @@
-"""Zero-shot classification: the vectors of classes, made of prompts, and how well they serve."""
+"""Zero-shot classification: vectors of classes from prompts, compared with images."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from vlm.evaluation.classification.prompts import prompts_of
 _PROMPTS_AT_A_TIME = 1 << 15
 
 Names = Sequence[str | Sequence[str]]
-"""A name for every class, or several of the same meaning."""
+"""A name for every class, or several synonyms."""
 
 
 def classifier_weights(
@@ -22,7 +22,7 @@ def classifier_weights(
 ) -> Float32[np.ndarray, "classes dim"]:
     """Return a unit vector for every class: the direction of the mean of its prompts' vectors.
 
-    Each name of a class is put into each template (Radford et al. 2021, section 3.1.4).
+    Each name of a class is filled into each template (Radford et al. 2021, section 3.1.4).
 
     Args:
         embedder: The model.
@@ -62,9 +62,8 @@ def evaluate_classification(
 ) -> dict[str, Classification]:
     """Classify images by class names in each language; the results are by language.
 
-    A wrong class that scores as high as the right one comes before it (see
-    `vlm.evaluation.classification.metrics`). Every rank of the embedder's group must call this, and
-    gets all scores.
+    A wrong class with the same score as the true one ranks before it. Every rank of the embedder's
+    group must call this, and gets all scores.
 
     Args:
         embedder: The model; `BulkEmbedder(embedder)` of one that was loaded.
@@ -72,7 +71,7 @@ def evaluate_classification(
         labels: The number of each image's class.
         class_names: By language, the names of the classes.
         templates: By language, texts with `{}` for the name.
-        digests: What `embedder.digests_of` gave for the images, where it was asked already.
+        digests: What `embedder.digests_of` returned for the images, if already known.
 
     Raises:
         VlmError: there are no images, a label has no name, or a language has no templates.
@@ -80,14 +79,14 @@ def evaluate_classification(
     """
     if not len(images) or len(images) != len(labels):
         raise VlmError(
-            f"found {len(images)} images and {len(labels)} labels; expected as many of each, "
-            "and at least one"
+            f"found {len(images)} images and {len(labels)} labels; expected the same number of "
+            "each, at least one"
         )
     for language, names in class_names.items():
         if labels.min() < 0 or labels.max() >= len(names):
             raise VlmError(
-                f"labels go from {labels.min()} to {labels.max()}; expected the numbers of the "
-                f"{len(names)} classes with names in {language!r}"
+                f"labels are in [{labels.min()}, {labels.max()}]; expected [0, {len(names) - 1}] for "
+                f"the {len(names)} classes with names in {language!r}"
             )
         if language not in templates:
             raise VlmError(

@@ -1,4 +1,4 @@
-"""Prompts: templates in several languages, and what becomes of a class name in them."""
+"""Prompts: class names filled into templates in several languages."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -37,7 +37,7 @@ def read_templates(source: str, languages: Sequence[str]) -> dict[str, tuple[str
             f"there are no templates {source!r}; expected {', '.join(sets)} or a YAML or JSON file"
         )
     if not isinstance(record, Mapping):
-        raise DataError(f"the templates {source} are no lists by language")
+        raise DataError(f"the templates {source} are not lists by language")
     lists = {language: found for language, found in record.items() if found}
     missing = [language for language in languages if language not in lists]
     if missing:
@@ -51,7 +51,7 @@ def read_templates(source: str, languages: Sequence[str]) -> dict[str, tuple[str
 def prompts_of(names: str | Sequence[str], templates: Sequence[str]) -> list[str]:
     """Return the prompts of one class: each of its names in each of the templates.
 
-    A name with an article of its own, such as "a face", takes the place of the template's article.
+    A name with its own article, such as "a face", replaces the template's article.
     """
     names = (names,) if isinstance(names, str) else names
     return [_filled(template, name) for name in names for template in templates]
@@ -69,8 +69,8 @@ def _read_yaml(path: Path) -> Any:
     except OSError as error:
         raise DataError(f"cannot read the templates {path}: {error.strerror}") from error
     except (ValueError, yaml.YAMLError) as error:
-        said = " ".join(str(error).split())
-        raise DataError(f"cannot read the templates {path}: {said}") from error
+        reason = " ".join(str(error).split())
+        raise DataError(f"cannot read the templates {path}: {reason}") from error
 
 
 def _checked(templates: Any, language: str, source: str) -> tuple[str, ...]:
@@ -81,7 +81,7 @@ def _checked(templates: Any, language: str, source: str) -> tuple[str, ...]:
     for template in templates:
         if not isinstance(template, str) or not _PLACEHOLDER.search(template):
             raise DataError(
-                f"{template!r} in the templates {source} is no template; expected a text with {{}} "
-                "for the name of a class"
+                f"{template!r} in the templates {source} is not a template; expected {{}} in place of the "
+                "class name"
             )
     return tuple(templates)

@@ -36,6 +36,8 @@ class RetrievalPairs:
 
     images: Sequence[ImageSource]
     """Encoded images, or where they lie."""
+    addresses: Sequence[str] = ()
+    """Where each image in a shard lies, `FOLDER/SHARD#ROW`; empty if no image does."""
     texts: Mapping[str, Texts]
     """The texts by language code."""
     image_names: Sequence[str] = ()
@@ -95,6 +97,7 @@ def pairs_of_split(
         )
     return RetrievalPairs(
         images=[sample.image for sample in samples],
+        addresses=[sample.address for sample in samples],
         texts=texts,
         duplicates="by string",
         split=split,

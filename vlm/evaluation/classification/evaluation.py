@@ -85,8 +85,8 @@ def evaluate_classification(
     for language, names in class_names.items():
         if labels.min() < 0 or labels.max() >= len(names):
             raise VlmError(
-                f"labels are in [{labels.min()}, {labels.max()}]; expected [0, {len(names) - 1}] for "
-                f"the {len(names)} classes with names in {language!r}"
+                f"labels are in [{labels.min()}, {labels.max()}]; expected [0, {len(names) - 1}] "
+                f"for the {len(names)} classes with names in {language!r}"
             )
         if language not in templates:
             raise VlmError(

@@ -81,7 +81,7 @@ def _checked(templates: Any, language: str, source: str) -> tuple[str, ...]:
     for template in templates:
         if not isinstance(template, str) or not _PLACEHOLDER.search(template):
             raise DataError(
-                f"{template!r} in the templates {source} is not a template; expected {{}} in place of the "
-                "class name"
+                f"{template!r} in the templates {source} is not a template; expected {{}} in place "
+                "of the class name"
             )
     return tuple(templates)

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 def markdown_table(
     header: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1
 ) -> str:
-    """Return a table, its first columns to the left and those with numbers to the right.
+    """Return a table with text aligned to the left and numbers to the right.
 
     Args:
         header: The names of the columns.
-        rows: Their cells, as many a row; pipes in them are escaped, and lines are joined.
-        text_columns: How many columns at the beginning hold text.
+        rows: A cell for each column; pipes in them are escaped, and lines are joined.
+        text_columns: The number of columns at the beginning that hold text.
     """
     header, *rows = [[_cell(text) for text in cells] for cells in (header, *rows)]
     widths = [max(map(width_in_columns, column)) for column in zip(header, *rows, strict=True)]
@@ -32,7 +32,7 @@ def markdown_table(
 
 
 def width_in_columns(text: str) -> int:
-    """Return the columns of a text in a terminal, where Chinese characters take two."""
+    """Return the width of a text in a terminal, where a Chinese character takes two columns."""
     return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
 
 

@@ -163,7 +163,7 @@ def _worked_examples(config: TrainConfig, embedder: Embedder) -> Examples:
 
 
 def _one_of_each_group(samples: Sequence[Sample]) -> list[Sample]:
-    """Pick one sample of each group by its hash, so that nobody chose the examples."""
+    """Pick one sample of each group by its hash, so that the choice is not ours."""
     chosen: dict[str, Sample] = {}
     for sample in sorted(samples, key=lambda sample: text_id(sample.uid)):
         chosen.setdefault(sample.labels.get("group", ""), sample)

@@ -14,7 +14,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options of `vlm eval table`."""
     parser.add_argument(
         "runs", type=Path, nargs="*", default=[], metavar="FOLDER",
-        help="runs: folders that `vlm eval retrieval --out` wrote; none for published rows alone",
+        help="runs: folders that `vlm eval retrieval --out` wrote; none for published rows only",
     )  # fmt: skip
     parser.add_argument(
         "--published", type=str, default="", metavar="[NAME=]BENCHMARK,...",

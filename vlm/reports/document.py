@@ -29,7 +29,7 @@ _UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\
 
 @dataclass(frozen=True, slots=True)
 class Paragraph:
-    """Plain text; `code` in backticks is the only mark-up, here and in all that follows."""
+    """Plain text; `code` in backticks is the only mark-up, as in all other blocks."""
 
     text: str
 
@@ -57,7 +57,7 @@ class Figure:
     """A PNG image.
 
     Raises:
-        ConfigError: its name is no file name that ends in `.png`.
+        ConfigError: its name is not a file name that ends in `.png`.
     """
 
     name: str
@@ -105,7 +105,7 @@ class Document:
 
     title: str
     summary: Sequence[Block]
-    """What stands before the first section."""
+    """The blocks before the first section."""
     sections: Sequence[Section]
 
 
@@ -181,7 +181,7 @@ def as_markdown(document: Document) -> str:
 
 
 def without_code(text: str) -> str:
-    """Return a text whose backticks are no mark-up, for text that comes from elsewhere."""
+    """Return foreign text so that its backticks are not read as code."""
     return text.replace("`", "'")
 
 
@@ -214,12 +214,12 @@ def _markdown(block: Block) -> str:
 
 
 def _paragraph(text: str) -> str:
-    """Return a text that is a paragraph whatever it begins with."""
+    """Return Markdown that is a paragraph whatever the text begins with."""
     return _START_OF_BLOCK.sub(r"\1\\\2", _inline(text))
 
 
 def _inline(text: str) -> str:
-    """Return a text that is shown as it is, except for code."""
+    """Return Markdown that shows a text as it is, except for code."""
     return "".join(
         f"`{part}`" if number % 2 else _MARK_UP.sub(r"\\\g<0>", part)
         for number, part in enumerate(_code_parts(text))

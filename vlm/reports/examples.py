@@ -1,4 +1,4 @@
-"""Examples of what a model answers, and those of a benchmark: questions drawn by chance."""
+"""Examples of what a model finds, and those of a benchmark, drawn at random."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from vlm.evaluation.retrieval.pairs import RetrievalPairs
 from vlm.images.decoding import ImageSource
 
 MISSED_BEYOND = 10
-"""A question is called missed if its first correct answer has a higher rank than this."""
+"""A query is missed if its first correct answer has a higher rank than this."""
 
-_IMAGES, _CAPTIONS = 5, 3  # shown of what a question found
+_IMAGES, _CAPTIONS = 5, 3  # shown of what a query found
 _SEED = 0
 _ROUNDING = 1e-5  # float32 products of unit vectors are closer than this to the exact ones
 
@@ -41,12 +41,12 @@ class Answer:
     query: str = ""
     """The text that asks; empty where the example's image does."""
     rank: int | None = None
-    """Of the first correct answer, 1 the best; None where nobody knows what is correct."""
+    """Of the first correct answer, 1 the best; None if the correct answers are unknown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
-    """The same question in each language."""
+    """The same query in each language."""
 
     answers: Sequence[Answer]
     image: Found | None = None
@@ -58,27 +58,27 @@ class Example:
 def drawn_examples(
     pairs: RetrievalPairs, evaluation: Evaluation, *, of_each: int = 3
 ) -> dict[str, list[Example]]:
-    """Draw questions that were answered, and questions that were missed; nobody chose them.
+    """Draw at random queries that were answered, and queries that were missed.
 
-    Where the benchmark has translations, a question is a text and its translation.
+    If the benchmark has translations, a query is a text and its translation.
 
     Args:
         pairs: The benchmark.
         evaluation: What a model made of it.
-        of_each: How many questions of each kind to draw at most.
+        of_each: At most how many queries of each kind to draw.
 
     Returns:
         At least one example of each kind that occurs, by the title of the kind.
     """
-    languages, questions = _questions(pairs)
+    languages, queries = _queries(pairs)
     ranks = np.stack([
         evaluation.ranks[language]["text_to_image"][rows]
-        for language, rows in zip(languages, questions.T, strict=True)
+        for language, rows in zip(languages, queries.T, strict=True)
     ])  # fmt: skip
     examples = {
         title: [
             _text_example(pairs, evaluation, dict(zip(languages, rows, strict=True)))
-            for rows in questions[_drawn(holds, of_each)].tolist()
+            for rows in queries[_drawn(holds, of_each)].tolist()
         ]
         for title, holds in _kinds(ranks).items()
     }
@@ -92,10 +92,10 @@ def drawn_examples(
     return {title: drawn for title, drawn in examples.items() if drawn}
 
 
-def _questions(
+def _queries(
     pairs: RetrievalPairs,
-) -> tuple[tuple[str, ...], Int64[np.ndarray, "questions languages"]]:
-    """Return languages, and rows of texts that ask the same in them, all with a correct answer."""
+) -> tuple[tuple[str, ...], Int64[np.ndarray, "queries languages"]]:
+    """Return languages, and rows of texts with the same meaning in them, all with an answer."""
     answered = {
         language: np.isin(np.arange(len(own.texts)), own.matches[:, 0])
         for language, own in pairs.texts.items()
@@ -110,8 +110,8 @@ def _questions(
 
 
 def _kinds(
-    ranks: Int64[np.ndarray, "languages questions"],
-) -> Mapping[str, Bool[np.ndarray, " questions"]]:
+    ranks: Int64[np.ndarray, "languages queries"],
+) -> Mapping[str, Bool[np.ndarray, " queries"]]:
     found, missed = ranks == 1, ranks > MISSED_BEYOND
     if len(ranks) == 1:
         return {"Found at rank 1": found[0], f"Not in the first {MISSED_BEYOND}": missed[0]}
@@ -163,7 +163,7 @@ def _image_example(
     for language in languages:
         own, vectors = pairs.texts[language], evaluation.vectors
         correct = own.matches[own.matches[:, 1] == image, 0]
-        # Ranks of images are kept for those with a caption alone, in the order of the images.
+        # There are ranks only for images with a caption, in the order of the images.
         place = np.searchsorted(np.unique(own.matches[:, 1]), image)
         best = _best(vectors.images[image], vectors.texts[language], _CAPTIONS, correct)
         answers.append(
@@ -197,7 +197,7 @@ def _best(
 ) -> list[tuple[int, float]]:
     """Return the candidates with the highest cosines, best first, and the cosines.
 
-    They stand in the order of their ranks: wrong ones before correct ones with the same cosine.
+    They are in the order of their ranks: wrong ones before correct ones with the same cosine.
     """
     k = min(k, len(candidates))
     rounded = candidates @ query

@@ -16,7 +16,7 @@ EXPLANATION = (
     "The same queries through FAISS indexes. `ann_recall@10` is the fraction of the ten nearest "
     "neighbours that the index found; ms is the median time per query on one thread."
 )
-"""What stands before the blocks of `index_blocks`."""
+"""To show before the blocks of `index_blocks`."""
 
 
 def index_blocks(report: IndexReport, *, name: str, number: int | None = None) -> list[Block]:

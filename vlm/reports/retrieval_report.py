@@ -244,8 +244,8 @@ def _files(scored: ScoredBenchmark) -> str:
     for name, value in settings.items():
         given = value is not None and value is not False and value not in ("", [], ())
         if given and name not in ("name", "kind"):
-            said = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-            parts.append(f"{name.replace('_', ' ')} {said}")
+            shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            parts.append(f"{name.replace('_', ' ')} {shown}")
     for name, value in scored.pairs.findings.items():
         if isinstance(value, int):
             parts.append(f"{value:,} {name.replace('_', ' ')}")

@@ -105,7 +105,7 @@ def images_in_class_folders(folder: Path, class_ids: Sequence[str]) -> LabelledI
         class_ids: Names of the folders, in the order of the classes.
 
     Raises:
-        DataError: there is no image.
+        DataError: no folder has an image.
     """
     images: list[Path] = []
     labels: list[int] = []

@@ -15,7 +15,7 @@ TOP = 5
 SHOWN = 3
 """How many of the highest-scoring classes are kept for each image."""
 
-_FEWEST_IMAGES = 10  # of which there are intervals
+_FEWEST_IMAGES = 10  # with intervals
 _LOWEST = float(np.finfo(np.float32).min)
 _TILE = 1 << 22  # scores at a time: 16 MiB
 

@@ -24,7 +24,7 @@ def read_templates(source: str, languages: Sequence[str]) -> dict[str, tuple[str
         languages: The languages that are wanted.
 
     Raises:
-        DataError: there is no such set or file, a language is missing, or a template is not one.
+        DataError: there is no such set or file, a language is missing, or a template is invalid.
     """
     shipped = resources.files("vlm.evaluation.classification").joinpath("templates.yaml")
     sets = yaml.safe_load(shipped.read_text(encoding="utf-8"))

@@ -24,41 +24,49 @@ CHILD_FLAG = "--child-open-clip"
 SCORES = ("test_style", "test_novel_style")
 
 
-class OpenClipContrast:
-    """open_clip's loss where the trainer expects `CachedContrast`: the mean over languages."""
+def open_clip_step(run: Any) -> Any:
+    """Return a step with open_clip's loss for a run: the mean over languages."""
+    import torch
+    import torch.distributed as dist
+    from open_clip import ClipLoss
 
-    def __init__(self, loss: Any, model: Any, *, backward: Any, **_: Any) -> None:
-        import torch.distributed as dist
-        from open_clip import ClipLoss
+    from vlm.training.step import StepOutput
 
-        self.backward, self.world = backward, dist.get_world_size()
-        self.loss = ClipLoss(
-            local_loss=True, gather_with_grad=True, rank=dist.get_rank(), world_size=self.world
-        )
+    world = dist.get_world_size()
+    contrast = ClipLoss(
+        local_loss=True, gather_with_grad=True, rank=dist.get_rank(), world_size=world
+    )
 
-    def step(self, encode: Any, parts: Sequence[Any], *_: Any) -> Any:
-        """Run one step and return as much of an output as the trainer reports."""
-        import torch
-
-        encoded = encode(parts[0])
-        head = next(iter(encoded.heads.values()))
-        losses = [self.loss(head.image, text, head.logit_scale) for text in head.text.values()]
+    def step(parts: Sequence[Any]) -> Any:
+        (batch,) = parts
+        head = next(iter(run.model(batch.images, batch.texts).heads.values()))
+        losses = [contrast(head.image, text, head.logit_scale) for text in head.text.values()]
         loss = torch.stack(losses).mean()
-        self.backward(loss)
-        seen = SimpleNamespace(accuracy=torch.zeros(()), candidates=self.world * len(head.image))
-        return SimpleNamespace(loss=loss.detach(), parts={}, terms={"image-text": seen})
+        run.accelerator.backward(loss)
+        seen = SimpleNamespace(accuracy=torch.zeros(()), candidates=world * len(head.image))
+        return StepOutput(loss=loss.detach(), parts={}, terms={"image-text": seen})
+
+    return step
 
 
 def train_child(arguments: Sequence[str]) -> None:
     """Run `vlm train` with open_clip's loss."""
     import warnings
+    from dataclasses import replace
 
-    from vlm.cli.main import main as vlm_main
-    from vlm.training import run
+    from jsonargparse import ArgumentParser
+
+    from vlm.cli import train
+    from vlm.training.build import build_run
+    from vlm.training.config import TrainConfig
 
     warnings.filterwarnings("ignore", message=".*all_gather is deprecated", category=FutureWarning)
-    run.CachedContrast = OpenClipContrast  # type: ignore[assignment,misc]
-    raise SystemExit(vlm_main(list(arguments)))
+    parser = ArgumentParser()
+    train.add_arguments(parser)
+    options = parser.instantiate_classes(parser.parse_args(list(arguments)[1:]))
+    fields = {name: getattr(options, name) for name in TrainConfig.__dataclass_fields__}
+    run = build_run(TrainConfig(**fields))
+    replace(run, step=open_clip_step(run)).fit()
 
 
 def systems(processes: int) -> dict[str, list[str]]:

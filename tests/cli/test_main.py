@@ -142,7 +142,10 @@ def test_an_unknown_key_in_a_file_is_answered_with_the_nearest(
     [
         (["train", "--data.workers", "many"], "data.workers is many; expected a whole number"),
         (["train", "--precision", "fp8"], "precision is fp8; expected 'fp32' or 'bf16'"),
-        (["train", "--adapt.lock_text", "all"], "adapt.lock_text is all; expected a whole number"),
+        (
+            ["train", "--adapt.text_unlocked_groups", "all"],
+            "adapt.text_unlocked_groups is all; expected a whole number",
+        ),
         (
             ["train", "--model.multiway.layers", "many"],
             "model.multiway.layers is many; expected a whole number",
@@ -224,7 +227,7 @@ def test_a_value_of_the_wrong_type_in_a_file_is_named_with_its_key(capsys, an_em
     ("words", "said"),
     [
         (["train", "--preprocess.interpolation", "magic"], "expected bicubic or bilinear"),
-        (["train", "--captions.main_share", "3"], "a share in [0, 1]"),
+        (["train", "--captions.main_ratio", "3"], "a ratio in [0, 1]"),
         (["train", "--checkpoint.keep", "0"], "expected at least 0 and at least 1"),
         (["train", "--model.multiway.layers", "0"], "layers is 0; expected an integer"),
         (

@@ -216,9 +216,9 @@ def test_epochs_seeds_and_samples_draw_apart(samples):
     assert choices[0] != choices[1]
 
 
-@pytest.mark.parametrize(("main_share", "main"), [(1.0, True), (0.0, False)], ids=["all", "none"])
-def test_the_main_caption_is_always_or_never_chosen(samples, main_share, main):
-    examples = examples_of(samples, main_share=main_share)
+@pytest.mark.parametrize(("main_ratio", "main"), [(1.0, True), (0.0, False)], ids=["all", "none"])
+def test_the_main_caption_is_always_or_never_chosen(samples, main_ratio, main):
+    examples = examples_of(samples, main_ratio=main_ratio)
     for place in range(SIZE):
         for epoch in range(4):
             for language, text in examples[ExampleKey(epoch, place)].captions.items():
@@ -256,7 +256,7 @@ def test_a_missing_language_is_an_empty_text_without_caption_id(tmp_path, tokeni
 def test_a_second_caption_is_one_of_the_others_and_has_a_term_of_its_own(tmp_path, tokenizer):
     samples = [make_sample(0), make_sample(1, captions={"en": ["grey cat"]})]
     split = ShardedSplit(write_split(tmp_path, samples), "train")
-    examples = examples_of(split, main_share=1.0, second=True)
+    examples = examples_of(split, main_ratio=1.0, second=True)
     batch = collate([examples[ExampleKey(0, place)] for place in (0, 1)], tokenizer=tokenizer)
     assert set(batch.texts) == set(batch.caption_ids) == {"zh", "en", "zh second", "en second"}
     main, other = samples[0].captions["zh"]
@@ -286,7 +286,7 @@ def test_only_the_languages_asked_for_are_read(samples, tokenizer):
 
 def test_equal_concepts_and_captions_share_their_ids(samples, tokenizer):
     order = BatchOrder(size=SIZE, global_batch_size=SIZE)
-    loader = TrainingLoader(examples_of(samples, main_share=1.0), order, tokenizer, workers=0)
+    loader = TrainingLoader(examples_of(samples, main_ratio=1.0), order, tokenizer, workers=0)
     batch = next(loader.read(first_sample=0, last_sample=SIZE))
     concepts = [samples[int(uid.rsplit("-", 1)[1])].concept for uid in batch.uids]
     expected = [[a == b for b in concepts] for a in concepts]
@@ -319,15 +319,15 @@ def test_a_batch_that_ranks_cannot_share_is_refused_with_both_numbers(batch, wor
 
 @pytest.mark.parametrize(
     "fields",
-    [{"languages": ()}, {"main_share": -0.1}, {"main_share": 1.1}],
+    [{"languages": ()}, {"main_ratio": -0.1}, {"main_ratio": 1.1}],
     ids=["no language", "below 0", "above 1"],
 )
 def test_captions_that_cannot_be_chosen_are_refused(fields):
-    with pytest.raises(ConfigError, match=r"at least one language and a share in \[0, 1\]"):
+    with pytest.raises(ConfigError, match=r"at least one language and a ratio in \[0, 1\]"):
         CaptionConfig(**fields)
 
 
-MASKS = MaskPlan(text_share=0.5, image_share=0.25, grid=(2, 4))
+MASKS = MaskPlan(text_ratio=0.5, image_ratio=0.25, grid=(2, 4))
 
 
 def masked(samples, tokenizer, masks=MASKS, *, seed=0, second=False):

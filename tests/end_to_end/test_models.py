@@ -102,7 +102,7 @@ def test_a_multiway_model_with_every_objective_trains_alike_on_one_and_two_proce
 @pytest.mark.distributed
 def test_a_locked_tower_and_adapters_train_on_two_processes(tmp_path):
     changes = TWO_TOWERS | {
-        "adapt.lock_image": 0,
+        "adapt.image_unlocked_groups": 0,
         "adapt.lora_rank": 4,
         "adapt.lora_towers": "[text]",
         "optimizer.learning_rate": 1e-2,

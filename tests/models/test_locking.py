@@ -19,7 +19,7 @@ def test_only_the_last_stages_train():
 @pytest.mark.parametrize("unlocked", [-1, 4])
 def test_stages_that_the_tower_has_not_are_refused(unlocked):
     groups = [[nn.Parameter(torch.ones(1))] for _ in range(4)]
-    with pytest.raises(ConfigError, match=f"lock_text leaves {unlocked}.*expected 0 to 3"):
+    with pytest.raises(ConfigError, match=f"text_unlocked_groups is {unlocked}.*expected 0 to 3"):
         lock(groups, unlocked=unlocked, side="text")
 
 

@@ -392,9 +392,9 @@ def test_images_that_the_grid_does_not_divide_are_refused(encoder):
 
 def test_images_and_teachers_of_other_sizes_are_refused(encoder, images, texts, hidden):
     larger = MaskedModelling(MaskedConfig(**BOTH), encoder, image_size=(16, 24)).double()
-    with pytest.raises(ConfigError, match="6 patches of 48 numbers to tell; expected 6 of 192"):
+    with pytest.raises(ConfigError, match="6 patches of 48 numbers to predict; expected 6 of 192"):
         losses_of(larger, encoder, images, texts, hidden)
-    with pytest.raises(ConfigError, match="9 patches of 5 numbers to tell; expected 6 of 5"):
+    with pytest.raises(ConfigError, match="9 patches of 5 numbers to predict; expected 6 of 5"):
         losses_of(
             modelling(encoder, teacher_width=5), encoder, images, texts, hidden,
             torch.zeros(BATCH, 9, 5).double(),
@@ -412,10 +412,10 @@ def test_masked_modelling_with_nothing_on_is_refused(encoder):
         ("cmlm_weight", -0.1),
         ("cmim_weight", math.inf),
         ("cmim_weight", math.nan),
-        ("text_share", 0.0),
-        ("text_share", 1.1),
-        ("image_share", 0.0),
-        ("image_share", 1.0),
+        ("text_ratio", 0.0),
+        ("text_ratio", 1.1),
+        ("image_ratio", 0.0),
+        ("image_ratio", 1.0),
         ("decoder_layers", 0),
         ("decoder_width", 0),
         ("decoder_heads", -1),

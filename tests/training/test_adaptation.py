@@ -21,13 +21,13 @@ def test_nothing_asked_for_changes_nothing():
 
 def test_a_locked_tower_may_leave_its_last_stages_to_train():
     encoder = tiny_model(tiny_tokenizer())
-    adapt(encoder, AdaptationConfig(lock_image=1, lock_text=0))
+    adapt(encoder, AdaptationConfig(image_unlocked_groups=1, text_unlocked_groups=0))
     assert trained_names(encoder) == {"log_logit_scale", "visual.head.proj.weight"}
 
 
 def test_adapters_of_one_tower_go_with_a_locked_other():
     encoder = tiny_model(tiny_tokenizer())
-    adapt(encoder, AdaptationConfig(lock_image=0, lora_rank=2, lora_towers=("text",)))
+    adapt(encoder, AdaptationConfig(image_unlocked_groups=0, lora_rank=2, lora_towers=("text",)))
     trained = trained_names(encoder) - {"log_logit_scale"}
     assert trained
     assert all("lora_" in name and name.startswith("text.") for name in trained)

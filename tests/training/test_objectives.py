@@ -41,7 +41,7 @@ from vlm.training.objectives import build_pretraining_model, loss_weights, mask_
 from vlm.training.step import ContrastiveStep
 
 LANGUAGES = {"zh": "zh", "en": "en"}
-BOTH = MaskedConfig(cmlm_weight=0.5, cmim_weight=2.0, image_share=0.6, decoder_layers=1)
+BOTH = MaskedConfig(cmlm_weight=0.5, cmim_weight=2.0, image_ratio=0.6, decoder_layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_micro_batches_give_the_losses_of_one_batch(data, tokenizer, tmp_path, m
             "model": model,
             "loss": LossConfig(micro_batches=parts),
             "objectives": ObjectivesConfig(masked=BOTH),
-            "adapt": AdaptationConfig(lock_image=0),  # no batch norm over parts
+            "adapt": AdaptationConfig(image_unlocked_groups=0),  # no batch norm over parts
         }
         build_run(config(data, tokenizer, folder, **settings)).fit()
         found.append(records(folder)[0])
@@ -160,7 +160,7 @@ def test_a_teachers_states_are_what_hidden_patches_are_recovered_as(tmp_path):
 
 def test_a_teacher_of_other_images_is_refused(tmp_path):
     masked = MaskedConfig(cmim_weight=1.0, teacher=tiny_bundle(tmp_path / "teacher"))
-    with pytest.raises(ConfigError, match="teacher reads images of another kind: size 32 for 64"):
+    with pytest.raises(ConfigError, match="teacher's images differ from the run's: size 32 for 64"):
         build_pretraining_model(
             tiny_model(tiny_tokenizer()),
             ObjectivesConfig(masked=masked),
@@ -209,18 +209,18 @@ def test_patch_dropout_beside_masked_modelling_is_refused(data, tokenizer, tmp_p
 
 
 def test_a_share_that_hides_no_patch_is_refused():
-    masked = MaskedConfig(cmim_weight=1.0, image_share=0.4)
-    with pytest.raises(ConfigError, match=r"0\.4 of 1 patches, which is none"):
+    masked = MaskedConfig(cmim_weight=1.0, image_ratio=0.4)
+    with pytest.raises(ConfigError, match=r"0\.4 of 1 patches, rounds to 0"):
         mask_plan(masked, tiny_model(tiny_tokenizer()))
 
 
 def test_only_what_is_trained_is_hidden():
     encoder = tiny_model(tiny_tokenizer())
     assert mask_plan(MaskedConfig(), encoder) == MaskPlan()
-    words = mask_plan(MaskedConfig(cmlm_weight=1.0, text_share=0.3), encoder)
-    assert words == MaskPlan(text_share=0.3)
+    words = mask_plan(MaskedConfig(cmlm_weight=1.0, text_ratio=0.3), encoder)
+    assert words == MaskPlan(text_ratio=0.3)
     both = mask_plan(BOTH, encoder)
-    assert both == MaskPlan(text_share=0.5, image_share=0.6, grid=(1, 1))
+    assert both == MaskPlan(text_ratio=0.5, image_ratio=0.6, grid=(1, 1))
 
 
 def test_dropped_patches_do_not_go_with_masked_modelling(data, tokenizer, tmp_path):

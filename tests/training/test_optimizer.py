@@ -44,7 +44,7 @@ def test_a_step_is_the_step_of_adamw():
 
 
 def test_the_rate_rises_in_a_line_then_falls_along_half_a_cosine():
-    config = ScheduleConfig(steps=14, warmup_steps=4, final_share=0.2)
+    config = ScheduleConfig(steps=14, warmup_steps=4, final_ratio=0.2)
     factors = [learning_rate_factor(step, config) for step in range(14)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
     assert factors[4] == 1.0

@@ -15,11 +15,11 @@ class DataConfig:
     split: str = "train"
     """The split of the folder to train on."""
     batch_size: int = 256
-    """Samples in one step, all processes together."""
+    """Samples in one step, summed over all processes."""
     workers: int = 2
-    """Processes that decode images, for each training process; 0 does it in that process."""
+    """Processes that decode images, for each training process; 0 decodes in that process."""
     keep_decoded: bool = False
-    """Keep decoded images in each of those processes: for many epochs over few small ones."""
+    """Keep decoded images in memory: for many epochs over few small images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +28,14 @@ class CaptionConfig:
 
     languages: tuple[str, ...] = ("zh", "en")
     """One caption of each is read in every step."""
-    main_share: float = 0.5
+    main_ratio: float = 0.5
     """Probability of the main caption where a sample has others as well, in [0, 1]."""
     second: bool = False
     """Read one of the other captions of each language as well: a term of its own in the loss."""
 
     def __post_init__(self) -> None:
-        if not self.languages or not 0 <= self.main_share <= 1:
+        if not self.languages or not 0 <= self.main_ratio <= 1:
             raise ConfigError(
-                f"captions: languages is {self.languages} and main_share {self.main_share}; "
-                "expected at least one language and a share in [0, 1]"
+                f"captions: languages is {self.languages} and main_ratio {self.main_ratio}; "
+                "expected at least one language and a ratio in [0, 1]"
             )

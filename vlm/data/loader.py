@@ -33,10 +33,10 @@ _SECOND = " second"
 class MaskPlan:
     """What of each example masked modelling hides."""
 
-    text_share: float = 0.0
-    """Share in [0, 1] of a main caption's tokens, whole words; 0 hides none."""
-    image_share: float = 0.0
-    """Share in [0, 1) of an image's patches; 0 hides none."""
+    text_ratio: float = 0.0
+    """Ratio in [0, 1] of a main caption's tokens, whole words; 0 hides none."""
+    image_ratio: float = 0.0
+    """Ratio in [0, 1) of an image's patches; 0 hides none."""
     grid: tuple[int, int] = (1, 1)
     """Rows and columns of an image's patches."""
 
@@ -99,7 +99,7 @@ class TrainingExamples(Dataset[Example]):
         sample = self.samples[key.place]
         rng = random.Random(f"{self.seed}/{key.epoch}/{sample.uid}")
         captions = {
-            language: choose_caption(sample, language, self.captions.main_share, rng)
+            language: choose_caption(sample, language, self.captions.main_ratio, rng)
             for language in self.captions.languages
         }
         if self.captions.second:
@@ -131,13 +131,13 @@ def is_second(name: str) -> bool:
     return name.endswith(_SECOND)
 
 
-def choose_caption(sample: Sample, language: str, main_share: float, rng: random.Random) -> str:
+def choose_caption(sample: Sample, language: str, main_ratio: float, rng: random.Random) -> str:
     """Return the main caption or, as often as asked, one of the others; empty if there is none."""
     texts = sample.captions.get(language, ())
     if not texts:
         return ""
     main, others = texts[0], texts[1:]
-    if rng.random() < main_share or not others:
+    if rng.random() < main_ratio or not others:
         return main
     return rng.choice(others)
 
@@ -166,13 +166,13 @@ def collate(
                 tokenizer,
                 texts,
                 tokens[language],
-                masks.text_share,
+                masks.text_ratio,
                 [random.Random(f"{example.seed}/{language}") for example in examples],
             )
             for language, texts in captions.items()
-            if masks.text_share and not is_second(language)
+            if masks.text_ratio and not is_second(language)
         },
-        hidden_patches=_draw_patches(examples, masks) if masks.image_share else None,
+        hidden_patches=_draw_patches(examples, masks) if masks.image_ratio else None,
     )
 
 
@@ -180,7 +180,7 @@ def _draw_patches(examples: Sequence[Example], masks: MaskPlan) -> Bool[Tensor, 
     # Each by its own seed, so that a batch in parts hides what the whole one does.
     seeded = [torch.Generator().manual_seed(example.seed) for example in examples]
     return torch.cat(
-        [draw_patches(1, masks.grid, share=masks.image_share, generator=each) for each in seeded]
+        [draw_patches(1, masks.grid, share=masks.image_ratio, generator=each) for each in seeded]
     )
 
 

@@ -98,34 +98,34 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedConfig:
-    """What is masked, how it is told, and what the losses weigh beside the contrastive one."""
+    """What masked modelling hides, how it is predicted, and the weights of its losses."""
 
     cmlm_weight: float = 0.0
     """Weight of masked words, M2-Encoder's beta, at least 0; 0 switches them off."""
     cmim_weight: float = 0.0
     """Weight of hidden patches, M2-Encoder's alpha, at least 0; 0 switches them off."""
-    text_share: float = 0.5
-    """Share in (0, 1] of a text's tokens to mask, by the word; `mvlm_prob` of M2-Encoder's code."""
-    image_share: float = 0.4
-    """Share in (0, 1) of an image's patches to hide; M2-Encoder's code has 80 of 196."""
+    text_ratio: float = 0.5
+    """Ratio in (0, 1] of a text's tokens to mask, whole words; `mvlm_prob` in M2-Encoder's code."""
+    image_ratio: float = 0.4
+    """Ratio in (0, 1) of an image's patches to hide; M2-Encoder's code has 80 of 196."""
     decoder_layers: int = 2
     """Layers of each decoder, at least 1."""
     decoder_width: int | None = None
-    """Width of both decoders; None for that of the states they read."""
+    """Width of both decoders; null for that of the states they read."""
     decoder_heads: int | None = None
-    """Attention heads, which divide the width; None for one for every 64 of it."""
+    """Attention heads, a divisor of the width; null for one per 64 dimensions."""
     teacher: Path | None = None
-    """Bundle whose image tower says what hidden patches are to be; None for their pixels."""
+    """Bundle whose image tower gives the targets of hidden patches; null for their pixels."""
 
     def __post_init__(self) -> None:
         for name in ("cmlm_weight", "cmim_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 0")
-        if not 0 < self.text_share <= 1:
-            raise ConfigError(f"text_share is {self.text_share}; expected more than 0, at most 1")
-        if not 0 < self.image_share < 1:
+        if not 0 < self.text_ratio <= 1:
+            raise ConfigError(f"text_ratio is {self.text_ratio}; expected more than 0, at most 1")
+        if not 0 < self.image_ratio < 1:
             raise ConfigError(
-                f"image_share is {self.image_share}; expected more than 0, less than 1"
+                f"image_ratio is {self.image_ratio}; expected more than 0, less than 1"
             )
         for name in ("decoder_layers", "decoder_width", "decoder_heads"):
             number = getattr(self, name)

@@ -22,8 +22,8 @@ def lock(groups: Sequence[Sequence[nn.Parameter]], *, unlocked: int, side: str) 
     """
     if not 0 <= unlocked < len(groups):
         raise ConfigError(
-            f"lock_{side} leaves {unlocked} stages unlocked; expected 0 to {len(groups) - 1}, as "
-            f"the tower has {len(groups)}"
+            f"adapt.{side}_unlocked_groups is {unlocked}; expected 0 to {len(groups) - 1}, or null "
+            f"for all {len(groups)} stages of the tower"
         )
     for group in groups[: len(groups) - unlocked]:
         for parameter in group:

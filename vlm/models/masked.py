@@ -1,4 +1,4 @@
-"""Masked words told from the image, hidden patches from the text: fine-grained objectives.
+"""Masked words predicted from the image, hidden patches from the text: fine-grained objectives.
 
 Cross-modal masked language and image modelling, CMLM and CMIM, of M2-Encoder (Guo et al. 2024),
 which follow SyCoCa (Ma et al. 2024). Each has a decoder that only training needs.
@@ -91,7 +91,7 @@ class MaskedModelling(nn.Module):
         hidden: Hidden,
         teacher_tokens: Float[Tensor, "batch patches teacher_width"] | None = None,
     ) -> dict[str, Float[Tensor, ""]]:
-        """Encode texts without their words, images without patches, and tell what is missing.
+        """Encode texts without their words, images without patches, and predict what is missing.
 
         Where nothing is hidden a loss is 0, with gradients of 0.
 
@@ -129,15 +129,15 @@ class MaskedModelling(nn.Module):
         texts: Mapping[str, TokenBatch],
         words: Mapping[str, Tensor],
     ) -> Float[Tensor, ""]:
-        told, ids = [], []
+        predicted, ids = [], []
         for language in (name for name in texts if name in words):
             tokens, mask = texts[language], words[language]
             states = encoder.text_states(tokens, replaced=(mask, self.mask_vector))
             decoded = self.image_to_text(states.tokens, image_states.tokens, query_mask=states.mask)
-            told.append(decoded[mask])
+            predicted.append(decoded[mask])
             ids.append(tokens.ids[mask])
         rows = encoder.token_embedding.weight
-        total: Tensor = self.word_head(torch.cat(told), torch.cat(ids), rows)
+        total: Tensor = self.word_head(torch.cat(predicted), torch.cat(ids), rows)
         return total / max(1, sum(map(len, ids)))
 
     def _patches_loss(
@@ -150,7 +150,7 @@ class MaskedModelling(nn.Module):
         expected = (patches.shape[1], self.patch_head.out_features)
         if target.shape[1:] != expected:
             raise ConfigError(
-                f"images have {target.shape[1]} patches of {target.shape[2]} numbers to tell; "
+                f"images have {target.shape[1]} patches of {target.shape[2]} numbers to predict; "
                 f"expected {expected[0]} of {expected[1]}"
             )
         texts = text_states.values()
@@ -159,12 +159,12 @@ class MaskedModelling(nn.Module):
             torch.cat([text.tokens for text in texts], dim=1),
             key_mask=torch.cat([_mask_of(text) for text in texts], dim=1),
         )
-        told = self.patch_head(decoded[patches]).float()
+        predicted = self.patch_head(decoded[patches]).float()
         # He et al. 2022, section 3: each patch by its own mean and deviation; Baevski et al. 2022
         # (data2vec), section 3, for a teacher's states.
         truth = F.layer_norm(target.detach()[patches].float(), target.shape[2:], eps=1e-6)
         distance = F.mse_loss if self.pixels else F.smooth_l1_loss
-        total: Tensor = distance(told, truth, reduction="sum")
+        total: Tensor = distance(predicted, truth, reduction="sum")
         return total / max(1, truth.numel())
 
 

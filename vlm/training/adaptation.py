@@ -15,9 +15,12 @@ def adapt(encoder: Encoder, config: AdaptationConfig) -> None:
     """
     if config.lora_rank and not config.lora_towers:
         raise ConfigError("adapt.lora_towers names no tower; expected image, text or both")
-    # Asked for when they are needed: not every tower can tell them.
+    # Methods, called only when needed: not every tower can be divided into groups.
     groups = {"image": encoder.image_groups, "text": encoder.text_groups}
-    for side, unlocked in (("image", config.lock_image), ("text", config.lock_text)):
+    for side, unlocked in (
+        ("image", config.image_unlocked_groups),
+        ("text", config.text_unlocked_groups),
+    ):
         if unlocked is not None:
             lock(groups[side](), unlocked=unlocked, side=side)
     if config.patch_dropout:

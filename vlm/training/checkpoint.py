@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: written beside, flushed, renamed, verified when read.
+"""Checkpoints that are whole or absent: written under another name, flushed, renamed, verified.
 
 A checkpoint holds a few named parts, each with `state_dict` and `load_state_dict`: tensors go to
 `NAME.safetensors`, plain numbers to `state.json`.

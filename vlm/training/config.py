@@ -17,16 +17,16 @@ from vlm.models.config import MaskedConfig, ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectivesConfig:
-    """The losses of a run beside the contrastive loss of its main head."""
+    """The losses of a run next to the contrastive loss of its main head."""
 
     masked: MaskedConfig = field(default_factory=MaskedConfig)
     """Masked modelling of words and patches."""
     unimodal_weight: float = 1.0
-    """Weight of the second contrastive head of a multiway model beside the main one's; 0 leaves
+    """Weight of the second contrastive head of a multiway model, where the main one has 1; 0 leaves
     it out."""
     matryoshka: tuple[int, ...] = ()
-    """Widths below that of the features, each trained as a head of its own on the first numbers of
-    a feature, so that `truncate_dim` may cut features there."""
+    """Numbers N below the dimension of the features: the first N dimensions are trained as a head
+    of their own, so that `truncate_dim` may keep them alone."""
     language_embeddings: bool = False
     """Add a learned vector for the language to the texts' features, in training only (LangSAMP)."""
 
@@ -39,19 +39,18 @@ class ObjectivesConfig:
 class AdaptationConfig:
     """Locked towers, low-rank adapters, dropped patches, and activations computed again."""
 
-    lock_image: int | None = None
-    """Train only so many last stages of the image tower, 0 for none (LiT); none trains it all."""
-    lock_text: int | None = None
-    """The same of the text tower."""
+    image_unlocked_groups: int | None = None
+    """Number of last stages of the image tower to train; 0 locks it (LiT), null trains it all."""
+    text_unlocked_groups: int | None = None
+    """Number of last stages of the text tower to train; 0 locks it, null trains it all."""
     lora_rank: int = 0
-    """Rank of the adapters that are trained in the towers' place; 0 for no adapters."""
+    """Rank of the adapters that are trained instead of the towers; 0 for no adapters."""
     lora_alpha: int = 16
     """Scale of the adapters, at least 1; they act with `lora_alpha / lora_rank`."""
     lora_towers: tuple[Literal["image", "text"], ...] = ("image", "text")
     """The towers that have adapters; the other is trained whole, unless it is locked."""
     patch_dropout: float = 0.0
-    """Share in [0, 1) of an image's patches that training leaves out (FLIP); not beside masked
-    modelling."""
+    """Ratio in [0, 1) of an image's patches left out in training (FLIP); not with masked models."""
     grad_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
 
@@ -78,11 +77,11 @@ class ScheduleConfig:
     """Length of the run, in optimizer steps."""
     warmup_steps: int = 100
     """Steps over which the rate rises to its highest."""
-    final_share: float = 0.0
-    """Share of the highest rate that is left at the end, in [0, 1]."""
+    final_ratio: float = 0.0
+    """Ratio of the last learning rate to the highest, in [0, 1]."""
     new_rows_steps: int = 0
-    """Steps at the start in which only the embedding's rows of new pieces are trained, where the
-    run starts from a bundle with a grown vocabulary."""
+    """Steps at the start that train only the embedding rows of new pieces, for a run that starts
+    from a bundle with a grown vocabulary."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup_steps < self.steps:
@@ -102,7 +101,7 @@ class EvaluationConfig:
     """Retrieval scores during the run."""
 
     every_steps: int = 0
-    """Steps between evaluations, with one at the end; 0 is never."""
+    """Steps between evaluations, with one at the end; 0 for none."""
     split: str = "val"
     """The split of the run's data folder to score."""
 
@@ -112,9 +111,9 @@ class CheckpointConfig:
     """What is kept of a run to resume it."""
 
     every_steps: int = 500
-    """Steps between checkpoints; 0 is never."""
+    """Steps between checkpoints, with one at the end; 0 for none."""
     keep: int = 2
-    """How many of the newest are kept."""
+    """Number of newest checkpoints that are kept."""
 
     def __post_init__(self) -> None:
         if self.every_steps < 0 or self.keep < 1:
@@ -129,19 +128,19 @@ class TrainConfig:
     """One training run; a YAML file states what differs from the defaults."""
 
     run_folder: Path = Path("runs/train")
-    """Where the run leaves its bundle, checkpoints, metrics and resolved configuration."""
+    """Folder for the run's bundle, checkpoints, metrics and resolved configuration."""
     seed: int = 0
-    """Decides the first weights, the order of samples, captions and augmentation."""
+    """Seed of the initial weights, the order of samples, the choice of captions, augmentation."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the towers; features, loss and weights are float32 in any case."""
     cpu_threads: int = 0
-    """Threads of a process's arithmetic on the CPU; 0 leaves the choice to torch.
+    """CPU threads of each process; 0 leaves the choice to torch.
 
     A small model is hardly faster with more, and much slower where others use the machine.
     """
     start_from: Path | None = None
-    """A bundle to go on with, its model, tokenizer and image transform; `model`, `tokenizer` and
-    `preprocess` are then left out. The optimizer and the schedule start anew."""
+    """Bundle to start from: its model, tokenizer and image transform, instead of `model`,
+    `tokenizer` and `preprocess`. The optimizer and the schedule start anew."""
     tokenizer: Path = Path("tokenizers/emoji-zh-en")
     """A tokenizer folder."""
     report_every: int = 10

@@ -1,4 +1,4 @@
-"""What a run trains beside the contrast of its features: masked modelling and further heads."""
+"""What a run trains next to the contrast of its features: masked modelling and further heads."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -38,8 +38,8 @@ class Teacher:
         ]
         if wrong:
             raise ConfigError(
-                f"the teacher reads images of another kind: {', '.join(wrong)}; expected one "
-                "trained on images like the run's"
+                f"the teacher's images differ from the run's: {', '.join(wrong)}; expected a "
+                "teacher with the same size, mean and std"
             )
         self.model = bundle.model
         self.width = bundle.model.image_width
@@ -121,17 +121,17 @@ def mask_plan(config: MaskedConfig, encoder: Encoder) -> MaskPlan:
     """Return what of each example the loader hides.
 
     Raises:
-        ConfigError: the share of patches comes to none of them.
+        ConfigError: the ratio of patches rounds to 0.
     """
     rows, columns = encoder.grid_size if CMIM in config.weights else (1, 1)
-    hidden = round(config.image_share * rows * columns)
+    hidden = round(config.image_ratio * rows * columns)
     if CMIM in config.weights and not hidden:
         raise ConfigError(
-            f"image_share is {config.image_share} of {rows * columns} patches, which is none; "
-            "expected a share that hides at least one"
+            f"image_ratio is {config.image_ratio} of {rows * columns} patches rounds to 0; "
+            "expected a ratio that hides at least one"
         )
     return MaskPlan(
-        text_share=config.text_share if CMLM in config.weights else 0.0,
-        image_share=config.image_share if CMIM in config.weights else 0.0,
+        text_ratio=config.text_ratio if CMLM in config.weights else 0.0,
+        image_ratio=config.image_ratio if CMIM in config.weights else 0.0,
         grid=(rows, columns),
     )

@@ -39,4 +39,4 @@ def learning_rate_factor(step: int, config: ScheduleConfig) -> float:
         return (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
     cosine = (1 + math.cos(math.pi * progress)) / 2
-    return config.final_share + (1 - config.final_share) * cosine
+    return config.final_ratio + (1 - config.final_ratio) * cosine

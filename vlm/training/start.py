@@ -43,7 +43,7 @@ def build_start(config: TrainConfig) -> Start:
 
     Raises:
         VlmError: the model cannot be built, or the bundle not read.
-        ConfigError: the configuration describes a model beside that of its bundle, or asks for
+        ConfigError: the configuration describes a model as well as naming a bundle, or asks for
             steps of new rows where there are none.
     """
     start = _from_config(config) if config.start_from is None else _from_bundle(config)
@@ -78,8 +78,8 @@ def _from_bundle(config: TrainConfig) -> Start:
     ]
     if described:
         raise ConfigError(
-            f"start_from brings a model with its tokenizer and its images' transform; expected "
-            f"no settings of {', '.join(described)}"
+            f"start_from gives the model, tokenizer and image transform; expected no settings of "
+            f"{', '.join(described)}"
         )
     bundle = load_bundle(config.start_from)
     torch.manual_seed(config.seed)

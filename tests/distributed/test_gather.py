@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tests.support.processes import run_in_processes
+from tests.support.processes import run_in_world
 from vlm.distributed.gather import gather_numbers, gather_rows, send_rows, sum_over
 from vlm.distributed.groups import SINGLE, join_group, world_group
 
@@ -41,7 +41,7 @@ def _gathered_and_gradient(rank, group_size, sizes, overlap):
 def test_rows_come_in_rank_order_and_gradients_are_summed_over_the_group(
     group_size, sizes, overlap
 ):
-    results = run_in_processes(_gathered_and_gradient, 4, group_size, sizes, overlap)
+    results = run_in_world(_gathered_and_gradient, 4, group_size, sizes, overlap)
     for rank, (gathered, gradient) in enumerate(results):
         first = rank - rank % group_size
         members = range(first, first + group_size)
@@ -66,7 +66,7 @@ def _rounded(rank):
 
 @pytest.mark.distributed
 def test_features_and_gradients_are_rounded_to_what_they_travel_in():
-    for gathered, gradient in run_in_processes(_rounded, 2):
+    for gathered, gradient in run_in_world(_rounded, 2):
         # Of bfloat16's 8 bits none is left for 2**-9, and 1 + 2**-8 is half way and goes to even.
         assert gathered.flatten().tolist() == [1.0, 1.0]
         assert gradient.item() == 2.0
@@ -81,7 +81,7 @@ def _ids(rank):
 
 @pytest.mark.distributed
 def test_integers_are_gathered_exactly():
-    for ids, numbers in run_in_processes(_ids, 2):
+    for ids, numbers in run_in_world(_ids, 2):
         assert ids.tolist() == [0, 1, 2**62 + 1]
         assert numbers == [[0, -(2**62)], [1, -(2**62)]]
 
@@ -95,6 +95,6 @@ def _sum_and_gradient(rank):
 
 @pytest.mark.distributed
 def test_sums_and_their_gradients_add_up_over_the_ranks():
-    for total, gradient in run_in_processes(_sum_and_gradient, 3):
+    for total, gradient in run_in_world(_sum_and_gradient, 3):
         torch.testing.assert_close(total, torch.tensor([6.0, 12.0]))
         torch.testing.assert_close(gradient, torch.tensor([6.0, 6.0]))

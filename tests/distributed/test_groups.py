@@ -1,6 +1,6 @@
 import pytest
 
-from tests.support.processes import run_in_processes
+from tests.support.processes import run_in_world
 from vlm.distributed.groups import SINGLE, join_group, world_group
 
 
@@ -25,7 +25,7 @@ def _place(rank, partition):
     ],
 )
 def test_each_rank_finds_its_place_in_its_group(partition, expected):
-    assert run_in_processes(_place, 4, partition) == expected
+    assert run_in_world(_place, 4, partition) == expected
 
 
 def _communicators(rank):
@@ -41,4 +41,4 @@ def _communicators(rank):
 
 @pytest.mark.distributed
 def test_the_same_partition_shares_its_communicators_and_the_whole_world_needs_none():
-    assert run_in_processes(_communicators, 4) == [[True, False, True]] * 4
+    assert run_in_world(_communicators, 4) == [[True, False, True]] * 4

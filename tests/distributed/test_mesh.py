@@ -1,6 +1,6 @@
 import pytest
 
-from tests.support.processes import run_in_processes
+from tests.support.processes import run_in_world
 from vlm.distributed.mesh import build_mesh, mesh_shape
 from vlm.errors import DistributedError
 
@@ -47,12 +47,12 @@ def _places(rank, *plan):
 
 @pytest.mark.distributed
 def test_rows_and_columns_of_contiguous_and_strided_groups():
-    places = run_in_processes(_places, 6, 6, (2, 3))
+    places = run_in_world(_places, 6, 6, (2, 3))
     assert places[4] == {
         "members": [0, 1, 2, 3, 4, 5], "row": [3, 4, 5], "column": [1, 4], "place": [1, 1],
         "rank": 4,
     }  # fmt: skip
-    places = run_in_processes(_places, 4, 2, (2, 1), "strided")
+    places = run_in_world(_places, 4, 2, (2, 1), "strided")
     assert places[3] == {
         "members": [1, 3], "row": [3], "column": [1, 3], "place": [1, 0], "rank": 3,
     }  # fmt: skip
@@ -76,4 +76,4 @@ def _error(rank, *plan):
     ],
 )
 def test_every_rank_refuses_a_plan_that_does_not_fit_the_world(plan, message):
-    assert run_in_processes(_error, 3, *plan) == [message] * 3
+    assert run_in_world(_error, 3, *plan) == [message] * 3

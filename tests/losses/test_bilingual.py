@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.meters import TensorMeter
 from tests.support.dense_loss import sigmoid_definition, softmax_definition
-from tests.support.processes import run_in_processes
+from tests.support.processes import run_in_world
 from vlm.errors import ConfigError
 from vlm.losses.bilingual import BilingualLoss
 from vlm.losses.contrastive import ContrastiveLoss, PairIds
@@ -163,9 +163,7 @@ def _errors(rank, world, groups, mesh):
 )
 def test_every_combination_of_terms_is_its_definition(world, groups, mesh):
     arguments = (world, groups, mesh)
-    results = (
-        [_errors(0, *arguments)] if world == 1 else run_in_processes(_errors, world, *arguments)
-    )
+    results = [_errors(0, *arguments)] if world == 1 else run_in_world(_errors, world, *arguments)
     for errors in results:
         assert not {case: error for case, error in errors.items() if not error <= 1e-11}
 
@@ -220,7 +218,7 @@ def _counted(rank):
 
 @pytest.mark.distributed
 def test_images_travel_once_for_all_languages():
-    for collectives in run_in_processes(_counted, 2):
+    for collectives in run_in_world(_counted, 2):
         assert collectives == {
             # What each brings of texts and of images, images, ids, and one merge a language.
             "_allgather_base_": 6,
@@ -292,7 +290,7 @@ def _events(rank):
 
 @pytest.mark.distributed
 def test_texts_travel_behind_the_image_tower_and_their_gradients_behind_its_backward_pass():
-    for events in run_in_processes(_events, 4):
+    for events in run_in_world(_events, 4):
         assert events == [
             "text forward", "allgather_base", "image forward", "allgather_base",
             "reduce_scatter_base", "reduce_scatter_base", "image backward", "text backward",

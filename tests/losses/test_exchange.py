@@ -6,7 +6,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from tests.support.dense_loss import softmax_definition
-from tests.support.processes import run_in_processes
+from tests.support.processes import run_in_world
 from vlm.errors import ConfigError, DistributedError
 from vlm.losses.bilingual import BilingualLoss
 from vlm.losses.contrastive import ContrastiveLoss, PairIds
@@ -68,7 +68,7 @@ def test_ranks_with_any_number_of_samples_count_every_sample_alike(
         if rows.stop > rows.start
     ) / sum(sizes)
     loss.backward()
-    results = run_in_processes(_uneven, len(sizes), sizes, group_size, mesh, with_ids)
+    results = run_in_world(_uneven, len(sizes), sizes, group_size, mesh, with_ids)
     exact = {"rtol": 1e-12, "atol": 1e-12}
     for found, scale_gradient, _, _ in results:
         torch.testing.assert_close(found, loss.detach(), **exact)
@@ -130,7 +130,7 @@ def _error(rank, case):
 )
 def test_every_rank_refuses_what_one_of_them_brings(case, message):
     """Identity 15: nothing hangs, and the numbers are in the message everywhere."""
-    errors = run_in_processes(_error, 3, case)
+    errors = run_in_world(_error, 3, case)
     assert len(set(errors)) == 1
     assert errors[0].startswith(message)
 
@@ -157,7 +157,7 @@ def _sent_and_contrasted(rank, widths):
     ],
 )
 def test_every_rank_refuses_images_that_do_not_go_with_the_texts_sent_before(widths, message):
-    errors = run_in_processes(_sent_and_contrasted, 2, widths)
+    errors = run_in_world(_sent_and_contrasted, 2, widths)
     assert errors[0] == errors[1]
     assert message in errors[0]
 
@@ -199,5 +199,5 @@ def _alone(rank):
 
 
 def test_one_process_refuses_features_that_do_not_match():
-    (message,) = run_in_processes(_alone, 1)
+    (message,) = run_in_world(_alone, 1)
     assert message.startswith("rank 0 has 3 x 4 float64 features on cpu for image and 2 x 4")

@@ -14,7 +14,7 @@ from torch import nn
 
 from benchmarks.meters import TensorMeter
 from tests.support.dense_loss import sigmoid_definition, softmax_definition
-from tests.support.processes import run_in_processes
+from tests.support.processes import run_in_world
 from tests.support.vectors import batch_of_vectors, image_vectors, rows_of, text_vectors
 from vlm.distributed.mesh import build_mesh
 from vlm.losses.axis import AxisLayout, AxisStatistics
@@ -171,9 +171,7 @@ def _largest_errors(rank, world):
 @pytest.mark.parametrize("world", WORLDS)
 def test_every_layout_gives_the_loss_and_the_averaged_gradients_of_one_process(world):
     """Identities 1 to 4, 7 and 17."""
-    results = (
-        [_largest_errors(0, 1)] if world == 1 else run_in_processes(_largest_errors, world, world)
-    )
+    results = [_largest_errors(0, 1)] if world == 1 else run_in_world(_largest_errors, world, world)
     for errors in results:
         wrong = {case: error for case, error in errors.items() if not error <= 1e-12}
         assert not wrong
@@ -242,7 +240,7 @@ def test_steps_of_clipped_sgd_on_all_ranks_are_those_of_one_process(
 
     towers = Towers()
     losses, parameters = train(world, step_loss, towers, list(towers.parameters()))
-    results = run_in_processes(_train_on_this_rank, world, world, kind, layout)
+    results = run_in_world(_train_on_this_rank, world, world, kind, layout)
     for found_losses, found in results:
         torch.testing.assert_close(found_losses, losses, **TOLERANCE)
         for tensor, expected in zip(found, parameters, strict=True):
@@ -270,7 +268,7 @@ def _swapped(rank, world):
 @pytest.mark.distributed
 def test_swapping_images_and_texts_on_the_transposed_mesh_swaps_the_gradients():
     """Identity 6."""
-    for straight, swapped in run_in_processes(_swapped, 6, 6):
+    for straight, swapped in run_in_world(_swapped, 6, 6):
         # A rank's share of the scale's gradient is of its block, which is another one now.
         for found, expected in zip(swapped[:3], straight[:3], strict=True):
             torch.testing.assert_close(found, expected, **TOLERANCE)
@@ -291,8 +289,8 @@ def test_permuting_samples_over_ranks_permutes_the_gradients_of_the_exact_loss()
     world = 4
     identity = torch.arange(world * LOCAL)
     shuffled = torch.randperm(world * LOCAL, generator=torch.Generator().manual_seed(3))
-    straight = torch.cat(run_in_processes(_permuted, world, world, identity))
-    permuted = torch.cat(run_in_processes(_permuted, world, world, shuffled))
+    straight = torch.cat(run_in_world(_permuted, world, world, identity))
+    permuted = torch.cat(run_in_world(_permuted, world, world, shuffled))
     torch.testing.assert_close(permuted, straight[shuffled], **TOLERANCE)
 
 
@@ -319,7 +317,7 @@ def _frozen(rank, world, kind, frozen):
 @pytest.mark.parametrize(("frozen", "sent"), [("image", 1), ("text", 1), ("scale", 2)])
 def test_what_is_frozen_gets_no_gradient_and_sends_none(kind, frozen, sent):
     """Identity 12."""
-    for (free, _), (gradients, scattered) in run_in_processes(_frozen, 4, 4, kind, frozen):
+    for (free, _), (gradients, scattered) in run_in_world(_frozen, 4, 4, kind, frozen):
         assert scattered == sent
         for found, expected in zip(gradients, free, strict=True):
             torch.testing.assert_close(found, expected, **TOLERANCE)
@@ -355,7 +353,7 @@ def merge_cost(ranks, rows):
 @pytest.mark.parametrize("world", [1, 4, 6])
 def test_collectives_bytes_and_memory_are_those_of_the_formulas(world):
     """Identity 13: 2bd(r - 1) + 2bd(c - 1) elements of features, and small vectors."""
-    results = [_accounts(0, 1)] if world == 1 else run_in_processes(_accounts, world, world)
+    results = [_accounts(0, 1)] if world == 1 else run_in_world(_accounts, world, world)
     for dim, accounts in results:
         for layout, b, collectives, sent, peak in accounts:
             r, c = layout["mesh"]
@@ -390,7 +388,7 @@ def _repeated(rank, world):
 @pytest.mark.distributed
 def test_on_a_cpu_the_same_inputs_give_the_same_bits():
     """Identity 14."""
-    for first, again in run_in_processes(_repeated, 6, 6):
+    for first, again in run_in_world(_repeated, 6, 6):
         assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
 
 
@@ -408,7 +406,7 @@ def _merged(rank, world):
 @pytest.mark.parametrize("world", [3, 6], ids=["few ranks", "many ranks"])
 def test_merged_log_sum_exps_are_right_and_equal_to_the_bit_on_every_rank(world):
     """Identity 14."""
-    results = run_in_processes(_merged, world, world)
+    results = run_in_world(_merged, world, world)
     expected = torch.cat([logits for _, logits in results], dim=1).logsumexp(1)
     for found, _ in results:
         assert torch.equal(found, results[0][0])

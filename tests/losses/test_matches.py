@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from tests.support.dense_loss import matches, sigmoid_definition, softmax_definition
-from tests.support.processes import run_in_processes
+from tests.support.processes import run_in_world
 from vlm.losses.contrastive import ContrastiveLoss, PairIds
 from vlm.losses.matches import OwnPairs, SharedIds, Tile, tiles
 from vlm.losses.plan import LossPlan
@@ -114,7 +114,7 @@ def _errors(rank, world, groups):
 @pytest.mark.parametrize(("world", "groups"), [(1, 1), (4, 1), (4, 2), (6, 1)])
 def test_matches_across_ranks_are_those_of_dense_masks(world, groups):
     """Identity 9, with captions missing on some samples or on all."""
-    results = [_errors(0, 1, 1)] if world == 1 else run_in_processes(_errors, world, world, groups)
+    results = [_errors(0, 1, 1)] if world == 1 else run_in_world(_errors, world, world, groups)
     for errors in results:
         wrong = {case: error for case, error in errors.items() if not error <= 1e-12}
         assert not wrong

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.support.dense_loss import sigmoid_definition, softmax_definition
-from tests.support.processes import run_in_processes
+from tests.support.processes import run_in_world
 from vlm.losses.contrastive import ContrastiveLoss, PairIds
 from vlm.losses.kernels import exp_sums_, sigmoid_sums_, softmax_weights
 from vlm.losses.plan import LossPlan
@@ -108,10 +108,10 @@ def test_errors_of_bfloat16_features_do_not_grow_with_ranks_or_tiles():
     for tile in (1, 5, 1000):
         assert max(bfloat16_errors(images, texts, 1, slice(48), tile)) < 2**-8
     for world in (2, 6):
-        errors = run_in_processes(_rank_errors, world, world, None)
+        errors = run_in_world(_rank_errors, world, world, None)
         assert max(max(each) for each in errors) < 2**-8
     # In float32 the gradients are not rounded even at the end.
-    errors = run_in_processes(_rank_errors, 4, 4, "bfloat16")
+    errors = run_in_world(_rank_errors, 4, 4, "bfloat16")
     assert max(max(each) for each in errors) < 1e-6
 
 

@@ -74,7 +74,7 @@ def send_rows(
     gradient_wire_dtype: torch.dtype,
     overlap: bool = True,
 ) -> SentRows:
-    """Start to send this rank's rows to every rank of the group, each of which must call this.
+    """Start to send this rank's rows to every rank of the group; all ranks must call this.
 
     Args:
         rows: This rank's.

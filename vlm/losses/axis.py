@@ -87,10 +87,12 @@ class AxisStatistics:
         """Add the maxima of one tile, and its sums of exponentials relative to them."""
         assert self.exp_sum is not None
         if len(maximum) == len(self.max) and not self._begun:
-            # The block's only tile, or its first column of them.
+            # The first tile of all rows is taken as it is. Small batches have no other one, and
+            # what they cost is the number of operations.
             self.max, self.exp_sum, self._begun = maximum, exp_sum, True
             return
         self._begun = True
+        # Both sums become relative to the higher maximum before they are added.
         before = self.max[span]
         after = torch.maximum(before, maximum)
         self.exp_sum[span].mul_((before - after).exp_()).add_(exp_sum * (maximum - after).exp_())
@@ -120,6 +122,7 @@ class AxisStatistics:
                 if each is not None
             ]  # fmt: skip
             merged = self._merged(torch.stack(maxima), torch.stack(sums), group)
+            # In place: the order in the tables is that of the fields above.
             for field, values in zip([*maxima, *sums], merged, strict=True):
                 field.copy_(values)
         if self.exp_sum is not None:
@@ -127,6 +130,7 @@ class AxisStatistics:
 
     def _merged(self, maxima: Tensor, sums: Tensor, group: RankGroup) -> list[Tensor]:
         if group.size <= _FEW_RANKS:
+            # One collective, one wait: everyone computes the same sums of the same parts.
             own = torch.cat([maxima, sums])
             parts = own.new_empty(group.size, *own.shape)
             dist.all_gather_single(parts, own[None], group=group.process_group)
@@ -134,6 +138,7 @@ class AxisStatistics:
             highest = all_maxima.amax(0)
             self._rescale_(all_sums, all_maxima[:, 0], highest[0])
             return [*highest, *all_sums.sum(0)]
+        # Two collectives: the sums can only be added once all ranks know the maximum.
         highest = maxima.clone()
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group.process_group)
         self._rescale_(sums, maxima[0], highest[0])
@@ -178,6 +183,7 @@ class AxisStatistics:
     def of_own(self) -> RowStatistics:
         """Return the statistics of this rank's samples, after merging."""
         own = self.layout.own
+        # >=, as the best candidate may be the positive itself; a tie with a negative is correct.
         if self.positive_count is None or self.positive_max is None:
             correct = self.positive_sum[own] >= self.max[own]
         else:

@@ -109,6 +109,7 @@ class BilingualLoss(nn.Module):
         if self.together:
             # One message for all languages, sorted by language, not by sample.
             features, per_sample = [torch.cat(features)], len(features)
+        # Returns while they travel; the waiting is in `forward`.
         columns = tuple(send(each, shares, "column", per_sample=per_sample) for each in features)
         pair = None
         if self.text_pair:
@@ -182,9 +183,8 @@ class BilingualLoss(nn.Module):
         """Wait for what was sent, and put together what is to be contrasted."""
         receive, gather_ids = self.exchange.receive, self.exchange.gather_ids
         languages = range(len(texts.languages))  # captions of the id table are in their order
-        with_each, (with_any, with_both, *_) = (
-            shares.counts[: len(languages)], (*shares.counts[len(languages) :], 0),
-        )  # fmt: skip
+        # As `_count_captions` counts them, summed over the group.
+        with_each, with_any = shares.counts[: len(languages)], shares.counts[len(languages)]
         # The order of collectives from here on is the same on every rank.
         row_ids = gather_ids(table, shares, "row")
         column_ids = gather_ids(table, shares, "column")
@@ -197,6 +197,7 @@ class BilingualLoss(nn.Module):
             many = len(languages)
             ids = gather_ids(each, shares, "column", per_sample=many)
             columns = receive(texts.columns[0], ids, shares, "column", per_sample=many)
+            # A row needs any caption; a column is one caption, and needs that one.
             rows_with_any = rows.with_captions(languages, with_any, every=False)
             columns = columns.with_captions([0], sum(with_each))
             terms.append(_Term("image-text", 1.0, rows_with_any, columns))
@@ -215,6 +216,7 @@ class BilingualLoss(nn.Module):
                 sides[pair[1]] if second is None else receive(second, column_ids, shares, "column")
             )
             sides_of_pair = receive(first, row_ids, shares, "row"), columns
+            with_both = shares.counts[len(languages) + 1]
             both = (side.with_captions(pair, with_both) for side in sides_of_pair)
             terms.append(_Term("-".join(self.text_pair), self.text_pair_weight, *both))
         return terms

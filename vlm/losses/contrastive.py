@@ -109,7 +109,7 @@ class ContrastiveLoss(nn.Module):
         # Both travel at once; the waiting is in `receive`.
         texts = self.exchange.send(text_features, shares, "column")
         images = self.exchange.send(image_features, shares, "row")
-        row_ids = column_ids = None
+        row_ids = column_ids = None  # every pair matches itself alone
         if ids is not None:
             table = self.exchange.id_table(ids.image, [ids.caption], shares)
             row_ids = self.exchange.gather_ids(table, shares, "row")
@@ -163,6 +163,8 @@ def contrast(
 
 def _product_dtype(side: Side) -> torch.dtype:
     """Return the type to multiply in: where half precision loses nothing and is faster, that."""
+    # Features that were rounded to travel lose nothing by being multiplied in that type. On a CPU
+    # its products are slower.
     features, halves = side.features, (torch.bfloat16, torch.float16)
     if features.is_cuda and features.dtype == torch.float32 and side.rounded_to in halves:
         return side.rounded_to

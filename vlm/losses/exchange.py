@@ -98,6 +98,7 @@ class Side:
         """
         if self.ids is None:
             return self
+        # Every rank knows `total`, so that all filter, or none: the ids are the same everywhere.
         ids = self.ids[:, [SAMPLE, IMAGE, *(FIRST_CAPTION + k for k in captions)]]
         if total == self.layout.total:
             return replace(self, ids=ids)
@@ -170,6 +171,7 @@ class Exchange:
             DistributedError: the ranks disagree, or one brings what cannot be compared (on
                 every rank of the group; of the world if the plan is not even).
         """
+        # Uneven groups weigh differently, so that each has to know the samples of all others.
         group = self.mesh.group if self.plan.even else self.mesh.world
         first = next(iter(features.values()))
         if group.size == 1 and not self.plan.check_finite:

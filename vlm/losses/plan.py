@@ -73,7 +73,7 @@ class LossPlan:
                 f"label_smoothing is {self.label_smoothing} for a sigmoid loss; expected 0, for "
                 "its targets are not a distribution"
             )
-        if min(self.tile_shape("cpu")) < 1:
+        if min(self.tile_shape("cpu")) < 1:  # the default tiles are valid on any device
             raise ConfigError(f"tile is {self.tile}; expected at least 1 row and 1 column")
         if self.keep_logits_mib < 0:
             raise ConfigError(f"keep_logits_mib is {self.keep_logits_mib}; expected at least 0")
@@ -98,7 +98,7 @@ class LossPlan:
     def kept_bytes(self) -> float:
         """How many bytes of logits may be kept for the backward pass of a term."""
         if self.keep_logits == "auto":
-            return self.keep_logits_mib * 2.0**20
+            return self.keep_logits_mib * 2.0**20  # MiB
         return float("inf") if self.keep_logits else 0.0
 
 
@@ -114,7 +114,7 @@ class LossConfig:
     Together, an image's captions in all languages are its positives in one softmax.
     """
     second_weight: float = 1.0
-    """Weight of a second caption's term beside a main caption's, at least 0."""
+    """Weight of a second caption's term, relative to a main caption's; at least 0."""
     text_text_weight: float = 0.0
     """Weight of contrasting the two languages' captions with each other, at least 0."""
     micro_batches: int = 1

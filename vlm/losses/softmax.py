@@ -66,6 +66,7 @@ class _SoftmaxLoss(torch.autograd.Function):
         row_stats: AxisStatistics,
         column_stats: AxisStatistics,
     ) -> Tensor:
+        # Without a backward pass to come nothing is kept.
         keep_bytes = block.plan.kept_bytes if any(ctx.needs_input_grad) else 0.0
         with torch.autocast(rows.device.type, enabled=False):
             kept = _read(rows, columns, logit_scale, block, row_stats, column_stats, keep_bytes)
@@ -121,6 +122,7 @@ class _SoftmaxLoss(torch.autograd.Function):
                     weights.sub_(of_rows.candidate[tile.rows, None])
                     weights.sub_(of_columns.candidate[None, tile.columns])
                 block.matches.subtract_from_(weights, tile, of_rows.positive, of_columns.positive)
+                # In place, into the rows of a view: gradients add up over tiles.
                 if row_gradient is not None:
                     add_product(row_gradient[tile.rows], weights, tile_columns, dtype)
                 if column_gradient is not None:
@@ -214,6 +216,7 @@ def _targets(stats: AxisStatistics, count: int, share: float, *, large: bool) ->
     candidate = stats.smoothing * weight / stats.candidates if stats.smoothing else None
     if rounded_off is not None:
         weight = weight * (-rounded_off).exp_()
+    # Banked rows stand behind the scored ones and pull nothing: exp(z - inf) and all weights are 0.
     unscored = count - stats.layout.scored
     if unscored:
         log_sum_exp = F.pad(log_sum_exp, (0, unscored), value=torch.inf)

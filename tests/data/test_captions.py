@@ -677,7 +677,7 @@ def test_the_first_captions_of_a_shard_are_there_before_its_end_is_seen(tmp_path
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.csv", "a.jsonl", "a.tar"])
 def test_memory_does_not_grow_with_the_file(tmp_path, name):
-    texts = [f"caption {number} " + "x" * 1000 for number in range(3000)]
+    texts = [f"caption {number} " + "x" * 30_000 for number in range(100)]
     path = tmp_path / name
     if name == "a.tar":
         write_tar(path, [(f"{number}.txt", text) for number, text in enumerate(texts)])
@@ -686,7 +686,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, name):
     else:
         write(path, "\n".join(["caption", *texts]))
     with traced_memory() as memory:
-        assert sum(1 for _ in read_captions([path], "en")) >= 3000
+        assert sum(1 for _ in read_captions([path], "en")) >= 100
         assert memory() < 2_000_000 < sum(map(len, texts))
 
 
@@ -695,7 +695,7 @@ def test_memory_grows_neither_with_the_groups_of_a_parquet_file_nor_with_one(tmp
     schema = pyarrow.schema([("en", pyarrow.string()), ("image", pyarrow.binary())])
     with pyarrow.parquet.ParquetWriter(path, schema) as file:
         for _ in range(2):
-            rows = {"en": [os.urandom(500).hex() for _ in range(12_000)], "image": [b"x"] * 12_000}
+            rows = {"en": [os.urandom(1000).hex() for _ in range(6000)], "image": [b"x"] * 6000}
             file.write_table(pyarrow.table(rows, schema=schema))
     before, peak = pyarrow.total_allocated_bytes(), 0
     for _ in read_captions([path], "en"):

@@ -222,6 +222,22 @@ def test_a_key_in_two_shards_of_a_split_is_refused_and_in_two_splits_is_not(tmp_
     assert sorted(index_folder(tmp_path).splits) == ["train", "val"]
 
 
+def test_languages_with_a_region_are_read_as_the_language(tmp_path):
+    captions = {"zh-CN": ["猫"], "zh-TW": "貓", "en-US": "a cat"}
+    (sample,) = open_as_it_is(write_record(tmp_path / "t-0.tar", {"captions": captions}))
+    assert sample.captions == {"zh": ["猫", "貓"], "en": ["a cat"]}
+    captions = {"zh": ["猫"], "zh-Hant": ["貓"]}
+    (sample,) = open_as_it_is(write_record(tmp_path / "t-1.tar", {"captions": captions}))
+    assert sample.captions == captions
+
+
+def test_shards_of_another_project_without_captions_are_not_indexed(tmp_path):
+    write_record(tmp_path / "train-00000.tar", {"caption": "a cat", "url": "x"})
+    with pytest.raises(DataError, match=r"train-00000.tar: the record of .* is not valid"):
+        index_folder(tmp_path)
+    assert not (tmp_path / "manifest.json").exists()
+
+
 def test_captions_may_be_one_string(tmp_path):
     record = {"captions": {"en": "a cat", "zh": ["猫"]}}
     sample = open_as_it_is(write_record(tmp_path / "train-0.tar", record))[0]

@@ -82,7 +82,7 @@ def test_captions_of_another_split_are_refused_with_the_first_case(workspace, tm
     )
     assert said == (
         f"{folder} (valid): 6 of 6 captions name an image that is not listed (first: line 1, '20')"
-        "; at most 1.0% may be so"
+        "; exceeds allowed_share 1.0%"
     )
 
 
@@ -94,7 +94,7 @@ def test_captions_of_another_file_are_refused_by_calibration_too(workspace, tmp_
     said = refusal_of("eval", "calibrate", workspace / "bundle", "--data", path)
     assert said == (
         f"{path}: 1 of 5 images are not on the disk (first: 'elsewhere/99.png' in {path.parent})"
-        "; at most 1.0% may be so"
+        "; exceeds allowed_share 1.0%"
     )
     assert (workspace / "bundle/vlm.json").read_bytes() == before
 
@@ -107,7 +107,7 @@ def test_a_wrong_folder_of_images_is_refused_with_counts(workspace, tmp_path):
     words = ["eval", "retrieval", workspace / "bundle", "--data", path, "--images"]
     assert refusal_of(*words, wrong) == (
         f"{path}: 4 of 4 images are not on the disk (first: '0.png' in {wrong})"
-        "; at most 1.0% may be so"
+        "; exceeds allowed_share 1.0%"
     )
 
 

@@ -78,6 +78,11 @@ def test_a_users_file_has_one_translation_a_line(tmp_path):
     assert read_lexicon(path) == {"猫": ["cat", "kitty cat"], "狗": ["dog"]}
 
 
+def test_a_translation_may_hold_what_other_systems_end_lines_with(tmp_path):
+    path = write(tmp_path / "mine.tsv", "猫\ta\u2028cat\n狗\tdog\x85s\n")
+    assert read_lexicon(path) == {"猫": ["a\u2028cat"], "狗": ["dog\x85s"]}
+
+
 def test_a_users_file_may_come_from_windows(tmp_path):
     path = write(tmp_path / "mine.tsv", "\ufeff猫\tcat\r\n狗\tdog\r\n")
     assert read_lexicon(path) == {"猫": ["cat"], "狗": ["dog"]}

@@ -1,7 +1,8 @@
 """Captions of one language, streamed from text files, tables, JSON lines and shards of any size."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -98,17 +99,9 @@ class _Wanted:
     def __str__(self) -> str:
         return " or ".join(map(repr, self.names))
 
-    def among(self, columns: Collection[str]) -> list[str]:
+    def among(self, columns: Iterable[str]) -> Sequence[str]:
         """Return the columns with the captions: several if they differ in their region only."""
-        tags = {column: column.removeprefix("caption_") for column in columns}
-        languages = languages_of(tags.values())
-        plain = {c: c.removesuffix(tag) + languages[tag] for c, tag in tags.items()}
-        for name in self.names:
-            if name in columns:
-                return [name]
-            if found := [column for column in columns if plain[column] == name]:
-                return found
-        return []
+        return _best_of(self.names, tuple(columns))
 
     def texts_of(self, record: Mapping[str, Any], place: str) -> list[str] | None:
         """Return a record's captions in the language, or None if it names none in any."""
@@ -133,6 +126,19 @@ class _Wanted:
             return texts_in(value, place)
         tags = [tag for tag, of in languages_of(value).items() if self.language in (tag, of)]
         return [text for tag in tags for text in texts_in(value[tag], place)]
+
+
+@lru_cache  # the records of a file have the same keys, again and again
+def _best_of(names: tuple[str, ...], columns: tuple[str, ...]) -> Sequence[str]:
+    tags = {column: column.removeprefix("caption_") for column in columns}
+    languages = languages_of(tags.values())
+    plain = {column: column.removesuffix(tag) + languages[tag] for column, tag in tags.items()}
+    for name in names:
+        if name in columns:
+            return [name]
+        if found := [column for column in columns if plain[column] == name]:
+            return found
+    return []
 
 
 # Files.

@@ -16,6 +16,7 @@ import webdataset
 from webdataset.tariterators import base_plus_ext
 
 from vlm.data.manifest import Manifest, ShardEntry, write_manifest
+from vlm.data.records import languages_of
 from vlm.data.sample import Sample
 from vlm.errors import DataError
 from vlm.files import write_file
@@ -145,6 +146,8 @@ def index_folder(folder: Path) -> Manifest:
         raise DataError(f"{folder} holds no shard; expected files like train-00000.tar")
     for shards in splits.values():
         check_keys(shards)
+        for shard in filter(len, shards):
+            shard[0]  # shards of another project, which hold no captions, show it here
     manifest = Manifest(
         splits={split: tuple(map(describe_shard, shards)) for split, shards in splits.items()}
     )
@@ -259,7 +262,10 @@ def _captions_from_record(record: object) -> dict[str, list[str]]:
             captions[language] = kept
     if not captions:
         raise ValueError("there is no caption")
-    return captions
+    merged: dict[str, list[str]] = {}
+    for tag, language in languages_of(captions).items():
+        merged.setdefault(language, []).extend(captions[tag])
+    return merged
 
 
 def _well_formed(text: str) -> str:

@@ -148,6 +148,7 @@ class _TextTable:
         return next(csv.reader(lines, delimiter=self._delimiter, strict=True), [])
 
     def _no_row(self, number: int, said: str) -> DataError:
+        said = said.replace("\t", r"\t")
         return DataError(
             f"{self._path}, line {number}: {said}; expected a table with quotes as in RFC 4180"
         )

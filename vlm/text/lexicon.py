@@ -8,6 +8,7 @@ import regex
 from jaxtyping import Float32
 
 from vlm.errors import TokenizerError
+from vlm.files import lines_in
 from vlm.text.word_lists import cedict_entries
 
 _REMARK = regex.compile(r"\((?:[^()]|(?R))*\)|\[[^]]*\]")
@@ -88,7 +89,7 @@ def _cedict() -> Iterable[tuple[str, str]]:
 
 def _lines(path: Path) -> Iterable[tuple[str, str]]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = lines_in(path.read_bytes().decode("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise TokenizerError(f"cannot read the lexicon {path}: {error}") from error
     for number, line in enumerate(lines, 1):

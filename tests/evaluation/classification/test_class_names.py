@@ -43,6 +43,12 @@ def test_names_a_line_are_in_the_order_of_the_folders(tmp_path):
     assert classes.names["en"] == [("cat, wild",), ("狗;犬",)]
 
 
+def test_lines_end_with_a_line_feed_alone(tmp_path):
+    path = write(tmp_path / "names.txt", "a\u2028cat\r\na dog\x0c\n\n")
+    classes = read_class_names([path], ["en"], folders=["n1", "n2"])
+    assert classes.names["en"] == [("a\u2028cat",), ("a dog",)]
+
+
 def test_a_list_in_json_is_like_lines(tmp_path):
     path = write(tmp_path / "names.json", ["cat", ["dog", "hound"]])
     classes = read_class_names([path], ["en"], folders=["n1", "n2"])

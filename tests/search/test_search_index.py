@@ -9,6 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from tests.builders import encoded, make_image, make_sample, make_samples, tiny_bundle
+from vlm.bundle import load_bundle
 from vlm.embedding.embedder import Embedder
 from vlm.embedding.parts import SplitImages, images_in_folder, write_embeddings
 from vlm.errors import DataError, SearchIndexError
@@ -92,22 +93,30 @@ def test_hits_become_plain_records(run_folder, embedder):
 
 def test_an_index_finds_its_bundle(run_folder):
     index = SearchIndex.open(run_folder / "index")
-    index.embedder_of(Embedder.load(index.bundle, device="cpu"))
+    assert index.load_embedder(device="cpu").fingerprint == index.fingerprint
 
 
 def test_a_moved_run_still_finds_its_bundle(run_folder, tmp_path):
     moved = shutil.copytree(run_folder, tmp_path / "else" / "where")
     index = SearchIndex.open(moved / "index")
     assert index.bundle.resolve() == (moved / "bundle").resolve()
-    index.embedder_of(Embedder.load(index.bundle, device="cpu"))
+    index.load_embedder(device="cpu")
+
+
+def test_an_index_that_was_copied_away_from_its_model_asks_for_it(run_folder, copy):
+    index = SearchIndex.open(copy)
+    with pytest.raises(SearchIndexError, match=r"which is not there; expected .* --bundle"):
+        index.load_embedder(device="cpu")
+    assert index.load_embedder(run_folder / "bundle", device="cpu").embed_dim == 32
 
 
 def test_another_model_is_refused_with_both_fingerprints(run_folder, tmp_path):
     index = SearchIndex.open(run_folder / "index")
-    other = Embedder.load(tiny_bundle(tmp_path / "other", seed=1, context_length=32), device="cpu")
-    said = rf"another model \({index.fingerprint[:12]}\) .* \({other.fingerprint[:12]}\)"
+    other = tiny_bundle(tmp_path / "other", seed=1, context_length=32)
+    found = load_bundle(other).fingerprint
+    said = rf"another model \({index.fingerprint[:12]}\) .* \({found[:12]}\)"
     with pytest.raises(SearchIndexError, match=said):
-        index.embedder_of(other)
+        index.load_embedder(other, device="cpu")
 
 
 @pytest.mark.parametrize("name", ["image.index", "metadata.parquet"])

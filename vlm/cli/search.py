@@ -6,7 +6,6 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from vlm.embedding.embedder import Embedder
 from vlm.errors import VlmError
 from vlm.search.search_index import Hit, SearchIndex, hits_as_records
 
@@ -34,10 +33,10 @@ def run(options: Any) -> None:
     """Search; print the hits."""
     if (options.text is None) == (options.image is None):
         raise VlmError("vlm search needs either --text TEXT or --image FILE")
+    if options.text == "":
+        raise VlmError("--text is empty; expected what to look for")
     index = SearchIndex.open(options.index)
-    embedder = index.embedder_of(
-        Embedder.load(options.bundle or index.bundle, device=options.device)
-    )
+    embedder = index.load_embedder(options.bundle, device=options.device)
     if options.image:
         query = embedder.encode_image([options.image])
     else:

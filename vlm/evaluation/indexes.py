@@ -1,66 +1,32 @@
 """Approximate search compared with exact search: what an index costs, in recall and in time."""
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import faiss
 import numpy as np
-from jaxtyping import Float32, Int, Int64
+from jaxtyping import Float32, Int
 
-from vlm.errors import SearchIndexError
 from vlm.evaluation.config import IndexPlan
-from vlm.evaluation.retrieval.comparison import compare
 from vlm.evaluation.retrieval.metrics import first_correct_ranks, recall_at
 from vlm.evaluation.retrieval.scores import Ranks
-from vlm.search.index import (
-    AUTO,
-    ROUNDING,
-    Hits,
-    VectorIndex,
-    check_factory,
-    choose_factory,
-    cosines_of,
+from vlm.evaluation.search_cases import (
+    BATCH,
+    KS,
+    MOST,
+    SearchCase,
+    ann_recall,
+    answers,
+    cases_of,
+    milliseconds_per_query,
 )
-
-BATCH = 32
-"""Queries that are searched for at a time when the time is taken, on one thread."""
+from vlm.search.index import AUTO, Hits, VectorIndex, check_factory, choose_factory
 
 WARN_ABOVE = 0.01
 """Loss of R@1 beyond which `loss_of` says so."""
 
-_BATCHES = 15
 _MOST_TUNING = 1000
-_KS = (1, 5, 10)  # the numbers of answers that are looked at
-_MOST = max(_KS)
-_TIMING = f"median of batches of {BATCH} queries, one thread, {_MOST} answers"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SearchCase:
-    """Queries, what they search in, and the answers of an exact search."""
-
-    direction: str
-    """`text_to_image`, `image_to_text`, or `image_to_image` for contrast."""
-    language: str
-    """Of the texts; empty where there are none."""
-    queries: Float32[np.ndarray, "queries dim"]
-    candidates: Float32[np.ndarray, "candidates dim"]
-    matches: Int[np.ndarray, "matches 2"] | None
-    """Correct pairs (query, candidate); None where every query is a candidate itself, which then
-    is no answer."""
-    ranks: Int[np.ndarray, " queries"] | None
-    """Exact ranks of the best correct answers."""
-    nearest: Float32[np.ndarray, "queries neighbours"]
-    """Cosines of the nearest candidates, best first."""
-    exact_milliseconds: float
-    """Time of an exact search a query, by FAISS's flat index."""
-
-    @property
-    def name(self) -> str:
-        """Such as `zh text to image`."""
-        return f"{self.language} {self.direction.replace('_', ' ')}".strip()
+_TIMING = f"median of batches of {BATCH} queries, one thread, {MOST} answers"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,7 +84,7 @@ class IndexReport:
     @property
     def k(self) -> int:
         """The largest number of answers that was looked at; that of `ann_recall` in the curves."""
-        return _MOST
+        return MOST
 
     @property
     def warnings(self) -> list[str]:
@@ -179,21 +145,28 @@ def compare_indexes(
         SearchIndexError: there is nothing to search with or in, FAISS cannot make an index, or
             none that `auto` knows fits into the memory.
     """
-    cases = cases_of(images, texts, ks=_KS, ranks=ranks, device=device)
+    cases = cases_of(images, texts, ranks=ranks, device=device)
     comparisons: list[Comparison] = []
     curves: dict[str, dict[str, list[SweepPoint]]] = {}
-    for index, case, comparison in compare_all(
-        cases,
-        plan.factories,
-        ks=_KS,
-        target_recall=plan.target_recall,
-        memory_budget_bytes=plan.memory_bytes,
-        device=device,
-    ):
-        comparisons.append(comparison)
-        if plan.sweep:
-            points = sweep(index, case, k=_MOST)
-            curves.setdefault(case.name, {})[comparison.factory] = points
+    for factory in plan.factories:
+        built: dict[int, VectorIndex] = {}  # by the vectors: images are indexed once
+        for case in cases:
+            chosen, name = factory, factory
+            if factory == AUTO:
+                chosen = choose_factory(
+                    *case.candidates.shape,
+                    memory_budget_bytes=plan.memory_bytes,
+                    target_recall=plan.target_recall,
+                )
+                name = f"{AUTO}: {chosen}"
+            if id(case.candidates) not in built:
+                index = VectorIndex.build(case.candidates, chosen, device=device)
+                built[id(case.candidates)] = index
+            index = built[id(case.candidates)]
+            found = compare_with_exact(index, case, target_recall=plan.target_recall)
+            comparisons.append(replace(found, factory=name))
+            if plan.sweep:
+                curves.setdefault(case.name, {})[comparisons[-1].factory] = sweep(index, case)
     return IndexReport(
         plan=plan,
         images=len(images),
@@ -204,130 +177,37 @@ def compare_indexes(
     )
 
 
-def compare_all(
-    cases: Sequence[SearchCase],
-    factories: Sequence[str],
-    *,
-    ks: Sequence[int] = (1, 5, 10),
-    target_recall: float = 0.95,
-    memory_budget_bytes: int,
-    device: str | None = None,
-) -> Iterator[tuple[VectorIndex, SearchCase, Comparison]]:
-    """Compare every factory in every case, and build each index of the same vectors once.
-
-    An index is given as the comparison left it, and can be measured further before the next.
-
-    Args:
-        cases: Made with the same `ks`.
-        factories: As for `VectorIndex.build`, or `auto`, whose results name what was chosen.
-        ks: The numbers of answers to look at.
-        target_recall: What search parameters are tuned to, and `auto` is chosen for.
-        memory_budget_bytes: What an index that `auto` chooses may take.
-        device: As for `VectorIndex.build`.
-
-    Raises:
-        SearchIndexError: as `VectorIndex.build` and `choose_factory`.
-    """
-    for factory in factories:
-        built: dict[int, VectorIndex] = {}
-        for case in cases:
-            chosen, vectors = factory, case.candidates
-            if factory == AUTO:
-                chosen = choose_factory(
-                    *vectors.shape,
-                    memory_budget_bytes=memory_budget_bytes,
-                    target_recall=target_recall,
-                )
-            if id(vectors) not in built:
-                built[id(vectors)] = VectorIndex.build(vectors, chosen, device=device)
-            index = built[id(vectors)]
-            found = compare_with_exact(index, case, ks=ks, target_recall=target_recall)
-            name = chosen if factory != AUTO else f"{AUTO}: {chosen}"
-            yield index, case, replace(found, factory=name)
-
-
-def cases_of(
-    images: Float32[np.ndarray, "images dim"],
-    texts: Mapping[str, tuple[Float32[np.ndarray, "texts dim"], Int[np.ndarray, "matches 2"]]],
-    *,
-    ks: Sequence[int] = (1, 5, 10),
-    ranks: Mapping[str, Ranks] | None = None,
-    device: str | None = None,
-) -> list[SearchCase]:
-    """Search exactly, in both directions of every language and among the images themselves.
-
-    Queries of one kind in an index of the other lie farther from all they find than those of its
-    own kind, and so lose more: the last case shows how much is due to that.
-
-    Args:
-        images: Unit vectors.
-        texts: By language, unit vectors and the pairs (text, image) that belong together.
-        ks: The numbers of answers that will be looked at.
-        ranks: By language, the exact ranks, where they are known.
-        device: Where to find them, where they are not.
-
-    Raises:
-        SearchIndexError: there are no images or, in a language, no correct pairs, or a k is less
-            than 1.
-    """
-    pairs = [len(matches) for _, matches in texts.values()]
-    if not ks or min(ks) < 1 or not len(images) or not all(pairs):
-        raise SearchIndexError(
-            f"cannot compare searches for the best {list(ks)} with {len(images)} images and "
-            f"{pairs} correct pairs by language; expected at least one of each"
-        )
-    cases, k = [], max(ks)
-    for language, (vectors, matches) in texts.items():
-        asked, places = np.unique(matches[:, 1], return_inverse=True)
-        if ranks is None:
-            own = compare(vectors, images, matches, device=device).ranks
-        else:
-            own = ranks[language]
-        sides = (vectors, images)
-        cases.append(_case("text_to_image", language, sides, k, matches, own["text_to_image"]))
-        mirrored = np.stack([places, matches[:, 0]], axis=1)
-        sides = (np.ascontiguousarray(images[asked]), vectors)
-        cases.append(_case("image_to_text", language, sides, k, mirrored, own["image_to_text"]))
-    if len(images) > 1:
-        cases.append(_case("image_to_image", "", (images, images), k))
-    return cases
-
-
 def compare_with_exact(
     index: VectorIndex,
     case: SearchCase,
     *,
-    ks: Sequence[int] = (1, 5, 10),
     target_recall: float | None = 0.95,
-    seed: int = 0,
 ) -> Comparison:
     """Compare an index with exact search, after tuning it on half of the queries.
 
     Args:
         index: Holds the case's candidates.
-        case: Made with the same `ks`.
-        ks: The numbers of answers to look at.
-        target_recall: Ratio of the neighbours at the largest k to which the search parameter is
-            tuned; None for the index as it is.
-        seed: Decides the half that is tuned by, up to 1000 queries.
+        case: What is searched for.
+        target_recall: Ratio of the ten nearest neighbours to which the search parameter is tuned,
+            on up to 1000 queries; None for the index as it is.
     """
-    k, rows = max(ks), np.arange(len(case.queries))
+    rows = np.arange(len(case.queries))
     judged, reached = rows, True
     if target_recall is not None and index.tunable is not None:
-        shuffled = np.random.default_rng(seed).permutation(rows)
+        shuffled = np.random.default_rng(0).permutation(rows)
         half = min(len(rows) // 2, _MOST_TUNING)
         judged = shuffled[half:]
         tuning = shuffled[:half] if half else shuffled
         reached = index.tune(
-            lambda: ann_recall(answers(index, case, k, rows=tuning), case, [k], rows=tuning)[k],
+            lambda: ann_recall(answers(index, case, rows=tuning), case, rows=tuning)[MOST],
             target=target_recall,
         )
-    hits = answers(index, case, k, rows=rows)
+    hits = answers(index, case, rows=rows)
     exact, approximate = {}, {}
     if case.matches is not None and case.ranks is not None:
         ranks = first_correct_ranks(hits.scores, hits.ids, case.matches)
-        exact = {n: recall_at(case.ranks, n) for n in ks}
-        approximate = {n: recall_at(ranks, n) for n in ks}
+        exact = {n: recall_at(case.ranks, n) for n in KS}
+        approximate = {n: recall_at(ranks, n) for n in KS}
     return Comparison(
         factory=index.factory,
         search=case.name,
@@ -337,8 +217,8 @@ def compare_with_exact(
         dim=case.candidates.shape[1],
         exact_recall=exact,
         index_recall=approximate,
-        ann_recall=ann_recall(Hits(hits.scores[judged], hits.ids[judged]), case, ks, rows=judged),
-        milliseconds_per_query=milliseconds_per_query(index, case.queries, k),
+        ann_recall=ann_recall(Hits(hits.scores[judged], hits.ids[judged]), case, rows=judged),
+        milliseconds_per_query=milliseconds_per_query(index, case.queries),
         exact_milliseconds_per_query=case.exact_milliseconds,
         bytes_per_vector=index.bytes_per_vector,
         build_seconds=index.build_seconds,
@@ -347,15 +227,10 @@ def compare_with_exact(
     )
 
 
-def sweep(index: VectorIndex, case: SearchCase, *, k: int = 10) -> list[SweepPoint]:
+def sweep(index: VectorIndex, case: SearchCase) -> list[SweepPoint]:
     """Measure recall and time at powers of two of the search parameter, and at its highest.
 
     The parameter is left at its highest.
-
-    Args:
-        index: Holds the case's candidates.
-        case: Made for this `k` at least.
-        k: The number of neighbours to look for.
     """
     values: list[int | None] = [None]
     if index.tunable is not None:
@@ -365,16 +240,16 @@ def sweep(index: VectorIndex, case: SearchCase, *, k: int = 10) -> list[SweepPoi
     for value in values:
         if value is not None and index.tunable is not None:
             index.set_parameter(index.tunable.name, value)
-        hits = answers(index, case, k, rows=rows)
+        hits = answers(index, case, rows=rows)
         recall = None
         if case.matches is not None:
             recall = recall_at(first_correct_ranks(hits.scores, hits.ids, case.matches), 1)
         points.append(
             SweepPoint(
                 value=value,
-                ann_recall=ann_recall(hits, case, [k], rows=rows)[k],
+                ann_recall=ann_recall(hits, case, rows=rows)[MOST],
                 recall_at_1=recall,
-                milliseconds_per_query=milliseconds_per_query(index, case.queries, k),
+                milliseconds_per_query=milliseconds_per_query(index, case.queries),
             )
         )
     return points
@@ -403,87 +278,6 @@ def comparison_rows(comparisons: Sequence[Comparison]) -> tuple[list[str], list[
         "ann_recall@10", "ms exact, index", "bytes each", "build s", "parameters",
     ]  # fmt: skip
     return header, [_row(each) for each in comparisons]
-
-
-def answers(
-    index: VectorIndex, case: SearchCase, k: int, *, rows: Int[np.ndarray, " rows"]
-) -> Hits:
-    """Search for the queries `rows`; of a case without correct answers each is left out itself.
-
-    The index is asked for one answer more than `k`, so that a wrong one which ties with the last
-    correct one is seen.
-    """
-    hits = index.search(case.queries[rows], k + 1)
-    return _without_self(hits, rows) if case.matches is None else hits
-
-
-def ann_recall(
-    hits: Hits, case: SearchCase, ks: Sequence[int], *, rows: Int[np.ndarray, " rows"]
-) -> dict[int, float]:
-    """Return the ratio of the nearest k candidates that the hits of the queries `rows` hold.
-
-    A hit whose true cosine is that of the k-th neighbour or more counts, as ann-benchmarks does
-    it, so that it does not matter which of equal vectors was found.
-    """
-    cosines = cosines_of(hits.ids, case.queries[rows], case.candidates)
-    found = {}
-    for k in ks:
-        nearest = case.nearest[rows][:, :k]
-        found[k] = float((cosines[:, : nearest.shape[1]] >= nearest[:, -1:] - ROUNDING).mean())
-    return found
-
-
-def milliseconds_per_query(
-    index: VectorIndex, queries: Float32[np.ndarray, "queries dim"], k: int
-) -> float:
-    """Return the median of the time a query over 15 batches of 32 queries, on one thread."""
-    rows = np.arange(BATCH * _BATCHES).reshape(_BATCHES, BATCH) % len(queries)
-    batches = [np.ascontiguousarray(queries[each]) for each in rows]
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        index.search(batches[0], k)  # the first search pays for what later ones share
-        seconds = []
-        for batch in batches:
-            start = time.perf_counter()
-            index.search(batch, k)
-            seconds.append(time.perf_counter() - start)
-    finally:
-        faiss.omp_set_num_threads(threads)
-    return float(1000 * np.median(seconds) / BATCH)
-
-
-def _case(
-    direction: str,
-    language: str,
-    sides: tuple[Float32[np.ndarray, "queries dim"], Float32[np.ndarray, "candidates dim"]],
-    k: int,
-    matches: Int[np.ndarray, "matches 2"] | None = None,
-    ranks: Int64[np.ndarray, " queries"] | None = None,
-) -> SearchCase:
-    queries, candidates = sides
-    exact = VectorIndex.build(candidates)
-    hits = exact.search(queries, k + 1)
-    if matches is None:
-        hits = _without_self(hits, np.arange(len(queries)))
-    return SearchCase(
-        direction=direction,
-        language=language,
-        queries=queries,
-        candidates=candidates,
-        matches=matches,
-        ranks=ranks,
-        nearest=hits.scores[:, :k],
-        exact_milliseconds=milliseconds_per_query(exact, queries, k),
-    )
-
-
-def _without_self(hits: Hits, rows: Int[np.ndarray, " rows"]) -> Hits:
-    """Drop of each row the query itself, or the last hit where it did not find itself."""
-    order = np.argsort(hits.ids == rows[:, None], axis=1, kind="stable")[:, :-1]
-    return Hits(
-        np.take_along_axis(hits.scores, order, axis=1), np.take_along_axis(hits.ids, order, axis=1)
-    )
 
 
 def _row(each: Comparison) -> list[str]:

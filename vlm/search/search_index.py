@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 from jaxtyping import Float32
 
+from vlm.bundle import is_bundle
 from vlm.embedding.embedder import Embedder
 from vlm.embedding.parts import read_embeddings
 from vlm.errors import DataError, SearchIndexError
@@ -85,12 +86,23 @@ class SearchIndex:
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise SearchIndexError(f"the index {folder} cannot be read: {error}") from error
 
-    def embedder_of(self, embedder: Embedder) -> Embedder:
-        """Return the embedder at the width of the index's vectors.
+    def load_embedder(self, bundle: Path | None = None, *, device: str | None = None) -> Embedder:
+        """Load the model that made the index, at the width of its vectors.
+
+        Args:
+            bundle: The model's folder, if it is not where it was.
+            device: As for `Embedder.load`.
 
         Raises:
-            SearchIndexError: the index was made by another model.
+            SearchIndexError: the model is not where it was, or is another one.
+            VlmError: the bundle cannot be loaded.
         """
+        if bundle is None and not is_bundle(self.bundle):
+            raise SearchIndexError(
+                f"the index was made with the model in {self.bundle}, which is not there; expected "
+                "its folder as --bundle"
+            )
+        embedder = Embedder.load(bundle or self.bundle, device=device)
         if embedder.fingerprint != self.fingerprint:
             raise SearchIndexError(
                 f"the index was made by another model ({self.fingerprint[:12]}) than the one "

@@ -22,7 +22,7 @@ from vlm.embedding.bulk import BulkEmbedder
 from vlm.embedding.embedder import Embedder
 from vlm.evaluation.classification.class_names import read_class_names
 from vlm.evaluation.classification.dataset import images_of_split
-from vlm.evaluation.classification.evaluation import classifier_weights, evaluate_classification
+from vlm.evaluation.classification.run import classifier_weights, evaluate_classification
 from vlm.evaluation.retrieval.comparison import compare
 from vlm.evaluation.retrieval.evaluation import evaluate_retrieval
 from vlm.evaluation.retrieval.metrics import recall_at

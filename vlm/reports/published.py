@@ -13,18 +13,6 @@ RECALLS = 6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PublishedBenchmark:
-    """A benchmark with its usual protocol."""
-
-    name: str
-    language: str
-    images: int
-    captions: int
-    protocol: str
-    """In words: which split, which captions."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class PublishedRow:
     """The zero-shot scores of a model in a published table."""
 
@@ -46,19 +34,18 @@ class PublishedRow:
 
 
 @cache
-def published_benchmarks() -> Mapping[str, PublishedBenchmark]:
-    """Return the benchmarks with published rows, by name."""
-    entries = _record()["benchmarks"]
-    return {name: PublishedBenchmark(name=name, **entry) for name, entry in entries.items()}
+def published_benchmarks() -> Mapping[str, Mapping[str, Any]]:
+    """Return by name the usual protocol of benchmarks: language, images, captions, protocol."""
+    benchmarks: dict[str, Mapping[str, Any]] = _record()["benchmarks"]
+    return benchmarks
 
 
 @cache
 def published_rows() -> tuple[PublishedRow, ...]:
     """Return all rows that ship with the package, in the order of the file."""
-    record = _record()
     rows = []
-    for table in record["tables"]:
-        common = record["benchmarks"][table["benchmark"]] | table
+    for table in _record()["tables"]:
+        common = {**published_benchmarks()[table["benchmark"]], **table}
         del common["rows"]
         for entry in table["rows"]:
             recalls = entry["recalls"] + [None] * (RECALLS - len(entry["recalls"]))

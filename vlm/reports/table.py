@@ -9,12 +9,7 @@ from typing import Any
 from vlm.errors import ConfigError, DataError
 from vlm.evaluation.retrieval.metrics import mean_recall
 from vlm.markdown import markdown_table
-from vlm.reports.published import (
-    PublishedBenchmark,
-    PublishedRow,
-    published_benchmarks,
-    published_rows,
-)
+from vlm.reports.published import PublishedRow, published_benchmarks, published_rows
 from vlm.reports.results import SCORES, WORDS, Result, difference, in_words
 
 _OTHER = "≠"
@@ -86,14 +81,13 @@ def tables_of(
 
 def _published_by_place(
     asked: Sequence[str], results: Sequence[Result]
-) -> dict[tuple[str, str], PublishedBenchmark]:
-    """Return the published benchmarks by the name and language of their table."""
+) -> dict[tuple[str, str], str]:
+    """Return the names of the published benchmarks by the name and language of their table."""
     names = list(dict.fromkeys(result.benchmark for result in results))
-    found: dict[tuple[str, str], PublishedBenchmark] = {}
+    found: dict[tuple[str, str], str] = {}
     for text in asked:
         name, sign, wanted = text.rpartition("=")
-        benchmark = published_benchmarks().get(wanted)
-        if benchmark is None:
+        if wanted not in published_benchmarks():
             raise ConfigError(
                 f"there are no published rows of {wanted!r}; expected one of "
                 f"{', '.join(published_benchmarks())}"
@@ -102,11 +96,11 @@ def _published_by_place(
             raise ConfigError(f"no run has a benchmark {name!r}; expected one of {names}")
         same = [name] if sign else [each for each in names if _plain(each) == _plain(wanted)]
         for each in same or [wanted]:
-            first = found.setdefault((each, benchmark.language), benchmark)
-            if first is not benchmark:
+            first = found.setdefault((each, published_benchmarks()[wanted]["language"]), wanted)
+            if first != wanted:
                 raise ConfigError(
-                    f"{each} is given the published rows of {first.name} and of {wanted}; expected "
-                    "one of them"
+                    f"{each} is given the published rows of {first} and of {wanted}; expected one "
+                    "of them"
                 )
     return found
 
@@ -118,7 +112,7 @@ def _plain(name: str) -> str:
 def _table(
     place: tuple[str, str],
     results: Sequence[Result],
-    published: PublishedBenchmark | None,
+    published: str | None,
     mixed: bool,
 ) -> Table:
     rows = []
@@ -133,12 +127,10 @@ def _table(
         rows.append(row)
     question = results[0].question if results else None
     if published:
-        usual = {"images": published.images, "captions": published.captions}
-        expected = {key: question.get(key) for key in usual} if question else usual
+        usual = question or published_benchmarks()[published]
+        expected = {key: usual.get(key) for key in ("images", "captions")}
         rows += [
-            _row_of_others(row, expected)
-            for row in published_rows()
-            if row.benchmark == published.name
+            _row_of_others(row, expected) for row in published_rows() if row.benchmark == published
         ]
     return Table(benchmark=place[0], language=place[1], question=question, rows=rows)
 

@@ -8,8 +8,8 @@ from tests.builders import THINGS, encoded, make_image, tiny_bundle
 from vlm.embedding.bulk import BulkEmbedder
 from vlm.embedding.embedder import Embedder
 from vlm.errors import VlmError
-from vlm.evaluation.classification import evaluation
-from vlm.evaluation.classification.evaluation import classifier_weights, evaluate_classification
+from vlm.evaluation.classification import run
+from vlm.evaluation.classification.run import classifier_weights, evaluate_classification
 
 TEMPLATES = ("{}", "a photo of a {}", "{} drawn by hand")
 
@@ -34,7 +34,7 @@ def naive_weight(embedder, names, templates):
 def test_a_classs_vector_is_the_direction_of_its_prompts_mean(
     embedder, monkeypatch, prompts_at_a_time
 ):
-    monkeypatch.setattr(evaluation, "_PROMPTS_AT_A_TIME", prompts_at_a_time)
+    monkeypatch.setattr(run, "_PROMPTS_AT_A_TIME", prompts_at_a_time)
     names = ["red apple", ["grey cat", "kitten"], ("dog",), "red apple"]
     weights = classifier_weights(BulkEmbedder(embedder), names, TEMPLATES)
     assert weights.dtype == np.float32

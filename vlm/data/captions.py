@@ -44,23 +44,17 @@ def read_captions(
 ) -> Iterator[str]:
     """Give every caption of one language, source by source, as it is written there.
 
-    However large a source is, only a block of it is in memory. Blank captions are left out and
-    repeated ones are not. A source is one of
+    Only a block of a source is in memory. Blank captions are left out and repeated ones are not. A
+    source is a file: `.txt` with a caption a line, `.csv` or `.tsv` with a header, `.jsonl` with a
+    record a line, `.parquet`, `.html` (its running text) or a shard, `.tar`, whose samples have
+    `.json` records or `.txt` members; all but Parquet may be packed (`.gz`). Or it is a folder: of
+    a data folder the shards of one split, verified before they are read; of any other all such
+    files in it and below, sorted, without hidden files and links to folders.
 
-    * `.txt`, a caption a line, and tables with a header, `.csv` and `.tsv`, each also with `.gz`;
-    * `.parquet`, whose column may hold lists;
-    * `.jsonl` and `.jsonl.gz`, a record a line, whose value may be a list of captions;
-    * `.html`, whose paragraphs, headings, items and cells are texts, without navigation;
-    * shards, `.tar` and `.tar.gz`: their `.json` records, or the lines of `.txt` members where a
-      sample's record names no captions or is not there;
-    * a data folder: the shards of its split, each verified before it is read;
-    * any other folder: all of the above in it and in its folders, sorted. Hidden files and links
-      to folders are left out.
-
-    Text is UTF-8. Tables and records name their captions by the first of: the language code,
-    `caption_LANGUAGE`, `caption`, `text`; records also by `captions`, a mapping by language, which
-    goes before these. A code may have a region, `zh-CN`. What does not name its language is taken
-    to be in the one asked for.
+    Tables and records name their captions by the first of: the language code, `caption_LANGUAGE`,
+    `caption`, `text`; records also by `captions`, a mapping by language, which goes before these. A
+    code may have a region, `zh-CN`. Captions without a language are taken to be in the one asked
+    for. A value may be a list of captions.
 
     Args:
         sources: Files and folders.
@@ -197,7 +191,7 @@ def _captions_of(path: Path, wanted: _Wanted, advance: Advance) -> Iterator[str]
 def _captions_of_records(
     path: Path, wanted: _Wanted, advance: Advance, *, packed: bool
 ) -> Iterator[str]:
-    """Read records of which some may name no captions, but not all."""
+    """Read records; some may name no captions, but not all."""
     captioned, without = False, ""
     if packed:
         for place, (_, sample) in samples_of(path, advance=advance):

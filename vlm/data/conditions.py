@@ -1,18 +1,16 @@
 """Which samples are meant: conditions on their source, their concept and their labels."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vlm.data.sample import Sample
 from vlm.errors import DataError
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Condition:
-    """What a sample must be; what it has nothing of is taken for empty."""
+class Condition(NamedTuple):
+    """What the source, the concept or a label must be; a sample without it counts as empty."""
 
     key: str
-    """`source`, `concept` or the name of a label."""
     value: str
     equal: bool
     """Whether the sample's must be this value, or any other."""
@@ -23,16 +21,11 @@ class Condition:
 
 
 def parse_condition(text: str) -> Condition:
-    """Read `KEY=VALUE` or `KEY!=VALUE`; the key is `source`, `concept` or one of the labels.
-
-    Raises:
-        DataError: the text is no such condition.
-    """
+    """Read `KEY=VALUE` or `KEY!=VALUE`; the key is `source`, `concept` or one of the labels."""
     key, sign, value = text.partition("=")
-    equal, key = not key.endswith("!"), key.removesuffix("!")
-    if not (key and sign and value):
+    if not (key.removesuffix("!") and sign and value):
         raise DataError(f"{text!r} is not a condition; expected KEY=VALUE or KEY!=VALUE")
-    return Condition(key=key, value=value, equal=equal)
+    return Condition(key.removesuffix("!"), value, equal=not key.endswith("!"))
 
 
 def samples_where(

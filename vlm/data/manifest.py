@@ -42,7 +42,7 @@ class Manifest:
 
 
 def is_data_folder(folder: Path) -> bool:
-    """Tell whether a path is a folder with a manifest."""
+    """Say whether a path is a folder with a manifest."""
     return (folder / MANIFEST_NAME).is_file()
 
 

@@ -217,7 +217,7 @@ def first_line(path: Path) -> str:
 
 
 def first_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in the first line, or nothing if it is none."""
+    """Return the JSON object in the first line, or nothing if it is something else."""
     try:
         return object_in(first_line(path), "")
     except DataError:

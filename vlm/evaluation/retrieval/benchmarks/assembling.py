@@ -185,7 +185,7 @@ def _check(
     source: RetrievalSource,
     name: str,
 ) -> None:
-    """Refuse a benchmark of which too much is missing; duplicates are only reported."""
+    """Refuse a benchmark if too much is missing; duplicates are only reported."""
     allowed = _ALLOWED_SHARE if source.allowed_share is None else source.allowed_share
     totals = {"missing_images": images, "unknown_ids": captions, "empty_captions": captions}
     words = {

@@ -37,7 +37,7 @@ def list_chinese_clip(source: RetrievalSource) -> Listing:
     if not splits:
         raise DataError(
             f"{folder} has its texts in the LMDB only, as pickles, which are not read because they "
-            f"can run code; put the SPLIT{_TEXTS} that they were made of beside it"
+            f"can run code; put the SPLIT{_TEXTS} that they were made of into it"
         )
     split = choose_split(splits, asked, folder)
     ids, read = _images_of(folder, split)

@@ -142,7 +142,7 @@ def _environment(folder: Path, process: int) -> Any:
         import lmdb
     except ImportError as error:
         raise DataError(
-            f"{folder} is an LMDB; `pip install lmdb` to read it, or keep the .tsv beside it"
+            f"{folder} is an LMDB; `pip install lmdb` to read it, or keep the .tsv next to it"
         ) from error
     try:
         return lmdb.open(str(folder), readonly=True, create=False, lock=False, readahead=False)
@@ -158,10 +158,10 @@ class ImageFolder:
 
     Args:
         named: The folder that the user named.
-        default: Where to look if there is none.
+        default: Where to look by default.
 
     Raises:
-        DataError: the folder that the user named is none.
+        DataError: what the user named is not a folder.
     """
 
     def __init__(self, named: Path | None, default: Path) -> None:
@@ -171,7 +171,7 @@ class ImageFolder:
         self._search = named is not None
 
     def find(self, name: str) -> Path | None:
-        """Return the file of an image, or None if there is none."""
+        """Return the file of an image, or None if it is not there."""
         for candidate in (name, *(name + suffix for suffix in SUFFIXES)):
             path = self.folder / candidate
             if os.path.isfile(path):  # Path's own method raises where a name is too long

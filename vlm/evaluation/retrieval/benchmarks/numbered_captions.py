@@ -34,17 +34,17 @@ def list_numbered_captions(source: RetrievalSource) -> Listing:
     """List the images of a split, or all that the captions name where there is no list of ids.
 
     Raises:
-        DataError: the folder has several files of captions, or a line is none.
+        DataError: the folder has several files of captions, or a line does not fit.
     """
     path = _choose(_caption_files(source.path), source.path)
     rows = list(_rows_of(path))
     folder = ImageFolder(source.images, path.parent)
     named = dict.fromkeys(name for row in rows for name in row.image_ids)
-    beside = _lists_beside(path)
-    lists = {of: found for of, found in beside.items() if not named.keys().isdisjoint(found[1])}
+    found = _lists_near(path)
+    lists = {of: names for of, names in found.items() if not named.keys().isdisjoint(names[1])}
     split = choose_split(lists, source.split, source.path)
     if not lists:
-        strange = ", ".join(file.name for file, _ in beside.values())
+        strange = ", ".join(file.name for file, _ in found.values())
         notes = (f"all images of {path.name}; {strange} name none of them",) if strange else ()
         return listing_of_files(named, folder, rows=rows, notes=notes)
     of_split = lists[split][1]
@@ -88,8 +88,8 @@ def _rows_of(path: Path) -> Iterator[Row]:
         yield Row(parts[2] or "", (parts[1],), place)
 
 
-def _lists_beside(captions: Path) -> dict[str, tuple[Path, list[str]]]:
-    """Return file and ids of the lists, files with one id a line, beside a file of captions.
+def _lists_near(captions: Path) -> dict[str, tuple[Path, list[str]]]:
+    """Return file and ids of the lists, files with one id a line, next to a file of captions.
 
     They are by split, which is the last part of the file's name: `coco-cn_test.txt`.
     """

@@ -191,7 +191,7 @@ def test_random_rows_follow_their_seed(embedding, clip):
 
 
 def test_similarity_without_vectors_asks_for_them(embedding, clip):
-    with pytest.raises(ConfigError, match="name files of word vectors by --vectors"):
+    with pytest.raises(ConfigError, match="name files of word vectors with --vectors"):
         rows_by_piece(embedding, clip, init="similarity")
 
 

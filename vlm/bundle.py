@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float
 from PIL import Image
 from safetensors import SafetensorError
@@ -20,6 +21,7 @@ from vlm.files import sha256_of, write_file, write_folder
 from vlm.images.transforms import evaluation_transform
 from vlm.models.build import build_encoder
 from vlm.models.encoder import Encoder
+from vlm.text.auto_tokenizer import OWN_TOKENIZER, for_open_clip
 from vlm.text.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT_VERSION = 1
@@ -86,6 +88,9 @@ def save_bundle(
         for name, tensor in model.state_dict().items()
     }
     their_cfg, hf_config = _without_hf_config(model_cfg)
+    fast_files: dict[str, bytes] = {}
+    if "text_cfg" in their_cfg:
+        their_cfg["text_cfg"], fast_files = for_open_clip(their_cfg["text_cfg"], tokenizer)
     description = {
         "format": FORMAT_VERSION,
         "vlm": version("vlm"),
@@ -103,6 +108,8 @@ def save_bundle(
         name = _MODEL_CONFIG if "multiway" in model_cfg else _OPEN_CLIP_CONFIG
         _write_json(temporary / name, config)
         tokenizer.save(temporary / _TOKENIZER)
+        for name, content in fast_files.items():  # where open_clip's `get_tokenizer` looks
+            (temporary / name).write_bytes(content)
         _write_json(temporary / _DESCRIPTION, description)
 
 
@@ -249,9 +256,13 @@ def _without_hf_config(
 def _with_hf_config(
     model_cfg: Mapping[str, Any], hf_config: Mapping[str, Any] | None
 ) -> Mapping[str, Any]:
-    if hf_config is None:
-        return model_cfg
-    return {**model_cfg, "text_cfg": {**model_cfg["text_cfg"], "hf_config": hf_config}}
+    """Return the description as `save_bundle` was given it."""
+    text_cfg = dict(model_cfg.get("text_cfg", {}))
+    if text_cfg.get("hf_tokenizer_name") == OWN_TOKENIZER:
+        del text_cfg["hf_tokenizer_name"], text_cfg["tokenizer_kwargs"]
+    if hf_config is not None:
+        text_cfg["hf_config"] = hf_config
+    return {**model_cfg, "text_cfg": text_cfg} if text_cfg else model_cfg
 
 
 def _load_weights(model: Encoder, path: Path) -> None:
@@ -275,7 +286,21 @@ def _load_weights(model: Encoder, path: Path) -> None:
             f"{path} does not fit its model: {len(wrong)} tensors are missing, unexpected or of "
             f"another shape ({shown})"
         )
+    check_finite(weights, str(path))
     model.load_state_dict(weights)
+
+
+def check_finite(weights: Mapping[str, Tensor], where: str) -> None:
+    """Refuse weights that are not finite: they give no features.
+
+    Raises:
+        CheckpointError: a tensor has a NaN or an infinity.
+    """
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{where} has a NaN or an infinity in {name}; expected finite weights"
+            )
 
 
 def _write_json(path: Path, record: Mapping[str, Any]) -> None:

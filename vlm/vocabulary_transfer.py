@@ -50,10 +50,6 @@ def grow_bundle(bundle: Bundle, tokenizer: Tokenizer, config: GrowthConfig, out:
         tokenizer: An extension of the bundle's own.
         config: How new rows and positions start.
         out: The folder to write.
-
-    Raises:
-        TokenizerError: the tokenizer is no extension of the bundle's.
-        ConfigError: there are fewer positions than before, or files are not named.
     """
     old = bundle.tokenizer
     if not is_extension(tokenizer, old) or tokenizer.vocab_size <= old.vocab_size:
@@ -136,7 +132,7 @@ def _text_tower(bundle: Bundle) -> TextTransformer:
     model = bundle.model
     if isinstance(model, DualEncoder) and isinstance(model.text, TextTransformer):
         return model.text
-    raise ConfigError("the model's text tower is not one of open_clip's own; expected one of those")
+    raise ConfigError("unsupported text tower; expected one of open_clip's own")
 
 
 def _translations(pieces: Sequence[str], old: Tokenizer, path: Path | None) -> list[list[int]]:
@@ -155,7 +151,7 @@ def _similar(
 ) -> tuple[list[int], Float[Tensor, "known width"]]:
     """Return which new pieces have vectors, and the rows that they get by them."""
     if not config.vectors:
-        raise ConfigError("similarity needs vectors; name files of word vectors by --vectors")
+        raise ConfigError("similarity needs vectors; name files of word vectors with --vectors")
     surfaces = [old.vocabulary.decode([i]).strip() for i in range(old.vocab_size)]
     vectors = read_vectors(config.vectors, {*surfaces, *pieces})
     known = [i for i, piece in enumerate(pieces) if piece in vectors and vectors[piece].any()]

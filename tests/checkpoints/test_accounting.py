@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vlm.checkpoints.accounting import Origin, gather, scatter
+from vlm.checkpoints.accounting import Origin, to_ours, to_theirs
 from vlm.errors import CheckpointError
 
 ORIGINS = {
@@ -20,7 +20,7 @@ EXPECTED = {"plain": torch.empty(2), "turned": torch.empty(3, 2), "joined": torc
 
 
 def take(theirs, **options):
-    return gather(theirs, EXPECTED, ORIGINS.__getitem__, **options)
+    return to_ours(theirs, EXPECTED, ORIGINS.__getitem__, **options)
 
 
 def test_tensors_are_renamed_turned_and_joined():
@@ -32,7 +32,7 @@ def test_tensors_are_renamed_turned_and_joined():
 
 
 def test_scattering_undoes_gathering():
-    theirs = scatter(take(THEIRS)[0], ORIGINS.__getitem__)
+    theirs = to_theirs(take(THEIRS)[0], ORIGINS.__getitem__)
     assert theirs.keys() == THEIRS.keys()
     assert all(theirs[name].equal(THEIRS[name]) for name in THEIRS)
     assert all(tensor.is_contiguous() for tensor in theirs.values())

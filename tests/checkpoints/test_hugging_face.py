@@ -230,7 +230,7 @@ def test_other_activations_are_refused(folder, tmp_path):
 
 def test_a_folder_of_another_model_is_named(folder, tmp_path):
     changed(folder / "config.json", model_type="siglip")
-    with pytest.raises(CheckpointError, match="is no folder that is known; expected a bundle"):
+    with pytest.raises(CheckpointError, match="is an unknown kind of folder; expected a bundle"):
         convert(folder, tmp_path / "bundle", ConversionConfig())
 
 

@@ -17,6 +17,7 @@ from vlm.checkpoints.m2_encoder import multiway_config
 from vlm.errors import CheckpointError, ConfigError, TokenizerError
 from vlm.models.multiway import MultiwayEncoder
 from vlm.models.multiway_config import MultiwayConfig, is_held, released_tensors
+from vlm.text.importing import import_tokenizer
 
 SIZES = MultiwayConfig(
     image_size=32, patch_size=8, width=128, heads=2, ffn_width=256, layers=2, vl_layers=1,
@@ -50,8 +51,16 @@ def released(glm, config=SIZES):
     }
 
 
+def converted(glm, folder, tensors=None, **options):
+    """Convert a checkpoint as it is released, into the folder's `bundle`, and read that."""
+    torch.save(released(glm) if tensors is None else tensors, folder / "m2.ckpt")
+    config = ConversionConfig(**{"tokenizer": str(glm), "heads": 2} | options)
+    convert(folder / "m2.ckpt", folder / "bundle", config)
+    return load_bundle(folder / "bundle")
+
+
 def test_the_sizes_follow_from_the_shapes(glm):
-    assert multiway_config(released(glm)) == SIZES
+    assert multiway_config(released(glm), heads=2) == SIZES
 
 
 @pytest.mark.parametrize(
@@ -73,7 +82,7 @@ def test_a_checkpoint_round_trips_name_by_name(glm, tmp_path, key):
     stored = {f"_forward_module.{name}": tensor for name, tensor in theirs.items()}
     stored["_forward_module.visual_tokenizer.codebook.weight"] = torch.zeros(4, 4)
     torch.save({key: stored} if key else stored, tmp_path / "m2.ckpt")
-    config = ConversionConfig(tokenizer=str(glm))
+    config = ConversionConfig(tokenizer=str(glm), heads=2)
     said = convert(tmp_path / "m2.ckpt", tmp_path / "bundle", config)
     held = {name for name in theirs if is_held(name)}
     dropped = {"visual_tokenizer.codebook.weight", *theirs} - held
@@ -85,37 +94,46 @@ def test_a_checkpoint_round_trips_name_by_name(glm, tmp_path, key):
     back = torch.load(tmp_path / "back.ckpt", weights_only=True)["state_dict"]
     assert back.keys() == held
     assert all(back[name].equal(theirs[name]) for name in held)
-    assert all(name in said[0] for name in theirs.keys() - held)
-    again = ConversionConfig(tokenizer=str(glm))
+    assert all(name in said[1] for name in theirs.keys() - held)
+    again = ConversionConfig(tokenizer=str(glm), heads=2)
     convert(tmp_path / "back.ckpt", tmp_path / "twice", again)
     assert load_bundle(tmp_path / "twice").fingerprint == bundle.fingerprint
 
 
-def test_heads_that_no_shape_tells_are_not_written(glm, tmp_path):
-    config = ConversionConfig(tokenizer=str(glm))
+def test_a_width_that_is_not_published_asks_for_the_heads(glm, tmp_path):
+    with pytest.raises(CheckpointError, match=r"128 wide, .* expected --heads, or a width of 768"):
+        converted(glm, tmp_path, heads=None)
+
+
+def test_heads_that_no_shape_shows_come_back_by_the_option(glm, tmp_path):
     torch.save(released(glm), tmp_path / "m2.ckpt")
+    config = ConversionConfig(tokenizer=str(glm), heads=4)
     convert(tmp_path / "m2.ckpt", tmp_path / "bundle", config)
     bundle = load_bundle(tmp_path / "bundle")
-    bundle.model.config = replace(SIZES, heads=4)
-    with pytest.raises(CheckpointError, match="cannot express 4 attention heads of a width of 128"):
+    assert bundle.model.config == replace(SIZES, heads=4)
+    assert "read it with --heads 4" in export(bundle, tmp_path / "back.ckpt", "m2")[0]
+    convert(tmp_path / "back.ckpt", tmp_path / "twice", config)
+    assert load_bundle(tmp_path / "twice").fingerprint == bundle.fingerprint
+
+
+def test_heads_of_a_published_width_are_not_written_otherwise(glm, tmp_path):
+    bundle = converted(glm, tmp_path)
+    bundle.model.config = replace(SIZES, width=768, heads=24)
+    with pytest.raises(CheckpointError, match="cannot express 24 attention heads"):
         export(bundle, tmp_path / "back.ckpt", "m2")
     assert not (tmp_path / "back.ckpt").exists()
 
 
 def test_a_folder_is_no_place_for_a_file(glm, tmp_path):
-    torch.save(released(glm), tmp_path / "m2.ckpt")
-    config = ConversionConfig(tokenizer=str(glm))
-    convert(tmp_path / "m2.ckpt", tmp_path / "bundle", config)
+    bundle = converted(glm, tmp_path)
     with pytest.raises(CheckpointError, match="is a folder; expected a file to write"):
-        export(load_bundle(tmp_path / "bundle"), tmp_path, "m2")
+        export(bundle, tmp_path, "m2")
 
 
 @pytest.mark.parametrize("length", [0, 1, -1])
 def test_a_context_too_short_for_any_text_is_refused(glm, tmp_path, length):
-    torch.save(released(glm), tmp_path / "m2.ckpt")
-    config = ConversionConfig(tokenizer=str(glm), context_length=length)
     with pytest.raises(TokenizerError, match=f"context_length is {length}; expected"):
-        convert(tmp_path / "m2.ckpt", tmp_path / "bundle", config)
+        converted(glm, tmp_path, context_length=length)
 
 
 @torch.inference_mode()
@@ -125,9 +143,7 @@ def test_the_bundle_is_the_model_with_those_tensors(glm, tmp_path):
     model = disturb(MultiwayEncoder(SIZES, vocab_size=vocabulary))
     names = {"log_logit_scale": "logit_vl_scale", "log_unimodal_logit_scale": "logit_scale"}
     model.load_state_dict({n: theirs[names.get(n, n)] for n in model.state_dict()})
-    torch.save(theirs, tmp_path / "m2.ckpt")
-    convert(tmp_path / "m2.ckpt", tmp_path / "bundle", ConversionConfig(tokenizer=str(glm)))
-    bundle = load_bundle(tmp_path / "bundle")
+    bundle = converted(glm, tmp_path, theirs)
     tokens = bundle.tokenizer.encode(TEXTS)
     assert bundle.model.encode_text(tokens).equal(model.encode_text(tokens))
     assert bundle.model.encode_image(pixels(bundle)).equal(model.encode_image(pixels(bundle)))
@@ -138,9 +154,8 @@ def test_the_bundle_is_the_model_with_those_tensors(glm, tmp_path):
 
 
 def test_texts_stand_between_glms_pieces_and_lose_their_head(glm, tmp_path):
-    torch.save(released(glm), tmp_path / "m2.ckpt")
-    convert(tmp_path / "m2.ckpt", tmp_path / "bundle", ConversionConfig(tokenizer=str(glm)))
-    tokenizer = load_bundle(tmp_path / "bundle").tokenizer
+    bundle = converted(glm, tmp_path)
+    tokenizer = bundle.tokenizer
     model = sentencepiece.SentencePieceProcessor(model_file=str(glm))
     text = "red apple " * 40 + "blue  sea"
     rows = tokenizer.encode([text, "blue  sea"])
@@ -156,10 +171,7 @@ def test_texts_stand_between_glms_pieces_and_lose_their_head(glm, tmp_path):
 @torch.inference_mode()
 def test_positions_are_interpolated_for_another_image_size(glm, tmp_path):
     theirs = released(glm)
-    torch.save(theirs, tmp_path / "m2.ckpt")
-    config = ConversionConfig(tokenizer=str(glm), image_size=48)
-    convert(tmp_path / "m2.ckpt", tmp_path / "bundle", config)
-    bundle = load_bundle(tmp_path / "bundle")
+    bundle = converted(glm, tmp_path, theirs, image_size=48)
     assert bundle.model.grid_size == (6, 6)
     assert bundle.model.encode_image(pixels(bundle)).shape == (3, 48)
     assert bundle.preprocess_cfg["size"] == 48
@@ -171,30 +183,41 @@ def test_positions_are_interpolated_for_another_image_size(glm, tmp_path):
 
 
 def test_an_image_size_that_patches_do_not_fill_is_refused(glm, tmp_path):
-    torch.save(released(glm), tmp_path / "m2.ckpt")
-    config = ConversionConfig(tokenizer=str(glm), image_size=47)
     with pytest.raises(ConfigError, match="expected a multiple of patch_size"):
-        convert(tmp_path / "m2.ckpt", tmp_path / "bundle", config)
+        converted(glm, tmp_path, image_size=47)
 
 
 def test_a_checkpoint_asks_for_its_tokenizer(glm, tmp_path):
     torch.save(released(glm), tmp_path / "m2.ckpt")
-    with pytest.raises(CheckpointError, match=r"name its sp\.model by --tokenizer"):
-        convert(tmp_path / "m2.ckpt", tmp_path / "bundle", ConversionConfig())
+    with pytest.raises(CheckpointError, match=r"name its sp\.model with --tokenizer"):
+        convert(tmp_path / "m2.ckpt", tmp_path / "bundle", ConversionConfig(heads=2))
 
 
 def test_an_unexpected_or_missing_tensor_is_named(glm, tmp_path):
     theirs = released(glm) | {"decoder.weight": torch.zeros(1)}
     del theirs["logit_vl_scale"]
-    torch.save(theirs, tmp_path / "m2.ckpt")
     with pytest.raises(CheckpointError, match=r"\(logit_vl_scale\), .* \(decoder\.weight\)"):
-        convert(tmp_path / "m2.ckpt", tmp_path / "bundle", ConversionConfig(tokenizer=str(glm)))
+        converted(glm, tmp_path, theirs)
 
 
 @pytest.mark.parametrize("target", ["open_clip", "hf", "chinese-clip"])
 def test_other_formats_cannot_express_multiway_towers(glm, tmp_path, target):
     torch.save(released(glm), tmp_path / "m2.ckpt")
-    config = ConversionConfig(tokenizer=str(glm))
+    config = ConversionConfig(tokenizer=str(glm), heads=2)
     with pytest.raises(CheckpointError, match="cannot express multiway towers"):
         convert(tmp_path / "m2.ckpt", tmp_path / "out", config, target=target)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_tokenizer_is_recognised_by_its_pieces(glm):
+    config = import_tokenizer(str(glm)).config
+    assert (config.begin_of_text, config.end_of_text) == ("[CLS]", "<|endoftext|>")
+    assert (config.context_length, config.truncation, config.cleaning) == (52, "left", "glm")
+    assert import_tokenizer(str(glm), context_length=60).config.context_length == 60
+
+
+def test_weights_that_are_no_numbers_are_refused(glm, tmp_path):
+    theirs = released(glm)
+    theirs["itc_vl_image_proj.fc.weight"][3, 4] = torch.nan
+    with pytest.raises(CheckpointError, match=r"NaN or an infinity in itc_vl_image_proj\.fc"):
+        converted(glm, tmp_path, theirs)

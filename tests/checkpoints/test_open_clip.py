@@ -14,14 +14,19 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from tests.builders import make_image
+from tests.builders import IMAGE_SIZE, TINY_MODEL, make_image, tiny_model, tiny_tokenizer
 from tests.checkpoints.sources import TEXTS, close, disturb, pixels
-from vlm.bundle import load_bundle
+from tests.support.commands import ROOT
+from vlm.bundle import load_bundle, save_bundle
 from vlm.checkpoints.config import ConversionConfig
 from vlm.checkpoints.conversion import convert
 from vlm.checkpoints.export import export
 from vlm.errors import CheckpointError
 from vlm.images.config import PreprocessConfig
+from vlm.images.transforms import preprocess_cfg
+from vlm.models.build import encoder_model_cfg
+from vlm.text.clip_bpe import clip_tokenizer
+from vlm.text.tokenizer import load_tokenizer
 
 VISION = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8}
 TEXT = {"context_length": 77, "vocab_size": 49_408, "width": 64, "heads": 2, "layers": 2}
@@ -178,7 +183,7 @@ def saved(tmp_path, tensors):
 @pytest.mark.usefixtures("zoo")
 def test_a_file_does_not_say_its_model(tmp_path):
     path = saved(tmp_path, build("vit").state_dict())
-    with pytest.raises(CheckpointError, match="does not say which; name it by --model"):
+    with pytest.raises(CheckpointError, match="does not say which; name it with --model"):
         convert(path, tmp_path / "bundle", ConversionConfig())
     with pytest.raises(CheckpointError, match="open_clip has no model 'vti'"):
         convert(path, tmp_path / "bundle", ConversionConfig(model="vti"))
@@ -201,7 +206,7 @@ def test_another_model_than_the_files_is_refused_by_its_tensors(tmp_path):
 @pytest.mark.usefixtures("zoo")
 def test_preprocessing_is_never_guessed(tmp_path, model, said):
     path = saved(tmp_path, build("vit").state_dict())
-    with pytest.raises(CheckpointError, match=f"{said}; say it by --preprocess"):
+    with pytest.raises(CheckpointError, match=f"{said}; set them with --preprocess"):
         convert(path, tmp_path / "bundle", ConversionConfig(model=model))
 
 
@@ -239,7 +244,7 @@ def test_a_foreign_tokenizer_is_asked_for(tmp_path):
     record = {"model_cfg": cfg, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(record))
     torch.save({"logit_scale": torch.zeros(())}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="SigLIP; name its files by --tokenizer"):
+    with pytest.raises(CheckpointError, match="SigLIP; name its files with --tokenizer"):
         convert(tmp_path, tmp_path / "bundle", ConversionConfig())
 
 
@@ -297,7 +302,7 @@ def test_a_tower_that_sees_its_padding_reads_as_in_open_clip(tmp_path, kwargs):
     ("name", "target", "said"),
     [
         ("vit", "chinese-clip", "has BERT's text tower; the bundle's is a text transformer"),
-        ("vit", "m2", "holds multiway towers; the bundle has two apart"),
+        ("vit", "m2", "holds multiway towers; the bundle is a dual encoder"),
         ("resnet", "hf", "the bundle's image tower is a residual network"),
         ("timm", "hf", "the bundle's image tower is test_resnet"),
         ("siglip", "hf", "cannot express the model's init_logit_bias"),
@@ -310,3 +315,55 @@ def test_what_a_format_cannot_express_is_refused(tmp_path, name, target, said):
     with pytest.raises(CheckpointError, match=said):
         convert(path, tmp_path / "out", config, target=target)
     assert not (tmp_path / "out").exists()
+
+
+TOKENIZERS = {
+    "clip": clip_tokenizer,
+    "clip-zh": lambda: load_tokenizer(ROOT / "tokenizers/clip-zh"),
+    "emoji-zh-en": lambda: load_tokenizer(ROOT / "tokenizers/emoji-zh-en"),
+    "sp-zh-en": lambda: load_tokenizer(ROOT / "tokenizers/sp-zh-en"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "relative"),
+    [*((name, False) for name in TOKENIZERS), ("emoji-zh-en", True)],
+    ids=[*TOKENIZERS, "relative"],
+)
+def test_open_clip_takes_the_tokenizer_of_a_bundle(tmp_path, monkeypatch, name, relative):
+    tokenizer = TOKENIZERS[name]()
+    write_bundle(tmp_path / "bundle", tokenizer)
+    monkeypatch.chdir(tmp_path)
+    theirs = open_clip.get_tokenizer(f"local-dir:{'bundle' if relative else tmp_path / 'bundle'}")
+    texts = [*TEXTS, "", "a &amp; b", "A  Café <|endoftext|> </s>", "word " * 100]
+    ours = tokenizer.encode(texts, pad_to=tokenizer.context_length).ids
+    same = (theirs(texts) == ours).all(dim=1).tolist()
+    differing = [text for text, equal in zip(texts, same, strict=True) if not equal]
+    # open_clip cleans as CLIP does before any tokenizer; these two do not.
+    assert differing == (["a &amp; b"] if name in ("emoji-zh-en", "sp-zh-en") else [])
+    assert load_bundle(tmp_path / "bundle").tokenizer.fast_files == tokenizer.fast_files
+
+
+def test_open_clip_refuses_a_tokenizer_that_it_cannot_take(tmp_path):
+    write_bundle(tmp_path / "bundle", tiny_tokenizer())
+    with pytest.raises((OSError, ValueError)):
+        open_clip.get_tokenizer(f"local-dir:{tmp_path / 'bundle'}")
+
+
+def test_a_tokenizer_is_exported_with_a_bundle_for_open_clip(tmp_path):
+    write_bundle(tmp_path / "bundle", tiny_tokenizer())
+    assert export(load_bundle(tmp_path / "bundle"), tmp_path / "out", "open_clip") == []
+    bundle = load_bundle(tmp_path / "out")
+    theirs = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'out'}")
+    assert theirs(TEXTS).equal(bundle.tokenizer.encode(TEXTS, pad_to=16).ids)
+
+
+def write_bundle(folder, tokenizer):
+    save_bundle(
+        folder,
+        model=tiny_model(tokenizer),
+        model_cfg=encoder_model_cfg(TINY_MODEL, tokenizer),
+        preprocess_cfg=preprocess_cfg(PreprocessConfig(), IMAGE_SIZE),
+        tokenizer=tokenizer,
+        languages=("zh", "en"),
+    )

@@ -157,5 +157,7 @@ def test_halves_become_float32_and_counts_stay():
 
 def test_a_text_in_the_place_of_weights_is_said_to_be_none(tmp_path):
     (tmp_path / "model.pt").write_text("# A page\n")
-    with pytest.raises(CheckpointError, match="is no weights file; expected safetensors or what"):
+    with pytest.raises(
+        CheckpointError, match="is not a weights file; expected safetensors or what"
+    ):
         read_tensors(tmp_path / "model.pt")

@@ -58,7 +58,7 @@ def test_one_command_extends_and_writes_another_format(english, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--positions", "128"], "need a tokenizer; name it by --extend"),
+        (["--positions", "128"], "need a tokenizer; name it with --extend"),
         (["--format", "m2"], "M2-Encoder's format holds multiway towers"),
         (["--format", "onnx"], "onnx"),
         (["--image_sise", "3"], "did you mean 'image_size'"),

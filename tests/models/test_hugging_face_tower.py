@@ -10,7 +10,6 @@ from vlm.errors import ConfigError
 from vlm.models import hugging_face_tower
 from vlm.models.build import build_encoder
 from vlm.models.encoder import MAIN
-from vlm.models.hugging_face_tower import hf_config_of
 from vlm.text.tokenizer import TokenBatch
 
 TEXTS = ["红苹果", "a very small dog", "old house 老房子", "tea"]
@@ -91,6 +90,12 @@ def tokens_of_texts(tokenizer):
     """Ids that open_clip would not mistake for padding."""
     tokens = tokenizer.encode(TEXTS)
     return TokenBatch(tokens.ids.clamp(min=2).masked_fill(~tokens.mask, 300), tokens.mask)
+
+
+def hf_config_of(tower):
+    """Return a tower's configuration without where it came from and the type of its weights."""
+    foreign = ("_name_or_path", "transformers_version", "dtype")
+    return {n: value for n, value in tower.config.to_dict().items() if n not in foreign}
 
 
 @types

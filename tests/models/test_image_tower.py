@@ -7,6 +7,7 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 
 from vlm.errors import ConfigError
+from vlm.models.build import build_towers
 from vlm.models.image_tower import (
     check_image_tower,
     hide_patches,
@@ -17,7 +18,6 @@ from vlm.models.image_tower import (
     set_patch_dropout,
     states_of,
 )
-from vlm.models.open_clip_towers import build_towers
 
 SIZE = 64
 TEXT = {"context_length": 8, "vocab_size": 20, "width": 32, "heads": 2, "layers": 1}
@@ -186,7 +186,7 @@ def test_patch_dropout_leaves_out_its_share_in_training_and_nothing_from_states(
 @pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "resnet"])
 def test_towers_without_patches_to_leave_out_refuse_to(name):
     visual = image_tower(KINDS[name])
-    with pytest.raises(ConfigError, match="has no patches to leave out"):
+    with pytest.raises(ConfigError, match="has no patches to drop"):
         set_patch_dropout(visual, 0.5)
     set_patch_dropout(visual, 0.0)
 

@@ -1,4 +1,4 @@
-"""Masked words are told from the image and hidden patches from the text, and nothing leaks."""
+"""Masked words are predicted from the image and hidden patches from the text, and nothing leaks."""
 
 import math
 from pathlib import Path

@@ -40,6 +40,7 @@ PINNED = {
     "tokenizer train": TEXTS
     | {*SentencePieceConfig.__dataclass_fields__}
     | {"zh_lists", "en_lists", "traditional", "unique", "out"},
+    "tokenizer export": set(),
     "tokenizer prune": TEXTS | {"fewest_uses", "out"},
     "convert": {*ConversionConfig.__dataclass_fields__, *GrowthConfig.__dataclass_fields__}
     | {"to", "format", "extend"},

@@ -206,10 +206,10 @@ DAMAGE = damage(Path(default_bpe()).read_bytes())
 @pytest.mark.parametrize("content", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_list_of_merges_is_refused_by_its_name(tmp_path, content):
     (tmp_path / "merges.gz").write_bytes(content)
-    with pytest.raises(TokenizerError, match=r"merges\.gz is no gzipped list of CLIP's merges"):
+    with pytest.raises(TokenizerError, match=r"merges\.gz is not a gzipped list of CLIP's merges"):
         clip_tokenizer(tmp_path / "merges.gz")
 
 
 def test_a_missing_list_of_merges_is_named(tmp_path):
-    with pytest.raises(TokenizerError, match=r"none\.gz is no gzipped list of CLIP's merges"):
+    with pytest.raises(TokenizerError, match=r"none\.gz is not a gzipped list of CLIP's merges"):
         clip_tokenizer(tmp_path / "none.gz")

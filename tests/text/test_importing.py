@@ -117,14 +117,16 @@ def test_ids_of_bert_are_lines_however_they_end(bert, end):
 
 def test_bert_without_a_special_piece_is_refused_by_its_name(bert):
     bert.write_text("\n".join(piece for piece in BERT if piece not in ("[CLS]", "[MASK]")))
-    with pytest.raises(TokenizerError, match=r"no vocabulary of BERT: it has no \[CLS\], \[MASK\]"):
+    with pytest.raises(
+        TokenizerError, match=r"not a vocabulary of BERT: it lacks \[CLS\], \[MASK\]"
+    ):
         import_tokenizer(str(bert))
 
 
 @pytest.mark.parametrize("content", [b"", b"hello\nworld\n"], ids=["empty", "a text"])
 def test_a_text_file_that_is_no_vocabulary_is_refused(bert, content):
     bert.write_bytes(content)
-    with pytest.raises(TokenizerError, match=r"vocab\.txt is no vocabulary of BERT"):
+    with pytest.raises(TokenizerError, match=r"vocab\.txt is not a vocabulary of BERT"):
         import_tokenizer(str(bert))
 
 
@@ -234,7 +236,7 @@ def test_a_model_without_padding_asks_for_one(tmp_path):
         hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip
     path.write_bytes(buffer.getvalue())
-    with pytest.raises(TokenizerError, match=r"which piece is its padding; name it by --padding$"):
+    with pytest.raises(TokenizerError, match=r"name its padding piece; name it with --padding$"):
         import_tokenizer(str(path))
     tokenizer = import_tokenizer(str(path), padding="<unk>")
     assert tokenizer.special_ids.begin_of_text is None
@@ -332,15 +334,15 @@ def test_settings_are_read_from_the_file_beside(folder, changes, expected):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({}, "its end_of_text and which its padding; name it by --end_of_text and --padding"),
-        ({"eos_token": "</s>"}, "its padding; name it by --padding"),
-        ({"pad_token": "<pad>"}, "its end_of_text; name it by --end_of_text"),
+        ({}, "end_of_text and padding piece; name it with --end_of_text and --padding"),
+        ({"eos_token": "</s>"}, "padding piece; name it with --padding"),
+        ({"pad_token": "<pad>"}, "end_of_text piece; name it with --end_of_text"),
     ],
     ids=["nothing", "an end", "a padding"],
 )
 def test_markers_that_nobody_named_are_asked_for(folder, settings, said):
     settle(folder, settings)
-    with pytest.raises(TokenizerError, match=f"does not say which piece is {said}$"):
+    with pytest.raises(TokenizerError, match=f"does not name its {said}$"):
         import_tokenizer(str(folder))
     named = {"end_of_text": "</s>", "padding": "<pad>"}
     assert import_tokenizer(str(folder), **named).special_ids.end_of_text == 2
@@ -348,7 +350,7 @@ def test_markers_that_nobody_named_are_asked_for(folder, settings, said):
 
 def test_a_tokenizer_json_alone_asks_for_its_markers(folder):
     (folder / "tokenizer_config.json").unlink()
-    with pytest.raises(TokenizerError, match="name it by --end_of_text and --padding"):
+    with pytest.raises(TokenizerError, match="name it with --end_of_text and --padding"):
         import_tokenizer(str(folder))
 
 
@@ -407,7 +409,9 @@ def test_a_source_that_is_not_there_says_what_could_be(source, tmp_path, monkeyp
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "merges.bpe").write_text("a b")
-    with pytest.raises(TokenizerError, match=r"bpe is no \.model, vocab\.txt or tokenizer\.json"):
+    with pytest.raises(
+        TokenizerError, match=r"bpe is not a \.model, vocab\.txt or tokenizer\.json"
+    ):
         import_tokenizer(str(tmp_path / "merges.bpe"))
 
 

@@ -218,7 +218,7 @@ def test_pieces_of_one_character_are_one_word():
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.01, float("nan")])
 def test_a_share_that_is_none_is_refused(share):
-    with pytest.raises(ConfigError, match="share of masked tokens"):
+    with pytest.raises(ConfigError, match="ratio of masked tokens"):
         drawn(tokenizer_of("clip"), ["cat"], share)
 
 

@@ -19,7 +19,8 @@ from vlm.errors import TokenizerError, VlmError
 from vlm.text.clip_bpe import clip_tokenizer
 from vlm.text.config import TokenizerConfig
 from vlm.text.fast_vocabulary import FastVocabulary
-from vlm.text.report import SplitWord, compare, format_report, measure, plot_report
+from vlm.text.measuring import SplitWord, compare, measure
+from vlm.text.report import format_report, plot_report
 from vlm.text.sentencepiece_vocabulary import SentencePieceVocabulary
 from vlm.text.tokenizer import Tokenizer
 

@@ -24,10 +24,10 @@ class Origin:
 
 
 OriginOf = Callable[[str], Origin]
-"""Tells the origin of one of our tensors by its name."""
+"""The origin of one of our tensors, by its name."""
 
 
-def gather(
+def to_ours(
     theirs: Mapping[str, Tensor],
     expected: Mapping[str, Tensor],
     origin_of: OriginOf,
@@ -44,9 +44,6 @@ def gather(
 
     Returns:
         Our tensors by name, and the names that were dropped.
-
-    Raises:
-        CheckpointError: tensors are missing, unexpected or of another shape; it lists them.
     """
     origins = {name: origin_of(name) for name in expected}
     used = {name for origin in origins.values() for name in origin.names}
@@ -69,8 +66,8 @@ def gather(
     return ours, dropped
 
 
-def scatter(ours: Mapping[str, Tensor], origin_of: OriginOf) -> Tensors:
-    """Make their tensors of ours: what `gather` undoes."""
+def to_theirs(ours: Mapping[str, Tensor], origin_of: OriginOf) -> Tensors:
+    """Make their tensors of ours: what `to_ours` undoes."""
     theirs = {}
     for name, tensor in ours.items():
         origin = origin_of(name)

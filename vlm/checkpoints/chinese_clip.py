@@ -47,11 +47,7 @@ def origin_of(name: str) -> Origin:
 
 
 def read_chinese_clip(tensors: Tensors, config: ConversionConfig) -> Recipe:
-    """Understand a Chinese-CLIP checkpoint, of the five published sizes or any other.
-
-    Raises:
-        CheckpointError: a size cannot be told, or there is no tokenizer.
-    """
+    """Understand a Chinese-CLIP checkpoint, of the five published sizes or any other."""
     model_cfg = chinese_clip_model_cfg(tensors)
     bert = model_cfg["text_cfg"]["hf_config"]
     tokenizer = read_tokenizer(
@@ -76,16 +72,12 @@ def read_chinese_clip(tensors: Tensors, config: ConversionConfig) -> Recipe:
 
 
 def chinese_clip_model_cfg(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return open_clip's description of the model that has these tensors.
-
-    Raises:
-        CheckpointError: a tensor that tells a size is missing.
-    """
+    """Return open_clip's description of the model that has these tensors."""
     try:
         bert = _bert_config(tensors)
         embed_dim = tensors["text_projection"].shape[1]
     except (KeyError, IndexError) as error:
-        raise CheckpointError(f"the text tower's size is not known: {error} is missing") from error
+        raise CheckpointError(f"the text tower's size is unknown: {error} is missing") from error
     return {
         "embed_dim": embed_dim,
         "vision_cfg": image_tower_cfg(tensors),
@@ -130,7 +122,7 @@ def _published_vocabulary() -> str:
     package = find_spec("cn_clip")
     if package is None or not package.submodule_search_locations:
         raise CheckpointError(
-            "a Chinese-CLIP checkpoint holds no tokenizer; name BERT's vocab.txt by --tokenizer, "
+            "a Chinese-CLIP checkpoint holds no tokenizer; name BERT's vocab.txt with --tokenizer, "
             "or install the package cn_clip, which has it"
         )
     return str(Path(package.submodule_search_locations[0]) / "clip" / "vocab.txt")

@@ -6,9 +6,9 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from vlm.bundle import is_bundle, load_bundle, save_bundle
+from vlm.bundle import check_finite, is_bundle, load_bundle, save_bundle
 from vlm.checkpoints import chinese_clip, hugging_face, m2_encoder, open_clip
-from vlm.checkpoints.accounting import gather
+from vlm.checkpoints.accounting import to_ours
 from vlm.checkpoints.config import ConversionConfig, Extension
 from vlm.checkpoints.export import Format, export
 from vlm.checkpoints.reading import in_float32, read_tensors
@@ -21,12 +21,12 @@ from vlm.vocabulary_transfer import grow_bundle
 
 _KINDS = (
     (chinese_clip.is_chinese_clip, chinese_clip.read_chinese_clip, ()),
-    (m2_encoder.is_m2_encoder, m2_encoder.read_m2_encoder, ("image_size",)),
+    (m2_encoder.is_m2_encoder, m2_encoder.read_m2_encoder, ("image_size", "heads")),
     (open_clip.is_open_clip, open_clip.read_open_clip_file, ("model", "hf_config")),
 )
 """What a weights file can be, by the names in it, and which options only that kind has."""
 
-_SPECIFIC = ("model", "hf_config", "image_size")
+_SPECIFIC = ("model", "hf_config", "image_size", "heads")
 
 
 def convert(
@@ -42,24 +42,24 @@ def convert(
     Args:
         source: A bundle, a weights file, or a folder of open_clip or transformers.
         out: What to write: a folder, or a file where the format is one.
-        config: What the source leaves open.
+        config: What the source does not say itself.
         extension: More ids and positions for the model, where asked for.
-        target: Another project's format; none is a bundle.
+        target: Another project's format; None for a bundle.
 
     Returns:
         Sentences on what was done: what the source was, and what was left out on purpose.
 
     Raises:
-        CheckpointError: the source is none that is known, or not whole, or leaves more open; or
+        CheckpointError: the source is unknown, not whole, or needs further options; or
             the model cannot be extended or expressed as asked.
         TokenizerError: a tokenizer cannot be read, or is no extension.
     """
     if out.resolve() == source.resolve():
         raise CheckpointError(f"{out} is the source itself; expected another place")
     if is_bundle(source) and config != ConversionConfig():
-        raise CheckpointError(f"{source} is a bundle, which leaves nothing open")
+        raise CheckpointError(f"{source} is already a bundle; options on the source do not apply")
     if is_bundle(source) and extension is None and target is None:
-        raise CheckpointError(f"{source} is a bundle already; expected --extend or --format")
+        raise CheckpointError(f"{source} is already a bundle; expected --extend or --format")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -86,25 +86,22 @@ def to_bundle(source: Path, out: Path, config: ConversionConfig) -> list[str]:
     Args:
         source: A weights file, or a folder of open_clip or transformers.
         out: The folder to write.
-        config: What the source leaves open.
+        config: What the source does not say itself.
 
     Returns:
         Sentences on what the source was, and what was left out on purpose.
-
-    Raises:
-        CheckpointError: the source is none that is known, or not whole, or leaves more open.
-        TokenizerError: its tokenizer cannot be read.
     """
     recipe = understand(source, config)
     # Without storage for weights that would be replaced at once.
     with torch.device("meta"):
         model = build_encoder(recipe.model_cfg)
-    ours, dropped = gather(
+    ours, dropped = to_ours(
         in_float32(recipe.tensors),
         model.state_dict(),
         recipe.origin_of,
         allowed=recipe.allowed,
     )
+    check_finite(ours, str(source))
     model.load_state_dict(ours, assign=True)
     save_bundle(
         out,
@@ -119,11 +116,7 @@ def to_bundle(source: Path, out: Path, config: ConversionConfig) -> list[str]:
 
 
 def understand(source: Path, config: ConversionConfig) -> Recipe:
-    """Find out what a source is, by what it holds.
-
-    Raises:
-        CheckpointError: it is none that is known, or leaves something open.
-    """
+    """Find out what a source is, by what it holds."""
     if source.is_dir():
         if (source / open_clip.CONFIG).is_file():
             _check_options(config, ("hf_config",), source)
@@ -132,7 +125,7 @@ def understand(source: Path, config: ConversionConfig) -> Recipe:
             _check_options(config, (), source)
             return hugging_face.read_hugging_face(source, config)
         raise CheckpointError(
-            f"{source} is no folder that is known; expected a bundle, one of open_clip (with "
+            f"{source} is an unknown kind of folder; expected a bundle, one of open_clip (with "
             f"{open_clip.CONFIG}), or one of transformers' CLIPModel or ChineseCLIPModel"
         )
     tensors = read_tensors(source)
@@ -141,7 +134,7 @@ def understand(source: Path, config: ConversionConfig) -> Recipe:
             _check_options(config, options, source)
             return read(tensors, config)
     raise CheckpointError(
-        f"the tensors in {source} are of no model that is known ({', '.join(list(tensors)[:3])}, "
+        f"the tensors in {source} are of an unknown model ({', '.join(list(tensors)[:3])}, "
         "...); expected those of open_clip, Chinese-CLIP or M2-Encoder"
     )
 
@@ -150,7 +143,7 @@ def _check_options(config: ConversionConfig, known: Sequence[str], source: Path)
     """Refuse what would be passed over in silence."""
     unused = [n for n in _SPECIFIC if n not in known and getattr(config, n) is not None]
     if unused:
-        raise CheckpointError(f"{source} is of a kind that has no --{' and no --'.join(unused)}")
+        raise CheckpointError(f"{source} does not take --{' or --'.join(unused)}")
 
 
 def _extend(folder: Path, out: Path, extension: Extension) -> None:

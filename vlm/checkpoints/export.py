@@ -2,18 +2,20 @@
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import open_clip
 import torch
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from safetensors.torch import save_file
 
 from vlm.bundle import Bundle, save_bundle
-from vlm.checkpoints import chinese_clip, clip_names, hugging_face, m2_encoder
-from vlm.checkpoints.accounting import scatter
-from vlm.checkpoints.comparing import differences
+from vlm.checkpoints import chinese_clip, hugging_face, m2_encoder
+from vlm.checkpoints.accounting import to_theirs
+from vlm.checkpoints.fast_export import fast_files
 from vlm.checkpoints.hugging_face_files import (
     model_config,
     preprocessor_config,
@@ -25,10 +27,29 @@ from vlm.files import write_file, write_folder
 from vlm.models.dual_encoder import DualEncoder
 from vlm.models.multiway import MultiwayEncoder
 from vlm.models.multiway_config import released_tensors
+from vlm.text.sentencepiece_vocabulary import SentencePieceVocabulary
+from vlm.text.tokenizer import Tokenizer
 
 _TEXT_TOWER = "text_tower"  # the folder of a text tower's own configuration
 
 Format = Literal["open_clip", "chinese-clip", "hf", "m2"]
+
+_TRAINING = ("patch_dropout", "output_tokens")
+_NAMES_AND_PADDING = (
+    "hf_model_name", "hf_model_pretrained", "hf_tokenizer_name", "tokenizer_mode",
+    "tokenizer_kwargs", "pad_id",
+)  # fmt: skip
+_IN_THE_TRANSFORMERS_CONFIG = (
+    "context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "pool_type",
+)  # fmt: skip
+_BERT: Mapping[str, Any] = {
+    "hidden_act": "gelu", "layer_norm_eps": 1e-12, "type_vocab_size": 2, "pad_token_id": 0,
+    "position_embedding_type": "absolute", "is_decoder": False,
+}  # fmt: skip
+_BERT_SIZES = (
+    "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+    "intermediate_size", "max_position_embeddings",
+)  # fmt: skip
 
 
 def export(bundle: Bundle, out: Path, target: Format) -> list[str]:
@@ -57,20 +78,32 @@ def _to_open_clip(bundle: Bundle, out: Path) -> list[str]:
         # open_clip looks the sizes up by a name; a folder's needs no network.
         cfg["text_cfg"] = {**cfg["text_cfg"], "hf_model_name": str((out / _TEXT_TOWER).resolve())}
     _check_open_clip(bundle, cfg)
+    tokenizer, notes = _for_open_clip(bundle.tokenizer)
     save_bundle(
         out,
         model=bundle.model,
         model_cfg=cfg,
         preprocess_cfg=bundle.preprocess_cfg,
-        tokenizer=bundle.tokenizer,
+        tokenizer=tokenizer,
         languages=bundle.languages,
         first_new_id=bundle.first_new_id,
         truncate_dims=bundle.truncate_dims,
     )
     if hf_config is None:
-        return []
+        return notes
     write_file(out / _TEXT_TOWER / "config.json", json.dumps(dict(hf_config)).encode())
-    return ["the description names the folder's place: convert again rather than move it"]
+    return [*notes, "the description names the folder's place: convert again rather than move it"]
+
+
+def _for_open_clip(tokenizer: Tokenizer) -> tuple[Tokenizer, list[str]]:
+    """Add the files that open_clip's `get_tokenizer` needs, where there are some."""
+    if tokenizer.fast_files or not isinstance(tokenizer.vocabulary, SentencePieceVocabulary):
+        return tokenizer, []
+    try:
+        files = fast_files(tokenizer)
+    except CheckpointError as error:
+        return tokenizer, [f"open_clip's get_tokenizer cannot read the tokenizer: {error}"]
+    return Tokenizer(tokenizer.vocabulary, tokenizer.config, fast_files=files), []
 
 
 def _check_open_clip(bundle: Bundle, cfg: Mapping[str, Any]) -> None:
@@ -102,7 +135,7 @@ def _check_open_clip(bundle: Bundle, cfg: Mapping[str, Any]) -> None:
 def _to_chinese_clip(bundle: Bundle, out: Path) -> list[str]:
     model = _dual(bundle, "Chinese-CLIP")
     _bert(bundle, "Chinese-CLIP")
-    theirs = scatter(model.state_dict(), chinese_clip.origin_of)
+    theirs = to_theirs(model.state_dict(), chinese_clip.origin_of)
     try:
         again = chinese_clip.chinese_clip_model_cfg(theirs)
     except CheckpointError as error:
@@ -118,7 +151,7 @@ def _to_hugging_face(bundle: Bundle, out: Path) -> list[str]:
     _same(bundle, hugging_face.hugging_face_model_cfg(record, bundle.tokenizer), "transformers")
     preprocessor = preprocessor_config(bundle.preprocess_cfg, record["model_type"])
     files, notes = tokenizer_files(bundle.tokenizer)
-    weights = scatter(model.state_dict(), clip_names.origin_of)
+    weights = to_theirs(model.state_dict(), hugging_face.origin_of)
     with write_folder(out) as temporary:
         save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
         for name, content in (
@@ -134,22 +167,26 @@ def _to_hugging_face(bundle: Bundle, out: Path) -> list[str]:
 def _to_m2(bundle: Bundle, out: Path) -> list[str]:
     model = bundle.model
     if not isinstance(model, MultiwayEncoder):
-        raise CheckpointError("M2-Encoder's format holds multiway towers; the bundle has two apart")
+        raise CheckpointError(
+            "M2-Encoder's format holds multiway towers; the bundle is a dual encoder"
+        )
     if model.logit_bias is not None:
         raise CheckpointError("M2-Encoder's format has no bias of a sigmoid loss")
-    theirs = scatter(model.state_dict(), m2_encoder.origin_of)
-    # A file tells sizes by shapes alone, and no shape tells the heads.
-    read = m2_encoder.multiway_config(theirs)
-    if read.heads != model.config.heads:
+    theirs = to_theirs(model.state_dict(), m2_encoder.origin_of)
+    heads, width = model.config.heads, model.config.width
+    published = m2_encoder.published_heads(width)
+    if published not in (None, heads):
         raise CheckpointError(
-            f"M2-Encoder's format cannot express {model.config.heads} attention heads of a width "
-            f"of {read.width}, which it reads as {read.heads}"
+            f"M2-Encoder's format cannot express {heads} attention heads of a width of {width}: "
+            f"its published model of that width has {published}, and no tensor shows the number"
         )
     absent = sorted(
-        released_tensors(read, model.token_embedding.num_embeddings).keys() - theirs.keys()
+        released_tensors(model.config, model.token_embedding.num_embeddings).keys() - theirs.keys()
     )
     _save_torch(theirs, out)
+    hint = [] if published else [f"no tensor shows the {heads} heads: read it with --heads {heads}"]
     return [
+        *hint,
         f"left out {len(absent)} tensors that released checkpoints have and nothing reads: "
         f"{', '.join(absent)}",
         "the file holds no tokenizer and no image transform",
@@ -180,9 +217,44 @@ def _bert(bundle: Bundle, target: str) -> None:
 
 def _same(bundle: Bundle, again: Mapping[str, Any], target: str) -> None:
     """Refuse a model that would be read back as another one."""
-    differing = differences(bundle.model_cfg, again)
+    differing = _differences(bundle.model_cfg, again)
     if differing:
         raise CheckpointError(f"{target} cannot express the model's {', '.join(differing)}")
+
+
+def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Return what differs between the models of two of open_clip's descriptions.
+
+    Only what decides features counts, not how a model is trained or where its names come from.
+
+    Returns:
+        A phrase for each difference, such as `vision_cfg.pool_type avg`, with the value of `one`.
+    """
+    left, right = _flat(one), _flat(other)
+    names = sorted(left.keys() | right.keys())
+    return [f"{name} {left.get(name)}" for name in names if left.get(name) != right.get(name)]
+
+
+def _flat(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    vision, text = asdict(CLIPVisionCfg(**cfg["vision_cfg"])), dict(cfg["text_cfg"])
+    if not vision["timm_model_name"]:
+        vision = {name: value for name, value in vision.items() if not name.startswith("timm_")}
+    if isinstance(vision["layers"], list | tuple):
+        vision["layers"] = list(vision["layers"])
+        del vision["patch_size"], vision["mlp_ratio"]
+    hf_config = text.pop("hf_config", None)
+    text = asdict(CLIPTextCfg(**text))
+    text["pool_type"] = "eos" if text["pool_type"] == "argmax" else text["pool_type"]
+    bias = {"init_logit_bias": "there is one"} if cfg.get("init_logit_bias") is not None else {}
+    flat = {"embed_dim": cfg["embed_dim"], "quick_gelu": bool(cfg.get("quick_gelu"))} | bias
+    dropped = {*_TRAINING, *_NAMES_AND_PADDING, "eos_id"}
+    if hf_config is not None:
+        dropped |= set(_IN_THE_TRANSFORMERS_CONFIG)
+        known = _BERT | hf_config
+        flat |= {f"text_cfg.hf_config.{n}": known.get(n) for n in (*_BERT_SIZES, *_BERT)}
+    for tower, part in (("vision_cfg", vision), ("text_cfg", text)):
+        flat |= {f"{tower}.{n}": value for n, value in part.items() if n not in dropped}
+    return flat
 
 
 def _save_torch(tensors: Tensors, out: Path) -> None:

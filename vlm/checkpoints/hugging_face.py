@@ -1,10 +1,12 @@
 """Folders of transformers' `CLIPModel` and `ChineseCLIPModel`, as `save_pretrained` writes them."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm.checkpoints import chinese_clip, clip_names
+from vlm.checkpoints import chinese_clip
+from vlm.checkpoints.accounting import Origin
 from vlm.checkpoints.config import ConversionConfig
 from vlm.checkpoints.reading import find_weights, read_json, read_tensors
 from vlm.checkpoints.recipe import Recipe, languages_of, read_tokenizer
@@ -41,6 +43,36 @@ _TEXT: Mapping[str, Mapping[str, Any]] = {
     },
 }  # fmt: skip
 
+_TOWERS = {"visual": "vision_model", "text": "text_model"}
+_LAYER = re.compile(r"(visual|text)\.transformer\.resblocks\.(\d+)\.(.+)")
+_IN_LAYER = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+}
+_OUTSIDE = {
+    "log_logit_scale": Origin(("logit_scale",)),
+    "visual.proj": Origin(("visual_projection.weight",), transposed=True),
+    "visual.class_embedding": Origin(("vision_model.embeddings.class_embedding",)),
+    "visual.conv1.weight": Origin(("vision_model.embeddings.patch_embedding.weight",)),
+    "visual.positional_embedding": Origin(("vision_model.embeddings.position_embedding.weight",)),
+    "visual.ln_pre.weight": Origin(("vision_model.pre_layrnorm.weight",)),
+    "visual.ln_pre.bias": Origin(("vision_model.pre_layrnorm.bias",)),
+    "visual.ln_post.weight": Origin(("vision_model.post_layernorm.weight",)),
+    "visual.ln_post.bias": Origin(("vision_model.post_layernorm.bias",)),
+    "text.text_projection": Origin(("text_projection.weight",), transposed=True),
+    "text.token_embedding.weight": Origin(("text_model.embeddings.token_embedding.weight",)),
+    "text.positional_embedding": Origin(("text_model.embeddings.position_embedding.weight",)),
+    "text.ln_final.weight": Origin(("text_model.final_layer_norm.weight",)),
+    "text.ln_final.bias": Origin(("text_model.final_layer_norm.bias",)),
+    "text.proj.weight": Origin(("text_projection.weight",)),  # Chinese-CLIP's is a module here too
+}
+
+_ALLOWED = (r".*\.embeddings\.position_ids", r"text_model\.pooler\..*")
+"""Lists of numbers that older files hold, and a pooler that Chinese-CLIP does not use."""
+
 
 def is_hugging_face(folder: Path) -> bool:
     """Tell whether a folder holds one of the two models."""
@@ -49,11 +81,7 @@ def is_hugging_face(folder: Path) -> bool:
 
 
 def read_hugging_face(folder: Path, config: ConversionConfig) -> Recipe:
-    """Understand a folder of transformers; Taiyi's CLIP is one with more ids and positions.
-
-    Raises:
-        CheckpointError: a part is missing, or says what open_clip's towers cannot do.
-    """
+    """Understand a folder of transformers; Taiyi's CLIP is one with more ids and positions."""
     record = read_json(folder / CONFIG)
     kind = record["model_type"]
     text = _part(record, "text", _TEXT[kind])
@@ -73,8 +101,8 @@ def read_hugging_face(folder: Path, config: ConversionConfig) -> Recipe:
     return Recipe(
         kind=f"a folder of transformers' {names}",
         tensors=read_tensors(find_weights(folder)),
-        origin_of=clip_names.origin_of,
-        allowed=clip_names.ALLOWED,
+        origin_of=origin_of,
+        allowed=_ALLOWED,
         model_cfg=model_cfg,
         preprocess_cfg=preprocess_cfg(preprocess, image_size),
         tokenizer=tokenizer,
@@ -83,11 +111,7 @@ def read_hugging_face(folder: Path, config: ConversionConfig) -> Recipe:
 
 
 def hugging_face_model_cfg(record: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return open_clip's description of the model that a `config.json` describes.
-
-    Raises:
-        CheckpointError: open_clip's towers cannot be that model.
-    """
+    """Return open_clip's description of the model that a `config.json` describes."""
     kind = record["model_type"]
     vision, text = _part(record, "vision", _VISION), _part(record, "text", _TEXT[kind])
     return {
@@ -105,16 +129,12 @@ def hugging_face_model_cfg(record: Mapping[str, Any], tokenizer: Tokenizer) -> d
 
 
 def read_preprocessing(folder: Path, image_size: int) -> PreprocessConfig:
-    """Read how a folder's images become tensors.
-
-    Raises:
-        CheckpointError: the folder does not say it, or says what open_clip's transform cannot do.
-    """
+    """Read how a folder's images become tensors."""
     path = folder / PREPROCESSOR
     if not path.is_file():
         raise CheckpointError(
             f"{folder} does not say how images become tensors: it has no {PREPROCESSOR}; "
-            "expected it, or --preprocess.mean, .std, .interpolation and .resize_mode"
+            "expected that file, or --preprocess.mean, .std, .interpolation and .resize_mode"
         )
     record = read_json(path)
     try:
@@ -196,3 +216,18 @@ def _quick_gelu(vision: Mapping[str, Any], text: Mapping[str, Any], kind: str) -
             "gelu, the same for both"
         )
     return found == {"quick_gelu"}
+
+
+def origin_of(name: str) -> Origin:
+    """Return where one of our tensors is in a folder of transformers."""
+    if name in _OUTSIDE:
+        return _OUTSIDE[name]
+    if found := _LAYER.fullmatch(name):
+        tower, layer, inner = found.groups()
+        place = f"{_TOWERS[tower]}.encoder.layers.{layer}"
+        if inner.startswith("attn.in_proj_"):
+            kind = inner.removeprefix("attn.in_proj_")
+            return Origin(tuple(f"{place}.self_attn.{one}_proj.{kind}" for one in "qkv"))
+        module, _, kind = inner.rpartition(".")
+        return Origin((f"{place}.{_IN_LAYER.get(module, module)}.{kind}",))
+    return Origin((name.replace("text.transformer.", "text_model."),))

@@ -1,15 +1,13 @@
 """The files that transformers wants beside the weights: configuration, preprocessing, tokenizer."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
-from tokenizers import Regex, Tokenizer as RustTokenizer, normalizers, processors
-
+from vlm.checkpoints.fast_export import fast_files
 from vlm.checkpoints.hugging_face import CHINESE_CLIP, CLIP, RESAMPLING
-from vlm.errors import CheckpointError
-from vlm.text.fast_export import as_fast
-from vlm.text.fast_vocabulary import FILE_NAME, FastVocabulary
+from vlm.errors import CheckpointError, TokenizerError
+from vlm.text.auto_tokenizer import auto_tokenizer_files
+from vlm.text.sentencepiece_vocabulary import SentencePieceVocabulary
 from vlm.text.tokenizer import Tokenizer
 
 _CLASSES = {CLIP: "CLIP", CHINESE_CLIP: "ChineseCLIP"}
@@ -56,11 +54,7 @@ def model_config(model_cfg: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str
 
 
 def preprocessor_config(preprocess_cfg: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Return the `preprocessor_config.json` of an image transform.
-
-    Raises:
-        CheckpointError: the transform pads, which CLIP's processors do not.
-    """
+    """Return the `preprocessor_config.json` of an image transform."""
     side, mode = preprocess_cfg["size"], preprocess_cfg["resize_mode"]
     square = {"height": side, "width": side}
     if mode == "longest":
@@ -83,45 +77,15 @@ def preprocessor_config(preprocess_cfg: Mapping[str, Any], kind: str) -> dict[st
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> tuple[dict[str, bytes], list[str]]:
-    """Return the files of a fast tokenizer by name, and sentences on what it does otherwise.
-
-    Raises:
-        CheckpointError: no fast tokenizer gives the same ids.
-    """
-    if not isinstance(tokenizer.vocabulary, FastVocabulary):
-        files = as_fast(tokenizer)
-        if files is None:
-            raise CheckpointError("no tokenizer of transformers gives the ids of the bundle's")
-        return files, []
-    config = tokenizer.config
-    rust = RustTokenizer.from_buffer(tokenizer.vocabulary.files()[FILE_NAME])
-    if config.cleaning in ("clip", "lower"):
-        steps = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " ")]
-        own = [] if rust.normalizer is None else [rust.normalizer]
-        before = steps if config.cleaning == "clip" else []
-        rust.normalizer = normalizers.Sequence([*before, normalizers.Lowercase(), *own])
-    elif config.cleaning != "none":
-        raise CheckpointError(f"no tokenizer of transformers cleans texts like {config.cleaning!r}")
-    begin, end = config.begin_of_text, config.end_of_text
-    around = [piece for piece in (begin, end) if piece is not None]
-    rust.post_processor = processors.TemplateProcessing(
-        single=[*around[:-1], "$A", end],
-        special_tokens=[(piece, rust.token_to_id(piece)) for piece in around],
-    )
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": config.context_length,
-        "truncation_side": config.truncation,
-        "bos_token": begin,
-        "eos_token": end,
-        "pad_token": config.padding,
-    }
-    given = {name: value for name, value in settings.items() if value is not None}
+    """Return the files of a fast tokenizer by name, and sentences on what it does otherwise."""
+    if isinstance(tokenizer.vocabulary, SentencePieceVocabulary) and not tokenizer.fast_files:
+        return fast_files(tokenizer), []
+    try:
+        files = auto_tokenizer_files(tokenizer)
+    except TokenizerError as error:
+        raise CheckpointError(str(error)) from error
     notes = ["the tokenizer mends no broken encodings and HTML entities, as CLIP's cleaning does"]
-    return {
-        FILE_NAME: rust.to_str().encode(),
-        "tokenizer_config.json": (json.dumps(given, indent=2, ensure_ascii=False) + "\n").encode(),
-    }, notes if config.cleaning == "clip" else []
+    return files, notes if tokenizer.config.cleaning == "clip" else []
 
 
 def _clip_text(text: Mapping[str, Any], tokenizer: Tokenizer, act: str) -> dict[str, Any]:

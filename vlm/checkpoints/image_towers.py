@@ -18,15 +18,12 @@ def image_tower_cfg(tensors: Mapping[str, Tensor], prefix: str = "visual.") -> d
     """Return open_clip's `vision_cfg` of a vision transformer or a residual network of CLIP.
 
     Their names are those of OpenAI's release, which open_clip and Chinese-CLIP keep.
-
-    Raises:
-        CheckpointError: a tensor that tells a size is missing, or of an impossible shape.
     """
     own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     try:
         return _residual(own) if "layer1.0.conv1.weight" in own else _transformer(own)
     except (KeyError, IndexError, ZeroDivisionError) as error:
-        raise CheckpointError(f"the image tower's size is not known: {error} is missing") from error
+        raise CheckpointError(f"the image tower's size is unknown: {error} is missing") from error
 
 
 def count_layers(names: Iterable[str], pattern: str) -> int:

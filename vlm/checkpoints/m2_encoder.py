@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 from math import isqrt
-from typing import Any
 
 from torch import Tensor
 
@@ -17,9 +16,8 @@ from vlm.images.config import PreprocessConfig
 from vlm.images.transforms import preprocess_cfg
 from vlm.models.multiway import resized_image_positions
 from vlm.models.multiway_config import POSITION_OFFSET, TEMPERATURES, MultiwayConfig
+from vlm.text.importing import GLM_CONTEXT_LENGTH
 
-CONTEXT_LENGTH = 52
-"""Tokens of the longest caption that the published models were trained on."""
 ALLOWED = (r"visual_tokenizer\..*", r"norm\..*", r"pooler\..*", r"backbone_vl\..*\.B\..*")
 """What no feature needs: targets of training, an unused head, the texts' branch of shared layers.
 
@@ -28,7 +26,8 @@ Texts go through the shared layers by the images' branch.
 
 _ROWS = "backbone.text_embed.weight"
 _POSITIONS = "backbone.encoder.embed_positions.A.weight"
-_HEAD_WIDTH = {4096: 128}  # the 10B model's; 64 in the others
+# By width. No tensor's shape depends on it, and another number gives other features.
+_PUBLISHED_HEADS = {768: 12, 1024: 16, 4096: 32}
 _CLASS_TOKEN = 1
 
 
@@ -43,15 +42,11 @@ def origin_of(name: str) -> Origin:
 
 
 def read_m2_encoder(tensors: Tensors, config: ConversionConfig) -> Recipe:
-    """Understand an M2-Encoder checkpoint, of the three published sizes or any other.
-
-    Raises:
-        CheckpointError: a size cannot be told, or there is no tokenizer.
-    """
-    towers = multiway_config(tensors)
+    """Understand an M2-Encoder checkpoint, of the three published sizes or any other."""
+    towers = multiway_config(tensors, heads=config.heads)
     if config.tokenizer is None:
         raise CheckpointError(
-            "an M2-Encoder checkpoint holds no tokenizer; name its sp.model by --tokenizer"
+            "an M2-Encoder checkpoint holds no tokenizer; name its sp.model with --tokenizer"
         )
     vocabulary = len(tensors[_ROWS])
     tokenizer = read_tokenizer(
@@ -59,8 +54,7 @@ def read_m2_encoder(tensors: Tensors, config: ConversionConfig) -> Recipe:
         config.tokenizer,
         rows=vocabulary,
         positions=towers.context_length,
-        context_length=CONTEXT_LENGTH,
-        sentencepiece=GLM,
+        context_length=GLM_CONTEXT_LENGTH,
     )
     if config.image_size not in (None, towers.image_size):
         towers = MultiwayConfig(**asdict(towers) | {"image_size": config.image_size})
@@ -81,31 +75,35 @@ def read_m2_encoder(tensors: Tensors, config: ConversionConfig) -> Recipe:
     )
 
 
-GLM: Mapping[str, Any] = {
-    "begin_of_text": "[CLS]",
-    "end_of_text": "<|endoftext|>",
-    "padding": "<|endoftext|>",
-    "truncation": "left",
-    "cleaning": "glm",
-    "context_length": CONTEXT_LENGTH,
-}
-"""What is around the pieces of GLM's `sp.model`, which does not say it itself."""
+def published_heads(width: int) -> int | None:
+    """Return the number of attention heads of the published model of a width, if there is one."""
+    return _PUBLISHED_HEADS.get(width)
 
 
-def multiway_config(tensors: Mapping[str, Tensor]) -> MultiwayConfig:
+def multiway_config(tensors: Mapping[str, Tensor], *, heads: int | None = None) -> MultiwayConfig:
     """Return the sizes of the towers that have these tensors.
 
+    Args:
+        tensors: By M2-Encoder's names.
+        heads: Number of attention heads; None for that of the published model of the same width.
+
     Raises:
-        CheckpointError: a tensor that tells a size is missing.
+        CheckpointError: a tensor that shows a size is missing, or no published model is as wide.
     """
     try:
         width, _, patch, _ = tensors["backbone.vision_embed.proj.weight"].shape
+        heads = heads or published_heads(width)
+        if heads is None:
+            raise CheckpointError(
+                f"the towers are {width} wide, and no tensor shows their number of attention "
+                f"heads; expected --heads, or a width of {', '.join(map(str, _PUBLISHED_HEADS))}"
+            )
         patches = len(tensors[_POSITIONS]) - POSITION_OFFSET - _CLASS_TOKEN
         return MultiwayConfig(
             image_size=patch * isqrt(patches),
             patch_size=patch,
             width=width,
-            heads=max(1, width // _HEAD_WIDTH.get(width, 64)),
+            heads=heads,
             ffn_width=len(tensors["backbone.encoder.layers.0.ffn.A.fc1.bias"]),
             layers=count_layers(tensors, r"backbone\.encoder\.layers\.(\d+)\."),
             vl_layers=count_layers(tensors, r"backbone_vl\.layers\.(\d+)\."),
@@ -113,4 +111,4 @@ def multiway_config(tensors: Mapping[str, Tensor]) -> MultiwayConfig:
             text_positions=len(tensors["backbone.encoder.embed_positions.B.weight"]),
         )
     except (KeyError, ValueError) as error:
-        raise CheckpointError(f"the towers' size is not known: {error} is missing") from error
+        raise CheckpointError(f"the towers' size is unknown: {error} is missing") from error

@@ -47,16 +47,11 @@ def is_open_clip(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def read_open_clip_file(tensors: Tensors, config: ConversionConfig) -> Recipe:
-    """Understand a weights file of the model that `config.model` names.
-
-    Raises:
-        CheckpointError: no model is named, open_clip has none of the name, or it is not known how
-            images become tensors or texts ids.
-    """
+    """Understand a weights file of the model that `config.model` names."""
     if config.model is None:
         raise CheckpointError(
             "the file has the names of an open_clip model but does not say which; "
-            "name it by --model, as `open_clip.list_models()` lists it"
+            "name it with --model, as `open_clip.list_models()` lists it"
         )
     model_cfg = open_clip.get_model_config(config.model)
     if model_cfg is None:
@@ -70,11 +65,7 @@ def read_open_clip_file(tensors: Tensors, config: ConversionConfig) -> Recipe:
 
 
 def read_open_clip_folder(folder: Path, config: ConversionConfig) -> Recipe:
-    """Understand a folder that open_clip reads as `local-dir:`.
-
-    Raises:
-        CheckpointError: a part is missing, or does not say what it has to.
-    """
+    """Understand a folder that open_clip reads as `local-dir:`."""
     record = read_json(folder / CONFIG)
     try:
         model_cfg, said = dict(record["model_cfg"]), dict(record["preprocess_cfg"])
@@ -120,7 +111,8 @@ def _recipe(
     text = cfg["text_cfg"]
     if config.tokenizer is None and own_tokenizer is None and text.get("hf_tokenizer_name"):
         raise CheckpointError(
-            f"the model reads the ids of {text['hf_tokenizer_name']}; name its files by --tokenizer"
+            f"the model reads the ids of {text['hf_tokenizer_name']}; "
+            "name its files with --tokenizer"
         )
     bert = text.get("hf_config", {})
     context_length = text.get("context_length", _DEFAULT_CONTEXT)
@@ -192,21 +184,18 @@ def _hf_config(config: ConversionConfig, name: str) -> dict[str, Any]:
     try:
         return read_hf_config(name)
     except ConfigError as error:
-        raise CheckpointError(f"{error}; or name its config.json by --hf_config") from error
+        raise CheckpointError(f"{error}; or name its config.json with --hf_config") from error
 
 
 def _published_preprocessing(model: str) -> PreprocessConfig:
-    """Return how images become tensors for every published checkpoint of a model.
-
-    Raises:
-        CheckpointError: there are none, or they differ.
-    """
+    """Return how images become tensors for every published checkpoint of a model."""
     published = [get_pretrained_cfg(model, tag) for tag in list_pretrained_tags_by_model(model)]
     ways = {tuple((name, one.get(name)) for name in _PREPROCESSING) for one in published}
     if len(ways) != 1:
         found = "differ in it" if ways else "do not exist"
         raise CheckpointError(
             f"a weights file does not say how images become tensors, and published checkpoints "
-            f"of {model} {found}; say it by --preprocess.mean, .std, .interpolation, .resize_mode"
+            f"of {model} {found}; "
+            "set them with --preprocess.mean, .std, .interpolation, .resize_mode"
         )
     return PreprocessConfig(**{name: value for name, value in ways.pop() if value is not None})

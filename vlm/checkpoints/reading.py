@@ -36,11 +36,7 @@ _REFUSED = re.compile(r"GLOBAL (\S+)|Unsupported (?:class|global) (\S+)")
 
 
 def find_weights(folder: Path) -> Path:
-    """Return the file of a folder that holds its weights, or the index of several.
-
-    Raises:
-        CheckpointError: there is none.
-    """
+    """Return the file of a folder that holds its weights, or the index of several."""
     for name in FOLDER_WEIGHTS:
         if (folder / name).is_file():
             return folder / name
@@ -76,11 +72,7 @@ def in_float32(tensors: Mapping[str, Tensor]) -> Tensors:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a file that holds a JSON object.
-
-    Raises:
-        CheckpointError: it is missing or holds something else.
-    """
+    """Read a file that holds a JSON object."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -117,7 +109,7 @@ def _read_torch(path: Path) -> Tensors:
     if archive and _is_torchscript(path):
         raise CheckpointError(
             f"{path} is a TorchScript archive, which is a program; expected its state_dict, saved "
-            "by whoever trusts it"
+            "by someone who trusts it"
         )
     try:
         with warnings.catch_warnings(action="ignore"):  # of unusual pickles, which are read or not
@@ -126,7 +118,7 @@ def _read_torch(path: Path) -> Tensors:
         wanted = _REFUSED.search(str(error))
         if "Unsupported operand" in str(error):
             raise CheckpointError(
-                f"{path} is no weights file; expected safetensors or what torch.save wrote"
+                f"{path} is not a weights file; expected safetensors or what torch.save wrote"
             ) from error
         what = f"the code {wanted[1] or wanted[2]}" if wanted else "more than tensors"
         raise CheckpointError(

@@ -44,7 +44,6 @@ def read_tokenizer(
     rows: int,
     positions: int,
     context_length: int,
-    sentencepiece: Mapping[str, Any] | None = None,
 ) -> Tokenizer:
     """Read the tokenizer that was named, or else the source's own.
 
@@ -54,16 +53,8 @@ def read_tokenizer(
         rows: Ids that the model has.
         positions: Tokens that the model can read.
         context_length: Longest text in tokens by the source's own tokenizer.
-        sentencepiece: What is around the pieces of a `.model` file, where the kind of source
-            says it.
-
-    Raises:
-        CheckpointError: it has more ids than the model, or the context is longer.
-        TokenizerError: it cannot be read.
     """
-    source = config.tokenizer or own
-    changes = sentencepiece if sentencepiece and source.endswith(".model") else {}
-    tokenizer = import_tokenizer(source, **changes)
+    tokenizer = import_tokenizer(config.tokenizer or own)
     if tokenizer.vocab_size > rows:
         raise CheckpointError(
             f"the tokenizer has {tokenizer.vocab_size} ids and the model {rows} rows; expected "

@@ -49,7 +49,7 @@ def run(options: Any) -> None:
     config = _chosen(ConversionConfig, options, languages=tuple(options.languages) or None)
     growth = _chosen(GrowthConfig, options, vectors=tuple(options.vectors))
     if options.extend is None and growth != GrowthConfig():
-        raise ConfigError("new rows and positions need a tokenizer; name it by --extend")
+        raise ConfigError("new rows and positions need a tokenizer; name it with --extend")
     extension = options.extend and Extension(tokenizer=options.extend, growth=growth)
     target = None if options.format == "bundle" else options.format
     for sentence in convert(options.source, options.to, config, extension=extension, target=target):

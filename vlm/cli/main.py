@@ -29,6 +29,7 @@ VERBS = {
     ("tokenizer", "import"): ("vlm.cli.tokenizer_import", "read another project's tokenizer"),
     ("tokenizer", "extend"): ("vlm.cli.tokenizer_extend", "add Chinese pieces to a tokenizer"),
     ("tokenizer", "train"): ("vlm.cli.tokenizer_train", "train a bilingual tokenizer"),
+    ("tokenizer", "export"): ("vlm.cli.tokenizer_export", "write a fast tokenizer of the same ids"),
     ("tokenizer", "prune"): ("vlm.cli.tokenizer_prune", "keep only the pieces that texts use"),
     ("convert",): ("vlm.cli.convert", "read or write other projects' checkpoints"),
     ("grow",): ("vlm.cli.grow", "let a model read an extended tokenizer and longer texts"),

@@ -12,7 +12,8 @@ from jsonargparse import ArgumentParser
 
 from vlm.cli.text_sources import LANGUAGES, add_text_arguments, read_texts
 from vlm.errors import TokenizerError
-from vlm.text.report import check_plot_path, compare, format_report, plot_report
+from vlm.text.measuring import compare
+from vlm.text.report import check_plot_path, format_report, plot_report
 from vlm.text.tokenizer import Tokenizer, load_tokenizer
 
 

@@ -149,17 +149,17 @@ class GrowthConfig:
     old rows that are nearest in another space of vectors. A piece that the lexicon or the vectors
     do not have starts as by `mean`."""
     lexicon: Path | None = None
-    """For `lexicon`: a file with a word, a tab and a translation a line; none is CC-CEDICT."""
+    """For `lexicon`: a file with a word, a tab and a translation per line; null is CC-CEDICT."""
     vectors: tuple[Path, ...] = ()
     """For `similarity`: files of word vectors in one space for both languages."""
     neighbours: int | None = 10
-    """For `similarity`: how many old rows are averaged; none is all (CLP-Transfer)."""
+    """For `similarity`: number of old rows to average; null averages all (CLP-Transfer)."""
     temperature: float = 0.1
     """For `similarity`: more than 0; the smaller, the more the nearest row prevails."""
     rank: int | None = None
-    """For `similarity`: average in so many dimensions of the embedding (OFA); none is all."""
+    """For `similarity`: rank of the embedding to average in (OFA); null uses all dimensions."""
     positions: int | None = None
-    """Longest text in tokens of the grown model; none is the tokenizer's context length."""
+    """Longest text in tokens of the grown model; null is the tokenizer's context length."""
     how: PositionGrowth = "append"
     """Where new positions come from; only `append` leaves every old text's feature as it was."""
     seed: int = 0

@@ -26,7 +26,8 @@ def random_rows(
 
     Hewitt 2021, "Initializing new word embeddings for pretrained language models". His program
     shrinks the covariance by 1e-5, all but to the mean, lest new words disturb what a language
-    model predicts. A text tower predicts no words, and whole it lets new rows be told apart.
+    model predicts. A text tower predicts no words, and the whole covariance keeps new
+    rows distinct.
 
     The root of the covariance is the symmetric one. It is unique even where eigenvectors are
     not, so a seed draws the same rows on every machine, up to rounding.
@@ -157,6 +158,7 @@ def low_rank(
     if not 1 <= rank <= width:
         raise ConfigError(f"the rank is {rank}; expected 1 to {width}, the width of the rows")
     rows = old.double()
+    # The right singular vectors of the rows are the eigenvectors of their Gram matrix.
     axes: Tensor = torch.linalg.eigh(rows.T @ rows).eigenvectors  # the strongest last
     basis = axes[:, width - rank :]
     return (rows @ basis @ basis.T).to(old.dtype)
@@ -292,7 +294,7 @@ def only_new_rows(model: nn.Module, embedding: nn.Embedding, *, first_new: int) 
         weight.grad[:first_new] = 0
     old = weight.detach()[:first_new].clone()
     yield
-    weight.detach()[:first_new] = old
+    weight.detach()[:first_new] = old  # bit for bit, whatever weight decay did to it
 
 
 def _check_ids(ids: Sequence[int], vocabulary: int, what: str) -> None:

@@ -46,11 +46,7 @@ def read_hf_config(name: str) -> dict[str, Any]:
 
 
 def write_hf_config(hf_config: Mapping[str, Any], folder: Path) -> None:
-    """Write a configuration where open_clip's adapter can read it instead of downloading one.
-
-    Raises:
-        ConfigError: open_clip has no adapter to such a model, or transformers is not installed.
-    """
+    """Write a configuration where open_clip's adapter can read it instead of downloading one."""
     _require_transformers()
     from transformers import CONFIG_MAPPING
 
@@ -62,11 +58,6 @@ def write_hf_config(hf_config: Mapping[str, Any], folder: Path) -> None:
         )
     text = json.dumps(_plain(hf_config))
     (folder / "config.json").write_text(text, encoding="utf-8")
-
-
-def hf_config_of(tower: HFTextEncoder) -> dict[str, Any]:
-    """Return the configuration of a tower's model, from which `write_hf_config` goes on."""
-    return _plain(tower.config.to_dict())
 
 
 def temporary_folder() -> "tempfile.TemporaryDirectory[str]":

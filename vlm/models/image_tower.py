@@ -1,4 +1,4 @@
-"""open_clip's image towers: the states of patches, patches left out, and groups of parameters."""
+"""open_clip's image towers: the states of patches, patch dropout, and groups of parameters."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,11 +42,7 @@ class PatchLayout(NamedTuple):
 
 
 def check_image_tower(visual: ImageTower) -> None:
-    """Refuse a tower whose features are not one vector an image.
-
-    Raises:
-        ConfigError: it has open_clip's unfinished pooling, or none.
-    """
+    """Refuse a tower whose features are not one vector an image."""
     if not isinstance(visual, VisionTransformer):
         return
     if getattr(visual, "attn_pool_contrastive", None) is not None or visual.pool_type == "none":
@@ -75,10 +71,7 @@ def memory_format_of(visual: ImageTower) -> torch.memory_format:
 def patch_layout(visual: ImageTower) -> PatchLayout:
     """Return how many patches a tower's image has, and how wide their states are.
 
-    A timm model is run on one image of zeros, because no attribute tells it for all of them.
-
-    Raises:
-        ConfigError: the model has no states of patches.
+    A timm model is run on one image of zeros, because no attribute says it for all of them.
     """
     if isinstance(visual, VisionTransformer):
         return PatchLayout(tuple(visual.grid_size), int(visual.transformer.width))
@@ -104,9 +97,6 @@ def states_of(
     In one pass, whose features are those of the tower itself without patch dropout. States are
     taken after the tower's last normalisation: of open_clip's transformer before the projection,
     or as its attentional pooling reads them; of a convolutional tower before the pooling.
-
-    Raises:
-        ConfigError: the tower has no states of patches.
     """
     with _every_patch(visual):
         if isinstance(visual, TimmModel):
@@ -137,6 +127,8 @@ def hide_patches(
         grid: Rows and columns of patches. Pixels that are left over on the right and below,
             where the grid does not divide the image, belong to the last ones.
     """
+    # Grow the grid to pixels one axis at a time: pixel p belongs to cell p // (size // cells),
+    # and what is left over on the far side to the last cell.
     blank = hidden.view(len(images), *grid)
     for axis, size in enumerate(images.shape[2:], start=1):
         cells = blank.shape[axis]
@@ -149,10 +141,10 @@ def set_patch_dropout(visual: ImageTower, ratio: float) -> None:
     """Leave out a ratio of an image's patches in training (FLIP, Li et al. 2023, section 3).
 
     Raises:
-        ConfigError: the ratio is out of range, or the tower has no patches to leave out.
+        ConfigError: the ratio is out of range, or the tower has no patches to drop.
     """
     if not 0 <= ratio < 1:
-        raise ConfigError(f"the ratio of patches left out is {ratio}; expected it in [0, 1)")
+        raise ConfigError(f"patch dropout is {ratio}; expected it in [0, 1)")
     trunk = getattr(visual, "trunk", None)
     if isinstance(visual, VisionTransformer):
         visual.patch_dropout = PatchDropout(ratio)
@@ -161,17 +153,13 @@ def set_patch_dropout(visual: ImageTower, ratio: float) -> None:
         trunk.patch_drop = kind(ratio, num_prefix_tokens=trunk.num_prefix_tokens)
     elif ratio:
         raise ConfigError(
-            f"the image tower, {type(trunk or visual).__name__}, has no patches to leave out; "
+            f"the image tower, {type(trunk or visual).__name__}, has no patches to drop; "
             "expected a vision transformer, or patch dropout of 0"
         )
 
 
 def set_image_checkpointing(visual: ImageTower, enable: bool) -> None:
-    """Compute a block's activations again in the backward pass, or do not.
-
-    Raises:
-        ConfigError: the tower cannot.
-    """
+    """Compute a block's activations again in the backward pass, or do not."""
     try:
         if isinstance(visual, VisionTransformer):
             blocks = visual.transformer.resblocks

@@ -1,4 +1,4 @@
-"""Language embeddings: what a text owes to its language, learned apart and left out afterwards."""
+"""Language embeddings: the part of a text's feature that its language explains."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 class LanguageEmbeddings(nn.Module):
     """A vector for each language, added to the text tower's output in training only.
 
-    LangSAMP (Liu et al. 2024, section 3): what tells languages apart need not be in the tower's
+    LangSAMP (Liu et al. 2024, section 3): what distinguishes languages need not be in the tower's
     own features, which become more alike across languages. There a language and a script are two
     vectors; Chinese and English differ in both at once, so that here one vector holds their sum.
 

@@ -202,11 +202,7 @@ class _WordHead(nn.Module):
 def patch_pixels(
     images: Float[Tensor, "batch 3 height width"], grid: tuple[int, int]
 ) -> Float[Tensor, "batch patches numbers"]:
-    """Return the pixels of each cell of a grid over images, row by row.
-
-    Raises:
-        ConfigError: the grid does not divide the images.
-    """
+    """Return the pixels of each cell of a grid over images, row by row."""
     height, width = _cell((images.shape[2], images.shape[3]), grid)
     cells = images.reshape(len(images), 3, grid[0], height, grid[1], width)
     return cells.permute(0, 2, 4, 1, 3, 5).reshape(len(images), grid[0] * grid[1], -1)

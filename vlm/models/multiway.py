@@ -65,6 +65,7 @@ class MultiwayEncoder(Encoder):
         self.itc_image_proj = _projection(config)
         self.itc_vl_text_proj = _projection(config)
         self.itc_vl_image_proj = _projection(config)
+        # A temperature of its own, which starts where the main one does, within its bound.
         self.log_unimodal_logit_scale = nn.Parameter(self.log_logit_scale.detach().clone())
         self._patch_dropout = 0.0
 
@@ -129,6 +130,7 @@ class MultiwayEncoder(Encoder):
             replaced = (replaced[0][:, : trimmed.ids.shape[1]], replaced[1])
         states = self.backbone.embed_texts(trimmed, replaced)
         own, shared = self._run(states, TEXT_BRANCH, trimmed.mask, first_only=False)
+        # Layers leave bias-driven values at padding; decoders must not read those as tokens.
         visible = shared.masked_fill(~trimmed.mask[..., None], 0)
         padding = tokens.ids.shape[1] - visible.shape[1]
         return States(
@@ -233,6 +235,7 @@ def resized_image_positions(
         )
     if grid == (side, side):
         return table.clone()
+    # As an image of `width` channels, because interpolation works on the last two dimensions.
     old = table[_KEPT_POSITIONS:].float().T.reshape(1, -1, side, side)
     new = F.interpolate(old, size=grid, mode="area")[0].flatten(start_dim=1).T
     return torch.cat([table[:_KEPT_POSITIONS], new.to(table.dtype)])
@@ -246,5 +249,6 @@ def _projection(config: MultiwayConfig) -> nn.Sequential:
 
 def _trimmed(tokens: TokenBatch) -> TokenBatch:
     """Leave off the positions at which every text is padding."""
+    # A synchronisation with the device. At least 1: attention over nothing would give NaN.
     length = max(1, int(tokens.mask.any(dim=0).sum()))
     return TokenBatch(tokens.ids[:, :length], tokens.mask[:, :length])

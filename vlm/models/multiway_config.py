@@ -21,7 +21,6 @@ TEMPERATURES = {
 """Names in a released checkpoint of the parameters that are called otherwise here."""
 
 _NOT_HELD = ("norm.", "pooler.")
-_TRAINING_ONLY = ("itc_text_proj.", "itc_image_proj.", "backbone.vision_embed.mask_token")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,21 +117,13 @@ def released_tensors(config: MultiwayConfig, vocab_size: int) -> dict[str, tuple
 
 
 def is_held(name: str) -> bool:
-    """Tell whether a released tensor has a place in `MultiwayEncoder`.
+    """Return whether a released tensor has a place in `MultiwayEncoder`.
 
     The others are what nothing reads: the normalisation and the pooler of another objective, and
-    the branch of the vision-language encoder that was built beside the shared one.
+    the branch of the vision-language encoder that was built next to the shared one.
     """
     shared = not (name.startswith("backbone_vl.") and f".{TEXT_BRANCH}." in name)
     return shared and not name.startswith(_NOT_HELD)
-
-
-def is_used_at_inference(name: str) -> bool:
-    """Tell whether a released tensor has a part in a feature or a similarity.
-
-    Beside those that are not held, the uni-modal projections and the mask token have none.
-    """
-    return is_held(name) and not name.startswith(_TRAINING_ONLY)
 
 
 def _stack_tensors(

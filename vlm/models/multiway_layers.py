@@ -63,9 +63,10 @@ class MultiwayStack(nn.Module):
             first_only: Give the state of the first position alone, which makes the last layer
                 cost a fraction; the result has length 1.
         """
-        key_mask = None if mask is None else mask[:, None, None]
+        key_mask = None if mask is None else mask[:, None, None]  # over heads and queries
         last = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
+            # Every earlier layer needs all positions: they are the last one's keys.
             inputs = (states, branch, key_mask, first_only and number == last)
             if self.grad_checkpointing and torch.is_grad_enabled():
                 states = checkpoint(layer, *inputs, use_reentrant=False)
@@ -78,6 +79,7 @@ class MultiwayStack(nn.Module):
         self, states: Float[Tensor, "batch length width"], branch: str
     ) -> Float[Tensor, "batch length width"]:
         """Add the vectors of positions 0 to length - 1."""
+        # fairseq's rows 0 and 1 stand for no position and are never read.
         numbers = torch.arange(states.shape[1], device=states.device) + POSITION_OFFSET
         positions: Tensor = self.embed_positions[branch](numbers)
         return states + positions
@@ -85,6 +87,7 @@ class MultiwayStack(nn.Module):
     def layer_parameters(self, branch: str) -> list[list[nn.Parameter]]:
         """Return a branch's parameters layer by layer, without the last normalisation."""
         return [
+            # A branch is a key of each ModuleDict, so it stands between dots: `ffn.A.fc1`.
             [each for name, each in layer.named_parameters() if f".{branch}." in name]
             for layer in self.layers
         ]
@@ -114,7 +117,7 @@ class MultiwayLayer(nn.Module):
         """Return the next states, of the first position alone where only that is read."""
         normed = self.self_attn_layer_norm[branch](states)
         queries = normed
-        if first_only:
+        if first_only:  # one query, but the keys and values of all positions
             states, queries = states[:, :1], normed[:, :1]
         states = states + self.drop_path(self.self_attn(queries, normed, branch, key_mask))
         inner = self.ffn[branch](self.final_layer_norm[branch](states))
@@ -197,6 +200,7 @@ def _initialise(layers: nn.ModuleList) -> None:
     gain = math.sqrt(math.log(2 * len(layers)))
     for name, parameter in layers.named_parameters():
         if parameter.ndim == 2:
+            # Queries and keys only weigh values: their scale does not add up over layers.
             plain = "q_proj" in name or "k_proj" in name
             nn.init.xavier_normal_(parameter, gain=1.0 if plain else gain)
         elif name.endswith("bias"):

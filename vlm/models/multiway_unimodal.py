@@ -31,11 +31,7 @@ class UnimodalEncoders(nn.Module):
         images: Float[Tensor, "batch 3 height width"],
         hidden: Bool[Tensor, "batch patches"] | None = None,
     ) -> Float[Tensor, "batch length channels"]:
-        """Return the class token and the patches, with their positions.
-
-        Raises:
-            ConfigError: the images are not of the configured size.
-        """
+        """Return the class token and the patches, with their positions."""
         size = self.config.image_size
         if images.shape[-2:] != (size, size):
             raise ConfigError(
@@ -54,9 +50,6 @@ class UnimodalEncoders(nn.Module):
         Args:
             tokens: Padded texts.
             replaced: Where true, the given vector takes the place of a token's embedding.
-
-        Raises:
-            ConfigError: the texts are longer than there are positions.
         """
         length = tokens.ids.shape[1]
         if length > self.config.context_length:
@@ -102,11 +95,13 @@ def drop_patches(
 
     Args:
         states: The class token and the patches, with their positions.
-        ratio: Of the patches to leave out, in [0, 1); one patch is always kept.
+        ratio: Fraction of the patches to drop, in [0, 1); one patch is always kept.
     """
     batch, length, width = states.shape
     count = max(1, round((length - 1) * (1 - ratio)))
+    # The largest of independent scores are a draw without replacement, for each image its own.
     scores = torch.rand(batch, length - 1, device=states.device)
+    # Plus 1 for the class token. Order does not matter: states carry their positions.
     kept = 1 + scores.topk(count, dim=1, sorted=False).indices
     patches = states.gather(1, kept[..., None].expand(-1, -1, width))
     return torch.cat([states[:, :1], patches], dim=1)

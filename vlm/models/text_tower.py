@@ -21,11 +21,7 @@ _AT_END_OF_TEXT = ("eos", "argmax")
 
 
 def check_text_tower(tower: TextTower) -> None:
-    """Refuse a tower that `encode_tokens` would run wrongly.
-
-    Raises:
-        ConfigError: it gives no one vector a text, or open_clip's adapter cannot run it.
-    """
+    """Refuse a tower that `encode_tokens` would run wrongly."""
     if isinstance(tower, HFTextEncoder):
         hugging_face_tower.check(tower)
     elif tower.pool_type == "none" and tower.cls_emb is None:
@@ -36,11 +32,7 @@ def check_text_tower(tower: TextTower) -> None:
 
 
 def check_reads_to_end_of_text(tower: TextTower) -> None:
-    """Refuse a tower whose features depend on more than a text's tokens in their order.
-
-    Raises:
-        ConfigError: it is not open_clip's causal transformer pooled at the end of text.
-    """
+    """Refuse a tower whose features depend on more than a text's tokens in their order."""
     if isinstance(tower, HFTextEncoder) or not _stops_at_end_of_text(tower):
         kind = "a Hugging Face model" if isinstance(tower, HFTextEncoder) else tower.pool_type
         raise ConfigError(
@@ -62,7 +54,7 @@ def encode_tokens(tower: TextTower, tokens: TokenBatch) -> Float[Tensor, "batch 
     length = tokens.ids.shape[1]
     causal_mask = tower.attn_mask[:length, :length]
     states = tower.token_embedding(tokens.ids) + tower.positional_embedding[:length]
-    *blocks, last = tower.transformer.resblocks
+    *blocks, last = tower.transformer.resblocks  # the last runs for one position: see below
     for block in blocks:
         states = _run_block(tower, block, states, causal_mask)
     if isinstance(last, ResidualAttentionBlock):
@@ -180,6 +172,7 @@ def _attention_mask(tower: TextTransformer, ids: Int64[Tensor, "batch seen"]) ->
     keys = torch.zeros(seen.shape, dtype=tower.positional_embedding.dtype, device=seen.device)
     keys = keys.masked_fill(~seen, float("-inf"))[:, None].expand(-1, length, -1)
     mask = keys if causal is None else keys + causal
+    # nn.MultiheadAttention takes a mask per text and head, heads innermost.
     return mask.repeat_interleave(tower.heads, dim=0)
 
 
@@ -229,5 +222,5 @@ def _last_block_at_end_of_text(
 def _at_end_of_text(
     states: Float[Tensor, "batch length width"], tokens: TokenBatch
 ) -> Float[Tensor, "batch width"]:
-    end_of_text = tokens.mask.sum(dim=1) - 1
+    end_of_text = tokens.mask.sum(dim=1) - 1  # padding is on the right
     return states[torch.arange(len(states), device=states.device), end_of_text]

@@ -25,6 +25,7 @@ from vlm.text.tokenizer import Tokenizer
 
 BEGIN, END = "<start_of_text>", "<end_of_text>"
 CONTEXT_LENGTH = 77
+CLIP_VOCAB_SIZE = 49_408
 
 _MERGES = 49_152 - 256 - 2  # as many of the file's lines as CLIP was trained with
 _END_OF_WORD = "</w>"
@@ -40,9 +41,6 @@ def clip_tokenizer(merges: Path | None = None) -> Tokenizer:
 
     Args:
         merges: CLIP's list of merges, gzipped; None for the one that open_clip ships.
-
-    Raises:
-        TokenizerError: the file cannot be read.
     """
     path = merges or Path(default_bpe())
     try:
@@ -55,7 +53,7 @@ def clip_tokenizer(merges: Path | None = None) -> Tokenizer:
         ids = {piece: index for index, piece in enumerate(pieces)}
         rust = _byte_pairs(ids, pairs, (BEGIN, END), _word_pattern())
     except Exception as error:  # the library raises nothing more definite
-        raise TokenizerError(f"{path} is no gzipped list of CLIP's merges: {error}") from error
+        raise TokenizerError(f"{path} is not a gzipped list of CLIP's merges: {error}") from error
     config = TokenizerConfig(
         context_length=CONTEXT_LENGTH,
         begin_of_text=BEGIN,
@@ -80,9 +78,6 @@ def published_clip_vocabulary(
         added: The content of `added_tokens.json`: pieces that are found before any word is split.
         begin: Piece that opens every text.
         end: Piece that closes it.
-
-    Raises:
-        TokenizerError: the files do not fit each other.
     """
     lines = [line for line in merges.split("\n") if line and not line.startswith("#version")]
     try:

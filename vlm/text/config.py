@@ -18,15 +18,15 @@ class TokenizerConfig:
     context_length: int
     """Longest text in tokens, begin and end included; at least 3."""
     begin_of_text: str | None
-    """Piece that opens every text, or none."""
+    """Piece that begins every text, or null."""
     end_of_text: str
-    """Piece that closes every text, the one that a text tower pools at."""
+    """Piece that ends every text, where a text tower pools."""
     padding: str
     """Piece that fills a text up to the length of its batch; it may be the end-of-text piece."""
     truncation: Truncation = "right"
-    """Which side of a text that is too long is lost."""
+    """Which side of a text that is too long is dropped."""
     cleaning: Cleaning = "none"
-    """What is done to a text first: see `vlm.text.cleaning`."""
+    """How a text is cleaned first: see `vlm.text.cleaning`."""
 
     def __post_init__(self) -> None:
         for name, choices in (("truncation", Truncation), ("cleaning", Cleaning)):
@@ -60,7 +60,7 @@ class SentencePieceConfig:
     """At least 1: languages count by their bytes to the power of 1 / temperature; 1 leaves them as
     they are, and the larger, the more alike they count."""
     han_coverage: float = 0.9999
-    """Share in (0, 1] of the Chinese characters of the texts that get a piece of their own."""
+    """Fraction in (0, 1] of the Chinese characters of the texts that get a piece of their own."""
     latin_coverage: float = 0.9999
     """The same for Latin letters."""
     other_coverage: float = 0.9999

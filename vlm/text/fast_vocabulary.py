@@ -2,19 +2,17 @@
 
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, groupby
 from operator import itemgetter
-from pathlib import Path
 from typing import Any, ClassVar
 
 from tokenizers import AddedToken, Encoding, Tokenizer as RustTokenizer
+from typing_extensions import override
 
 from vlm.errors import TokenizerError
-from vlm.text.merging import merged_to
-from vlm.text.vocabulary import NewPiece
+from vlm.text.vocabulary import NewPiece, Vocabulary, merged_to
 
 FILE_NAME = "tokenizer.json"
 
@@ -23,7 +21,7 @@ _MOST_WORDS = 200_000  # whose ids are kept, some 40 MiB
 _TEXTS_A_THREAD = 512  # fewer are not worth a thread
 
 
-class FastVocabulary:
+class FastVocabulary(Vocabulary):
     """Pieces of a `tokenizer.json`: BPE, WordPiece, Unigram or whole words, as the file says.
 
     What the file says of begin and end markers, truncation and padding is not used. Special
@@ -35,12 +33,14 @@ class FastVocabulary:
         definition: The content of a `tokenizer.json`.
 
     Raises:
-        TokenizerError: it is none.
+        TokenizerError: it is not one.
     """
 
     kind: ClassVar[str] = "tokenizer.json"
+    file_name: ClassVar[str] = FILE_NAME
 
     def __init__(self, definition: bytes) -> None:
+        super().__init__(definition)
         try:
             self._rust = RustTokenizer.from_buffer(definition)
         except Exception as error:  # the library raises nothing more definite
@@ -50,7 +50,6 @@ class FastVocabulary:
         self._rust.no_truncation()
         self._rust.no_padding()
         self._rust.encode_special_tokens = True
-        self._definition = definition
         self._special_words = self._find_special_words()
         self._drops_spaces = self._is_alike_between_spaces()
         self._words: dict[str, list[int]] = {}
@@ -58,44 +57,28 @@ class FastVocabulary:
         self._size = highest + 1
         self._unknown_id = self._find_unknown()
 
-    @classmethod
-    def load(cls, folder: Path) -> "FastVocabulary":
-        """Read the `tokenizer.json` of a folder.
-
-        Raises:
-            TokenizerError: it is missing or damaged.
-        """
-        path = folder / FILE_NAME
-        if not path.is_file():
-            raise TokenizerError(f"{path} is missing")
-        return cls(path.read_bytes())
-
+    @override
     def __len__(self) -> int:
-        """Return the number of ids."""
         return self._size
 
     @property
+    @override
     def unknown_id(self) -> int | None:
-        """Id of what the vocabulary cannot say; None where it can say everything."""
         return self._unknown_id
 
-    @property
-    def special_pieces(self) -> Mapping[str, str]:
-        """Nothing: a `tokenizer.json` does not say which piece has which role."""
-        return {}
-
+    @override
     def id_of(self, piece: str) -> int | None:
-        """Return the id of a piece; None if it has none."""
         token_id: int | None = self._rust.token_to_id(piece)
         return token_id
 
+    @override
     def pieces(self) -> list[str]:
-        """Return every piece by its id; ids that the file leaves out are empty."""
         pieces = [""] * self._size
         for piece, token_id in self._rust.get_vocab(with_added_tokens=True).items():
             pieces[token_id] = piece
         return pieces
 
+    @override
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Split texts into pieces, without begin and end; large batches on every core.
 
@@ -132,50 +115,38 @@ class FastVocabulary:
                 rows[index] = [token_id for token_id, _ in self._with_special_words(text)]
         return rows
 
+    @override
     def spans(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
-        """Return where in its text each piece stands, before the file's normaliser changes it.
-
-        Raises:
-            TokenizerError: as `encode`.
-        """
         rows = [encoding.offsets for encoding in self._encodings(self._rust.encode_batch, texts)]
         for index, text in enumerate(texts):
             if any(special in text for special in self._special_words):
                 rows[index] = [span for _, span in self._with_special_words(text)]
         return rows
 
+    @override
     def decode(self, ids: Sequence[int]) -> str:
-        """Join pieces to a text."""
         # The library's `Strip` panics on an empty text.
         return str(self._rust.decode(list(ids), skip_special_tokens=False)) if ids else ""
 
-    def files(self) -> Mapping[str, bytes]:
-        """Return the content of the vocabulary's files by name."""
-        return {FILE_NAME: self._definition}
-
+    @override
     def with_pieces(self, new: Sequence[NewPiece]) -> "FastVocabulary":
         """Return the same vocabulary with pieces added after its last id.
 
         The new pieces are found first, the longest from the left, wherever they stand in a
         text; what is between them is split as before. So a text that holds none of them keeps
         its ids, and a piece has one id wherever it stands in a word.
-
-        Raises:
-            TokenizerError: a piece is there already, or the file leaves out ids.
         """
-        counts = Counter(piece.text for piece in new)
-        known = [text for text, n in counts.items() if n > 1 or self.id_of(text) is not None]
-        if known:
-            raise TokenizerError(f"pieces are there already or twice: {', '.join(known[:5])}")
-        rust = RustTokenizer.from_buffer(self._definition)
+        self._check_new(new)
+        rust = RustTokenizer.from_buffer(self.content)
         normalised = rust.normalizer is not None
         rust.add_tokens([AddedToken(piece.text, normalized=normalised) for piece in new])
         if [rust.token_to_id(piece.text) for piece in new] != [
             *range(len(self), len(self) + len(new))
         ]:
-            raise TokenizerError("the vocabulary leaves out ids, which new pieces would get")
+            raise TokenizerError("the vocabulary has gaps in its ids, which new pieces would get")
         return FastVocabulary(rust.to_str().encode())
 
+    @override
     def reduced_to(self, kept: Sequence[int]) -> tuple["FastVocabulary", list[int]]:
         """Return a vocabulary of some pieces only, in the same order, and the ids it kept.
 

@@ -23,6 +23,19 @@ _CLIP_SPECIALS = {
     "end_of_text": "<|endoftext|>",
     "padding": "<|endoftext|>",
 }
+GLM_CONTEXT_LENGTH = 52
+"""Tokens of the longest caption that M2-Encoder's published models were trained on."""
+
+# GLM's `sp.model`, which is M2-Encoder's, has `<s>` and `</s>` that its models do not use.
+_GLM_PIECES = ("[CLS]", "<|endoftext|>", "<|blank_2|>", "<|blank_10|>")
+_GLM = {
+    "begin_of_text": "[CLS]",
+    "end_of_text": "<|endoftext|>",
+    "padding": "<|endoftext|>",
+    "truncation": "left",
+    "cleaning": "glm",
+    "context_length": GLM_CONTEXT_LENGTH,
+}
 _BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -31,7 +44,8 @@ def import_tokenizer(source: str, **changes: Any) -> Tokenizer:
 
     * `clip`: CLIP's byte-pair vocabulary, as open_clip ships it;
     * a tokenizer folder of this package;
-    * a `.model` file of SentencePiece, between the model's own begin and end;
+    * a `.model` file of SentencePiece, between the model's own begin and end, or between GLM's
+      where it has GLM's pieces, as M2-Encoder's has;
     * a `vocab.txt` of BERT, lower-cased, with each Chinese character by itself: Chinese-CLIP's
       ids, and its 52 tokens;
     * a `tokenizer.json`, or a folder with one and the `tokenizer_config.json` that names its
@@ -61,7 +75,8 @@ def import_tokenizer(source: str, **changes: Any) -> Tokenizer:
         )
     if path.suffix == ".model":
         model = SentencePieceVocabulary(path.read_bytes())
-        return _described(model, {**model.special_pieces, **changes})
+        is_glm = all(model.id_of(piece) is not None for piece in _GLM_PIECES)
+        return _described(model, {**(_GLM if is_glm else model.special_pieces), **changes})
     if path.suffix == ".json":
         named = _special_pieces_beside(path)
         return _described(FastVocabulary(path.read_bytes()), {**named, **changes})
@@ -70,7 +85,7 @@ def import_tokenizer(source: str, **changes: Any) -> Tokenizer:
             context_length=52, begin_of_text="[CLS]", end_of_text="[SEP]", padding="[PAD]"
         )
         return _changed(Tokenizer(_wordpiece(path), config), changes)
-    raise TokenizerError(f"{path} is no .model, vocab.txt or tokenizer.json")
+    raise TokenizerError(f"{path} is not a .model, vocab.txt or tokenizer.json file")
 
 
 def _published_clip(folder: Path, changes: dict[str, Any]) -> Tokenizer:
@@ -100,8 +115,8 @@ def _described(vocabulary: Vocabulary, description: dict[str, Any]) -> Tokenizer
     missing = [role for role in ("end_of_text", "padding") if role not in description]
     if missing:
         raise TokenizerError(
-            f"the tokenizer does not say which piece is its {' and which its '.join(missing)}; "
-            f"name it by {' and '.join(f'--{role}' for role in missing)}"
+            f"the tokenizer does not name its {' and '.join(missing)} piece; "
+            f"name it with {' and '.join(f'--{role}' for role in missing)}"
         )
     return Tokenizer(vocabulary, TokenizerConfig(**description))
 
@@ -140,7 +155,7 @@ def _wordpiece(path: Path) -> FastVocabulary:
         raise TokenizerError(f"{path} is not UTF-8 text: {error.reason}") from error
     missing = [piece for piece in _BERT_SPECIALS if piece not in pieces]
     if missing:
-        raise TokenizerError(f"{path} is no vocabulary of BERT: it has no {', '.join(missing)}")
+        raise TokenizerError(f"{path} is not a vocabulary of BERT: it lacks {', '.join(missing)}")
     ids = {piece: index for index, piece in enumerate(pieces)}
     rust = RustTokenizer(WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=200))
     rust.normalizer = normalizers.BertNormalizer(

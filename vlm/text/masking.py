@@ -21,27 +21,27 @@ def word_mask(
     tokenizer: Tokenizer,
     texts: Sequence[str],
     tokens: TokenBatch,
-    share: float,
+    ratio: float,
     rngs: Sequence[random.Random],
 ) -> Bool[Tensor, "batch length"]:
     """Draw words of each text and say which tokens are theirs; begin, end and padding never are.
 
-    As many words are drawn as reach the share on average: the one that would exceed it is taken
+    As many words are drawn as reach the ratio on average: the one that would exceed it is taken
     with the probability that makes it so. A text of any token loses at least one word.
 
     Args:
         tokenizer: What made `tokens`.
         texts: The texts, not cleaned.
         tokens: Their tokens; a text that was cut has words only where its tokens are left.
-        share: Share in (0, 1] of a text's tokens to mask.
+        ratio: Fraction in (0, 1] of a text's tokens to mask.
         rngs: Where chance comes from, for each text: the same states give the same masks.
 
     Raises:
-        ConfigError: `share` is out of its range.
+        ConfigError: `ratio` is out of its range.
         TokenizerError: the tokens are not those of the texts.
     """
-    if not 0 < share <= 1:
-        raise ConfigError(f"the share of masked tokens is {share}; expected more than 0, at most 1")
+    if not 0 < ratio <= 1:
+        raise ConfigError(f"the ratio of masked tokens is {ratio}; expected more than 0, at most 1")
     clean = CLEANING[tokenizer.config.cleaning]
     cleaned = [clean(text) for text in texts]
     before = 0 if tokenizer.special_ids.begin_of_text is None else 1
@@ -49,13 +49,13 @@ def word_mask(
     all_spans = tokenizer.vocabulary.spans(cleaned)
     room = tokenizer.context_length - before - 1
     if counts != [min(len(spans), room) for spans in all_spans]:
-        raise TokenizerError("the tokens to mask are not those of the texts beside them")
+        raise TokenizerError("the tokens to mask are not those of the texts")
     masked_rows: list[int] = []
     masked_columns: list[int] = []
     rows = zip(cleaned, all_spans, counts, rngs, strict=True)
     for row, (text, spans, count, rng) in enumerate(rows):
         cut = len(spans) - count if tokenizer.config.truncation == "left" else 0
-        drawn = _draw(pieces_by_word(text, spans[cut : cut + count]), share * count, rng)
+        drawn = _draw(pieces_by_word(text, spans[cut : cut + count]), ratio * count, rng)
         masked_rows += [row] * len(drawn)
         masked_columns += [before + piece for piece in drawn]
     mask = torch.zeros_like(tokens.mask)

@@ -1,9 +1,7 @@
 """Vocabularies in SentencePiece's own `.model` files, unigram or BPE."""
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import ClassVar
 
 import sentencepiece
@@ -12,10 +10,10 @@ from sentencepiece.sentencepiece_model_pb2 import (  # type: ignore[attr-defined
     ModelProto,
     TrainerSpec,
 )
+from typing_extensions import override
 
 from vlm.errors import TokenizerError
-from vlm.text.merging import merged_to
-from vlm.text.vocabulary import NewPiece
+from vlm.text.vocabulary import NewPiece, Vocabulary, merged_to
 
 FILE_NAME = "sentencepiece.model"
 SPACE = "▁"
@@ -24,19 +22,21 @@ SPACE = "▁"
 _Piece = ModelProto.SentencePiece
 
 
-class SentencePieceVocabulary:
+class SentencePieceVocabulary(Vocabulary):
     """Pieces of a SentencePiece model (Kudo and Richardson 2018).
 
     Args:
         model: The content of a `.model` file.
 
     Raises:
-        TokenizerError: it is none.
+        TokenizerError: it is not one.
     """
 
     kind: ClassVar[str] = "sentencepiece"
+    file_name: ClassVar[str] = FILE_NAME
 
     def __init__(self, model: bytes) -> None:
+        super().__init__(model)
         try:
             if not model:
                 raise RuntimeError("empty")  # which sentencepiece takes for "load it later"
@@ -44,32 +44,19 @@ class SentencePieceVocabulary:
             self.proto = ModelProto.FromString(model)
         except (RuntimeError, DecodeError) as error:
             raise TokenizerError(f"not a SentencePiece model ({len(model)} bytes)") from error
-        self._model = model
 
-    @classmethod
-    def load(cls, folder: Path) -> "SentencePieceVocabulary":
-        """Read the `sentencepiece.model` of a folder.
-
-        Raises:
-            TokenizerError: it is missing or damaged.
-        """
-        path = folder / FILE_NAME
-        if not path.is_file():
-            raise TokenizerError(f"{path} is missing")
-        return cls(path.read_bytes())
-
+    @override
     def __len__(self) -> int:
-        """Return the number of ids."""
         return len(self.proto.pieces)
 
     @property
+    @override
     def unknown_id(self) -> int | None:
-        """Id of what the vocabulary cannot say; None where bytes say everything."""
         return None if self.proto.trainer_spec.byte_fallback else int(self._processor.unk_id())
 
     @property
+    @override
     def special_pieces(self) -> Mapping[str, str]:
-        """The model's own begin, end and padding pieces, as far as it has them."""
         ids = {
             "begin_of_text": self._processor.bos_id(),
             "end_of_text": self._processor.eos_id(),
@@ -77,33 +64,30 @@ class SentencePieceVocabulary:
         }
         return {role: self.proto.pieces[i].piece for role, i in ids.items() if i >= 0}
 
+    @override
     def id_of(self, piece: str) -> int | None:
-        """Return the id of a piece; None if it has none."""
         token_id = int(self._processor.piece_to_id(piece))
         return token_id if self.proto.pieces[token_id].piece == piece else None
 
+    @override
     def pieces(self) -> list[str]:
-        """Return every piece by its id, with `▁` for a space."""
         return [piece.piece for piece in self.proto.pieces]
 
+    @override
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Split texts into pieces, without begin and end."""
         rows: list[list[int]] = self._processor.encode(list(texts), out_type=int)
         return rows
 
+    @override
     def spans(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
-        """Return where in its text each piece stands, before SentencePiece normalises the text."""
         encodings = self._processor.encode(list(texts), return_type="offset_mapping")
         return [_filled(encoding["offsets"]) for encoding in encodings]
 
+    @override
     def decode(self, ids: Sequence[int]) -> str:
-        """Join pieces to a text."""
         return str(self._processor.decode(list(ids)))
 
-    def files(self) -> Mapping[str, bytes]:
-        """Return the content of the vocabulary's files by name."""
-        return {FILE_NAME: self._model}
-
+    @override
     def with_pieces(self, new: Sequence[NewPiece]) -> "SentencePieceVocabulary":
         """Return the same vocabulary with pieces added after its last id.
 
@@ -111,15 +95,9 @@ class SentencePieceVocabulary:
         but no less than the worst of them, because what is unknown scores by that one.
         In a BPE model, whose scores are an order of merges, the new pieces are found before
         any merge, the longest from the left. A text that holds none of them keeps its ids.
-
-        Raises:
-            TokenizerError: a piece is there already.
         """
-        counts = Counter(piece.text for piece in new)
-        known = [text for text, n in counts.items() if n > 1 or self.id_of(text) is not None]
-        if known:
-            raise TokenizerError(f"pieces are there already or twice: {', '.join(known[:5])}")
-        proto = ModelProto.FromString(self._model)
+        self._check_new(new)
+        proto = ModelProto.FromString(self.content)
         unigram = proto.trainer_spec.model_type == TrainerSpec.UNIGRAM
         lowest = min((p.score for p in proto.pieces if p.type == _Piece.NORMAL), default=-math.inf)
         for piece in new:
@@ -131,6 +109,7 @@ class SentencePieceVocabulary:
         proto.trainer_spec.vocab_size = len(proto.pieces)
         return SentencePieceVocabulary(proto.SerializeToString(deterministic=True))
 
+    @override
     def reduced_to(self, kept: Sequence[int]) -> tuple["SentencePieceVocabulary", list[int]]:
         """Return a vocabulary of some pieces only, in the same order, and the ids it kept.
 
@@ -147,7 +126,7 @@ class SentencePieceVocabulary:
             normal = [i for i, p in enumerate(self.proto.pieces) if p.type == _Piece.NORMAL]
             needed.add(min(normal, key=lambda i: self.proto.pieces[i].score))
         always = (_Piece.CONTROL, _Piece.UNKNOWN, _Piece.BYTE)
-        proto = ModelProto.FromString(self._model)
+        proto = ModelProto.FromString(self.content)
         ids = [i for i, p in enumerate(proto.pieces) if i in needed or p.type in always]
         pieces = [proto.pieces[i] for i in ids]
         new_id = {old: new for new, old in enumerate(ids)}

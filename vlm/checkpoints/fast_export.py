@@ -1,10 +1,7 @@
-"""A SentencePiece tokenizer as a fast tokenizer of Hugging Face with the same ids, or none."""
+"""A SentencePiece tokenizer as a fast tokenizer of Hugging Face with the same ids."""
 
-import json
-import logging
 import math
 import random
-import struct
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
@@ -17,13 +14,19 @@ from sentencepiece.sentencepiece_model_pb2 import (  # type: ignore[attr-defined
 )
 from tokenizers import Tokenizer as RustTokenizer
 
-from vlm.text.fast_normalisers import MOST_PLACEHOLDERS, Part, normalisers, not_normal, of_type
+from vlm.checkpoints.fast_normalisers import (
+    MOST_PLACEHOLDERS,
+    Part,
+    character_normaliser,
+    normalisers,
+    not_normal,
+    of_type,
+)
+from vlm.errors import CheckpointError
+from vlm.text.auto_tokenizer import dump, settings_of
+from vlm.text.fast_vocabulary import FILE_NAME
 from vlm.text.sentencepiece_vocabulary import SPACE, SentencePieceVocabulary
-from vlm.text.tokenizer import Tokenizer
-
-logger = logging.getLogger(__name__)
-
-FILE_NAMES = ("tokenizer.json", "tokenizer_config.json")
+from vlm.text.tokenizer import SETTINGS_NAME, Tokenizer
 
 _Piece = ModelProto.SentencePiece
 
@@ -46,50 +49,45 @@ _HARD = (
 )  # fmt: skip
 
 
-def as_fast(tokenizer: Tokenizer) -> dict[str, bytes] | None:
-    """Return a tokenizer as files of a fast tokenizer of Hugging Face; None where none is the same.
+def fast_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """Return a SentencePiece tokenizer as files of a fast tokenizer of Hugging Face, by name.
 
     `transformers.AutoTokenizer` reads the folder that they are written to, and the library
     `tokenizers` reads `tokenizer.json` alone. The ids, begin and end included, are the same on
-    some thousand texts: every piece, random sequences of pieces, what the normaliser replaces,
-    and texts known to be hard. Where they are not, or the model is of a kind that cannot be
-    said in such files, a warning tells which.
+    thousands of texts: every piece, random sequences of pieces, what the normaliser changes, and
+    texts known to be hard. transformers' own converter gives other ids for a tenth of them.
 
     Texts that spell a special piece are read as the characters they are; therefore no piece is
-    an added token, and transformers is told to split special tokens.
+    an added token, and transformers is set to split special tokens.
 
-    One difference cannot be mended, and is not counted. Where a unigram model has `ha` and
-    `haha`, it scores both orders of them in `hahaha` alike. sentencepiece adds in 32 bits, and
-    takes the order that rounding favours; fast tokenizers add in 64 bits, and may take the other.
+    One difference remains, and is not counted. Where a unigram model has `ha` and `haha`, it
+    scores both orders of them in `hahaha` alike. sentencepiece adds in 32 bits, and takes the
+    order that rounding favours; fast tokenizers add in 64 bits, and may take the other.
 
     Args:
         tokenizer: One with a `SentencePieceVocabulary`.
+
+    Raises:
+        CheckpointError: no fast tokenizer gives the same ids.
     """
     vocabulary = tokenizer.vocabulary
     assert isinstance(vocabulary, SentencePieceVocabulary)
     proto = vocabulary.proto
     if obstacle := _obstacle(tokenizer, proto):
-        logger.warning("no fast tokenizer is the same: %s", obstacle)
-        return None
-    definition = _dump(_definition(tokenizer, proto))
+        raise CheckpointError(f"no fast tokenizer gives the same ids: {obstacle}")
+    definition = dump(_definition(tokenizer, proto))
     try:
         fast = RustTokenizer.from_buffer(definition)
     except Exception as error:  # the library raises nothing more definite
-        logger.warning("no fast tokenizer is the same: the library cannot read it: %s", error)
-        return None
+        raise CheckpointError(f"no fast tokenizer can be made: {error}") from error
     texts = list(dict.fromkeys(_texts_to_check(proto)))
     if differing := _differing(tokenizer, proto, fast, texts):
-        logger.warning(
-            "no fast tokenizer is the same: %d of %d checked texts have other ids, such as %r",
-            len(differing), len(texts), differing[0],
-        )  # fmt: skip
-        return None
-    settings = _dump(_settings(tokenizer, proto))
-    return dict(zip(FILE_NAMES, (definition, settings), strict=True))
-
-
-def _dump(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, ensure_ascii=False) + "\n").encode()
+        raise CheckpointError(
+            f"no fast tokenizer gives the same ids: {len(differing)} of {len(texts)} checked texts "
+            f"differ, such as {differing[0]!r}"
+        )
+    settings = settings_of(tokenizer, unknown=of_type(proto, _Piece.UNKNOWN)[0])
+    return {FILE_NAME: definition, SETTINGS_NAME: dump(settings)}
 
 
 def _obstacle(tokenizer: Tokenizer, proto: ModelProto) -> str | None:
@@ -124,27 +122,6 @@ def _definition(tokenizer: Tokenizer, proto: ModelProto) -> Part:
         "post_processor": _markers(tokenizer),
         "decoder": {"type": "Sequence", "decoders": _decoders(proto)},
         "model": _unigram(proto) if unigram else _bpe(proto),
-    }
-
-
-def _settings(tokenizer: Tokenizer, proto: ModelProto) -> dict[str, Any]:
-    """Return the content of `tokenizer_config.json`."""
-    config = tokenizer.config
-    roles = {
-        "bos_token": config.begin_of_text,
-        "eos_token": config.end_of_text,
-        "pad_token": config.padding,
-        "unk_token": of_type(proto, _Piece.UNKNOWN)[0],
-    }
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **{role: piece for role, piece in roles.items() if piece is not None},
-        "model_max_length": config.context_length,
-        "truncation_side": config.truncation,
-        "padding_side": "right",
-        "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,
-        "model_input_names": ["input_ids", "attention_mask"],
     }
 
 
@@ -184,6 +161,8 @@ def _any_of(branches: Sequence[tuple[str, str]]) -> str:
         return "|".join(pattern for _, pattern in branches)
     middle = len(branches) // 2
     lower, upper = branches[:middle], branches[middle:]
+    # A lookahead for a range of first characters halves the branches: a search in log time, where
+    # alternatives would be tried one after the other for every character of a text.
     low, high = _escaped(lower[0][0]), _escaped(lower[-1][0])
     return f"(?=[{low}-{high}])(?:{_any_of(lower)})|{_any_of(upper)}"
 
@@ -197,6 +176,8 @@ def _cuts(proto: ModelProto) -> str:
     ordinary = set(of_type(proto, _Piece.NORMAL, _Piece.USER_DEFINED))
     names = [[name] for name in of_type(proto, _Piece.CONTROL, _Piece.UNKNOWN)]
     names.append(of_type(proto, _Piece.BYTE))  # which are all cut at the same place
+    # Only pieces that hold two characters of a special name can cross a cut of it, so those alone
+    # are kept, by the two characters around each place where they could.
     pairs = {a + b for name in chain.from_iterable(names) for a, b in pairwise(name)}
     crossing: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for piece in ordinary:
@@ -220,6 +201,7 @@ def _cuts(proto: ModelProto) -> str:
         place = next((p for p in places if all(harmless(name, p) for name in alike)), 0)
         for name in alike if place else ():
             cuts[name[:place]].append(name[place:])
+    # An empty match between both halves: the split consumes nothing.
     return "|".join(f"(?<={_escaped(a)})(?={_longest_of(b)})" for a, b in sorted(cuts.items()))
 
 
@@ -229,6 +211,7 @@ def _unigram(proto: ModelProto) -> Part:
 
     def score(piece: Any) -> float:
         if piece.type == _Piece.USER_DEFINED:
+            # sentencepiece's own score of such a piece, by its length in bytes.
             return float(len(piece.piece.encode()) * max(highest, _SMALLEST) - 0.1)
         # What is no piece of a text must not be lower: the unknown scores ten below the lowest.
         return float(piece.score if piece.type == _Piece.NORMAL else lowest)
@@ -306,46 +289,22 @@ def _texts_to_check(proto: ModelProto) -> list[str]:
     pieces = [piece.piece.replace(SPACE, " ") for piece in proto.pieces]
     rows = [rng.choices(pieces, k=8) for _ in range(_SEQUENCES)]
     sequences = ["".join(row) for row in rows] + [" ".join(row) for row in rows]
-    keys = _replaceable(proto.normalizer_spec.precompiled_charsmap, rng)
-    replaced = ["猫".join(keys[start : start + 8]) for start in range(0, len(keys), 8)]
-    return [*_HARD, *sequences, *replaced, *pieces]
+    keys = _normalised(proto)
+    joined = ["猫".join(keys[start : start + 8]) for start in range(0, len(keys), 8)]
+    return [*_HARD, *sequences, *joined, *pieces]
 
 
-def _replaceable(charsmap: bytes, rng: random.Random) -> list[str]:
-    """Return every character that a charsmap replaces, and for letters some longer string.
-
-    A charsmap is the size of a trie in bytes, the trie as a double array (Aoe 1989) of the
-    library Darts-clone, and the strings that its leaves point to.
-    """
-    if not charsmap:
-        return []
-    (size,) = struct.unpack_from("<I", charsmap)
-    units = struct.unpack_from(f"<{size // 4}I", charsmap, 4)
-    below: dict[int, list[int]] = defaultdict(list)
-    for index, unit in enumerate(units):
-        if 0 < (label := unit & 0x800000FF) < 0x100:
-            below[index ^ label].append(index)
-    found: list[str] = []
-    waiting = [(0, b"")]
-    while waiting:
-        index, key = waiting.pop()
-        unit = units[index]
-        characters = key.decode(errors="ignore")
-        if unit >> 8 & 1 and (len(characters) == 1 or not _exotic(characters)):
-            found.append(characters)
-        children = below[index ^ (unit >> 10 << ((unit & 0x200) >> 6))]
-        if children and characters:
-            children = [rng.choice(children)]
-        waiting += [(child, key + bytes([units[child] & 0xFF])) for child in children]
-    return found
-
-
-def _exotic(characters: str) -> bool:
-    """Return whether a string is of the kind that `_characters` does not promise to get right."""
-    return any(
-        character > "\uffff" or unicodedata.normalize("NFKC", character) != character
-        for character in characters
-    )
+def _normalised(proto: ModelProto) -> list[str]:
+    """Return the characters that the normaliser changes, and letters with their marks apart."""
+    # Without halves of surrogate pairs; planes 3 to 13 have nothing that normalisers change.
+    characters = list(map(chr, chain(range(1, 0xD800), range(0xE000, 0x30000))))
+    # Beyond U+FFFF, and where NFKC changes the letter itself, marks are only nearly right: see
+    # `fast_normalisers._characters`.
+    apart = (unicodedata.normalize("NFD", each) for each in characters if each <= "\uffff")
+    letters = [text for text in apart if text[1:] and unicodedata.is_normalized("NFKC", text[0])]
+    candidates = characters + letters
+    normal = character_normaliser(proto.normalizer_spec).normalize(candidates)
+    return [text for text, other in zip(candidates, normal, strict=True) if text != other]
 
 
 def _differing(
@@ -378,4 +337,5 @@ def _tied(ids: Sequence[int], expected: Sequence[int], scores: Mapping[int, floa
             return False
         sums.append(math.fsum(scores[token_id] for token_id in pieces))
     total = math.fsum(scores.get(token_id, 0.0) for token_id in expected)
+    # One rounding of 32 bits, 2 ** -23 of the running sum, for every piece that was added.
     return abs(sums[0] - sums[1]) <= 2.0**-23 * len(expected) * abs(total)

@@ -122,7 +122,7 @@ def _characters(spec: NormalizerSpec) -> list[Part]:
         {"type": "Precompiled", "precompiled_charsmap": charsmap},
         _replaced_string(_APART, ""),
     ]
-    if _character_normaliser(spec).normalize("e\u0301") != "é":
+    if character_normaliser(spec).normalize("e\u0301") != "é":
         return parts
     unmixed = _unmixed()
     return [
@@ -132,7 +132,7 @@ def _characters(spec: NormalizerSpec) -> list[Part]:
     ]
 
 
-def _character_normaliser(spec: NormalizerSpec) -> SentencePieceNormalizer:
+def character_normaliser(spec: NormalizerSpec) -> SentencePieceNormalizer:
     """Return what replaces characters, and leaves spaces alone."""
     characters = NormalizerSpec(
         precompiled_charsmap=spec.precompiled_charsmap,
@@ -148,7 +148,7 @@ def not_normal(proto: ModelProto) -> list[str]:
     pieces = of_type(proto, _Piece.USER_DEFINED)
     if not pieces or not proto.normalizer_spec.precompiled_charsmap:
         return []
-    normal = _character_normaliser(proto.normalizer_spec).normalize(pieces)
+    normal = character_normaliser(proto.normalizer_spec).normalize(pieces)
     return [piece for piece, other in zip(pieces, normal, strict=True) if piece != other]
 
 

@@ -1,4 +1,4 @@
-"""Measure exact retrieval ranks beside CLIP_benchmark's and Chinese-CLIP's: time, CPU, memory.
+"""Measure exact retrieval scoring next to CLIP_benchmark's and Chinese-CLIP's: time, CPU, memory.
 
 Every system has a process of its own, with the same features and threads; they take turns. One
 JSON object goes to stdout, Markdown tables to stderr; `benchmarks/README.md` says what is
@@ -26,13 +26,12 @@ CUTOFFS = (1, 5, 10)
 FEATURES = ("texts", "images", "pairs")
 TITLES = {
     "clip_benchmark": "CLIP_benchmark `zeroshot_retrieval`, both directions",
-    "vlm_both": "vlm `exact_ranks_both`, both directions",
+    "vlm": "vlm `compare`, both directions, first images and cosines",
     "cn_clip": "cn_clip `make_topk_predictions`, text to image (scaled)",
-    "vlm_one": "vlm `exact_ranks`, text to image",
 }
 COMPARED = ("images", "texts", "dim", "signal", "mapped")
 STAGES = ("after_torch", "before_scoring", "peak", "added")
-BASE = {"vlm_both": "clip_benchmark", "vlm_one": "cn_clip"}
+BASE = {"vlm": "clip_benchmark"}
 CN_CLIP_TEXTS = (100, 600)
 """Texts of the two runs whose difference gives cn_clip's time per text."""
 
@@ -69,18 +68,13 @@ def clip_benchmark_recalls(texts: np.ndarray, images: np.ndarray, pairs: np.ndar
     return recalls
 
 
-def our_recalls(
-    texts: np.ndarray, images: np.ndarray, pairs: np.ndarray, *, both: bool
-) -> list[float]:
-    """Score with our ranks."""
-    from vlm.evaluation.retrieval.ranks import exact_ranks, exact_ranks_both
-
+def our_recalls(texts: np.ndarray, images: np.ndarray, pairs: np.ndarray) -> list[float]:
+    """Score with our ranks; the pass also finds first images and the statistics of cosines."""
+    from vlm.evaluation.retrieval.comparison import compare
     from vlm.evaluation.retrieval.metrics import recall_at
 
-    if both:
-        sides = exact_ranks_both(texts, images, pairs, device="cpu")
-    else:
-        sides = (exact_ranks(texts, images, pairs, device="cpu"),)
+    found = compare(texts, images, pairs, device="cpu")
+    sides = (found.text_to_image, found.image_to_text)
     return [recall_at(ranks, k) for ranks in sides for k in CUTOFFS]
 
 
@@ -160,7 +154,7 @@ def serve(connection: Connection, system: str, folder: Path, options: argparse.N
             if system == "clip_benchmark":
                 recalls = clip_benchmark_recalls(*arrays)
             else:
-                recalls = our_recalls(*arrays, both=system == "vlm_both")
+                recalls = our_recalls(*arrays)
             wall, cpu = time.perf_counter() - started, time.process_time() - used
         memory["peak"] = {"whole_mib": memory_mib("VmHWM"), "anonymous_mib": sampler.peak}
         connection.send({"wall_s": wall, "cpu_s": cpu, "recalls": recalls, "memory": memory})
@@ -189,7 +183,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         }
     for system, base in BASE.items():
         table[system]["times_faster"] = table[base]["wall_s"] / table[system]["wall_s"]
-    both, peer = table["vlm_both"]["recalls"], table["clip_benchmark"]["recalls"]
+    both, peer = table["vlm"]["recalls"], table["clip_benchmark"]["recalls"]
     table["largest_difference"] = max(abs(a - b) for a, b in zip(both, peer, strict=True))
     return table
 
@@ -261,9 +255,9 @@ def rank_large(rank: int, folder: str, processes: int, queries: int | None) -> N
     """Do one process's share and write what it took."""
     import torch
     import torch.distributed as dist
-    from vlm.evaluation.retrieval.ranks import exact_ranks_both
 
     from vlm.distributed.groups import world_group
+    from vlm.evaluation.retrieval.comparison import compare
     from vlm.evaluation.retrieval.metrics import median_rank
 
     torch.set_num_threads(1)
@@ -278,7 +272,7 @@ def rank_large(rank: int, folder: str, processes: int, queries: int | None) -> N
     sampler = AnonymousMemory()
     sampler.start()
     started, used = time.perf_counter(), time.process_time()
-    found = exact_ranks_both(
+    found = compare(
         texts, images, pairs, device="cpu", group=world_group(), show_progress_bar=rank == 0
     )
     record = {
@@ -286,7 +280,7 @@ def rank_large(rank: int, folder: str, processes: int, queries: int | None) -> N
         "cpu_s": time.process_time() - used,
         "own_mib": sampler.peak,
         "added_mib": sampler.peak - before,
-        "median_rank": [median_rank(ranks) for ranks in found],
+        "median_rank": [median_rank(ranks) for ranks in found.ranks.values()],
     }
     (Path(folder) / f"{rank}.json").write_text(json.dumps(record))
     if processes > 1:

@@ -4,7 +4,11 @@ import numpy as np
 import pytest
 
 from vlm.errors import VlmError
-from vlm.evaluation.bootstrap import bootstrap_interval, resampled_means
+from vlm.evaluation.bootstrap import interval_of, resampled_means
+
+
+def bootstrap_interval(values, groups, *, level=0.95, **options):
+    return interval_of(resampled_means([values], [groups], **options)[0], level=level)
 
 
 def test_the_interval_of_single_queries_is_about_that_of_the_normal_distribution():
@@ -90,7 +94,7 @@ def test_the_seed_decides_and_many_images_are_drawn_in_parts(monkeypatch):
     [
         ([], [], {}, "0 values with 0 groups"),
         ([1.0, 2.0], [0], {}, "2 values with 1 groups"),
-        ([1.0], [0], {"resamples": 0}, "cannot draw 0 times"),
+        ([1.0], [0], {"resamples": 0}, "cannot draw 0 resamples"),
         ([1.0, np.nan], [0, 1], {}, "1 of 2 values are not finite"),
         ([1.0], [0], {"level": 9.5}, "the level of the interval is 9.5"),
     ],

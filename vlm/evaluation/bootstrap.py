@@ -8,47 +8,18 @@ from jaxtyping import Float64, Int, Shaped
 from vlm.errors import VlmError
 
 LEVEL = 0.95
-"""Share of the resampled means that lie within an interval, unless asked otherwise."""
+"""Ratio of the resampled means within an interval, by default."""
 
 RESAMPLES = 1000
-"""How often to draw, unless asked otherwise."""
+"""How often to draw, by default."""
 
-_DRAWS_AT_ONCE = 2**22
-
-
-def bootstrap_interval(
-    values_by_query: Shaped[np.ndarray, " queries"],
-    groups: Int[np.ndarray, " groups"],
-    *,
-    level: float = LEVEL,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Return the percentile interval of a mean over queries (Efron 1979, drawn by groups).
-
-    For two models on one benchmark, give the differences of their values: the interval is then
-    that of the paired bootstrap, and the models differ where it does not hold 0.
-
-    Args:
-        values_by_query: Truth values or finite numbers; for recall@k, `ranks <= k`.
-        groups: The image to which each query belongs. Images are drawn, with replacement,
-            and bring all their queries, because captions of one image are not independent.
-        level: Share in (0, 1) of the resampled means that lie within the interval.
-        resamples: How often to draw.
-        seed: Of the draws; the same images give the same draws for all values.
-
-    Raises:
-        VlmError: there are no queries, some have no group or no finite value, `level` is not
-            within (0, 1), or `resamples` is less than 1.
-    """
-    means = resampled_means([values_by_query], [groups], resamples=resamples, seed=seed)
-    return interval_of(means[0], level=level)
+_DRAWS_AT_ONCE = 2**22  # int32 draws and float64 counts of them: 48 MiB
 
 
 def interval_of(
     means: Float64[np.ndarray, " resamples"], *, level: float = LEVEL
 ) -> tuple[float, float]:
-    """Return the bounds between which the share `level` of the resampled means lies.
+    """Return the percentile interval: the bounds that contain the ratio `level` of the means.
 
     Raises:
         VlmError: `level` is not within (0, 1).
@@ -68,18 +39,22 @@ def resampled_means(
 ) -> Float64[np.ndarray, "kinds resamples"]:
     """Return means over queries for each resample of the groups, of several kinds of queries.
 
-    All kinds come from the same draws, so that means of them can be put together resample by
-    resample before quantiles are taken, such as the mean recall of both directions. A resample
-    in which a kind has no query gives its mean over all queries.
+    Images are drawn with replacement and bring all their queries, because captions of one image
+    are not independent (Efron 1979, by groups). All kinds come from the same draws, so that means
+    of them can be combined resample by resample before quantiles are taken, such as the mean
+    recall of both directions. A resample in which a kind has no query gives its mean over all
+    queries. For the paired bootstrap of two models, give the differences of their values: the
+    models differ if the interval does not contain 0.
 
     Args:
-        values_by_query: For each kind, as for `bootstrap_interval`, like all that follow.
+        values_by_query: For each kind, booleans or finite numbers; for recall@k, `ranks <= k`.
         groups: For each kind, the image of each query; the same image has the same number.
         resamples: How often to draw.
-        seed: Of the draws.
+        seed: Of the draws; the same images give the same draws for all values.
 
     Raises:
-        VlmError: as `bootstrap_interval`.
+        VlmError: there are no queries, some have no group or no finite value, or `resamples` is
+            less than 1.
     """
     for values, of_kind in zip(values_by_query, groups, strict=True):
         _check(values, of_kind, resamples)
@@ -107,6 +82,7 @@ def resampled_means(
 
 def _times_drawn(draws: Int[np.ndarray, "rows groups"]) -> Float64[np.ndarray, "rows groups"]:
     rows, count = draws.shape
+    # One bincount for all rows: each row counts in a range of its own.
     flat = draws + (np.arange(rows) * count)[:, None]
     times: Float64[np.ndarray, "rows groups"] = (
         np.bincount(flat.ravel(), minlength=rows * count).reshape(rows, count).astype(np.float64)
@@ -119,8 +95,8 @@ def _check(
 ) -> None:
     if len(values) == 0 or len(values) != len(groups) or resamples < 1:
         raise VlmError(
-            f"cannot draw {resamples} times of {len(values)} values with {len(groups)} groups; "
-            "expected at least once, one value and as many groups as values"
+            f"cannot draw {resamples} resamples of {len(values)} values with {len(groups)} groups; "
+            "expected at least one resample, one value and as many groups as values"
         )
     if not np.isfinite(np.asarray(values, np.float64)).all():
         raise VlmError(

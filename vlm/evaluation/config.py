@@ -43,7 +43,8 @@ class RetrievalSource:
     """Of a data folder: conditions on samples, such as `source=noto` or `group!=flags`."""
     duplicates: DuplicatePolicy | None = None
     """Of a benchmark: which images are correct where several have the same caption; by default
-    `by id`."""
+    `by id`. `by string` is M2-Encoder's rule in text to image; in image to text its script counts
+    only the last of equal captions as correct, here all are."""
     lower_case: bool | None = None
     """Of a benchmark: captions in lower case, as Chinese-CLIP and M2-Encoder evaluate."""
     allowed_share: float | None = None

@@ -8,8 +8,7 @@ import numpy as np
 from jaxtyping import Float32, Int
 
 from vlm.evaluation.config import IndexPlan
-from vlm.evaluation.retrieval.metrics import first_correct_ranks, recall_at
-from vlm.evaluation.retrieval.scores import Ranks
+from vlm.evaluation.retrieval.metrics import Ranks, first_correct_ranks, recall_at
 from vlm.evaluation.search_cases import (
     BATCH,
     KS,

@@ -10,7 +10,7 @@ from jaxtyping import Float32, Int, Int64
 
 from vlm.errors import SearchIndexError
 from vlm.evaluation.retrieval.comparison import compare
-from vlm.evaluation.retrieval.scores import Ranks
+from vlm.evaluation.retrieval.metrics import Ranks
 from vlm.search.index import ROUNDING, Hits, VectorIndex, cosines_of
 
 KS = (1, 5, 10)

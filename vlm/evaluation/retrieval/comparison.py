@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlm.distributed.groups import SINGLE, RankGroup
-from vlm.evaluation.retrieval.metrics import NOT_FOUND
-from vlm.evaluation.retrieval.scores import Ranks
+from vlm.evaluation.retrieval.metrics import NOT_FOUND, Ranks
 from vlm.evaluation.retrieval.tiles import Tile, TiledProducts
 
 

@@ -14,10 +14,10 @@ from vlm.embedding.embedder import Embedder
 from vlm.evaluation.bootstrap import LEVEL
 from vlm.evaluation.reading import Reading, reading_of
 from vlm.evaluation.retrieval.comparison import Comparison, CosineStatistics, compare
-from vlm.evaluation.retrieval.metrics import cross_lingual_agreement
+from vlm.evaluation.retrieval.metrics import Ranks, cross_lingual_agreement
 from vlm.evaluation.retrieval.pairs import RetrievalPairs
 from vlm.evaluation.retrieval.protocol import Question, questions_of
-from vlm.evaluation.retrieval.scores import CUTOFFS, Ranks, check_cutoffs, intervals_of, scores_of
+from vlm.evaluation.retrieval.scores import CUTOFFS, check_cutoffs, intervals_of, scores_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,15 +1,19 @@
 """Retrieval metrics as pure functions of ranks, or of what a search returned."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int, Int64, Shaped
 from numpy.typing import NDArray
 
 from vlm.errors import VlmError
 
 NOT_FOUND = np.iinfo(np.int64).max
 """Rank of a query none of whose correct answers is among its hits."""
+
+Ranks = Mapping[str, Int64[np.ndarray, " queries"]]
+"""By direction, the rank of each query's best correct answer. An image without a caption is a wrong
+answer and no query, so the images are those that occur in correct pairs, in their order."""
 
 
 def first_correct_ranks(
@@ -35,14 +39,14 @@ def first_correct_ranks(
     queries = np.arange(len(ids))[:, None]
     correct = np.isin(queries * candidates + ids, matches[:, 0] * candidates + matches[:, 1])
     correct &= ids >= 0
-    scores = np.where(np.isnan(scores), -np.inf, scores)  # what is no number is no better
+    scores = np.where(np.isnan(scores), -np.inf, scores)  # NaN is no better than minus infinity
     best = np.where(correct, scores, -np.inf).max(axis=1, keepdims=True, initial=-np.inf)
     wrong_before = ((scores >= best) & ~correct & (ids >= 0)).sum(axis=1)
     return np.where(correct.any(axis=1), wrong_before + 1, NOT_FOUND).astype(np.int64)
 
 
 def recall_at(ranks: Int[np.ndarray, " queries"], k: int) -> float:
-    """Return the share in [0, 1] of the queries with a correct answer among their first `k`."""
+    """Return the ratio in [0, 1] of queries with a correct answer among their first `k`."""
     return float((ranks <= k).mean())
 
 
@@ -57,7 +61,7 @@ def median_rank(ranks: Int[np.ndarray, " queries"]) -> float:
 
 
 def mean_reciprocal_rank(ranks: Int[np.ndarray, " queries"]) -> float:
-    """Return the mean of 1 / rank (MRR), in [0, 1]; a query without a correct answer brings 0."""
+    """Return the mean of 1 / rank (MRR), in [0, 1]; a query without a correct answer counts 0."""
     return float(np.where(ranks == NOT_FOUND, 0, 1 / ranks).mean())
 
 
@@ -76,8 +80,8 @@ def cross_lingual_agreement(
         cutoffs: Numbers `k` of at least 1.
 
     Returns:
-        Shares in [0, 1] of the pairs of captions: `same_image`, for which both find the same
-        image first, right or wrong; and for each `k` `both@k`, for which both have a correct
+        Ratios in [0, 1] of the pairs of captions: `same_image`, for which both find the same
+        image first, correct or wrong; and for each `k` `both@k`, for which both have a correct
         image among their first `k`.
 
     Raises:
@@ -90,6 +94,6 @@ def cross_lingual_agreement(
             "of captions and their translations; expected as many of each, and at least one"
         )
     found = first[0] >= 0
-    shares = {"same_image": float(((first[0] == second[0]) & found).mean())}
+    ratios = {"same_image": float(((first[0] == second[0]) & found).mean())}
     worse = np.maximum(first[1], second[1])
-    return shares | {f"both@{k}": recall_at(worse, k) for k in cutoffs}
+    return ratios | {f"both@{k}": recall_at(worse, k) for k in cutoffs}

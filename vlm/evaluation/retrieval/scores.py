@@ -10,6 +10,7 @@ from vlm.errors import VlmError
 from vlm.evaluation.bootstrap import interval_of, resampled_means
 from vlm.evaluation.retrieval.metrics import (
     NOT_FOUND,
+    Ranks,
     mean_recall,
     mean_reciprocal_rank,
     median_rank,
@@ -22,13 +23,9 @@ DIRECTIONS = ("text_to_image", "image_to_text")
 
 _FEWEST_CASES = 10
 
-Ranks = Mapping[str, Int64[np.ndarray, " queries"]]
-"""By direction, the rank of each query's best right answer. An image without a caption is a wrong
-answer and no question, so the images are those that occur in right pairs, in their order."""
-
 
 def check_cutoffs(cutoffs: Sequence[int]) -> None:
-    """Refuse cutoffs of which no recall can be made.
+    """Refuse cutoffs that no recall can have.
 
     Raises:
         VlmError: there are none, or one is less than 1.
@@ -68,14 +65,13 @@ def intervals_of(
 ) -> dict[str, tuple[float, float]]:
     """Return 95 % bootstrap intervals of the scores that are means, under the keys of `scores_of`.
 
-    A language with fewer than ten cases to draw has none: of one case every draw is the same.
-
-    Images are drawn together with all texts and images that right pairs link them to, so that
-    captions of one image, and images of one concept, count as what they are: one case.
+    Images are drawn together with all texts and images that correct pairs link them to, so that
+    captions of one image, and images of one concept, count as one case. A language with fewer than
+    ten cases has no interval: of one case every draw is the same.
 
     Args:
         ranks: By language.
-        texts: By language, with the right pairs.
+        texts: By language, with the correct pairs.
         images: Number of images in the benchmark.
         cutoffs: The k of the recalls.
     """

@@ -125,7 +125,7 @@ def _open_benchmark(source: RetrievalSource) -> RetrievalPairs:
 
 
 def _refuse(source: RetrievalSource, settings: Sequence[str], *, what: str, owner: str) -> None:
-    """Refuse settings that would be ignored; those that say no more than nothing may stand."""
+    """Refuse settings that would be ignored; empty ones are allowed."""
     given = [name for name in settings if getattr(source, name)]
     if given:
         raise ConfigError(

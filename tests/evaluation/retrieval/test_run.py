@@ -1,4 +1,4 @@
-"""The record of a run has what was asked for, as it was given."""
+"""A run scores every source it is given; its record has what was asked for, as it was given."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,10 @@ import pytest
 
 import vlm
 from tests.builders import make_samples, write_split
-from vlm.evaluation.config import RetrievalSource
+from vlm.errors import SearchIndexError
+from vlm.evaluation.config import IndexPlan, RetrievalSource
+from vlm.evaluation.retrieval.evaluation import evaluate_retrieval
+from vlm.evaluation.retrieval.pairs import pairs_of_split
 from vlm.evaluation.retrieval.run import evaluate
 from vlm.evaluation.retrieval.sources import sources_of
 
@@ -41,3 +44,27 @@ def test_what_was_not_given_is_none_in_the_record(record_of):
     (scored,) = record_of("x=data")["benchmarks"].values()
     given = {name: value for name, value in scored["source"].items() if value is not None}
     assert given == {"path": "data", "name": "x", "split": "test"}
+
+
+def test_paths_names_and_sources_are_scored_alike(embedder, tmp_path):
+    folder = write_split(tmp_path / "data", make_samples(12), split="test_style")
+    run = evaluate(embedder, [folder, f"again={folder}"], cutoffs=[1, 3])
+    expected = evaluate_retrieval(
+        embedder, pairs_of_split(folder, "test_style", languages=["zh", "en"]), cutoffs=[1, 3]
+    )
+    assert run.benchmarks.keys() == {"test_style", "again"}
+    for scored in run.benchmarks.values():
+        assert scored.evaluation.scores == expected
+        assert scored.pairs.kind == "data folder"
+
+
+def test_indexes_are_compared_for_the_benchmarks_named_up_to_the_first_that_fails(
+    embedder, tmp_path
+):
+    folder = write_split(tmp_path / "data", make_samples(12), split="test_style")
+    run = evaluate(embedder, [f"first={folder}", f"second={folder}"])
+    flat = run.with_indexes(IndexPlan(factories=["Flat"]), names=["second"])
+    assert [scored.indexes is not None for scored in flat.benchmarks.values()] == [False, True]
+    failed = run.with_indexes(IndexPlan(factories=["IVF5000,Flat"]))
+    assert isinstance(failed.index_error, SearchIndexError)
+    assert failed.benchmarks["first"].evaluation.scores == run.benchmarks["first"].evaluation.scores

@@ -52,31 +52,11 @@ class _SigmoidLoss(torch.autograd.Function):
         row_gradient = torch.zeros_like(rows) if for_rows else None
         column_gradient = torch.zeros_like(columns) if for_columns else None
         bias_gradient = rows.new_zeros(()) if for_bias else None
-        # .item() waits for the device: a matrix product takes its factor as a number.
-        scale, bias = logit_scale.item(), logit_bias.to(rows.dtype)
-        # Half of a pair's loss is its row's and half its column's.
-        halves = rows.new_full((max(len(rows), len(columns)),), 0.5)
-        buffer, dtype = TileBuffer(rows), block.product_dtype
+        gradients = row_gradient, column_gradient, bias_gradient
         with torch.autocast(rows.device.type, enabled=False):
-            for tile in block.tiles(rows, columns):
-                tile_rows, tile_columns = rows[tile.rows], columns[tile.columns]
-                logits = buffer.similarities(tile_rows, tile_columns, scale, dtype)
-                ignored = block.matches.add_to(row_stats, column_stats, logits, tile, bias)
-                if ignored is not None:
-                    # softplus and sigmoid of the lowest finite number are 0.
-                    logits.masked_fill_(ignored, torch.finfo(logits.dtype).min)
-                sums, weights = sigmoid_sums_(logits, bias, buffer.scratch(logits))
-                if tile.rows_scored:
-                    row_stats.add_losses(tile.rows, sums.row_max, sums.row_sum)
-                if tile.columns_scored:
-                    column_stats.add_losses(tile.columns, sums.column_max, sums.column_sum)
-                block.matches.subtract_from_(weights, tile, halves, halves)
-                if row_gradient is not None:
-                    add_product(row_gradient[tile.rows], weights, tile_columns, dtype)
-                if column_gradient is not None:
-                    add_product(column_gradient[tile.columns], weights.T, tile_rows, dtype)
-                if bias_gradient is not None:
-                    bias_gradient += weights.sum()
+            _read(
+                rows, columns, logit_scale, logit_bias, block, (row_stats, column_stats), gradients
+            )
             scale_gradient = None
             for side, gradient in ((rows, row_gradient), (columns, column_gradient)):
                 if gradient is not None and scale_gradient is None:
@@ -109,3 +89,41 @@ class _SigmoidLoss(torch.autograd.Function):
             (of_bias * factor).to(bias_dtype) if for_bias else None,
             None, None, None,
         )  # fmt: skip
+
+
+def _read(
+    rows: Tensor,
+    columns: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    block: Block,
+    statistics: tuple[AxisStatistics, AxisStatistics],
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> None:
+    """Fill the statistics of both axes and the gradients, which lack the scale as a factor."""
+    row_stats, column_stats = statistics
+    row_gradient, column_gradient, bias_gradient = gradients
+    # .item() waits for the device: a matrix product takes its factor as a number.
+    scale, bias = logit_scale.item(), logit_bias.to(rows.dtype)
+    # Half of a pair's loss is its row's and half its column's.
+    halves = rows.new_full((max(len(rows), len(columns)),), 0.5)
+    buffer, dtype = TileBuffer(rows), block.product_dtype
+    for tile in block.tiles(rows, columns):
+        tile_rows, tile_columns = rows[tile.rows], columns[tile.columns]
+        logits = buffer.similarities(tile_rows, tile_columns, scale, dtype)
+        ignored = block.matches.add_to(row_stats, column_stats, logits, tile, bias)
+        if ignored is not None:
+            # softplus and sigmoid of the lowest finite number are 0.
+            logits.masked_fill_(ignored, torch.finfo(logits.dtype).min)
+        sums, weights = sigmoid_sums_(logits, bias, buffer.scratch(logits))
+        if tile.rows_scored:
+            row_stats.add_losses(tile.rows, sums.row_max, sums.row_sum)
+        if tile.columns_scored:
+            column_stats.add_losses(tile.columns, sums.column_max, sums.column_sum)
+        block.matches.subtract_from_(weights, tile, halves, halves)
+        if row_gradient is not None:
+            add_product(row_gradient[tile.rows], weights, tile_columns, dtype)
+        if column_gradient is not None:
+            add_product(column_gradient[tile.columns], weights.T, tile_rows, dtype)
+        if bias_gradient is not None:
+            bias_gradient += weights.sum()

@@ -37,7 +37,8 @@ class RetrievalPairs:
     images: Sequence[ImageSource]
     """Encoded images, or where they lie."""
     addresses: Sequence[str] = ()
-    """Where each image in a shard lies, `FOLDER/SHARD#ROW`; empty if no image does."""
+    """Where each image lies that is no file of its own: `FOLDER/SHARD#ROW` of a data folder,
+    `PATH#ID` of a benchmark; empty if all are files."""
     texts: Mapping[str, Texts]
     """The texts by language code."""
     image_names: Sequence[str] = ()

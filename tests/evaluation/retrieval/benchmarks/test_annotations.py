@@ -49,6 +49,7 @@ def test_lines_of_m2_encoder_are_read_as_they_were_written(tmp_path):
     assert found.texts["zh"].texts == ZH[:3]
     assert found.texts["zh"].matches.tolist() == [[0, 0], [1, 0], [2, 1]]
     assert found.cleaning == "line ends removed"
+    assert not found.addresses  # each image is a file
 
 
 def test_an_image_on_two_lines_has_the_captions_of_both(tmp_path):

@@ -43,6 +43,7 @@ def test_what_clip_benchmark_exports_is_read(tmp_path):
     found = opened(tmp_path)
     assert (found.kind, found.split) == ("webdataset", "test")
     assert found.image_names[10] == "10/s0000010"
+    assert found.addresses[10] == f"{tmp_path}#10/s0000010"
     assert list(found.images) == IMAGES
     assert found.texts["en"].texts == [text for _, texts in dataset for text in texts]
     assert found.texts["en"].matches.tolist() == [[n, n // 2] for n in range(24)]

@@ -155,6 +155,8 @@ def assemble(listing: Listing, source: RetrievalSource, *, kind: str) -> Retriev
     return RetrievalPairs(
         images=Images(listing.read, np.array([positions[each] for each in kept], np.int64)),
         image_names=kept,
+        # Images that are files of their own are named by their paths.
+        addresses=[] if listing.looked_in else [f"{source.path}#{each}" for each in kept],
         texts={
             each: Texts(
                 texts=[_lowered(text) for text in texts[each]]

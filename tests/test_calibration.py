@@ -55,7 +55,7 @@ def test_another_prior_follows_bayes_rule(prior):
 
 @pytest.mark.parametrize("prior", [0.0, 1.0, -0.2, 2.0, float("nan")])
 def test_a_prior_that_is_no_share_is_refused(prior):
-    with pytest.raises(VlmError, match=r"the prior is .*; expected a share between 0 and 1"):
+    with pytest.raises(VlmError, match=r"the prior is .*; expected a ratio between 0 and 1"):
         MAP.probability(np.zeros(1), prior=prior)
 
 
@@ -86,8 +86,8 @@ def test_a_record_gives_the_same_calibration():
 @pytest.mark.parametrize(
     ("record", "said"),
     [
-        ([], r"a calibration says \[\]; expected \["),
-        ({"prior": 0.5}, r"a calibration says \['prior'\]; expected \["),
+        ([], r"unexpected keys in calibration: \[\]; expected \["),
+        ({"prior": 0.5}, r"unexpected keys in calibration: \['prior'\]; expected \["),
         (MAP.record() | {"more": 1}, "'more'"),
         (MAP.record() | {"cosines": ["a", "b", "c", "d"]}, "something else than numbers"),
         (MAP.record() | {"prior": "half"}, "something else than numbers"),

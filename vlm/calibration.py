@@ -18,7 +18,7 @@ class Calibration:
     The map is linear between its knots and constant beyond the first and the last.
 
     Raises:
-        VlmError: the knots do not rise, or a probability is none.
+        VlmError: the knots do not rise, or a probability is not between 0 and 1.
     """
 
     cosines: Sequence[float]
@@ -26,11 +26,11 @@ class Calibration:
     probabilities: Sequence[float]
     """The probability of a match at each knot, strictly between 0 and 1; it never falls."""
     prior: float
-    """The share of matching pairs, between 0 and 1, for which the probabilities are right."""
+    """The ratio of matching pairs, between 0 and 1, that the probabilities assume."""
     threshold: float
     """Cosine from which a pair counts as a match at the target precision."""
     precision: float
-    """The target: share of matches among the pairs from the threshold on, at the prior."""
+    """The target: ratio of matches among the pairs from the threshold on, at the prior."""
     dim: int
     """Width of the vectors whose cosines were seen."""
     fingerprint: str
@@ -40,13 +40,13 @@ class Calibration:
 
     def __post_init__(self) -> None:
         cosines, probabilities = np.asarray(self.cosines), np.asarray(self.probabilities)
-        shares = [*probabilities.tolist(), self.prior]
+        ratios = [*probabilities.tolist(), self.prior]
         if (
             len(cosines) != len(probabilities)
             or not len(cosines)
             or not (np.diff(cosines) >= 0).all()
             or not (np.diff(probabilities) >= 0).all()
-            or not all(0 < share < 1 for share in shares)
+            or not all(0 < ratio < 1 for ratio in ratios)
         ):
             raise VlmError(
                 f"a calibration has {len(cosines)} cosines, {len(probabilities)} probabilities and "
@@ -61,7 +61,7 @@ class Calibration:
 
         Args:
             cosines: Cosines of texts with images.
-            prior: Share of matching pairs among those asked about; None for the one fitted with.
+            prior: Ratio of matching pairs among those asked about; None for the one fitted with.
                 By Bayes' rule the odds of a match grow in proportion to the odds of the prior.
 
         Raises:
@@ -70,7 +70,7 @@ class Calibration:
         found: NDArray[np.float64] = np.interp(cosines, self.cosines, self.probabilities)
         if prior is not None:
             if not 0 < prior < 1:
-                raise VlmError(f"the prior is {prior}; expected a share between 0 and 1")
+                raise VlmError(f"the prior is {prior}; expected a ratio between 0 and 1")
             right = found * (prior / self.prior)
             wrong = (1 - found) * ((1 - prior) / (1 - self.prior))
             found = right / (right + wrong)
@@ -90,11 +90,11 @@ def calibration_from_record(record: Any) -> Calibration:
     names = {field.name for field in fields(Calibration)}
     if not isinstance(record, Mapping) or set(record) != names:
         found = sorted(record) if isinstance(record, Mapping) else record
-        raise VlmError(f"a calibration says {found!r:.200}; expected {sorted(names)}")
+        raise VlmError(f"unexpected keys in calibration: {found!r:.200}; expected {sorted(names)}")
     try:
         return Calibration(
             cosines=[float(cosine) for cosine in record["cosines"]],
-            probabilities=[float(share) for share in record["probabilities"]],
+            probabilities=[float(each) for each in record["probabilities"]],
             prior=float(record["prior"]),
             threshold=float(record["threshold"]),
             precision=float(record["precision"]),

@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -172,7 +173,7 @@ class BulkEmbedder:
         what: str,
     ) -> Shaped[np.ndarray, "count width"]:
         """Give each rank a part, and all ranks the rows, until there are as many as asked for."""
-        count, found = shape[0], 0
+        count, found, device = shape[0], 0, self._exchange_device()
         rows: NDArray[Any] = self._on_every_rank(lambda: np.empty(shape, dtype))
         starts = range(0, count, part_size * self.group.size)
         with tqdm(total=count, desc=what, disable=not self.show_progress_bar) as bar:
@@ -181,24 +182,16 @@ class BulkEmbedder:
                 edges = [
                     min(start + part_size * place, count) for place in range(self.group.size + 1)
                 ]
-                received, of_cache = self._round(edges, work)
-                rows[edges[0] : edges[-1]] = received
-                found += of_cache
+                part = slice(*edges[self.group.rank : self.group.rank + 2])
+                done = self._on_every_rank(partial(work, part))
+                own = torch.from_numpy(done.rows).to(device)
+                received = gather_rows(own, self.group, np.diff(edges).tolist())
+                rows[edges[0] : edges[-1]] = received.cpu().numpy()
+                found += sum(n for (n,) in gather_numbers([done.of_cache], self.group, device))
                 if found:
                     bar.set_postfix_str(f"{found} from the cache", refresh=False)
                 bar.update(len(received))
         return rows
-
-    def _round(
-        self, edges: Sequence[int], work: Callable[[slice], "_Done"]
-    ) -> tuple[Shaped[np.ndarray, "rows width"], int]:
-        """Return the rows of every rank's part, and how many of them came from the cache."""
-        rank, device = self.group.rank, self._exchange_device()
-        done = self._on_every_rank(lambda: work(slice(edges[rank], edges[rank + 1])))
-        sizes = np.diff(edges).tolist()
-        rows = gather_rows(torch.from_numpy(done.rows).to(device), self.group, sizes)
-        of_cache = gather_numbers([done.of_cache], self.group, device)
-        return rows.cpu().numpy(), sum(number for (number,) in of_cache)
 
     def _on_every_rank(self, work: Callable[[], Result]) -> Result:
         """Return what the work gives here; where it fails on one rank, raise on all.
@@ -209,13 +202,13 @@ class BulkEmbedder:
         try:
             result = work()
         except Exception as error:
-            _tell(error, self.group, device)
+            _share_error(error, self.group, device)
             raise
-        _tell(None, self.group, device)
+        _share_error(None, self.group, device)
         return result
 
     def _exchange_device(self) -> torch.device:
-        """Return where tensors must lie to travel."""
+        """Return where tensors must lie for the exchange: gloo sends those of the CPU only."""
         if self.group.size == 1 or dist.get_backend(self.group.process_group) == "gloo":
             return torch.device("cpu")
         return self.embedder.device
@@ -249,7 +242,7 @@ class _Done(NamedTuple):
 
 
 def _read(path: Path, shape: tuple[int, int]) -> NDArray[np.float32] | None:
-    """Return the array of a file; None where there is none, or another one."""
+    """Return the array of a file; None if it is missing, damaged or of another shape."""
     try:
         content = io.BytesIO(path.read_bytes())
         found: NDArray[Any] = np.lib.format.read_array(content, allow_pickle=False)
@@ -271,8 +264,8 @@ def _model_key(embedder: Embedder, kind: Kind) -> str:
     return _sha256(json.dumps(content, sort_keys=True).encode()).hex()
 
 
-def _tell(error: Exception | None, group: RankGroup, device: torch.device) -> None:
-    """Tell the other ranks what this one met; raise what the first of them met if it met nothing.
+def _share_error(error: Exception | None, group: RankGroup, device: torch.device) -> None:
+    """Exchange what each rank met; a rank that met nothing raises what the first one met.
 
     Raises:
         DataError: this rank met nothing, and another a `VlmError`.
@@ -280,15 +273,15 @@ def _tell(error: Exception | None, group: RankGroup, device: torch.device) -> No
     """
     of_user = isinstance(error, VlmError)
     words = str(error) if of_user else f"rank {group.rank} met {_in_one_line(error)}"
-    told = b"" if error is None else words.encode("utf-8", "surrogatepass")
-    outcomes = gather_numbers([error is not None, of_user, len(told)], group, device)
+    message = b"" if error is None else words.encode("utf-8", "surrogatepass")
+    outcomes = gather_numbers([error is not None, of_user, len(message)], group, device)
     failed = [rank for rank, (wrong, _, _) in enumerate(outcomes) if wrong]
     if not failed:
         return
-    own = torch.tensor(list(told), dtype=torch.uint8, device=device)
+    own = torch.tensor(list(message), dtype=torch.uint8, device=device)
     messages = bytes(gather_rows(own, group, [size for _, _, size in outcomes]).tolist())
     if error is None:
-        _, first_of_user, size = outcomes[failed[0]]  # ranks before it have told nothing
+        _, first_of_user, size = outcomes[failed[0]]  # ranks before it have sent nothing
         kind = DataError if first_of_user else DistributedError
         raise kind(messages[:size].decode("utf-8", "surrogatepass"))
 

@@ -152,7 +152,7 @@ class Embedder:
             self._vectors(self.model.encode_text, self.tokenizer.encode(chunk).to(self.device))
             for _, chunk in _batches(texts, batch_size, show_progress_bar)
         ]
-        return np.concatenate([self._none, *rows])
+        return np.concatenate([self._empty, *rows])
 
     def encode_image(
         self,
@@ -185,7 +185,7 @@ class Embedder:
             numbered = enumerate(chunk, start=start + first_number)
             pixels = [self.pixels(image, name=f"image {number}") for number, image in numbered]
             rows.append(self.encode_pixels(torch.stack(pixels)))
-        return np.concatenate([self._none, *rows])
+        return np.concatenate([self._empty, *rows])
 
     def pixels(
         self, image: ImageInput, *, name: str = "the image"
@@ -264,7 +264,7 @@ class Embedder:
         return calibration.probability(self.similarity(queries, candidates), prior=prior)
 
     @property
-    def _none(self) -> NDArray[np.float32]:
+    def _empty(self) -> NDArray[np.float32]:
         return np.zeros((0, self.embed_dim), np.float32)
 
     @torch.inference_mode()

@@ -47,7 +47,7 @@ class ListedImage(NamedTuple):
     address: str
     """Its file, or FOLDER/SHARD#ROW."""
     captions: Mapping[str, str]
-    """The main caption by language; empty where there is none."""
+    """The main caption by language."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +93,7 @@ def images_in_folder(folder: Path) -> tuple[list[ListedImage], Counter[str]]:
     """Return the images below a folder, and how many entries are left out by reason.
 
     Raises:
-        DataError: there is none, or no such folder.
+        DataError: it holds no images, or is not a folder.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; expected one with images")
@@ -123,8 +123,8 @@ def write_embeddings(
         images: What to embed.
         out: New folder, or one that is not finished.
         bundle: The model's folder.
-        allowed_share: Ratio of the images that may be unreadable, and are left out; but for 0 at
-            least one image.
+        allowed_share: Ratio of the images that may be unreadable, and are left out; at least one
+            image, except with 0.
         part_size: Images in a part.
 
     Raises:
@@ -198,7 +198,7 @@ def read_embeddings(
 
 
 class _Done(NamedTuple):
-    """What became of a part."""
+    """A part that is there."""
 
     rows: int
     unreadable: dict[str, str]

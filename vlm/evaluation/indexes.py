@@ -57,7 +57,7 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepPoint:
-    """One value of the search parameter; None for an index that has none."""
+    """Recall and time at one value of the search parameter; None for an index without one."""
 
     value: int | None
     ann_recall: float

@@ -31,7 +31,7 @@ class SearchCase:
     direction: str
     """`text_to_image`, `image_to_text`, or `image_to_image` for contrast."""
     language: str
-    """Of the texts; empty where there are none."""
+    """Of the texts; empty for images among images."""
     queries: Float32[np.ndarray, "queries dim"]
     candidates: Float32[np.ndarray, "candidates dim"]
     matches: Int[np.ndarray, "matches 2"] | None

@@ -56,14 +56,14 @@ def train_child(arguments: Sequence[str]) -> None:
 
     from jsonargparse import ArgumentParser
 
-    from vlm.cli import train
     from vlm.training.build import build_run
     from vlm.training.config import TrainConfig
 
     warnings.filterwarnings("ignore", message=".*all_gather is deprecated", category=FutureWarning)
     parser = ArgumentParser()
-    train.add_arguments(parser)
-    options = parser.instantiate_classes(parser.parse_args(list(arguments)[1:]))
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(TrainConfig, as_group=False)
+    options = parser.instantiate(parser.parse_args(list(arguments)[1:]))
     fields = {name: getattr(options, name) for name in TrainConfig.__dataclass_fields__}
     run = build_run(TrainConfig(**fields))
     replace(run, step=open_clip_step(run)).fit()
@@ -146,6 +146,7 @@ def main() -> None:
     """Train, score and print; or be the child that trains with open_clip's loss."""
     if sys.argv[1:2] == [CHILD_FLAG]:
         train_child(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--steps", type=int, default=400)

@@ -110,7 +110,7 @@ def test_a_locked_tower_and_adapters_train_on_two_processes(tmp_path):
     run_vlm(*train_arguments(tmp_path / "run", **changes), launcher=TWO_PROCESSES)
     after = load_bundle(tmp_path / "run" / "bundle").model.state_dict()
     untrained = TrainConfig(tokenizer=ROOT / "tokenizers/emoji-zh-en", model=TWO_TOWERS_CONFIG)
-    before = build_start(untrained).encoder.state_dict()
+    before = build_start(untrained).model.state_dict()
     assert before.keys() == after.keys()
     changed = {name for name in after if not before[name].equal(after[name])}
     assert not any(name.startswith("visual.") for name in changed)

@@ -95,7 +95,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_leaves_the_weights(
     inputs, tmp_path, report_every
 ):
     run = build_run(config(inputs, tmp_path, report_every=report_every))
-    parameters = dict(run.start.encoder.named_parameters())
+    parameters = dict(run.start.model.named_parameters())
     before = {}
 
     def poison(encoder):

@@ -64,8 +64,8 @@ def test_a_run_goes_on_with_the_bundles_model_tokenizer_and_transform(grown, dat
     start = build_start(config(grown, data, tmp_path / "run"))
     assert start.tokenizer.fingerprint == bundle.tokenizer.fingerprint
     assert start.first_new_id == OLD
-    assert start.preprocess == PreprocessConfig()
-    for name, tensor in start.encoder.state_dict().items():
+    assert start.preprocess_cfg == bundle.preprocess_cfg
+    for name, tensor in start.model.state_dict().items():
         assert tensor.equal(bundle.model.state_dict()[name])
 
 

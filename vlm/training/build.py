@@ -16,7 +16,6 @@ from vlm.embedding.embedder import Embedder
 from vlm.errors import ConfigError
 from vlm.evaluation.retrieval.evaluation import evaluate_retrieval
 from vlm.evaluation.retrieval.pairs import pairs_of_split
-from vlm.images.transforms import TrainingTransform, evaluation_transform
 from vlm.losses.bilingual import BilingualLoss
 from vlm.models.batch_norm import synchronize_batch_norm
 from vlm.models.encoder import Encoder
@@ -26,14 +25,13 @@ from vlm.training.checkpoint import Checkpoints
 from vlm.training.config import TrainConfig, config_as_yaml
 from vlm.training.objectives import (
     build_pretraining_model,
-    check_patches,
     loss_weights,
     mask_plan,
 )
 from vlm.training.optimizer import build_optimizer
 from vlm.training.reporter import METRICS_NAME, read_metrics
 from vlm.training.run import BUNDLE_NAME, CHECKPOINTS_NAME, CONFIG_NAME, Run
-from vlm.training.start import Start, build_start
+from vlm.training.start import build_start, training_transform
 from vlm.training.step import ContrastiveStep
 
 _FREE_ON_RESUME = (
@@ -67,7 +65,7 @@ def build_run(config: TrainConfig, *, resume: bool = False) -> Run:
     _check_run_folder(config, resume)
     start = build_start(config)
     loader = _build_loader(config, start, accelerator)
-    loss = _build_loss(config, start.encoder.logit_bias is not None)
+    loss = _build_loss(config, start.model.logit_bias is not None)
     evaluate = _build_evaluation(config, start)
     model, optimizer = _prepare(_build_model(config, start), config, accelerator)
     run = Run(
@@ -138,7 +136,7 @@ def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _build_loader(config: TrainConfig, start: Start, accelerator: Accelerator) -> TrainingLoader:
+def _build_loader(config: TrainConfig, start: Bundle, accelerator: Accelerator) -> TrainingLoader:
     samples = ShardedSplit(config.data.folder, config.data.split)
     _check_languages(samples, config.captions.languages)
     order = BatchOrder(
@@ -148,10 +146,9 @@ def _build_loader(config: TrainConfig, start: Start, accelerator: Accelerator) -
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
-    transform = TrainingTransform(start.preprocess, config.augmentation, start.image_size)
     examples = TrainingExamples(
         samples,
-        transform,
+        training_transform(config, start),
         config.captions,
         seed=config.seed,
         keep_decoded=config.data.keep_decoded,
@@ -161,7 +158,7 @@ def _build_loader(config: TrainConfig, start: Start, accelerator: Accelerator) -
         order,
         start.tokenizer,
         workers=config.data.workers,
-        masks=mask_plan(config.objectives.masked, start.encoder),
+        masks=mask_plan(config.objectives.masked, start.model),
     )
 
 
@@ -207,12 +204,16 @@ def _build_loss(config: TrainConfig, has_bias: bool) -> BilingualLoss:
     )
 
 
-def _build_model(config: TrainConfig, start: Start) -> PretrainingModel:
-    check_patches(config.objectives, config.adapt.patch_dropout)
-    adapt(start.encoder, config.adapt)
+def _build_model(config: TrainConfig, start: Bundle) -> PretrainingModel:
+    if config.objectives.masked.weights and config.adapt.patch_dropout:
+        raise ConfigError(
+            f"adapt.patch_dropout is {config.adapt.patch_dropout}, but masked modelling reads "
+            "every patch; expected 0, or no cmlm_weight and cmim_weight"
+        )
+    adapt(start.model, config.adapt)
     languages = config.captions.languages
     return build_pretraining_model(
-        start.encoder,
+        start.model,
         config.objectives,
         languages={
             name: language for language in languages for name in (language, second_of(language))
@@ -231,24 +232,16 @@ def _prepare(
     return prepared
 
 
-def _build_evaluation(config: TrainConfig, start: Start) -> Callable[[Encoder], dict[str, float]]:
+def _build_evaluation(config: TrainConfig, start: Bundle) -> Callable[[Encoder], dict[str, float]]:
     """Return a function that every rank calls, since the ranks share the work."""
     split, languages = config.evaluation.split, config.captions.languages
     if config.evaluation.every_steps == 0:
         return lambda encoder: {}
-    bundle = Bundle(
-        model=start.encoder,
-        tokenizer=start.tokenizer,
-        transform=evaluation_transform(start.preprocess_cfg),
-        languages=languages,
-        model_cfg=start.model_cfg,
-        preprocess_cfg=start.preprocess_cfg,
-    )
     # Read before the first step, so that a missing split does not end a run half way.
     pairs = pairs_of_split(config.data.folder, split, languages=languages)
 
     def evaluate(encoder: Encoder) -> dict[str, float]:
-        embedder = Embedder(bundle, model=encoder)
+        embedder = Embedder(start, model=encoder)
         scores = evaluate_retrieval(embedder, pairs, group=world_group())
         return {f"{split}/{name}": value for name, value in scores.items()}
 

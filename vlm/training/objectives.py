@@ -104,19 +104,6 @@ def loss_weights(config: ObjectivesConfig) -> dict[str, float]:
     return {UNIMODAL: config.unimodal_weight, **config.masked.weights}
 
 
-def check_patches(config: ObjectivesConfig, patch_dropout: float) -> None:
-    """Refuse to leave patches out where masked modelling reads the states of all.
-
-    Raises:
-        ConfigError: both are asked for.
-    """
-    if config.masked.weights and patch_dropout:
-        raise ConfigError(
-            f"adapt.patch_dropout is {patch_dropout}, but masked modelling reads every patch; "
-            "expected 0, or no cmlm_weight and cmim_weight"
-        )
-
-
 def mask_plan(config: MaskedConfig, encoder: Encoder) -> MaskPlan:
     """Return what of each example the loader hides.
 

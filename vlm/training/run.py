@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 
-from vlm.bundle import save_bundle
+from vlm.bundle import Bundle, save_bundle
 from vlm.data.loader import TrainingLoader
 from vlm.data.sample import Batch
 from vlm.errors import TrainingError
@@ -27,7 +27,6 @@ from vlm.training.checkpoint import Checkpoints, OptimizerState, Progress
 from vlm.training.config import TrainConfig, config_as_yaml
 from vlm.training.optimizer import learning_rate_factor, skip_when_not_finite
 from vlm.training.reporter import Reporter
-from vlm.training.start import Start
 from vlm.training.step import StepOutput
 
 BUNDLE_NAME, CONFIG_NAME, CHECKPOINTS_NAME = "bundle", "config.yaml", "checkpoints"
@@ -61,8 +60,8 @@ class Run:
     config: TrainConfig
     accelerator: Accelerator
     """Devices, processes and mixed precision."""
-    start: Start
-    """What the run started from; its encoder is the one that is trained."""
+    start: Bundle
+    """What the run started from; its model is the one that is trained."""
     model: nn.Module
     """The `PretrainingModel` as the accelerator prepared it."""
     optimizer: torch.optim.Optimizer
@@ -88,7 +87,8 @@ class Run:
         candidates = data.batch_size // ranks * group
         lines = {
             "model": f"{type(encoder).__name__}, {sum(sizes):,} parameters ({sum(trained):,} "
-            f"trained), {self.start.image_size} pixels, {encoder.embed_dim} dimensions",
+            f"trained), images of {self.start.preprocess_cfg['size']} pixels, "
+            f"{encoder.embed_dim} dimensions",
             "data": f"split {data.split} of {data.folder}: {samples:,} samples, captions in "
             f"{', '.join(config.captions.languages)}",
             "loss": f"{plan.kind} over {candidates:,} candidates, in {config.loss.micro_batches} "
@@ -122,7 +122,7 @@ class Run:
         if is_main:
             save_bundle(
                 bundle,
-                model=without_lora(self.start.encoder),
+                model=without_lora(self.start.model),
                 model_cfg=self.start.model_cfg,
                 preprocess_cfg=self.start.preprocess_cfg,
                 tokenizer=self.start.tokenizer,

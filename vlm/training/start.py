@@ -1,44 +1,19 @@
-"""What a run starts from: a new model of random weights, or that of a bundle."""
+"""What a run starts from: a bundle, read from a folder or made of random weights."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import fields
 
 import torch
 
-from vlm.bundle import load_bundle
+from vlm.bundle import Bundle, load_bundle
 from vlm.errors import ConfigError
 from vlm.images.config import PreprocessConfig
-from vlm.images.transforms import preprocess_cfg
+from vlm.images.transforms import TrainingTransform, evaluation_transform, preprocess_cfg
 from vlm.models.build import build_from_config, encoder_model_cfg, image_size
-from vlm.models.encoder import Encoder
-from vlm.text.tokenizer import Tokenizer, load_tokenizer
+from vlm.text.tokenizer import load_tokenizer
 from vlm.training.config import TrainConfig
 
 
-@dataclass(frozen=True, kw_only=True)
-class Start:
-    """A model before its first step, and what it reads by."""
-
-    encoder: Encoder
-    tokenizer: Tokenizer
-    model_cfg: Mapping[str, Any]
-    """The model's description, from which `build_encoder` builds it."""
-    preprocess: PreprocessConfig
-    image_size: int
-    """Side of the model's images, in pixels."""
-    languages: tuple[str, ...] = ()
-    """Languages that the model has been trained in already."""
-    first_new_id: int | None = None
-    """The first id of a grown vocabulary whose row has not been trained yet."""
-
-    @property
-    def preprocess_cfg(self) -> dict[str, Any]:
-        """open_clip's description of the image transform."""
-        return preprocess_cfg(self.preprocess, self.image_size)
-
-
-def build_start(config: TrainConfig) -> Start:
+def build_start(config: TrainConfig) -> Bundle:
     """Build the model of a configuration with weights by its seed, or read that of its bundle.
 
     Raises:
@@ -55,20 +30,31 @@ def build_start(config: TrainConfig) -> Start:
     return start
 
 
-def _from_config(config: TrainConfig) -> Start:
+def training_transform(config: TrainConfig, start: Bundle) -> TrainingTransform:
+    """Return the augmentation of a run around the image transform of what it starts from."""
+    size = start.preprocess_cfg["size"]
+    known = {field.name for field in fields(PreprocessConfig)}
+    settings = {name: value for name, value in start.preprocess_cfg.items() if name in known}
+    settings |= {name: tuple(settings[name]) for name in ("mean", "std")}
+    side = size if isinstance(size, int) else size[0]
+    return TrainingTransform(PreprocessConfig(**settings), config.augmentation, side)
+
+
+def _from_config(config: TrainConfig) -> Bundle:
     tokenizer = load_tokenizer(config.tokenizer)
     torch.manual_seed(config.seed)
     model_cfg = encoder_model_cfg(config.model, tokenizer)
-    return Start(
-        encoder=build_from_config(config.model, tokenizer),
+    described = preprocess_cfg(config.preprocess, image_size(model_cfg))
+    return Bundle(
+        model=build_from_config(config.model, tokenizer),
         tokenizer=tokenizer,
+        transform=evaluation_transform(described),
         model_cfg=model_cfg,
-        preprocess=config.preprocess,
-        image_size=image_size(model_cfg),
+        preprocess_cfg=described,
     )
 
 
-def _from_bundle(config: TrainConfig) -> Start:
+def _from_bundle(config: TrainConfig) -> Bundle:
     assert config.start_from is not None
     plain = TrainConfig()
     described = [
@@ -83,17 +69,4 @@ def _from_bundle(config: TrainConfig) -> Start:
         )
     bundle = load_bundle(config.start_from)
     torch.manual_seed(config.seed)
-    size = bundle.preprocess_cfg["size"]
-    known = {field.name for field in fields(PreprocessConfig)}
-    settings = {name: value for name, value in bundle.preprocess_cfg.items() if name in known}
-    return Start(
-        encoder=bundle.model,
-        tokenizer=bundle.tokenizer,
-        model_cfg=bundle.model_cfg,
-        preprocess=PreprocessConfig(
-            **settings | {name: tuple(settings[name]) for name in ("mean", "std")}
-        ),
-        image_size=size if isinstance(size, int) else size[0],
-        languages=bundle.languages,
-        first_new_id=bundle.first_new_id,
-    )
+    return bundle

@@ -91,8 +91,8 @@ class Run:
             f"{encoder.embed_dim} dimensions",
             "data": f"split {data.split} of {data.folder}: {samples:,} samples, captions in "
             f"{', '.join(config.captions.languages)}",
-            "loss": f"{plan.kind} over {candidates:,} candidates (group size {group}, micro-batches "
-            f"{config.loss.micro_batches})",
+            "loss": f"{plan.kind} over {candidates:,} candidates (group size {group}, "
+            f"micro-batches {config.loss.micro_batches})",
             "ranks": f"{ranks} on {self.accelerator.device.type}, {config.precision}",
             "steps": f"{self.progress.step:,} to {steps:,} of {data.batch_size:,} samples "
             f"({steps * data.batch_size / samples:.1f} epochs)",

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pickle
 from dataclasses import replace
 
 import jaxtyping
@@ -424,3 +425,30 @@ def test_a_vocabulary_cut_short_is_refused(make, name, said, share, tmp_path):
     (tmp_path / name).write_bytes(content[: int(len(content) * share)])
     with pytest.raises(TokenizerError, match=rf"{said} \(\d+ bytes\)"):
         load_tokenizer(tmp_path)
+
+
+def test_one_text_is_refused_where_a_list_is_expected():
+    with pytest.raises(TokenizerError, match="the texts are one string, 'a cat'; expected a list"):
+        words().encode("a cat")
+
+
+@pytest.mark.parametrize("make", kinds())
+def test_a_tokenizer_can_be_sent_to_a_worker_process(make):
+    tokenizer = make()
+    texts = [LONG, "红苹果 cat", ""]
+    again = pickle.loads(pickle.dumps(tokenizer))
+    assert again.encode(texts).ids.equal(tokenizer.encode(texts).ids)
+    assert again.fingerprint == tokenizer.fingerprint
+
+
+def test_a_folder_may_be_a_string(folder):
+    assert load_tokenizer(str(folder)).fingerprint == load_tokenizer(folder).fingerprint
+
+
+def test_an_exported_fast_tokenizer_is_kept_and_one_of_another_is_not(folder, tmp_path):
+    tokenizer = load_tokenizer(folder)
+    fast_files = {"tokenizer.json": b"{}", "tokenizer_config.json": b"{}"}
+    Tokenizer(tokenizer.vocabulary, tokenizer.config, fast_files=fast_files).save(tmp_path / "a")
+    assert load_tokenizer(tmp_path / "a").fast_files == fast_files
+    tokenizer.save(tmp_path / "a")
+    assert load_tokenizer(tmp_path / "a").fast_files == {}

@@ -59,8 +59,8 @@ class RetrievalPairs:
     translations: Mapping[tuple[str, str], Int64[np.ndarray, "pairs 2"]] = field(
         default_factory=dict
     )
-    """By two languages, pairs (text of the first, text of the second) that say the same, each once.
-    The first language is English where there is English, else the first of all; empty where no two
+    """By two languages, pairs (text of the first, text of the second) with one meaning, each once.
+    The first language is English if there is English, else the first of all; empty if no two
     languages have such texts."""
 
 
@@ -165,7 +165,7 @@ def _languages_of(samples: Sequence[Sample]) -> str:
 
 
 def _main_captions(samples: Sequence[Sample], language: str) -> dict[str, str]:
-    """Return concepts with what they are asked for by: the main caption of their first sample."""
+    """Return the query of each concept: the main caption of its first sample."""
     found: dict[str, str] = {}
     for sample in samples:
         captions = sample.captions.get(language)
@@ -185,14 +185,14 @@ def _texts_of(samples: Sequence[Sample], language: str, asked: Mapping[str, str]
 
 
 def _numbers_of(asked: Mapping[str, str]) -> dict[str, int]:
-    """Number the questions; concepts that share their caption share their question."""
+    """Number the queries; concepts with one caption share their query."""
     return {text: number for number, text in enumerate(dict.fromkeys(asked.values()))}
 
 
 def _of_concepts(
     asked: Mapping[str, Mapping[str, str]],
 ) -> dict[str, Int64[np.ndarray, "concepts 3"]]:
-    """Return by language the text of each concept, the concept, and 0, for it has no other."""
+    """Return by language rows (text, concept, 0): a concept has one caption, so turn 0."""
     places: dict[str, int] = {}
     found = {}
     for language, of_language in asked.items():

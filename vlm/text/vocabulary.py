@@ -36,7 +36,7 @@ class Vocabulary(ABC):
     def __init__(self, content: bytes) -> None:
         self.content = content
 
-    def __reduce__(self) -> tuple[type[Self], tuple[bytes]]:
+    def __reduce__(self) -> tuple[type["Vocabulary"], tuple[bytes]]:
         """Pickle by the file's content, for worker processes: libraries' objects cannot be."""
         return type(self), (self.content,)
 

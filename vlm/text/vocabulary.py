@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar
 
 from vlm.errors import TokenizerError
 
@@ -41,7 +41,7 @@ class Vocabulary(ABC):
         return type(self), (self.content,)
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
+    def load(cls, folder: Path) -> "Vocabulary":
         """Read the vocabulary of a folder.
 
         Raises:
@@ -99,7 +99,7 @@ class Vocabulary(ABC):
         """Join pieces to a text."""
 
     @abstractmethod
-    def with_pieces(self, new: Sequence[NewPiece]) -> Self:
+    def with_pieces(self, new: Sequence[NewPiece]) -> "Vocabulary":
         """Return the same vocabulary with pieces added after its last id.
 
         Raises:
@@ -107,7 +107,7 @@ class Vocabulary(ABC):
         """
 
     @abstractmethod
-    def reduced_to(self, kept: Sequence[int]) -> tuple[Self, list[int]]:
+    def reduced_to(self, kept: Sequence[int]) -> tuple["Vocabulary", list[int]]:
         """Return a vocabulary of some pieces only, in the same order, and the ids it kept.
 
         Args:

@@ -74,6 +74,12 @@ def test_a_file_is_written_into_a_folder_that_was_not_there(tmp_path):
     assert contents(tmp_path) == {"a/b/file.txt": b"new"}
 
 
+def test_a_folder_that_cannot_be_made_is_an_error_of_the_users(tmp_path):
+    for parent in (Path("/proc/nope"), tmp_path / ("a" * 300)):
+        with pytest.raises(VlmError, match="cannot write"):
+            write_file(parent / "config.yaml", b"new")
+
+
 def test_a_file_replaces_the_old_one_and_leaves_nothing_else(tmp_path):
     write_file(tmp_path / "file.txt", b"a long old content")
     write_file(tmp_path / "file.txt", b"new")

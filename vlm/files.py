@@ -17,6 +17,7 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _CANNOT_WRITE = (
     errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+    errno.ENOENT, errno.ENAMETOOLONG,  # a folder that cannot be made, such as one in /proc
 )  # fmt: skip
 _HASH_BLOCK = 1 << 20
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from jsonargparse import ArgumentParser
 
 from tests.builders import THINGS, encoded, make_image
-from vlm.cli.evaluation_sources import SourcesFile, add_source_arguments, sources
+from vlm.cli import eval_calibrate, eval_retrieval
 from vlm.cli.main import main
+from vlm.cli.options import sources_in
+from vlm.cli.parsing import parse
 from vlm.errors import ConfigError, DataError
 from vlm.evaluation.retrieval.evaluation import evaluate_retrieval
 from vlm.evaluation.retrieval.sources import open_source
@@ -18,11 +19,10 @@ from vlm.evaluation.retrieval.sources import open_source
 FIVE = Path(__file__).parents[2] / "configs/evaluate/five_benchmarks.yaml"
 
 
-def parse(*words):
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--config", action=SourcesFile)
-    add_source_arguments(parser, many=True)
-    return parser.instantiate(parser.parse_args([str(word) for word in words]))
+def sources(*words):
+    words = ["bundle", *map(str, words)]
+    options = parse(eval_retrieval.Options, words, prog="vlm eval retrieval", description="")
+    return sources_in(options, options.data, folder_split="test_style")
 
 
 def written(folder, **content):
@@ -79,24 +79,23 @@ def five(tmp_path, monkeypatch):
 
 
 def test_one_file_asks_all_five_published_benchmarks(five, embedder):
-    opened = [
-        open_source(source, languages=embedder.languages)
-        for source in sources(parse("--config", FIVE))
-    ]
-    assert [(found.name, found.kind, found.split) for found in opened] == [
+    asked = sources("--config", FIVE)
+    opened = [open_source(source, languages=embedder.languages) for source in asked]
+    found = zip(asked, opened, strict=True)
+    assert [(source.name, pairs.kind, pairs.split) for source, pairs in found] == [
         ("MUGE", "chinese-clip", "valid"),
         ("COCO-CN", "chinese-clip", "test"),
         ("Flickr30k-CN", "chinese-clip", "test"),
         ("Flickr30k", "karpathy", "test"),
         ("COCO", "karpathy", "test"),
     ]
-    for found in opened:
-        ((language, texts),) = found.pairs.texts.items()
-        assert language == ("zh" if found.kind == "chinese-clip" else "en")
-        assert (len(found.pairs.images), len(texts.texts)) == (4, 8)
-        assert found.pairs.duplicates == "by id"
+    for pairs in opened:
+        ((language, texts),) = pairs.texts.items()
+        assert language == ("zh" if pairs.kind == "chinese-clip" else "en")
+        assert (len(pairs.images), len(texts.texts)) == (4, 8)
+        assert pairs.duplicates == "by id"
         assert not any(text != text.lower() for text in texts.texts)
-        scores = evaluate_retrieval(embedder, found.pairs)
+        scores = evaluate_retrieval(embedder, pairs)
         assert scores[f"{language}/text_to_image/recall@10"] == 1
 
 
@@ -120,7 +119,7 @@ def test_one_command_scores_all_five(five, bundle, tmp_path, capsys):
 
 def test_the_file_allows_no_missing_image(five, embedder):
     (five / "COCO/val2014/2.jpg").unlink()
-    coco = sources(parse("--config", FIVE))[-1]
+    coco = sources("--config", FIVE)[-1]
     with pytest.raises(DataError, match=r"1 of 4 images are not on the disk .*val2014/2.jpg"):
         open_source(coco, languages=embedder.languages)
 
@@ -131,7 +130,7 @@ def test_a_benchmark_takes_the_verbs_settings_where_it_has_none(tmp_path):
         {"path": "b.csv", "lower_case": False, "split": "dev", "languages": ["zh"]},
     ]
     path = written(tmp_path, data=entries, lower_case=True, allowed_share=0.5)
-    first, second = sources(parse("--config", path, "--split", "test"))
+    first, second = sources("--config", path, "--split", "test")
     assert (first.name, first.path) == ("MUGE", Path("a/muge"))
     assert (first.split, first.lower_case, first.allowed_share) == ("test", True, 0.5)
     assert (second.name, second.path) == ("b", Path("b.csv"))
@@ -141,7 +140,7 @@ def test_a_benchmark_takes_the_verbs_settings_where_it_has_none(tmp_path):
 
 def test_benchmarks_on_the_command_line_replace_those_of_the_file(tmp_path):
     path = written(tmp_path, data=["a=b"], duplicates="by string")
-    found = sources(parse("--config", path, "--data", "c=d", "e/f.json"))
+    found = sources("--config", path, "--data", "c=d", "e/f.json")
     assert [source.name for source in found] == ["c", "f"]
     assert {source.duplicates for source in found} == {"by string"}
 
@@ -149,68 +148,55 @@ def test_benchmarks_on_the_command_line_replace_those_of_the_file(tmp_path):
 def test_the_options_survive_being_printed_and_read_again(tmp_path, capsys):
     path = written(tmp_path, data=["a=b", {"path": "c", "where": ["source=noto"]}])
     with pytest.raises(SystemExit):
-        parse("--config", path, "--print_config")
+        sources("--config", path, "--print_config")
     again = tmp_path / "again.yaml"
     again.write_text(capsys.readouterr().out)
-    assert sources(parse("--config", again)) == sources(parse("--config", path))
-
-
-@pytest.mark.parametrize(
-    ("data", "said"),
-    [
-        ([{"path": "a", "lowercase": True}], "no setting 'lowercase'; did you mean 'lower_case'?"),
-        ([{"pth": "a"}], "no setting 'pth'; did you mean 'path'?"),
-        ([{"path": "a", "zzz": 1}], "no setting 'zzz'; expected path, name, kind, split,"),
-        ([{"name": "a"}], "has no path; found name"),
-        ([{"path": "a", "allowed_share": 2.0}], "allowed_share is 2.0; expected a ratio in [0, 1]"),
-        ([{"path": "a", "duplicates": "by luck"}], "by luck"),
-        ([3], "data has the entry 3; expected texts NAME=PATH or PATH, or mappings with path"),
-        ("MUGE=a", "data is 'MUGE=a'; expected a list of texts"),
-        ({"path": "a"}, "data is {'path': 'a'}; expected a list of texts"),
-        (["a=b", {"path": "c", "name": "a"}], "two benchmarks are called a: b and c"),
-    ],
-    ids=str,
-)
-def test_a_mistake_in_the_file_is_named(tmp_path, capsys, data, said):
-    assert said in complaint(capsys, written(tmp_path, data=data))
+    assert sources("--config", again) == sources("--config", path)
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
+        ({"data": [{"path": "a", "lowercase": True}]}, "did you mean 'data.lower_case'?"),
+        ({"data": [{"path": "a", "pth": "a"}]}, "no option 'data.pth'; did you mean 'data.path'?"),
+        ({"data": [{"name": "a"}]}, "data lacks path"),
+        ({"data": [{"path": "a", "allowed_share": 2.0}]},
+         "allowed_share is 2.0; expected a ratio in [0, 1]"),
+        ({"data": [{"path": "a", "duplicates": "by luck"}]},
+         "data.duplicates is by luck; expected by id or by string or null"),
+        ({"data": [3]}, "data is 3; expected list of (text or settings)"),
+        ({"data": "MUGE=a"}, "data is MUGE=a; expected list of (text or settings)"),
+        ({"data": {"path": "a"}}, "data is {'path': 'a'}; expected list of (text or settings)"),
+        ({"data": ["a=b", {"path": "c", "name": "a"}]}, "two benchmarks are called a: b and c"),
         ({"data": []}, "no benchmark is given; expected at least one NAME=PATH or PATH"),
-        ({"data": None}, "data is None; expected a list of texts NAME=PATH"),
-        ({"languages": "zh"}, "languages is 'zh'; expected a list of texts such as zh"),
-        ({"languages": [False]}, r"languages is [False]; expected a list of texts such as zh"),
-        ({"where": "source=noto"}, "where is 'source=noto'; expected a list of conditions such as"),
-        ({"where": 3}, "where is 3; expected a list of conditions"),
-        ({"index": "HNSW32"}, "index is 'HNSW32'; expected a list of texts such as HNSW32"),
-        ({"lower_case": "false"}, "lower_case is 'false'; expected true or false"),
+        ({"languages": "zh"}, "languages is zh; expected list of texts or null"),
+        ({"languages": [False]}, "expected list of texts or null"),
+        ({"where": "source=noto"}, "where is source=noto; expected list of texts or null"),
+        ({"where": 3}, "where is 3; expected list of texts or null"),
+        ({"index": "HNSW32"}, "index is HNSW32; expected list of texts"),
+        ({"lower_case": "sometimes"}, "lower_case is sometimes; expected true or false or null"),
         ({"data": [{"path": "a", "languages": "zh"}]},
-         "the benchmark a in data: languages is 'zh'; expected a list of texts such as zh"),
-        ({"data": [{"path": "a", "where": [1]}]}, "a in data: where is [1]; expected"),
+         "data.languages is zh; expected list of texts or null"),
+        ({"data": [{"path": "a", "where": [1]}]}, "expected list of texts or null"),
     ],
     ids=str,
 )  # fmt: skip
-def test_what_is_no_list_or_no_flag_is_refused_with_what_was_expected(
-    tmp_path, capsys, content, said
-):
+def test_a_mistake_in_the_file_is_named_with_what_was_expected(tmp_path, capsys, content, said):
     assert said in complaint(capsys, written(tmp_path, **content))
 
 
 def test_languages_may_be_left_open_in_a_file(tmp_path):
     path = written(tmp_path, data=["a=b", {"path": "c", "languages": None}], languages=None)
-    assert [source.languages for source in sources(parse("--config", path))] == [None, None]
+    assert [source.languages for source in sources("--config", path)] == [None, None]
 
 
 def test_a_verb_with_one_source_takes_one():
-    parser = ArgumentParser(exit_on_error=False)
-    add_source_arguments(parser, many=False, folder_split="val")
-    options = parser.instantiate(parser.parse_args(["--data", "x=some/where.csv"]))
-    (source,) = sources(options, folder_split="val")
+    words = ["bundle", "--data", "x=some/where.csv"]
+    options = parse(eval_calibrate.Options, words, prog="vlm eval calibrate", description="")
+    (source,) = sources_in(options, [options.data], folder_split="val")
     assert (source.name, source.path, source.split) == ("x", Path("some/where.csv"), None)
 
 
 def test_a_text_that_names_nothing_is_refused():
     with pytest.raises(ConfigError, match="'MUGE=' names no benchmark"):
-        sources(parse("--data", "MUGE="))
+        sources("--data", "MUGE=")

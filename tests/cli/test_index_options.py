@@ -1,19 +1,15 @@
 """Options of indexes are filled in where an index is asked for, and refused where none is."""
 
 import pytest
-from jsonargparse import ArgumentParser
 
-from vlm.cli.evaluation_runs import add_output_arguments
-from vlm.cli.index_options import add_index_arguments, index_plan
+from vlm.cli import eval_index, eval_retrieval
+from vlm.cli.parsing import parse
 from vlm.errors import ConfigError
 from vlm.evaluation.config import IndexPlan
 
 
-def plan_of(*words, default=()):
-    parser = ArgumentParser(exit_on_error=False)
-    add_index_arguments(parser, default=default)
-    add_output_arguments(parser, record_name="index.json")
-    return index_plan(parser.instantiate(parser.parse_args(list(words))))
+def plan_of(*words, verb=eval_retrieval):
+    return parse(verb.Options, ["folder", *words], prog="vlm", description="").index_plan()
 
 
 def test_without_an_index_there_is_no_plan():
@@ -21,13 +17,13 @@ def test_without_an_index_there_is_no_plan():
 
 
 def test_what_is_not_given_is_the_plans_default():
-    assert plan_of("--index", "Flat") == IndexPlan(factories=["Flat"])
-    assert plan_of(default=["auto"]) == IndexPlan(factories=["auto"])
+    assert plan_of("--index", "Flat") == IndexPlan(factories=("Flat",))
+    assert plan_of(verb=eval_index) == IndexPlan(factories=("auto",))
 
 
 def test_what_is_given_is_heeded():
     words = ["--target_recall", "0.5", "--memory", "2MB", "--sweep", "--json"]
-    expected = IndexPlan(factories=["Flat"], target_recall=0.5, memory="2MB", sweep=True)
+    expected = IndexPlan(factories=("Flat",), target_recall=0.5, memory="2MB", sweep=True)
     assert plan_of("--index", "Flat", *words) == expected
 
 

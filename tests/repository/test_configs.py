@@ -8,8 +8,10 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from tests.builders import tiny_tokenizer
-from vlm.cli import train as train_command
-from vlm.cli.evaluation_sources import SourcesFile, add_source_arguments, sources
+from vlm.cli import eval_retrieval
+from vlm.cli.options import sources_in
+from vlm.cli.parsing import parse, part_of
+from vlm.cli.train import Options
 from vlm.models.build import build_from_config
 from vlm.models.config import ModelConfig
 from vlm.reports.published import published_benchmarks
@@ -23,12 +25,14 @@ TRAIN = sorted((ROOT / "configs/train").glob("*.yaml"))
 
 
 def read(path):
-    parser = ArgumentParser(exit_on_error=False)
-    train_command.add_arguments(parser)
-    options = parser.instantiate(parser.parse_args(["--config", str(path)]))
-    return TrainConfig(
-        **{name: getattr(options, name) for name in TrainConfig.__dataclass_fields__}
-    )
+    options = parse(Options, ["--config", str(path)], prog="vlm train", description="")
+    return part_of(options, TrainConfig)
+
+
+@pytest.fixture(autouse=True)
+def the_checkout(monkeypatch):
+    """Stand where the paths in the files start from."""
+    monkeypatch.chdir(ROOT)
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -91,10 +95,9 @@ def test_model_files_are_named_by_a_training_file():
 
 @pytest.mark.parametrize("path", EVALUATE, ids=lambda path: path.name)
 def test_evaluation_files_give_their_command_and_name_published_benchmarks(path):
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--config", action=SourcesFile)
-    add_source_arguments(parser, many=True)
-    named = sources(parser.instantiate(parser.parse_args(["--config", str(path)])))
+    words = ["bundle", "--config", str(path)]
+    options = parse(eval_retrieval.Options, words, prog="vlm eval retrieval", description="")
+    named = sources_in(options, options.data, folder_split="test_style")
     assert {source.name.lower() for source in named} <= published_benchmarks().keys()
     assert not any(source.path.is_absolute() for source in named)
     assert f"vlm eval retrieval runs/mine/bundle --config {path.relative_to(ROOT)} " in (

@@ -1,62 +1,48 @@
 """Read another project's checkpoint into a bundle, or write a bundle as one."""
 
 import sys
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-from jsonargparse import ArgumentParser
+from typing import Literal
 
 from vlm.checkpoints.config import ConversionConfig, Extension
-from vlm.checkpoints.conversion import convert
+from vlm.cli.parsing import part_of
 from vlm.errors import ConfigError
 from vlm.models.config import GrowthConfig
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Declare the options of `vlm convert`."""
-    parser.add_argument(
-        "source",
-        type=Path,
-        help="a bundle, a weights file of open_clip, Chinese-CLIP or M2-Encoder, or a folder of "
-        "open_clip or of transformers' CLIPModel or ChineseCLIPModel",
-    )
-    parser.add_argument("--to", type=Path, required=True, help="folder or file to write")
-    parser.add_argument(
-        "--format",
-        type=Literal["bundle", "open_clip", "chinese-clip", "hf", "m2"],
-        default="bundle",
-        help="whose format to write: a folder, or a file for chinese-clip and m2",
-    )
-    parser.add_class_arguments(ConversionConfig, skip={"languages"})
-    parser.add_argument(
-        "--languages", type=str, nargs="+", default=[], metavar="LANGUAGE",
-        help="languages of the training captions, such as zh en, where the source's kind "
-        "does not tell",
-    )  # fmt: skip
-    parser.add_argument(
-        "--extend", type=Path | None, default=None, metavar="TOKENIZER",
-        help="folder of an extended tokenizer for the model to read; the options below say how",
-    )  # fmt: skip
-    parser.add_class_arguments(GrowthConfig, skip={"vectors"})
-    parser.add_argument(
-        "--vectors", type=Path, nargs="+", default=[], metavar="FILE",
-        help="for `similarity`: files of word vectors in one space for both languages",
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Options(GrowthConfig, ConversionConfig):
+    """What `vlm convert` is given."""
+
+    source: Path
+    """A bundle; a weights file of open_clip, Chinese-CLIP or M2-Encoder; or a folder of open_clip
+    or of transformers' CLIPModel or ChineseCLIPModel."""
+    _: KW_ONLY
+    to: Path
+    """Folder or file to write."""
+    format: Literal["bundle", "open_clip", "chinese-clip", "hf", "m2"] = "bundle"
+    """Format to write: chinese-clip and m2 are files, the others folders."""
+    extend: Path | None = None
+    """Folder of an extended tokenizer that the model is to read, as the options from init to seed
+    say."""
 
 
-def run(options: Any) -> None:
+def run(options: Options) -> None:
     """Convert; print what was written."""
-    config = _chosen(ConversionConfig, options, languages=tuple(options.languages) or None)
-    growth = _chosen(GrowthConfig, options, vectors=tuple(options.vectors))
+    growth = part_of(options, GrowthConfig)
     if options.extend is None and growth != GrowthConfig():
         raise ConfigError("new rows and positions need a tokenizer; name it with --extend")
-    extension = options.extend and Extension(tokenizer=options.extend, growth=growth)
-    target = None if options.format == "bundle" else options.format
-    for sentence in convert(options.source, options.to, config, extension=extension, target=target):
+    from vlm.checkpoints.conversion import convert
+
+    extension = Extension(tokenizer=options.extend, growth=growth) if options.extend else None
+    sentences = convert(
+        options.source,
+        options.to,
+        part_of(options, ConversionConfig),
+        extension=extension,
+        target=None if options.format == "bundle" else options.format,
+    )
+    for sentence in sentences:
         print(sentence, file=sys.stderr)
     print(options.to)
-
-
-def _chosen(kind: Any, options: Any, **changes: Any) -> Any:
-    """Return a configuration with the options that have its fields' names."""
-    return kind(**{name: getattr(options, name) for name in kind.__dataclass_fields__} | changes)

@@ -1,24 +1,26 @@
 """Verify every shard of a data folder against its manifest, and read every record."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from jsonargparse import ArgumentParser
-
-from vlm.data.dataset import ShardedSplit
-from vlm.data.manifest import read_manifest
 from vlm.errors import DataError
 
 _NAMED = 10  # an error stays one line that a person can read
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Declare the options of `vlm data check`."""
-    parser.add_argument("folder", type=Path, help="data folder with a manifest")
+@dataclass(frozen=True)
+class Options:
+    """What `vlm data check` is given."""
+
+    folder: Path
+    """Data folder with a manifest."""
 
 
-def run(options: Any) -> None:
+def run(options: Options) -> None:
     """Read everything once; print what each split holds."""
+    from vlm.data.dataset import ShardedSplit
+    from vlm.data.manifest import read_manifest
+
     for split in read_manifest(options.folder).splits:
         samples = ShardedSplit(options.folder, split)
         if found := list(samples.damaged()):

@@ -3,44 +3,43 @@
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from jsonargparse import ArgumentParser
+from vlm.cli.options import JsonOptions, ModelOptions, refuse_several_processes, sources_in
+from vlm.cli.parsing import part_of
+from vlm.evaluation.config import CalibrationPlan, SourceSettings
 
-from vlm.bundle import store_calibration
-from vlm.cli.evaluation_sources import add_source_arguments, sources
-from vlm.cli.processes import refuse_several_processes
-from vlm.embedding.embedder import Embedder
-from vlm.evaluation.calibration import Reliability, calibrate
-from vlm.evaluation.config import CalibrationPlan
-from vlm.evaluation.retrieval.sources import open_source
-from vlm.markdown import markdown_table
+if TYPE_CHECKING:
+    from vlm.evaluation.calibration import Reliability
 
 _SPLIT = "val"
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Declare the options of `vlm eval calibrate`."""
-    parser.add_argument("bundle", type=Path, help="folder of the bundle to calibrate")
-    add_source_arguments(parser, many=False, folder_split=_SPLIT)
-    parser.add_class_arguments(CalibrationPlan)
-    parser.add_argument("--device", type=str | None, default=None, help="such as cpu or cuda:0")
-    parser.add_argument(
-        "--truncate_dim", type=int | None, default=None,
-        help="keep only the first N dimensions (a Matryoshka width of the model)",
-    )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+@dataclass(frozen=True)
+class Options(CalibrationPlan, SourceSettings, ModelOptions, JsonOptions):
+    """What `vlm eval calibrate` is given."""
+
+    bundle: Path
+    """Folder of the bundle to calibrate."""
+    _: KW_ONLY
+    data: str = "data/emoji"
+    """[NAME=]PATH: a data folder, or the files of a published benchmark."""
+    split: str | None = None
+    """Of a data folder `val` by default, of other files the only one, or `test`."""
 
 
-def run(options: Any) -> None:
+def run(options: Options) -> None:
     """Fit, store, and print the threshold and how reliable the map is."""
     refuse_several_processes("eval calibrate")
-    plan = CalibrationPlan(
-        **{name: getattr(options, name) for name in CalibrationPlan.__dataclass_fields__}
-    )
-    (source,) = sources(options, folder_split=_SPLIT)
+    from vlm.bundle import store_calibration
+    from vlm.embedding.embedder import Embedder
+    from vlm.evaluation.calibration import calibrate
+    from vlm.evaluation.retrieval.sources import open_source
+
+    plan = part_of(options, CalibrationPlan)
+    (source,) = sources_in(options, [options.data], folder_split=_SPLIT)
     embedder = Embedder.load(
         options.bundle, device=options.device, truncate_dim=options.truncate_dim
     )
@@ -69,7 +68,9 @@ def run(options: Any) -> None:
     print(_table(reliability))
 
 
-def _table(reliability: Mapping[str, Reliability]) -> str:
+def _table(reliability: Mapping[str, "Reliability"]) -> str:
+    from vlm.markdown import markdown_table
+
     header = ["texts", "correct pairs", "wrong pairs", "calibration error", "precision", "recall"]
     rows = []
     for name, found in reliability.items():

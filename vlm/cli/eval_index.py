@@ -2,31 +2,30 @@
 
 import sys
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from jsonargparse import ArgumentParser
 from numpy.typing import NDArray
 
-from vlm.bundle import is_bundle
-from vlm.cli.evaluation_runs import add_output_arguments, check_folders, deliver
-from vlm.cli.index_options import add_index_arguments, index_plan
-from vlm.cli.processes import refuse_several_processes
-from vlm.embedding.embedder import Embedder
-from vlm.embedding.parts import DESCRIPTION_NAME, read_embeddings
+from vlm.cli.options import DeviceOptions, IndexOptions, refuse_several_processes
 from vlm.errors import ConfigError, DataError, SearchIndexError
 from vlm.evaluation.config import IndexPlan
-from vlm.evaluation.indexes import (
-    IndexReport,
-    compare_indexes,
-    comparison_rows,
-)
 from vlm.markdown import markdown_table
-from vlm.reports.index_report import index_document
-from vlm.search.index import AUTO
 
-_RECORD_NAME = "index.json"
+
+@dataclass(frozen=True)
+class Options(IndexOptions, DeviceOptions):
+    """What `vlm eval index` is given."""
+
+    embeddings: Path
+    """Folder that `vlm embed` wrote."""
+    _: KW_ONLY
+    index: tuple[str, ...] = ("auto",)
+    """FAISS indexes to compare with exact search: strings for index_factory such as HNSW32 or
+    IVF64,SQ8, with @nprobe=8 for a parameter that is not to be tuned; auto is chosen by size,
+    memory and recall."""
 
 
 class _Vectors(NamedTuple):
@@ -39,37 +38,35 @@ class _Vectors(NamedTuple):
     """Of the model that made them."""
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Declare the options of `vlm eval index`."""
-    parser.add_argument("embeddings", type=Path, help="folder that `vlm embed` wrote")
-    add_index_arguments(parser, default=[AUTO])
-    parser.add_argument("--device", type=str | None, default=None, help="such as cpu or cuda:0")
-    add_output_arguments(parser, record_name=_RECORD_NAME)
-
-
-def run(options: Any) -> None:
+def run(options: Options) -> None:
     """Compare the indexes; print a table or JSON, warn where one costs recall, write the report."""
     refuse_several_processes("eval index")
-    check_folders(options)
-    plan = index_plan(options) or IndexPlan()
+    options.check_folders()
+    plan = options.index_plan() or IndexPlan()
+    from vlm.evaluation.indexes import compare_indexes, comparison_rows
+    from vlm.reports.index_report import index_document
+
     vectors = _vectors_of(options.embeddings, options.device)
     report = compare_indexes(vectors.images, vectors.texts, plan, device=options.device)
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     origin = {"embeddings": str(options.embeddings), "model": vectors.fingerprint}
-    deliver(
-        options,
+    options.deliver(
         origin | report.as_record(),
-        record_name=_RECORD_NAME,
+        record_name="index.json",
         document=lambda: index_document(
             report, embeddings=str(options.embeddings), model=vectors.fingerprint
         ),
-        table=lambda: _table(report),
+        table=lambda: markdown_table(*comparison_rows(report.comparisons), text_columns=2),
     )
 
 
 def _vectors_of(folder: Path, device: str | None) -> _Vectors:
     """Read images' vectors, and embed their main captions with the model that made them."""
+    from vlm.bundle import is_bundle
+    from vlm.embedding.embedder import Embedder
+    from vlm.embedding.parts import DESCRIPTION_NAME, read_embeddings
+
     if not (folder / DESCRIPTION_NAME).is_file() and is_bundle(folder):
         raise ConfigError(
             f"{folder} is a bundle; expected a folder that `vlm embed` wrote, or "
@@ -100,8 +97,3 @@ def _vectors_of(folder: Path, device: str | None) -> _Vectors:
         pairs = [(places[text], image) for image, text in enumerate(of_images) if text]
         texts[language] = (embedder.encode_text(list(places)), np.array(pairs, dtype=np.int64))
     return _Vectors(images, texts, description.fingerprint)
-
-
-def _table(report: IndexReport) -> str:
-    header, rows = comparison_rows(report.comparisons)
-    return markdown_table(header, rows, text_columns=2)

@@ -1,48 +1,45 @@
 """Score a bundle on retrieval in both directions and every language, and report what was found.
 
-Also under `accelerate launch -m vlm eval retrieval`, which splits the work over processes.
+Also under `accelerate launch -m vlm eval retrieval`, which splits the work over processes. A file
+such as configs/evaluate/five_benchmarks.yaml has these options; the bundle stays on the command
+line.
 """
 
 import sys
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any
 
-from jsonargparse import ArgumentParser
-
-from vlm.cli.evaluation_runs import (
-    add_embedder_arguments,
-    add_output_arguments,
-    bulk_embedder,
-    deliver,
-)
-from vlm.cli.evaluation_sources import SourcesFile, add_source_arguments, sources
-from vlm.cli.index_options import add_index_arguments, index_plan
-from vlm.distributed.launched import launched_group
-from vlm.evaluation.indexes import check_factories
-from vlm.evaluation.retrieval.run import evaluate
-from vlm.reports.results import RECORD_NAME
-from vlm.reports.retrieval_report import format_run, retrieval_document
+from vlm.cli.options import EvaluationOptions, IndexOptions, sources_in
+from vlm.evaluation.config import RetrievalSource, SourceSettings
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Declare the options of `vlm eval retrieval`."""
-    parser.add_argument(
-        "--config", action=SourcesFile,
-        help="YAML file with these options, such as configs/evaluate/five_benchmarks.yaml; "
-        "the bundle stays on the command line",
-    )  # fmt: skip
-    parser.add_argument("bundle", type=Path, help="folder of the bundle to score")
-    add_source_arguments(parser, many=True)
-    add_index_arguments(parser)
-    add_embedder_arguments(parser)
-    add_output_arguments(parser, record_name=RECORD_NAME)
+@dataclass(frozen=True)
+class Options(SourceSettings, IndexOptions, EvaluationOptions):
+    """What `vlm eval retrieval` is given."""
+
+    bundle: Path
+    """Folder of the bundle to score."""
+    _: KW_ONLY
+    config: Path | None = None
+    """YAML file with these options."""
+    data: tuple[str | RetrievalSource, ...] = ("data/emoji",)
+    """[NAME=]PATH of data folders, or of the files of published benchmarks; the name is that of the
+    scores. In a file, also mappings with path and settings of their own."""
 
 
-def run(options: Any) -> None:
+def run(options: Options) -> None:
     """Score the bundle; print a table or JSON, and write the report."""
-    asked, plan = sources(options), index_plan(options)
+    options.check_folders()
+    plan = options.index_plan()
+    asked = sources_in(options, options.data, folder_split="test_style")
+    from vlm.distributed.launched import launched_group
+    from vlm.evaluation.indexes import check_factories
+    from vlm.evaluation.retrieval.run import evaluate
+    from vlm.reports.results import RECORD_NAME
+    from vlm.reports.retrieval_report import format_run, retrieval_document
+
     with launched_group(options.device) as group:
-        embedder = bulk_embedder(options, group)
+        embedder = options.bulk_embedder(options.bundle, group)
         if plan:
             check_factories(plan, embedder.embedder.embed_dim)
         found = evaluate(embedder, asked, bundle=options.bundle)
@@ -53,8 +50,7 @@ def run(options: Any) -> None:
     for name, scored in found.benchmarks.items():
         for warning in scored.indexes.warnings if scored.indexes else ():
             print(f"warning: {name}: {warning}", file=sys.stderr)
-    deliver(
-        options,
+    options.deliver(
         found.as_record(),
         record_name=RECORD_NAME,
         document=lambda: retrieval_document(found),

@@ -1,46 +1,50 @@
 """Find the images of an index that are nearest to a text, in any language, or to an image."""
 
 import json
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from jsonargparse import ArgumentParser
-
+from vlm.cli.options import DeviceOptions
 from vlm.errors import VlmError
-from vlm.search.search_index import Hit, SearchIndex, hits_as_records
+
+if TYPE_CHECKING:
+    from vlm.search.search_index import Hit
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Declare the options of `vlm search`."""
-    parser.add_argument("index", type=Path, help="folder that `vlm index` wrote")
-    parser.add_argument(
-        "--text", type=str | None, default=None, help="what to look for, such as 一只猫"
-    )
-    parser.add_argument(
-        "--image", type=Path | None, default=None, help="image to look for (instead of --text)"
-    )
-    parser.add_argument("--k", type=int, default=5, help="how many images to show")
-    parser.add_argument(
-        "--bundle", type=Path | None, default=None, help="the model's folder, if it has been moved"
-    )
-    parser.add_argument("--device", type=str | None, default=None, help="such as cpu or cuda:0")
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON list with an object a hit"
-    )
+@dataclass(frozen=True)
+class Options(DeviceOptions):
+    """What `vlm search` is given."""
+
+    index: Path
+    """Folder that `vlm index` wrote."""
+    _: KW_ONLY
+    text: str | None = None
+    """What to look for, such as 一只猫."""
+    image: Path | None = None
+    """Image to look for (instead of --text)."""
+    k: int = 5
+    """How many images to show."""
+    bundle: Path | None = None
+    """The model's folder, if it has been moved."""
+    json: bool = False
+    """Print one JSON list with an object per hit."""
 
 
-def run(options: Any) -> None:
+def run(options: Options) -> None:
     """Search; print the hits."""
     if (options.text is None) == (options.image is None):
         raise VlmError("vlm search needs either --text TEXT or --image FILE")
     if options.text == "":
         raise VlmError("--text is empty; expected what to look for")
+    from vlm.search.search_index import SearchIndex, hits_as_records
+
     index = SearchIndex.open(options.index)
     embedder = index.load_embedder(options.bundle, device=options.device)
-    if options.image:
+    if options.image is not None:
         query = embedder.encode_image([options.image])
     else:
-        query = embedder.encode_text([options.text])
+        query = embedder.encode_text([options.text or ""])
     hits = index.search(query, options.k)
     if options.json:
         print(json.dumps(hits_as_records(hits), ensure_ascii=False, indent=1))
@@ -48,6 +52,6 @@ def run(options: Any) -> None:
         print("\n".join(_line(hit) for hit in hits))
 
 
-def _line(hit: Hit) -> str:
+def _line(hit: "Hit") -> str:
     captions = " / ".join(hit.captions.values())
     return f"{hit.rank:>3}  {hit.score:.3f}  {hit.path or hit.uid}" + f"  {captions}".rstrip()

@@ -1,22 +1,21 @@
 """Write a SentencePiece tokenizer as a fast tokenizer of Hugging Face too, with the same ids."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from jsonargparse import ArgumentParser
 
 from vlm.errors import TokenizerError
 from vlm.files import write_file
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Declare the options of `vlm tokenizer export`."""
-    parser.add_argument(
-        "folder", type=Path, help="tokenizer folder, where tokenizer.json is written"
-    )
+@dataclass(frozen=True)
+class Options:
+    """What `vlm tokenizer export` is given."""
+
+    folder: Path
+    """Tokenizer folder, where tokenizer.json is written."""
 
 
-def run(options: Any) -> None:
+def run(options: Options) -> None:
     """Export; print the folder."""
     from vlm.checkpoints.fast_export import fast_files
     from vlm.text.sentencepiece_vocabulary import SentencePieceVocabulary

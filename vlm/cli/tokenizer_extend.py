@@ -1,47 +1,38 @@
 """Add the most used Chinese characters and words to a tokenizer, whose own ids stay as they are."""
 
 import sys
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any
 
-from jsonargparse import ArgumentParser
-
-from vlm.cli.text_sources import (
-    add_text_arguments,
-    add_word_list_arguments,
-    read_texts,
-    read_words,
-)
-from vlm.text.extension import changed, extend
-from vlm.text.tokenizer import load_tokenizer
-from vlm.text.word_lists import count_words, mean_shares, shares
+from vlm.cli.text_sources import ChineseListOptions, TextOptions
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Declare the options of `vlm tokenizer extend`."""
-    parser.add_argument("base", type=Path, help="folder of the tokenizer to extend")
-    add_text_arguments(parser)
-    add_word_list_arguments(parser, ["zh"])
-    parser.add_argument(
-        "--vocab_size", type=int | None, default=None, help="ids wanted; none is characters only"
-    )
-    parser.add_argument(
-        "--coverage",
-        type=float,
-        default=0.999,
-        help="share of the Chinese characters of texts and lists that get a piece, in (0, 1]",
-    )
-    parser.add_argument(
-        "--context_length", type=int | None, default=None, help="longest text in tokens; the base's"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the tokenizer")
+@dataclass(frozen=True)
+class Options(ChineseListOptions, TextOptions):
+    """What `vlm tokenizer extend` is given."""
+
+    base: Path
+    """Folder of the tokenizer to extend."""
+    _: KW_ONLY
+    vocab_size: int | None = None
+    """Target vocabulary size; null adds characters only."""
+    coverage: float = 0.999
+    """Fraction of the Chinese characters in texts and lists that get a piece, in (0, 1]."""
+    context_length: int | None = None
+    """Maximum length of a text in tokens; null keeps the base's."""
+    out: Path
+    """Folder to write the tokenizer to."""
 
 
-def run(options: Any) -> None:
+def run(options: Options) -> None:
     """Extend; print the folder, and on stderr what was chosen and what changed in English."""
+    from vlm.text.extension import changed, extend
+    from vlm.text.tokenizer import load_tokenizer
+    from vlm.text.word_lists import count_words, mean_shares, shares
+
     base = load_tokenizer(options.base)
-    sources = [shares(counts)] if (counts := count_words(read_texts(options, "zh"))) else []
-    if words := read_words(options, "zh"):
+    sources = [shares(counts)] if (counts := count_words(options.texts("zh"))) else []
+    if words := options.words("zh"):
         sources.append(words)
     extension = extend(
         base,
@@ -50,7 +41,7 @@ def run(options: Any) -> None:
         coverage=options.coverage,
         context_length=options.context_length,
     )
-    english = list(read_texts(options, "en"))
+    english = list(options.texts("en"))
     extension.tokenizer.save(options.out)
     print(
         f"{base.vocab_size} ids and {extension.characters} characters and {extension.words} words: "

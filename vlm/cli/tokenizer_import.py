@@ -1,54 +1,39 @@
 """Read CLIP's, SentencePiece's, BERT's or any Hugging Face tokenizer into a tokenizer folder."""
 
+from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
 
-from jsonargparse import ArgumentParser
-
-from vlm.text.importing import import_tokenizer
-
-_CHANGES = (
-    "context_length",
-    "begin_of_text",
-    "end_of_text",
-    "padding",
-    "truncation",
-    "cleaning",
-)
+from vlm.text.config import Cleaning, TokenizerConfig, Truncation
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Declare the options of `vlm tokenizer import`."""
-    parser.add_argument(
-        "source",
-        type=str,
-        help="clip, or a .model, vocab.txt or tokenizer.json file, or a folder with one",
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the tokenizer")
-    parser.add_argument(
-        "--context_length", type=int | None, default=None, help="longest text in tokens"
-    )
-    for role in ("begin_of_text", "end_of_text", "padding"):
-        parser.add_argument(
-            f"--{role}", type=str | None, default=None, help="piece, if not the source's own"
-        )
-    parser.add_argument(
-        "--truncation",
-        type=Literal["right", "left"] | None,
-        default=None,
-        help="which side of a text that is too long is lost",
-    )
-    parser.add_argument(
-        "--cleaning",
-        type=Literal["none", "lower", "clip", "glm", "words", "whitespace", "canonicalize"] | None,
-        default=None,
-        help="what is done to a text first",
-    )
+@dataclass(frozen=True)
+class Options:
+    """What `vlm tokenizer import` is given; null keeps what the source says."""
+
+    source: str
+    """`clip`; a .model, vocab.txt or tokenizer.json file; or a folder with one."""
+    _: KW_ONLY
+    out: Path
+    """Folder to write the tokenizer to."""
+    context_length: int | None = None
+    """Maximum length of a text in tokens."""
+    begin_of_text: str | None = None
+    """Piece that opens a text."""
+    end_of_text: str | None = None
+    """Piece that closes a text."""
+    padding: str | None = None
+    """Piece that fills a text up."""
+    truncation: Truncation | None = None
+    """Side on which a text that is too long is cut."""
+    cleaning: Cleaning | None = None
+    """How a text is cleaned first."""
 
 
-def run(options: Any) -> None:
+def run(options: Options) -> None:
     """Import; print the folder."""
-    changes = {name: getattr(options, name) for name in _CHANGES}
+    from vlm.text.importing import import_tokenizer
+
+    changes = {field.name: getattr(options, field.name) for field in fields(TokenizerConfig)}
     given = {name: value for name, value in changes.items() if value is not None}
     import_tokenizer(options.source, **given).save(options.out)
     print(options.out)

@@ -4,47 +4,48 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from jsonargparse import ArgumentParser
-
-from vlm.cli.text_sources import LANGUAGES, add_text_arguments, read_texts
+from vlm.cli.text_sources import TextOptions
 from vlm.errors import TokenizerError
-from vlm.text.measuring import compare
-from vlm.text.report import check_plot_path, format_report, plot_report
-from vlm.text.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from vlm.text.tokenizer import Tokenizer
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Declare the options of `vlm tokenizer report`."""
-    parser.add_argument(
-        "folders", nargs="+", type=Path,
-        help="folders of tokenizers or bundles; the others are compared with the first",
-    )  # fmt: skip
-    add_text_arguments(parser)
-    parser.add_argument(
-        "--limit", type=int, default=100_000, help="first texts of a language to read; 0 for all"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--plot", type=Path | None, default=None, help="also draw this png or svg")
+@dataclass(frozen=True)
+class Options(TextOptions):
+    """What `vlm tokenizer report` is given."""
+
+    folders: tuple[Path, ...]
+    """Folders of tokenizers or bundles; the others are compared with the first."""
+    _: KW_ONLY
+    limit: int = 100_000
+    """How many texts of a language to read, from the first; 0 reads all."""
+    json: bool = False
+    """Print JSON instead of tables."""
+    plot: Path | None = None
+    """Also draw this png or svg."""
 
 
-def run(options: Any) -> None:
+def run(options: Options) -> None:
     """Measure; print tables or JSON."""
-    given = [language for language in LANGUAGES if getattr(options, language)]
-    if not given:
-        raise TokenizerError("give texts by --zh and --en: files or folders of captions")
+    given = options.given()
+    if not options.folders:
+        raise TokenizerError("found no folders of tokenizers or bundles; expected at least one")
     if options.limit < 0:
         raise TokenizerError(f"limit is {options.limit}; expected a number of texts, 0 for all")
+    from vlm.text.measuring import compare
+    from vlm.text.report import check_plot_path, format_report, plot_report
+
     if options.plot:
         check_plot_path(options.plot)
     tokenizers = _load(options.folders)
-    sources = {language: read_texts(options, language) for language in given}
     texts: dict[str, list[str]] = {
-        language: list(islice(captions, options.limit or None))
-        for language, captions in sources.items()
+        language: list(islice(options.texts(language), options.limit or None)) for language in given
     }
     report = compare(tokenizers, texts)
     if options.plot:
@@ -55,7 +56,9 @@ def run(options: Any) -> None:
         print(format_report(report))
 
 
-def _load(folders: Sequence[Path]) -> dict[str, Tokenizer]:
+def _load(folders: Sequence[Path]) -> dict[str, "Tokenizer"]:
+    from vlm.text.tokenizer import load_tokenizer
+
     # Not by `vlm.bundle`: it would import all that models need, which takes as long as a report.
     return {
         name: load_tokenizer(folder / "tokenizer" if (folder / "vlm.json").is_file() else folder)

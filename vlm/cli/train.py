@@ -1,26 +1,28 @@
-"""Train a dual encoder as a configuration file and flags say, and leave a bundle."""
+"""Train a model as a configuration file and options say, and leave a bundle.
 
-from typing import Any
+A YAML file states what differs from the defaults. Relative paths in it start from the current
+folder, as those on the command line do.
+"""
 
-from jsonargparse import ArgumentParser
+from dataclasses import dataclass
+from pathlib import Path
 
+from vlm.cli.parsing import part_of
 from vlm.training.config import TrainConfig
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Declare the options of `vlm train`."""
-    parser.add_argument(
-        "--config", action="config", help="YAML file, such as configs/train/emoji.yaml"
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the newest checkpoint in run_folder"
-    )
-    parser.add_class_arguments(TrainConfig, as_group=False)
+@dataclass(frozen=True, kw_only=True)
+class Options(TrainConfig):
+    """What `vlm train` is given."""
+
+    config: Path | None = None
+    """YAML file, such as configs/train/emoji.yaml."""
+    resume: bool = False
+    """Continue from the newest checkpoint in run_folder."""
 
 
-def run(options: Any) -> None:
+def run(options: Options) -> None:
     """Train; print the bundle's folder."""
     from vlm.training.build import build_run
 
-    fields = {name: getattr(options, name) for name in TrainConfig.__dataclass_fields__}
-    print(build_run(TrainConfig(**fields), resume=options.resume).fit())
+    print(build_run(part_of(options, TrainConfig), resume=options.resume).fit())

@@ -20,16 +20,10 @@ Kind = Literal[
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RetrievalSource:
-    """A benchmark and how to ask it; a setting that is not given takes what fits the files."""
+@dataclass(frozen=True, kw_only=True)
+class SourceSettings:
+    """How a benchmark is asked; a setting that is not given takes what fits the files."""
 
-    path: Path
-    """A data folder, or the file or folder of a published benchmark."""
-    name: str = ""
-    """The name its scores get; by default a data folder's split, or the name of the file."""
-    kind: Kind | None = None
-    """The kind of benchmark, if it cannot be recognised from the files."""
     split: str | None = None
     """Of a data folder `test_style` by default, of other files the only one, or `test`."""
     images: Path | None = None
@@ -54,6 +48,18 @@ class RetrievalSource:
     def __post_init__(self) -> None:
         if self.allowed_share is not None and not 0 <= self.allowed_share <= 1:
             raise ConfigError(f"allowed_share is {self.allowed_share}; expected a ratio in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalSource(SourceSettings):
+    """A benchmark and how to ask it."""
+
+    path: Path
+    """A data folder, or the file or folder of a published benchmark."""
+    name: str = ""
+    """The name its scores get; by default a data folder's split, or the name of the file."""
+    kind: Kind | None = None
+    """The kind of benchmark, if it cannot be recognised from the files."""
 
     def as_record(self) -> dict[str, Any]:
         """Return the settings as plain values, for JSON; None for what was not given."""

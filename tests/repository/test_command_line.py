@@ -8,7 +8,7 @@ import pytest
 from vlm.cli.main import VERBS, main
 
 TRAIN = {"config", "run_folder", "seed", "precision", "cpu_threads", "start_from", "tokenizer"} | {
-    "report_every_steps", "data", "captions", "preprocess", "augmentation", "model", "loss",
+    "report_every", "data", "captions", "preprocess", "augmentation", "model", "loss",
     "objectives", "adapt", "optimizer", "schedule", "evaluation", "checkpoint",
 }  # fmt: skip
 SOURCES = {"data", "split", "language", "languages", "where", "images", "duplicates"} | {

@@ -71,5 +71,10 @@ def test_help_says_what_a_setting_means(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "Ranks that contrast with each other; it divides their number." in said
-    assert "Decides the first weights, the order of samples, captions and augmentation." in said
+    assert (
+        "Ranks that contrast with each other, a divisor of their number; null is all: exact" in said
+    )
+    assert (
+        "Seed of the initial weights, the order of samples, the choice of captions, augmentation."
+        in said
+    )

@@ -19,7 +19,7 @@ from vlm.reports.examples import Example
 
 _THUMBNAIL = 96  # pixels; shown at 72 and less, for screens with more than one dot a pixel
 _CODE = re.compile(r"`([^`]+)`")
-_MARK_UP = re.compile(r"[\\`*_~$<&\[\]]")
+_MARK_UP = re.compile(r"[\\`*~$<&\[\]]|(?<![^\W_])_|_(?![^\W_])")  # `_` within a word is a letter
 _START_OF_BLOCK = re.compile(r"^(\d*)([-#>+=.)])")  # headings, quotes, lists and rules
 _CHINESE = re.compile(
     "([\u2e80-\u303f\u3400-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U000323af]+)"

@@ -83,7 +83,7 @@ class ClassificationSource:
     """Conditions on samples, such as `source=noto` or `group!=flags`."""
     images: Path | None = None
     """Folder with a folder of images for each class (instead of `data`)."""
-    classes: Sequence[str] = ()
+    classes: Sequence[str] | None = None
     """Class names: a JSON or YAML file by class, or a text file with one name a line in the order
     of the sorted folders; `LANGUAGE=FILE` for each language; default: the data folder's
     classes.json."""

@@ -226,7 +226,7 @@ def _read(
 ) -> tuple[ClassNames, LabelledImages]:
     if source.images is not None:
         folders = class_folders(source.images)
-        classes = read_class_names(source.classes, languages, folders=folders)
+        classes = read_class_names(source.classes or (), languages, folders=folders)
         return classes, images_in_class_folders(source.images, classes.ids)
     asked = source.as_record()
     data = Path(asked["data"])

@@ -5,7 +5,7 @@ import torch
 
 from tests.support.cross_decoder import decode
 from vlm.errors import ConfigError
-from vlm.models.cross_decoder import CrossDecoder
+from vlm.models.masked import CrossDecoder
 
 
 @pytest.fixture

@@ -7,9 +7,8 @@ import torch
 from tests.support.naive_multiway import NaiveMultiway
 from vlm.errors import ConfigError
 from vlm.models.encoder import MAIN, UNIMODAL, Encoder
-from vlm.models.multiway import MultiwayEncoder, resized_image_positions
+from vlm.models.multiway import MultiwayEncoder, drop_patches, resized_image_positions
 from vlm.models.multiway_config import MultiwayConfig
-from vlm.models.multiway_unimodal import drop_patches
 from vlm.text.tokenizer import TokenBatch
 
 TINY = MultiwayConfig(

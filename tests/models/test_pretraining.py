@@ -9,10 +9,9 @@ from vlm.errors import ConfigError
 from vlm.models.build import build_from_config
 from vlm.models.config import MaskedConfig, ModelConfig
 from vlm.models.encoder import MAIN, UNIMODAL
-from vlm.models.language_embeddings import LanguageEmbeddings
 from vlm.models.masked import Hidden, MaskedModelling
 from vlm.models.multiway_config import MultiwayConfig
-from vlm.models.pretraining import PretrainingModel
+from vlm.models.pretraining import LanguageEmbeddings, PretrainingModel
 
 TINY_MULTIWAY = ModelConfig(
     multiway=MultiwayConfig(

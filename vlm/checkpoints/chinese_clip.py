@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from importlib.util import find_spec
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,7 @@ from torch import Tensor
 
 from vlm.checkpoints.accounting import Origin
 from vlm.checkpoints.config import ConversionConfig
-from vlm.checkpoints.image_towers import count_layers, image_tower_cfg
-from vlm.checkpoints.reading import Tensors
+from vlm.checkpoints.reading import Tensors, count_layers
 from vlm.checkpoints.recipe import Recipe, read_tokenizer
 from vlm.errors import CheckpointError
 from vlm.images.config import PreprocessConfig
@@ -26,6 +26,9 @@ _PUBLISHED = {  # of the text tower, whose configuration open_clip can look up t
     (1024, 24): "hfl/chinese-roberta-wwm-ext-large",
     (768, 3): "hfl/rbt3",
 }
+_HEAD_WIDTH = {1280: 80}  # CLIP's ViT-H; 64 in every other
+_STAGES = 4
+_REDUCTION = 32  # pixels a side for one position of the last feature map
 _ROWS = "bert.embeddings.word_embeddings.weight"
 _OURS_AND_THEIRS = {
     "log_logit_scale": Origin(("logit_scale",)),
@@ -87,6 +90,18 @@ def chinese_clip_model_cfg(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
+def image_tower_cfg(tensors: Mapping[str, Tensor], prefix: str = "visual.") -> dict[str, Any]:
+    """Return open_clip's `vision_cfg` of a vision transformer or a residual network of CLIP.
+
+    Their names are those of OpenAI's release, which open_clip and Chinese-CLIP keep.
+    """
+    own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    try:
+        return _residual(own) if "layer1.0.conv1.weight" in own else _transformer(own)
+    except (KeyError, IndexError, ZeroDivisionError) as error:
+        raise CheckpointError(f"the image tower's size is unknown: {error} is missing") from error
+
+
 def text_cfg(bert: Mapping[str, Any]) -> dict[str, Any]:
     """Return open_clip's `text_cfg` of a BERT that is read at its first token."""
     sizes = (bert["hidden_size"], bert["num_hidden_layers"])
@@ -126,3 +141,24 @@ def _published_vocabulary() -> str:
             "or install the package cn_clip, which has it"
         )
     return str(Path(package.submodule_search_locations[0]) / "clip" / "vocab.txt")
+
+
+def _transformer(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    width, _, patch, _ = tensors["conv1.weight"].shape
+    return {
+        "image_size": patch * isqrt(len(tensors["positional_embedding"]) - 1),
+        "patch_size": patch,
+        "width": width,
+        "layers": count_layers(tensors, r"transformer\.resblocks\.(\d+)\."),
+        "head_width": _HEAD_WIDTH.get(width, 64),
+        "mlp_ratio": len(tensors["transformer.resblocks.0.mlp.c_fc.bias"]) / width,
+    }
+
+
+def _residual(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    stages = range(1, _STAGES + 1)
+    return {
+        "image_size": _REDUCTION * isqrt(len(tensors["attnpool.positional_embedding"]) - 1),
+        "width": len(tensors["layer1.0.conv1.weight"]),
+        "layers": [count_layers(tensors, rf"layer{stage}\.(\d+)\.") for stage in stages],
+    }

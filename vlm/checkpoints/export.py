@@ -16,11 +16,6 @@ from vlm.bundle import Bundle, save_bundle
 from vlm.checkpoints import chinese_clip, hugging_face, m2_encoder
 from vlm.checkpoints.accounting import to_theirs
 from vlm.checkpoints.fast_export import fast_files
-from vlm.checkpoints.hugging_face_files import (
-    model_config,
-    preprocessor_config,
-    tokenizer_files,
-)
 from vlm.checkpoints.reading import Tensors
 from vlm.errors import CheckpointError
 from vlm.files import write_file, write_folder
@@ -147,10 +142,10 @@ def _to_chinese_clip(bundle: Bundle, out: Path) -> list[str]:
 
 def _to_hugging_face(bundle: Bundle, out: Path) -> list[str]:
     model = _dual(bundle, "transformers")
-    record = model_config(bundle.model_cfg, bundle.tokenizer)
+    record = hugging_face.model_config(bundle.model_cfg, bundle.tokenizer)
     _same(bundle, hugging_face.hugging_face_model_cfg(record, bundle.tokenizer), "transformers")
-    preprocessor = preprocessor_config(bundle.preprocess_cfg, record["model_type"])
-    files, notes = tokenizer_files(bundle.tokenizer)
+    preprocessor = hugging_face.preprocessor_config(bundle.preprocess_cfg, record["model_type"])
+    files, notes = hugging_face.tokenizer_files(bundle.tokenizer)
     weights = to_theirs(model.state_dict(), hugging_face.origin_of)
     with write_folder(out) as temporary:
         save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})

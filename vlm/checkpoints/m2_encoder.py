@@ -8,8 +8,7 @@ from torch import Tensor
 
 from vlm.checkpoints.accounting import Origin
 from vlm.checkpoints.config import ConversionConfig
-from vlm.checkpoints.image_towers import count_layers
-from vlm.checkpoints.reading import Tensors
+from vlm.checkpoints.reading import Tensors, count_layers
 from vlm.checkpoints.recipe import Recipe, read_tokenizer
 from vlm.errors import CheckpointError
 from vlm.images.config import PreprocessConfig

@@ -5,7 +5,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise CheckpointError(f"{path} holds no JSON object")
     return record
+
+
+def count_layers(names: Iterable[str], pattern: str) -> int:
+    """Return how many different numbers a pattern's group has among names."""
+    return len({found[1] for found in map(re.compile(pattern).match, names) if found})
 
 
 def _read_shards(index: Path) -> Tensors:

@@ -52,6 +52,18 @@ def kept_statistics(model: nn.Module) -> Iterator[None]:
             norm.momentum = momentum
 
 
+def keep_locked_statistics(model: nn.Module) -> None:
+    """Put batch norms whose parameters are locked into evaluation mode.
+
+    Their running statistics belong to the locked weights; call it after `model.train()`.
+    """
+    for module in model.modules():
+        if isinstance(module, _BatchNorm | GroupBatchNorm2d) and not any(
+            parameter.requires_grad for parameter in module.parameters()
+        ):
+            module.eval()
+
+
 class GroupBatchNorm2d(nn.Module):
     """The batch normalisation `norm` with the statistics of a whole group of ranks.
 

@@ -1,8 +1,11 @@
 """What a run trains of its towers, and how it saves memory and time on them."""
 
+from collections.abc import Sequence
+
+from torch import nn
+
 from vlm.errors import ConfigError
 from vlm.models.encoder import Encoder
-from vlm.models.locking import lock
 from vlm.models.lora import add_lora
 from vlm.training.config import AdaptationConfig
 
@@ -30,3 +33,24 @@ def adapt(encoder: Encoder, config: AdaptationConfig) -> None:
     if config.lora_rank:
         adapted = [group for side in config.lora_towers for group in groups[side]()]
         add_lora(encoder, adapted, rank=config.lora_rank, alpha=config.lora_alpha)
+
+
+def lock(groups: Sequence[Sequence[nn.Parameter]], *, unlocked: int, side: str) -> None:
+    """Keep a tower as it is, but for its last stages (LiT, Zhai et al. 2022, section 3).
+
+    Args:
+        groups: The tower's parameters from the input to the output, a list a stage.
+        unlocked: How many of the last stages are trained; 0 locks the whole tower.
+        side: Its name, for the error.
+
+    Raises:
+        ConfigError: the tower has fewer stages, or `unlocked` is negative.
+    """
+    if not 0 <= unlocked < len(groups):
+        raise ConfigError(
+            f"adapt.{side}_unlocked_groups is {unlocked}; expected 0 to {len(groups) - 1}, or null "
+            f"for all {len(groups)} stages of the tower"
+        )
+    for group in groups[: len(groups) - unlocked]:
+        for parameter in group:
+            parameter.requires_grad_(False)

@@ -13,9 +13,8 @@ from vlm.data.loader import MaskPlan
 from vlm.errors import ConfigError
 from vlm.models.config import CMIM, CMLM, MaskedConfig
 from vlm.models.encoder import UNIMODAL, Encoder
-from vlm.models.language_embeddings import LanguageEmbeddings
 from vlm.models.masked import MaskedModelling
-from vlm.models.pretraining import PretrainingModel
+from vlm.models.pretraining import LanguageEmbeddings, PretrainingModel
 from vlm.training.config import ObjectivesConfig
 
 

@@ -4,8 +4,9 @@ from torch import nn
 
 from tests.builders import IMAGE_SIZE, tiny_model, tiny_tokenizer
 from vlm.errors import ConfigError
-from vlm.models.locking import keep_locked_statistics, lock
+from vlm.models.batch_norm import keep_locked_statistics
 from vlm.models.pretraining import PretrainingModel
+from vlm.training.adaptation import lock
 
 
 def test_only_the_last_stages_train():

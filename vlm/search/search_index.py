@@ -77,9 +77,12 @@ class SearchIndex:
                     raise SearchIndexError(
                         f"{folder / name} is damaged: sha256 {found[:12]}, expected {expected[:12]}"
                     )
+            # Not by `read_table`, which imports pyarrow's datasets.
+            with pyarrow.parquet.ParquetFile(folder / _METADATA) as file:
+                metadata = file.read()
             return cls(
                 VectorIndex.read(folder / _INDEX),
-                pyarrow.parquet.read_table(folder / _METADATA),
+                metadata,
                 bundle=folder / str(description["bundle"]),
                 fingerprint=str(description["fingerprint"]),
             )

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from vlm.data.dataset import ShardedSplit
-from vlm.embedding.bulk import BulkEmbedder
 from vlm.evaluation.config import IndexPlan, RetrievalSource
-from vlm.evaluation.retrieval.evaluation import Vectors, compare_pairs
+from vlm.evaluation.retrieval.comparison import compare
 from vlm.evaluation.retrieval.run import RetrievalRun, evaluate
 from vlm.reports.document import Bullets, Table, as_markdown, write_report
 from vlm.reports.examples import MISSED_BEYOND, _text_example, drawn_examples
@@ -165,21 +164,21 @@ def test_nothing_is_drawn_of_a_kind_that_does_not_occur(run):
     assert list(groups) == ["Found at rank 1", "Images and the captions they find"]
 
 
-def test_examples_stand_in_the_order_of_their_ranks_where_cosines_tie(run, embedder):
+def test_examples_stand_in_the_order_of_their_ranks_where_cosines_tie(run):
     """Of two equal images the correct one comes first in the benchmark."""
     scored = run.benchmarks["chinese alone"]
-    images = scored.evaluation.vectors.images.copy()
+    images = scored.evaluation.image_features.copy()
     own = scored.pairs.texts["zh"]
-    texts = scored.evaluation.vectors.texts["zh"].copy()
+    texts = scored.evaluation.text_features["zh"].copy()
     for row, image in own.matches[:12].tolist():
         images[image + 12] = images[image] = texts[row] = np.eye(32, dtype=np.float32)[row]
     matches = own.matches[own.matches[:, 1] < 12]  # the second image of each is wrong
     pairs = replace(scored.pairs, texts={"zh": replace(own, matches=matches)})
-    vectors = Vectors(images=images, texts={"zh": texts})
-    bulk = BulkEmbedder(embedder)
-    ranks = {name: found.ranks for name, found in compare_pairs(bulk, vectors, pairs).items()}
+    ranks = {"zh": compare(texts, images, matches).ranks}
     assert set(ranks["zh"]["text_to_image"].tolist()) == {2}
-    evaluation = replace(scored.evaluation, vectors=vectors, ranks=ranks)
+    evaluation = replace(
+        scored.evaluation, image_features=images, text_features={"zh": texts}, ranks=ranks
+    )
     example = _text_example(pairs, evaluation, {"zh": 3})
     assert [image.correct for image in example.answers[0].found[:2]] == [False, True]
 

@@ -5,8 +5,7 @@ from dataclasses import asdict
 
 import numpy as np
 
-from vlm.evaluation.retrieval.pairs import RetrievalPairs, Texts
-from vlm.evaluation.retrieval.protocol import questions_of
+from vlm.evaluation.retrieval.pairs import RetrievalPairs, Texts, questions_of
 from vlm.reports.results import SCORES
 
 RECALLS = (0.72514, 0.924, 0.964, 0.879, 0.984, 0.994)

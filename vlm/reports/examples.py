@@ -136,9 +136,9 @@ def _text_example(
     """Return what a text, and its translation, find; and a correct image if neither shows it."""
     answers, missed = [], None
     for language, row in rows.items():
-        own, vectors = pairs.texts[language], evaluation.vectors
+        own, texts = pairs.texts[language], evaluation.text_features[language]
         correct = own.matches[own.matches[:, 0] == row, 1]
-        best = _best(vectors.texts[language][row], vectors.images, _IMAGES, correct)
+        best = _best(texts[row], evaluation.image_features, _IMAGES, correct)
         answers.append(
             Answer(
                 language=language,
@@ -161,11 +161,11 @@ def _image_example(
     """Return which captions an image finds in each language."""
     answers = []
     for language in languages:
-        own, vectors = pairs.texts[language], evaluation.vectors
+        own, texts = pairs.texts[language], evaluation.text_features[language]
         correct = own.matches[own.matches[:, 1] == image, 0]
         # There are ranks only for images with a caption, in the order of the images.
         place = np.searchsorted(np.unique(own.matches[:, 1]), image)
-        best = _best(vectors.images[image], vectors.texts[language], _CAPTIONS, correct)
+        best = _best(evaluation.image_features[image], texts, _CAPTIONS, correct)
         answers.append(
             Answer(
                 language=language,

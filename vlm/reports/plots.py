@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 
 from vlm.errors import DataError
 from vlm.evaluation.retrieval.comparison import CosineStatistics, Spread
-from vlm.evaluation.retrieval.metrics import NOT_FOUND, Ranks
-from vlm.evaluation.retrieval.scores import DIRECTIONS
+from vlm.evaluation.retrieval.metrics import DIRECTIONS, NOT_FOUND, Ranks
 from vlm.training.reporter import METRICS_NAME, read_metrics
 
 MOST_CLASSES = 1000

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.errors import ConfigError, DataError
-from vlm.evaluation.retrieval.scores import CUTOFFS, DIRECTIONS
+from vlm.evaluation.retrieval.metrics import CUTOFFS, DIRECTIONS
 
 RECORD_NAME = "retrieval.json"
 """The file of a run's folder with the scores."""
@@ -41,7 +41,7 @@ class Result:
     benchmark: str
     language: str
     question: Mapping[str, Any]
-    """The protocol, as the record of `vlm.evaluation.retrieval.protocol.Question`."""
+    """The protocol, as the record of `vlm.evaluation.retrieval.pairs.Question`."""
     recalls: tuple[float, ...]
     """In per cent, in the order of `SCORES`."""
     context_length: int

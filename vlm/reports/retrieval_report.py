@@ -5,9 +5,8 @@ from collections.abc import Collection
 from vlm.evaluation.bootstrap import LEVEL
 from vlm.evaluation.indexes import comparison_rows
 from vlm.evaluation.retrieval.comparison import Spread
-from vlm.evaluation.retrieval.metrics import mean_recall
+from vlm.evaluation.retrieval.metrics import DIRECTIONS, mean_recall
 from vlm.evaluation.retrieval.run import RetrievalRun, ScoredBenchmark
-from vlm.evaluation.retrieval.scores import DIRECTIONS
 from vlm.markdown import markdown_table
 from vlm.reports.document import (
     Block,

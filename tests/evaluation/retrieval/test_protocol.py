@@ -7,8 +7,7 @@ from tests.builders import encoded, make_image
 from vlm.embedding.bulk import BulkEmbedder
 from vlm.errors import DataError
 from vlm.evaluation.reading import reading_of
-from vlm.evaluation.retrieval.pairs import RetrievalPairs, Texts, correct_pairs
-from vlm.evaluation.retrieval.protocol import questions_of
+from vlm.evaluation.retrieval.pairs import RetrievalPairs, Texts, correct_pairs, questions_of
 
 IMAGES = [encoded(make_image(number)) for number in range(4)]
 TEXTS = ["a cat", "the same", "the same", "a dog"]

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from vlm.evaluation.retrieval.metrics import NOT_FOUND
+from vlm.evaluation.retrieval.metrics import NOT_FOUND, intervals_of, scores_of
 from vlm.evaluation.retrieval.pairs import Texts
-from vlm.evaluation.retrieval.scores import intervals_of, scores_of
 
 
 def concepts(seed):

@@ -107,7 +107,7 @@ def compare(
     return Comparison(
         text_to_image=text_to_image,
         image_to_text=image_to_text,
-        first_image=first.of_group(group),
+        first_image=first.of_group(group).cpu().numpy(),
         cosines=cosines.of_group(group),
     )
 
@@ -144,11 +144,10 @@ class _FirstImages:
         self.best[tile.rows][better] = top[better]
         self.found[tile.rows][better] = first[better] + tile.columns.start
 
-    def of_group(self, group: RankGroup) -> NDArray[np.int64]:
+    def of_group(self, group: RankGroup) -> Int64[Tensor, " texts"]:
         if group.size > 1:  # each text was looked at by one rank, and is -1 on all others
             dist.all_reduce(self.found, dist.ReduceOp.MAX, group=group.process_group)
-        found: NDArray[np.int64] = self.found.cpu().numpy()
-        return found
+        return self.found
 
 
 class _Ranks:

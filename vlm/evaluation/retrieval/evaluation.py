@@ -14,19 +14,15 @@ from vlm.embedding.embedder import Embedder
 from vlm.evaluation.bootstrap import LEVEL
 from vlm.evaluation.reading import Reading, reading_of
 from vlm.evaluation.retrieval.comparison import Comparison, CosineStatistics, compare
-from vlm.evaluation.retrieval.metrics import Ranks, cross_lingual_agreement
-from vlm.evaluation.retrieval.pairs import RetrievalPairs
-from vlm.evaluation.retrieval.protocol import Question, questions_of
-from vlm.evaluation.retrieval.scores import CUTOFFS, check_cutoffs, intervals_of, scores_of
-
-
-@dataclass(frozen=True, kw_only=True)
-class Vectors:
-    """The unit vectors of a benchmark's images and texts, in their order."""
-
-    images: Float32[np.ndarray, "images dim"]
-    texts: Mapping[str, Float32[np.ndarray, "texts dim"]]
-    """By language."""
+from vlm.evaluation.retrieval.metrics import (
+    CUTOFFS,
+    Ranks,
+    check_cutoffs,
+    cross_lingual_agreement,
+    intervals_of,
+    scores_of,
+)
+from vlm.evaluation.retrieval.pairs import Question, RetrievalPairs, questions_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,20 +41,26 @@ class Evaluation:
     questions: Mapping[str, Question]
     """By language."""
     reading: Reading
-    vectors: Vectors
+    image_features: Float32[np.ndarray, "images dim"]
+    """Unit vectors, in the order of the benchmark's images."""
+    text_features: Mapping[str, Float32[np.ndarray, "texts dim"]]
+    """By language."""
     ranks: Mapping[str, Ranks]
     """By language."""
 
     def as_record(self) -> dict[str, Any]:
-        """Return all but vectors and ranks as plain dictionaries, for JSON."""
+        """Return all but features and ranks as plain dictionaries, for JSON."""
         return {
             "scores": dict(self.scores),
             "intervals": {"level": LEVEL, "of": dict(self.intervals)},
             "agreement": {pair: dict(found) for pair, found in self.agreement.items()},
             "cosines": {
-                language: {kind: _without_nan(spread) for kind, spread in asdict(found).items()}
+                language: {
+                    kind: {key: None if math.isnan(value) else value for key, value in each.items()}
+                    for kind, each in asdict(found).items()
+                }
                 for language, found in self.cosines.items()
-            },
+            },  # JSON cannot express NaN
             "questions": {
                 language: {"fingerprint": question.fingerprint, **asdict(question)}
                 for language, question in self.questions.items()
@@ -93,7 +95,7 @@ def evaluate_retrieval(
     """
     check_cutoffs(cutoffs)
     bulk = BulkEmbedder(embedder, group=group, show_progress_bar=show_progress_bar)
-    found = compare_pairs(bulk, embed_pairs(bulk, pairs), pairs)
+    _, _, found = compare_pairs(bulk, pairs)
     return scores_of({language: each.ranks for language, each in found.items()}, cutoffs)
 
 
@@ -104,11 +106,6 @@ def evaluate_pairs(
 
     Every rank of the embedder's group must call this, and gets the whole.
 
-    Args:
-        embedder: The model.
-        pairs: The benchmark.
-        cutoffs: The k of the recalls, at least 1 each.
-
     Raises:
         VlmError: as `evaluate_retrieval`.
         DataError: no caption of a language has a correct image, or an image cannot be read.
@@ -116,8 +113,7 @@ def evaluate_pairs(
     check_cutoffs(cutoffs)
     digests = embedder.digests_of(pairs.images)
     questions = questions_of(pairs, digests=digests)
-    vectors = embed_pairs(embedder, pairs, digests=digests)
-    found = compare_pairs(embedder, vectors, pairs)
+    image_features, text_features, found = compare_pairs(embedder, pairs, digests=digests)
     ranks = {language: each.ranks for language, each in found.items()}
     texts = [text for of_language in pairs.texts.values() for text in of_language.texts]
     return Evaluation(
@@ -127,60 +123,52 @@ def evaluate_pairs(
         cosines={language: each.cosines for language, each in found.items()},
         questions=questions,
         reading=reading_of(embedder.embedder, texts),
-        vectors=vectors,
+        image_features=image_features,
+        text_features=text_features,
         ranks=ranks,
     )
 
 
-def embed_pairs(
+def compare_pairs(
     embedder: BulkEmbedder, pairs: RetrievalPairs, *, digests: Sequence[bytes] | None = None
-) -> Vectors:
-    """Embed a benchmark's images and texts.
+) -> tuple[
+    Float32[np.ndarray, "images dim"],
+    dict[str, Float32[np.ndarray, "texts dim"]],
+    dict[str, Comparison],
+]:
+    """Embed images and texts, and compare them, on the embedder's device and ranks.
 
     Args:
         embedder: The model.
         pairs: The benchmark.
         digests: What `embedder.digests_of` gave for the images, if known.
 
+    Returns:
+        The images' unit vectors; by language those of the texts, and the comparison.
+
     Raises:
         DataError: an image cannot be read.
     """
-    return Vectors(
-        images=embedder.encode_image(pairs.images, digests),
-        texts={
-            language: embedder.encode_text(of_language.texts)
-            for language, of_language in pairs.texts.items()
-        },
-    )
-
-
-def compare_pairs(
-    embedder: BulkEmbedder, vectors: Vectors, pairs: RetrievalPairs
-) -> dict[str, Comparison]:
-    """Compare all texts with all images, by language, on the embedder's device and ranks."""
-    return {
+    images = embedder.encode_image(pairs.images, digests)
+    texts = {language: embedder.encode_text(own.texts) for language, own in pairs.texts.items()}
+    found = {
         language: compare(
-            vectors.texts[language],
-            vectors.images,
-            of_language.matches,
+            texts[language],
+            images,
+            own.matches,
             device=embedder.embedder.device,
             group=embedder.group,
             show_progress_bar=embedder.show_progress_bar,
         )
-        for language, of_language in pairs.texts.items()
+        for language, own in pairs.texts.items()
     }
+    return images, texts, found
 
 
 def agreement_of(
     found: Mapping[str, Comparison], pairs: RetrievalPairs, *, cutoffs: Sequence[int] = CUTOFFS
 ) -> dict[str, dict[str, float | int]]:
-    """Return how often a text and its translation find the same image, by pair of languages.
-
-    Args:
-        found: What `compare_pairs` returned.
-        pairs: The benchmark.
-        cutoffs: The k of `both@k`.
-    """
+    """Return how often a text and its translation find the same image, by pair of languages."""
     agreement: dict[str, dict[str, float | int]] = {}
     for languages, translations in pairs.translations.items():
         first, second = (
@@ -190,8 +178,3 @@ def agreement_of(
         ratios = cross_lingual_agreement(first, second, cutoffs=cutoffs)
         agreement["/".join(languages)] = {"translations": len(translations), **ratios}
     return agreement
-
-
-def _without_nan(spread: Mapping[str, float | int]) -> dict[str, float | int | None]:
-    """Replace NaN, which JSON cannot express, by None."""
-    return {name: None if math.isnan(value) else value for name, value in spread.items()}

@@ -1,4 +1,4 @@
-"""Retrieval metrics as pure functions of ranks, or of what a search returned."""
+"""Retrieval metrics as pure functions: ranks, recalls, their intervals, agreement of languages."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,6 +7,11 @@ from jaxtyping import Float, Int, Int64, Shaped
 from numpy.typing import NDArray
 
 from vlm.errors import VlmError
+from vlm.evaluation.bootstrap import interval_of, resampled_means
+from vlm.evaluation.retrieval.pairs import Texts, linked_groups
+
+CUTOFFS = (1, 5, 10)
+DIRECTIONS = ("text_to_image", "image_to_text")
 
 NOT_FOUND = np.iinfo(np.int64).max
 """Rank of a query none of whose correct answers is among its hits."""
@@ -14,6 +19,8 @@ NOT_FOUND = np.iinfo(np.int64).max
 Ranks = Mapping[str, Int64[np.ndarray, " queries"]]
 """By direction, the rank of each query's best correct answer. An image without a caption is a wrong
 answer and no query, so the images are those that occur in correct pairs, in their order."""
+
+_FEWEST_CASES = 10
 
 
 def first_correct_ranks(
@@ -97,3 +104,71 @@ def cross_lingual_agreement(
     ratios = {"same_image": float(((first[0] == second[0]) & found).mean())}
     worse = np.maximum(first[1], second[1])
     return ratios | {f"both@{k}": recall_at(worse, k) for k in cutoffs}
+
+
+def check_cutoffs(cutoffs: Sequence[int]) -> None:
+    """Refuse cutoffs that no recall can have.
+
+    Raises:
+        VlmError: there are none, or one is less than 1.
+    """
+    if not cutoffs or min(cutoffs) < 1:
+        raise VlmError(f"cutoffs are {list(cutoffs)}; expected numbers of at least 1")
+
+
+def scores_of(ranks: Mapping[str, Ranks], cutoffs: Sequence[int] = CUTOFFS) -> dict[str, float]:
+    """Return recalls, mean recall, median rank and mean reciprocal rank of every language."""
+    scores: dict[str, float] = {}
+    for language, of_language in ranks.items():
+        recalls = {
+            f"{language}/{direction}/recall@{k}": recall_at(of_language[direction], k)
+            for direction in DIRECTIONS
+            for k in cutoffs
+        }
+        scores |= recalls
+        scores[f"{language}/mean_recall"] = mean_recall(list(recalls.values()))
+        for direction in DIRECTIONS:
+            scores[f"{language}/{direction}/median_rank"] = median_rank(of_language[direction])
+            scores[f"{language}/{direction}/mrr"] = mean_reciprocal_rank(of_language[direction])
+    return scores
+
+
+def intervals_of(
+    ranks: Mapping[str, Ranks],
+    texts: Mapping[str, Texts],
+    *,
+    images: int,
+    cutoffs: Sequence[int] = CUTOFFS,
+) -> dict[str, tuple[float, float]]:
+    """Return 95 % bootstrap intervals of the scores that are means, under the keys of `scores_of`.
+
+    Images are drawn together with all texts and images that correct pairs link them to, so that
+    captions of one image, and images of one concept, count as one case. A language with fewer than
+    ten cases has no interval: of one case every draw is the same.
+
+    Args:
+        ranks: By language.
+        texts: By language, with the correct pairs.
+        images: Number of images in the benchmark.
+        cutoffs: The k of the recalls.
+    """
+    intervals: dict[str, tuple[float, float]] = {}
+    for language, of_language in ranks.items():
+        own = texts[language]
+        of_text, of_image = linked_groups(own.matches, texts=len(own.texts), images=images)
+        described = np.unique(own.matches[:, 1])
+        if len(np.unique(of_image[described])) < _FEWEST_CASES:
+            continue
+        sets = {"text_to_image": of_text, "image_to_text": of_image[described]}
+        values, groups = {}, []
+        for direction in DIRECTIONS:
+            of_queries, name = of_language[direction], f"{language}/{direction}"
+            for k in cutoffs:
+                values[f"{name}/recall@{k}"] = (of_queries <= k).astype(np.float64)
+            values[f"{name}/mrr"] = np.where(of_queries == NOT_FOUND, 0.0, 1 / of_queries)
+            groups += [sets[direction]] * (len(cutoffs) + 1)
+        means = resampled_means(list(values.values()), groups)
+        recalls = [number for number, name in enumerate(values) if "recall@" in name]
+        intervals |= {name: interval_of(row) for name, row in zip(values, means, strict=True)}
+        intervals[f"{language}/mean_recall"] = interval_of(means[recalls].mean(axis=0))
+    return intervals

@@ -1,7 +1,12 @@
-"""What a retrieval evaluation asks: images, texts by language, and which belong together."""
+"""What a retrieval evaluation asks: images, texts by language, and which belong together.
 
+Its fingerprint names the question: two scores compare only where fingerprints are equal.
+"""
+
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +18,10 @@ from scipy.sparse.csgraph import connected_components
 from vlm.data.conditions import samples_where
 from vlm.data.dataset import ShardedSplit
 from vlm.data.sample import Sample
+from vlm.embedding.bulk import digest_of_image
 from vlm.errors import DataError
 from vlm.evaluation.config import DuplicatePolicy
 from vlm.images.decoding import ImageSource
-
-DATA_FOLDER = "data folder"
-"""The kind of pairs that come from no published benchmark's files."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +50,7 @@ class RetrievalPairs:
     """Which images are correct where several have the same text."""
     cleaning: str = "none"
     """What was done to the texts."""
-    kind: str = DATA_FOLDER
+    kind: str = "data folder"
     """`data folder`, or the kind of benchmark the files are."""
     split: str = ""
     """Empty where the files have no splits."""
@@ -90,7 +93,8 @@ def pairs_of_split(
         language: _texts_of(samples, language, concepts) for language, concepts in asked.items()
     }
     if not texts:
-        known = _languages_of(samples)
+        codes = (code for sample in samples for code, texts in sample.captions.items() if texts)
+        known = ", ".join(dict.fromkeys(codes))
         raise DataError(
             f"{name} has no sample with a caption in {' or '.join(languages)}"
             + (f" where {' and '.join(where)}" if where else "")
@@ -117,11 +121,6 @@ def correct_pairs(
       its correct answers by the text itself, so in text-to-image a caption that occurs with two
       images finds either. (In image-to-text that script knows only the last of equal captions;
       here all of them are correct.)
-
-    Args:
-        texts: The captions.
-        pairs: Pairs (text, image) as a file has them.
-        policy: Which images are correct where several have the same caption.
     """
     if policy == "by id":
         return np.unique(pairs, axis=0)
@@ -157,11 +156,6 @@ def linked_groups(
     # Sets are numbered by their first node, so that the same pairs are always drawn alike.
     of_node = connected_components(graph, directed=False)[1].astype(np.int64)
     return of_node[:texts], of_node[texts:]
-
-
-def _languages_of(samples: Sequence[Sample]) -> str:
-    codes = (code for sample in samples for code, texts in sample.captions.items() if texts)
-    return ", ".join(dict.fromkeys(codes))
 
 
 def _main_captions(samples: Sequence[Sample], language: str) -> dict[str, str]:
@@ -229,3 +223,78 @@ def translations_of(
         if len(pairs):
             found[first, other] = np.unique(pairs, axis=0)
     return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """What is asked of a model in one language: two scores compare if they asked the same."""
+
+    language: str
+    images: int
+    captions: int
+    captions_per_image: tuple[int, float, int]
+    """Fewest, mean and most correct captions of an image that has one."""
+    images_without_caption: int
+    """Images that can only be wrong answers."""
+    duplicates: DuplicatePolicy
+    """Which images are correct where several have the same caption."""
+    cleaning: str
+    """What was done to the captions before the model's own tokenizer."""
+    sha256: str
+    """Of the captions in their order, the correct pairs, and the images' bytes."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits that name the question."""
+        return _digest(asdict(self))[:12]
+
+
+def questions_of(
+    pairs: RetrievalPairs, *, digests: Sequence[bytes] | None = None
+) -> dict[str, Question]:
+    """Describe what a benchmark asks, by language.
+
+    Args:
+        pairs: The benchmark.
+        digests: What `BulkEmbedder.digests_of` gave for its images; None to read them.
+
+    Raises:
+        DataError: no caption of a language has a correct image, or an image cannot be read.
+    """
+    if digests is None:
+        digests = [digest_of_image(image) for image in pairs.images]
+    images = hashlib.sha256(b"".join(digests)).hexdigest()
+    return {
+        language: _question(pairs, own, language, images) for language, own in pairs.texts.items()
+    }
+
+
+def _question(pairs: RetrievalPairs, asked: Texts, language: str, images: str) -> Question:
+    if not len(asked.matches):
+        raise DataError(f"no caption in {language} has a correct image; expected at least one")
+    of_image = np.bincount(asked.matches[:, 1], minlength=len(pairs.images))
+    with_caption = of_image[of_image > 0]
+    content = {
+        "images": images,
+        "texts": list(asked.texts),
+        "matches": np.unique(asked.matches, axis=0).tolist(),
+    }
+    return Question(
+        language=language,
+        images=len(pairs.images),
+        captions=len(asked.texts),
+        captions_per_image=(
+            int(with_caption.min()),
+            round(float(with_caption.mean()), 4),
+            int(with_caption.max()),
+        ),
+        images_without_caption=int((of_image == 0).sum()),
+        duplicates=pairs.duplicates,
+        cleaning=pairs.cleaning,
+        sha256=_digest(content),
+    )
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    text = json.dumps(record, ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

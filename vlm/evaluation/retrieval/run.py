@@ -15,8 +15,8 @@ from vlm.errors import SearchIndexError
 from vlm.evaluation.config import IndexPlan, RetrievalSource
 from vlm.evaluation.indexes import IndexReport, compare_indexes
 from vlm.evaluation.retrieval.evaluation import Evaluation, evaluate_pairs
+from vlm.evaluation.retrieval.metrics import CUTOFFS
 from vlm.evaluation.retrieval.pairs import RetrievalPairs
-from vlm.evaluation.retrieval.scores import CUTOFFS
 from vlm.evaluation.retrieval.sources import open_source, sources_of
 
 
@@ -70,7 +70,14 @@ class RetrievalRun:
         try:
             for name, scored in self.benchmarks.items():
                 if names is None or name in names:
-                    indexes = _indexes_of(scored, plan, device)
+                    found = scored.evaluation
+                    texts = {
+                        language: (found.text_features[language], own.matches)
+                        for language, own in scored.pairs.texts.items()
+                    }
+                    indexes = compare_indexes(
+                        found.image_features, texts, plan, ranks=found.ranks, device=device
+                    )
                     benchmarks[name] = replace(scored, indexes=indexes)
         except SearchIndexError as raised:
             error = raised
@@ -123,13 +130,3 @@ def evaluate(
             evaluation=evaluate_pairs(bulk, pairs, cutoffs=cutoffs),
         )
     return RetrievalRun(bundle=str(bundle), benchmarks=scored)
-
-
-def _indexes_of(scored: ScoredBenchmark, plan: IndexPlan, device: str | None) -> IndexReport:
-    vectors = scored.evaluation.vectors
-    texts = {
-        language: (vectors.texts[language], of_language.matches)
-        for language, of_language in scored.pairs.texts.items()
-    }
-    ranks = scored.evaluation.ranks
-    return compare_indexes(vectors.images, texts, plan, ranks=ranks, device=device)

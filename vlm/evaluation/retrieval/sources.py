@@ -11,9 +11,7 @@ from vlm.evaluation.config import RetrievalSource
 from vlm.evaluation.retrieval.benchmarks.opening import open_benchmark
 from vlm.evaluation.retrieval.pairs import RetrievalPairs, pairs_of_split
 
-FOLDER_SPLIT = "test_style"
-"""The split of a data folder where none is named."""
-
+_FOLDER_SPLIT = "test_style"
 _FOR_FOLDERS = ("where",)
 _FOR_BENCHMARKS = ("kind", "images", "language", "duplicates", "lower_case", "allowed_share")
 _PACKED = ("chinese-clip", "webdataset")
@@ -23,7 +21,7 @@ def sources_of(
     entries: Sequence[str | Path | RetrievalSource],
     *,
     common: Mapping[str, Any] | None = None,
-    folder_split: str = FOLDER_SPLIT,
+    folder_split: str = _FOLDER_SPLIT,
 ) -> list[RetrievalSource]:
     """Return the sources, each with a name of its own.
 
@@ -47,7 +45,12 @@ def sources_of(
         missing = {
             name: value for name, value in (common or {}).items() if getattr(source, name) is None
         }
-        source = _named(replace(source, **missing), folder_split)
+        source = replace(source, **missing)
+        if is_data_folder(source.path):
+            split = source.split or folder_split
+            source = replace(source, split=split, name=source.name or split)
+        else:
+            source = replace(source, name=source.name or source.path.absolute().stem)
         if source.name in found:
             raise ConfigError(
                 f"two benchmarks are called {source.name}: {found[source.name].path} and "
@@ -84,26 +87,17 @@ def open_source(source: RetrievalSource, *, languages: Sequence[str]) -> Retriev
             allowed, or nothing is left to ask.
     """
     if not is_data_folder(source.path):
-        return _open_benchmark(source)
+        pairs = open_benchmark(source)
+        what = f"a benchmark ({pairs.kind})"
+        _refuse(source, _FOR_FOLDERS, what=what, owner="data folders")
+        if pairs.kind in _PACKED:
+            owner = "benchmarks whose images are files of their own"
+            _refuse(source, ("images",), what=f"{what} that holds its images", owner=owner)
+        return pairs
     _refuse(source, _FOR_BENCHMARKS, what="a data folder", owner="the files of a benchmark")
-    return _open_folder(source, languages)
-
-
-def _named(source: RetrievalSource, folder_split: str) -> RetrievalSource:
-    """Fill in the split of a data folder, and the name."""
-    if is_data_folder(source.path):
-        split = source.split or folder_split
-        return replace(source, split=split, name=source.name or split)
-    return replace(source, name=source.name or source.path.absolute().stem)
-
-
-def _open_folder(source: RetrievalSource, languages: Sequence[str]) -> RetrievalPairs:
-    split = source.split or FOLDER_SPLIT
+    split = source.split or _FOLDER_SPLIT
     pairs = pairs_of_split(
-        source.path,
-        split,
-        languages=source.languages or languages,
-        where=source.where or (),
+        source.path, split, languages=source.languages or languages, where=source.where or ()
     )
     missing = [language for language in source.languages or () if language not in pairs.texts]
     if missing:
@@ -111,16 +105,6 @@ def _open_folder(source: RetrievalSource, languages: Sequence[str]) -> Retrieval
             f"the split {split!r} of {source.path} has no captions in {' or '.join(missing)} among "
             f"the samples asked for; found {', '.join(pairs.texts)}"
         )
-    return pairs
-
-
-def _open_benchmark(source: RetrievalSource) -> RetrievalPairs:
-    pairs = open_benchmark(source)
-    what = f"a benchmark ({pairs.kind})"
-    _refuse(source, _FOR_FOLDERS, what=what, owner="data folders")
-    if pairs.kind in _PACKED:
-        owner = "benchmarks whose images are files of their own"
-        _refuse(source, ("images",), what=f"{what} that holds its images", owner=owner)
     return pairs
 
 

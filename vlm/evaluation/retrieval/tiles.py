@@ -61,7 +61,7 @@ class Tile:
         """Return products computed in float64 and rounded to float32."""
         if len(rows) > _MANY * self.products.numel():
             return (self.left.double() @ self.right.double().T).float()[rows, columns]
-        return _products_at(self.left, self.right, rows, columns)
+        return _products_of(self.left[rows], self.right[columns])
 
 
 class TiledProducts:
@@ -111,8 +111,9 @@ class TiledProducts:
         products = torch.empty(len(rows), device=self.device)
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
-            products[part] = _products_at(
-                self._features(self._left[rows[part]]), self._features(self._right[columns[part]])
+            products[part] = _products_of(
+                self._left[rows[part]].to(self.device, torch.float32),
+                self._right[columns[part]].to(self.device, torch.float32),
             )
         return products
 
@@ -140,29 +141,25 @@ class TiledProducts:
         return 1.01 * (self._left.shape[1] + 8) * _ROUNDING * most
 
     def tiles(
-        self,
-        *,
-        group: RankGroup = SINGLE,
-        show_progress_bar: bool = False,
+        self, *, group: RankGroup = SINGLE, show_progress_bar: bool = False
     ) -> Iterator[Tile]:
         """Give this rank's tiles; the ranks of the group cover all tiles together.
 
         A band is one tile's rows of the left array with all of the right one. Ranks take bands in
         turn, so that a left row is seen by one rank alone, and its columns in rising order.
-
-        Args:
-            group: The ranks.
-            show_progress_bar: Whether to show progress on stderr.
         """
         size = self.tile
         buffer = torch.empty(size * size, device=self.device)
         starts = range(0, self.shape[1], size)
-        bounds = self._bounds_of_tiles(len(starts))
+        # Pairs are sorted by their tile: `bounds` is where those of each tile begin.
+        numbers = self.rows // size * len(starts) + self.columns // size
+        count = -(-self.shape[0] // size) * len(starts)
+        bounds = np.searchsorted(numbers.cpu().numpy(), np.arange(count + 1))
         bands = range(group.rank * size, self.shape[0], group.size * size)
         for start in tqdm(bands, unit="band", desc="comparing", disable=not show_progress_bar):
-            left = self._features(self._left[start : start + size])
+            left = self._left[start : start + size].to(self.device, torch.float32)
             for place, begin in enumerate(starts):
-                right = self._features(self._right[begin : begin + size])
+                right = self._right[begin : begin + size].to(self.device, torch.float32)
                 products = buffer[: len(left) * len(right)].view(len(left), len(right))
                 with _whole_float32():
                     torch.mm(left, right.T, out=products)
@@ -197,18 +194,6 @@ class TiledProducts:
             torch.from_numpy(columns[order]).to(self.device),
         )
 
-    def _bounds_of_tiles(self, tiles_across: int) -> Int64[np.ndarray, " bounds"]:
-        """Return where the pairs of each tile begin among all; the last bound is their end."""
-        numbers = self.rows // self.tile * tiles_across + self.columns // self.tile
-        count = -(-self.shape[0] // self.tile) * tiles_across
-        bounds: Int64[np.ndarray, " bounds"] = np.searchsorted(
-            numbers.cpu().numpy(), np.arange(count + 1)
-        )
-        return bounds
-
-    def _features(self, rows: Float[Tensor, "rows dim"]) -> Float32[Tensor, "rows dim"]:
-        return rows.to(self.device, torch.float32)
-
     def _largest_length(self, features: Float[Tensor, "rows dim"]) -> float:
         """Return the length of the longest vector; those that are not finite do not count."""
         longest = 0.0
@@ -220,14 +205,9 @@ class TiledProducts:
         return longest
 
 
-def _products_at(
-    left: Float32[Tensor, "left dim"],
-    right: Float32[Tensor, "right dim"],
-    rows: Int64[Tensor, " places"] | None = None,
-    columns: Int64[Tensor, " places"] | None = None,
+def _products_of(
+    left: Float32[Tensor, "places dim"], right: Float32[Tensor, "places dim"]
 ) -> Float32[Tensor, " places"]:
-    if rows is not None:
-        left, right = left[rows], right[columns]
     return (left.double() * right.double()).sum(1).float()
 
 

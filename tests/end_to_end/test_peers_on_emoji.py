@@ -20,8 +20,8 @@ from vlm.bundle import Bundle
 from vlm.data.dataset import ShardedSplit
 from vlm.embedding.bulk import BulkEmbedder
 from vlm.embedding.embedder import Embedder
-from vlm.evaluation.classification.class_names import read_class_names
 from vlm.evaluation.classification.dataset import images_of_split
+from vlm.evaluation.classification.prompts import read_class_names
 from vlm.evaluation.classification.run import classifier_weights, evaluate_classification
 from vlm.evaluation.retrieval.comparison import compare
 from vlm.evaluation.retrieval.evaluation import evaluate_retrieval

@@ -9,8 +9,8 @@ import pytest
 from tests.evaluation.test_indexes import two_kinds
 from vlm.errors import ConfigError, SearchIndexError
 from vlm.evaluation.config import IndexPlan
-from vlm.evaluation.indexes import compare_indexes, compare_with_exact, comparison_rows
-from vlm.evaluation.search_cases import cases_of
+from vlm.evaluation.indexes import cases_of, compare_indexes, compare_with_exact
+from vlm.reports.index_report import comparison_rows
 from vlm.search.index import VectorIndex
 
 SEARCHES = ["en text to image", "en image to text", "image to image"]

@@ -8,8 +8,16 @@ import pytest
 
 from vlm.errors import SearchIndexError
 from vlm.evaluation.config import IndexPlan
-from vlm.evaluation.indexes import compare_indexes, compare_with_exact, loss_of, sweep
-from vlm.evaluation.search_cases import ann_recall, answers, cases_of, milliseconds_per_query
+from vlm.evaluation.indexes import (
+    ann_recall,
+    answers,
+    cases_of,
+    compare_indexes,
+    compare_with_exact,
+    loss_of,
+    milliseconds_per_query,
+    sweep,
+)
 from vlm.search.index import Hits, VectorIndex
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from tests.builders import THINGS, encoded, make_image
-from vlm.evaluation.classification.class_names import ClassNames
 from vlm.evaluation.classification.dataset import LabelledImages
 from vlm.evaluation.classification.metrics import classification_intervals, score_classification
+from vlm.evaluation.classification.prompts import ClassNames
 from vlm.evaluation.classification.run import ClassificationRun
 from vlm.evaluation.config import ClassificationSource
 from vlm.evaluation.reading import Reading

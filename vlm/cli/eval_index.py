@@ -43,8 +43,8 @@ def run(options: Options) -> None:
     refuse_several_processes("eval index")
     options.check_folders()
     plan = options.index_plan() or IndexPlan()
-    from vlm.evaluation.indexes import compare_indexes, comparison_rows
-    from vlm.reports.index_report import index_document
+    from vlm.evaluation.indexes import compare_indexes
+    from vlm.reports.index_report import comparison_rows, index_document
 
     vectors = _vectors_of(options.embeddings, options.device)
     report = compare_indexes(vectors.images, vectors.texts, plan, device=options.device)

@@ -104,11 +104,9 @@ def calibrate(
     fitting, checking = [], {}
     for language, of_language in pairs.texts.items():
         texts = embedder.encode_text(of_language.texts, show_progress_bar=show_progress_bar)
-        parts = [
-            _cosines_of_part(texts, images, of_language.matches, own, plan) for own in (half, ~half)
-        ]
-        fitting.append(parts[0])
-        checking[language] = parts[1]
+        matches = of_language.matches
+        fitting.append(_cosines_of_part(texts, images, matches, half, plan))
+        checking[language] = _cosines_of_part(texts, images, matches, ~half, plan)
     fitted = _joined(fitting)
     knots, probabilities = fit_map(fitted, prior=plan.prior)
     calibration = Calibration(
@@ -195,10 +193,6 @@ def fit_map(
     The lowest and the highest step may hold pairs of one kind only; they count half a pair of the
     other kind as well, because what was seen a few times is not certain.
 
-    Args:
-        cosines: Correct and wrong pairs; at least one of each.
-        prior: Ratio of correct pairs, between 0 and 1, for which the probabilities hold.
-
     Raises:
         VlmError: there are no correct or no wrong pairs, or the prior is not between 0 and 1.
     """
@@ -211,10 +205,8 @@ def fit_map(
     starts, values = first[blocks], fitted.x[blocks]
     ends = np.append(starts[1:], len(x)) - 1
     mass = np.add.reduceat(weight, starts)
-    half_correct, half_wrong = (
-        prior / len(cosines.correct) / 2,
-        (1 - prior) / len(cosines.wrong) / 2,
-    )
+    half_correct = prior / len(cosines.correct) / 2
+    half_wrong = (1 - prior) / len(cosines.wrong) / 2
     if values[0] == 0:
         values[0] = min(half_correct / (mass[0] + half_correct), values[1])
     if values[-1] == 1:

@@ -1,31 +1,60 @@
 """Approximate search compared with exact search: what an index costs, in recall and in time."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import faiss
 import numpy as np
-from jaxtyping import Float32, Int
+from jaxtyping import Float32, Int, Int64
 
+from vlm.errors import SearchIndexError
 from vlm.evaluation.config import IndexPlan
+from vlm.evaluation.retrieval.comparison import compare
 from vlm.evaluation.retrieval.metrics import Ranks, first_correct_ranks, recall_at
-from vlm.evaluation.search_cases import (
-    BATCH,
-    KS,
-    MOST,
-    SearchCase,
-    ann_recall,
-    answers,
-    cases_of,
-    milliseconds_per_query,
+from vlm.search.index import (
+    AUTO,
+    ROUNDING,
+    Hits,
+    VectorIndex,
+    check_factory,
+    choose_factory,
+    cosines_of,
 )
-from vlm.search.index import AUTO, Hits, VectorIndex, check_factory, choose_factory
 
-WARN_ABOVE = 0.01
-"""Loss of R@1 beyond which `loss_of` says so."""
-
+_KS = (1, 5, 10)  # the numbers of answers that are looked at
+_MOST = max(_KS)
+_BATCH, _BATCHES = 32, 15  # queries searched for at a time when the time is taken
 _MOST_TUNING = 1000
-_TIMING = f"median of batches of {BATCH} queries, one thread, {MOST} answers"
+_WARN_ABOVE = 0.01  # loss of R@1
+_TIMING = f"median of batches of {_BATCH} queries, one thread, {_MOST} answers"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchCase:
+    """Queries, what they search in, and the answers of an exact search."""
+
+    direction: str
+    """`text_to_image`, `image_to_text`, or `image_to_image` for contrast."""
+    language: str
+    """Of the texts; empty for images among images."""
+    queries: Float32[np.ndarray, "queries dim"]
+    candidates: Float32[np.ndarray, "candidates dim"]
+    matches: Int[np.ndarray, "matches 2"] | None
+    """Correct pairs (query, candidate); None where every query is a candidate itself, which then
+    is no answer."""
+    ranks: Int[np.ndarray, " queries"] | None
+    """Exact ranks of the best correct answers."""
+    nearest: Float32[np.ndarray, "queries neighbours"]
+    """Cosines of the nearest candidates, best first."""
+    exact_milliseconds: float
+    """Time of an exact search a query, by FAISS's flat index."""
+
+    @property
+    def name(self) -> str:
+        """Such as `zh text to image`."""
+        return f"{self.language} {self.direction.replace('_', ' ')}".strip()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +63,7 @@ class Comparison:
 
     factory: str
     search: str
-    """The case's name, such as `zh text to image`."""
+    """The case's name."""
     direction: str
     language: str
     vectors: int
@@ -79,11 +108,8 @@ class IndexReport:
     """By the names of the search and of the index, the points of a sweep; empty without one."""
     exact_milliseconds: Mapping[str, float]
     """By search, the time of an exact one a query."""
-
-    @property
-    def k(self) -> int:
-        """The largest number of answers that was looked at; that of `ann_recall` in the curves."""
-        return MOST
+    k: int = _MOST
+    """The largest number of answers that was looked at; that of `ann_recall` in the curves."""
 
     @property
     def warnings(self) -> list[str]:
@@ -113,11 +139,7 @@ class IndexReport:
 
 
 def check_factories(plan: IndexPlan, dim: int) -> None:
-    """Refuse indexes that FAISS does not know for vectors of this width.
-
-    Raises:
-        SearchIndexError: as `check_factory`.
-    """
+    """Refuse indexes that FAISS does not know for vectors of this width, by SearchIndexError."""
     for factory in plan.factories:
         if factory != AUTO:
             check_factory(factory, dim)
@@ -158,14 +180,13 @@ def compare_indexes(
                     target_recall=plan.target_recall,
                 )
                 name = f"{AUTO}: {chosen}"
-            if id(case.candidates) not in built:
-                index = VectorIndex.build(case.candidates, chosen, device=device)
-                built[id(case.candidates)] = index
-            index = built[id(case.candidates)]
-            found = compare_with_exact(index, case, target_recall=plan.target_recall)
+            place = id(case.candidates)
+            if place not in built:
+                built[place] = VectorIndex.build(case.candidates, chosen, device=device)
+            found = compare_with_exact(built[place], case, target_recall=plan.target_recall)
             comparisons.append(replace(found, factory=name))
             if plan.sweep:
-                curves.setdefault(case.name, {})[comparisons[-1].factory] = sweep(index, case)
+                curves.setdefault(case.name, {})[name] = sweep(built[place], case)
     return IndexReport(
         plan=plan,
         images=len(images),
@@ -177,10 +198,7 @@ def compare_indexes(
 
 
 def compare_with_exact(
-    index: VectorIndex,
-    case: SearchCase,
-    *,
-    target_recall: float | None = 0.95,
+    index: VectorIndex, case: SearchCase, *, target_recall: float | None = 0.95
 ) -> Comparison:
     """Compare an index with exact search, after tuning it on half of the queries.
 
@@ -198,15 +216,15 @@ def compare_with_exact(
         judged = shuffled[half:]
         tuning = shuffled[:half] if half else shuffled
         reached = index.tune(
-            lambda: ann_recall(answers(index, case, rows=tuning), case, rows=tuning)[MOST],
+            lambda: ann_recall(answers(index, case, rows=tuning), case, rows=tuning)[_MOST],
             target=target_recall,
         )
     hits = answers(index, case, rows=rows)
     exact, approximate = {}, {}
     if case.matches is not None and case.ranks is not None:
         ranks = first_correct_ranks(hits.scores, hits.ids, case.matches)
-        exact = {n: recall_at(case.ranks, n) for n in KS}
-        approximate = {n: recall_at(ranks, n) for n in KS}
+        exact = {k: recall_at(case.ranks, k) for k in _KS}
+        approximate = {k: recall_at(ranks, k) for k in _KS}
     return Comparison(
         factory=index.factory,
         search=case.name,
@@ -235,20 +253,17 @@ def sweep(index: VectorIndex, case: SearchCase) -> list[SweepPoint]:
     if index.tunable is not None:
         high = index.tunable.high
         values = [*(2**n for n in range(high.bit_length()) if 2**n < high), high]
-    points, rows = [], np.arange(len(case.queries))
+    points = []
     for value in values:
         if value is not None and index.tunable is not None:
             index.set_parameter(index.tunable.name, value)
-        hits = answers(index, case, rows=rows)
-        recall = None
-        if case.matches is not None:
-            recall = recall_at(first_correct_ranks(hits.scores, hits.ids, case.matches), 1)
+        found = compare_with_exact(index, case, target_recall=None)
         points.append(
             SweepPoint(
                 value=value,
-                ann_recall=ann_recall(hits, case, rows=rows)[MOST],
-                recall_at_1=recall,
-                milliseconds_per_query=milliseconds_per_query(index, case.queries),
+                ann_recall=found.ann_recall[_MOST],
+                recall_at_1=found.index_recall.get(1),
+                milliseconds_per_query=found.milliseconds_per_query,
             )
         )
     return points
@@ -259,7 +274,7 @@ def loss_of(comparison: Comparison) -> str | None:
     if 1 not in comparison.exact_recall:
         return None
     exact, found = comparison.exact_recall[1], comparison.index_recall[1]
-    if exact - found <= WARN_ABOVE + 1e-9:
+    if exact - found <= _WARN_ABOVE + 1e-9:
         return None
     return (
         f"{comparison.factory} costs {100 * (exact - found):.1f} points of R@1 in "
@@ -267,27 +282,118 @@ def loss_of(comparison: Comparison) -> str | None:
     )
 
 
-def comparison_rows(comparisons: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]:
-    """Return the header of a table, and a row for each index, direction and language.
+def cases_of(
+    images: Float32[np.ndarray, "images dim"],
+    texts: Mapping[str, tuple[Float32[np.ndarray, "texts dim"], Int[np.ndarray, "matches 2"]]],
+    *,
+    ranks: Mapping[str, Ranks] | None = None,
+    device: str | None = None,
+) -> list[SearchCase]:
+    """Search exactly, in both directions of every language and among the images themselves.
 
-    The first two columns are text.
+    Queries of one kind in an index of the other lie farther from all they find than those of its
+    own kind, and so lose more: the last case shows how much is due to that. The arguments are those
+    of `compare_indexes`.
+
+    Raises:
+        SearchIndexError: there are no images or, in a language, no correct pairs.
     """
-    header = [
-        "factory", "search", "R@1 exact, index", "R@10 exact, index",
-        "ann_recall@10", "ms exact, index", "bytes each", "build s", "parameters",
-    ]  # fmt: skip
-    return header, [_row(each) for each in comparisons]
+    pairs = [len(matches) for _, matches in texts.values()]
+    if not len(images) or not all(pairs):
+        raise SearchIndexError(
+            f"cannot compare searches with {len(images)} images and {pairs} correct pairs by "
+            "language; expected at least one of each"
+        )
+    cases = []
+    for language, (vectors, matches) in texts.items():
+        asked, places = np.unique(matches[:, 1], return_inverse=True)
+        known = ranks or {language: compare(vectors, images, matches, device=device).ranks}
+        mirrored = np.stack([places, matches[:, 0]], axis=1)
+        captioned = np.ascontiguousarray(images[asked])
+        for direction, queries, candidates, correct in (
+            ("text_to_image", vectors, images, matches),
+            ("image_to_text", captioned, vectors, mirrored),
+        ):
+            own = known[language][direction]
+            cases.append(_case(direction, language, queries, candidates, correct, own))
+    if len(images) > 1:
+        cases.append(_case("image_to_image", "", images, images))
+    return cases
 
 
-def _row(each: Comparison) -> list[str]:
-    recalls = [
-        f"{each.exact_recall[k]:.3f}, {each.index_recall[k]:.3f}" if each.exact_recall else "-"
-        for k in (1, 10)
-    ]
-    parameters = " ".join(f"{name}={value:g}" for name, value in each.parameters.items())
-    return [
-        each.factory, each.search, *recalls,
-        f"{each.ann_recall[10]:.3f}",
-        f"{each.exact_milliseconds_per_query:.4f}, {each.milliseconds_per_query:.4f}",
-        f"{each.bytes_per_vector:.0f}", f"{each.build_seconds:.3f}", parameters or "-",
-    ]  # fmt: skip
+def answers(index: VectorIndex, case: SearchCase, *, rows: Int[np.ndarray, " rows"]) -> Hits:
+    """Search for the queries `rows`; of a case without correct answers each is left out itself.
+
+    The index is asked for one answer more than is looked at, so that a wrong one which ties with
+    the last correct one is seen.
+    """
+    hits = index.search(case.queries[rows], _MOST + 1)
+    return _without_self(hits, rows) if case.matches is None else hits
+
+
+def ann_recall(
+    hits: Hits, case: SearchCase, *, rows: Int[np.ndarray, " rows"], ks: Sequence[int] = _KS
+) -> dict[int, float]:
+    """Return the ratio of the nearest k candidates that the hits of the queries `rows` hold.
+
+    A hit whose true cosine is that of the k-th neighbour or more counts, as ann-benchmarks does
+    it, so that it does not matter which of equal vectors was found.
+    """
+    cosines = cosines_of(hits.ids, case.queries[rows], case.candidates)
+    found = {}
+    for k in ks:
+        nearest = case.nearest[rows][:, :k]
+        found[k] = float((cosines[:, : nearest.shape[1]] >= nearest[:, -1:] - ROUNDING).mean())
+    return found
+
+
+def milliseconds_per_query(
+    index: VectorIndex, queries: Float32[np.ndarray, "queries dim"]
+) -> float:
+    """Return the median time per query over 15 batches of 32 queries, on one thread."""
+    rows = np.arange(_BATCH * _BATCHES).reshape(_BATCHES, _BATCH) % len(queries)
+    batches = [np.ascontiguousarray(queries[each]) for each in rows]
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        index.search(batches[0], _MOST)  # the first search pays for what later ones share
+        seconds = []
+        for batch in batches:
+            start = time.perf_counter()
+            index.search(batch, _MOST)
+            seconds.append(time.perf_counter() - start)
+    finally:
+        faiss.omp_set_num_threads(threads)
+    return float(1000 * np.median(seconds) / _BATCH)
+
+
+def _case(
+    direction: str,
+    language: str,
+    queries: Float32[np.ndarray, "queries dim"],
+    candidates: Float32[np.ndarray, "candidates dim"],
+    matches: Int[np.ndarray, "matches 2"] | None = None,
+    ranks: Int64[np.ndarray, " queries"] | None = None,
+) -> SearchCase:
+    exact = VectorIndex.build(candidates)
+    hits = exact.search(queries, _MOST + 1)
+    if matches is None:
+        hits = _without_self(hits, np.arange(len(queries)))
+    return SearchCase(
+        direction=direction,
+        language=language,
+        queries=queries,
+        candidates=candidates,
+        matches=matches,
+        ranks=ranks,
+        nearest=hits.scores[:, :_MOST],
+        exact_milliseconds=milliseconds_per_query(exact, queries),
+    )
+
+
+def _without_self(hits: Hits, rows: Int[np.ndarray, " rows"]) -> Hits:
+    """Drop of each row the query itself, or the last hit where it did not find itself."""
+    order = np.argsort(hits.ids == rows[:, None], axis=1, kind="stable")[:, :-1]
+    return Hits(
+        np.take_along_axis(hits.scores, order, axis=1), np.take_along_axis(hits.ids, order, axis=1)
+    )

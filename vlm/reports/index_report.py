@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure as Plot
 
-from vlm.evaluation.indexes import IndexReport, SweepPoint, comparison_rows
+from vlm.evaluation.indexes import Comparison, IndexReport, SweepPoint
 from vlm.reports.document import Block, Bullets, Document, Figure, Paragraph, Section, Table
 from vlm.reports.plots import figure_png
 
@@ -83,6 +83,32 @@ def index_document(report: IndexReport, *, embeddings: str, model: str) -> Docum
             ),
         ],
     )  # fmt: skip
+
+
+def comparison_rows(comparisons: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]:
+    """Return the header of a table, and a row for each index, direction and language.
+
+    The first two columns are text.
+    """
+    header = [
+        "factory", "search", "R@1 exact, index", "R@10 exact, index",
+        "ann_recall@10", "ms exact, index", "bytes each", "build s", "parameters",
+    ]  # fmt: skip
+    return header, [_row(each) for each in comparisons]
+
+
+def _row(each: Comparison) -> list[str]:
+    recalls = [
+        f"{each.exact_recall[k]:.3f}, {each.index_recall[k]:.3f}" if each.exact_recall else "-"
+        for k in (1, 10)
+    ]
+    parameters = " ".join(f"{name}={value:g}" for name, value in each.parameters.items())
+    return [
+        each.factory, each.search, *recalls,
+        f"{each.ann_recall[10]:.3f}",
+        f"{each.exact_milliseconds_per_query:.4f}, {each.milliseconds_per_query:.4f}",
+        f"{each.bytes_per_vector:.0f}", f"{each.build_seconds:.3f}", parameters or "-",
+    ]  # fmt: skip
 
 
 def recall_latency_png(

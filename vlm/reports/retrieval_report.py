@@ -3,7 +3,6 @@
 from collections.abc import Collection
 
 from vlm.evaluation.bootstrap import LEVEL
-from vlm.evaluation.indexes import comparison_rows
 from vlm.evaluation.retrieval.comparison import Spread
 from vlm.evaluation.retrieval.metrics import DIRECTIONS, mean_recall
 from vlm.evaluation.retrieval.run import RetrievalRun, ScoredBenchmark
@@ -21,7 +20,7 @@ from vlm.reports.document import (
     without_code,
 )
 from vlm.reports.examples import MISSED_BEYOND, drawn_examples
-from vlm.reports.index_report import EXPLANATION, index_blocks
+from vlm.reports.index_report import EXPLANATION, comparison_rows, index_blocks
 from vlm.reports.plots import cosines_png, recall_curves_png
 from vlm.reports.results import in_words
 

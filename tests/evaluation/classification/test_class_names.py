@@ -5,7 +5,7 @@ import json
 import pytest
 
 from vlm.errors import DataError
-from vlm.evaluation.classification.class_names import read_class_names
+from vlm.evaluation.classification.prompts import read_class_names
 
 
 def write(path, content):

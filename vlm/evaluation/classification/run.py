@@ -14,7 +14,6 @@ from vlm.embedding.bulk import BulkEmbedder
 from vlm.embedding.embedder import Embedder
 from vlm.errors import ConfigError, DataError, VlmError
 from vlm.evaluation.bootstrap import LEVEL
-from vlm.evaluation.classification.class_names import ClassNames, read_class_names
 from vlm.evaluation.classification.dataset import (
     LabelledImages,
     class_folders,
@@ -29,7 +28,12 @@ from vlm.evaluation.classification.metrics import (
     classification_intervals,
     score_classification,
 )
-from vlm.evaluation.classification.prompts import prompts_of, read_templates
+from vlm.evaluation.classification.prompts import (
+    ClassNames,
+    prompts_of,
+    read_class_names,
+    read_templates,
+)
 from vlm.evaluation.config import ClassificationSource
 from vlm.evaluation.reading import Reading, reading_of
 

@@ -18,12 +18,11 @@ from tests.builders import (
 from tests.models.test_pretraining import TINY_MULTIWAY
 from tests.support.processes import run_in_processes
 from vlm.data.config import DataConfig
-from vlm.data.loader import MaskPlan
+from vlm.data.loader import MaskPlan, draw_patches
 from vlm.data.sample import Batch
 from vlm.embedding.embedder import Embedder
 from vlm.errors import ConfigError, VlmError
 from vlm.images.config import PreprocessConfig
-from vlm.images.masking import draw_patches
 from vlm.images.transforms import preprocess_cfg
 from vlm.losses.bilingual import BilingualLoss
 from vlm.losses.plan import LossConfig
@@ -248,7 +247,7 @@ def _gradients(rank, world, parts):
     wrapped = DistributedDataParallel(model) if world > 1 else model
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(12, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator, dtype=torch.float64)
-    patches = draw_patches(12, encoder.grid_size, share=0.5, generator=generator)
+    patches = draw_patches(12, encoder.grid_size, ratio=0.5, generator=generator)
     texts = [tokenizer.encode([pair[side] for pair in THINGS]) for side in (1, 0)]
     ids = torch.arange(12) + 1
     whole = Batch(

@@ -272,9 +272,10 @@ def test_dropout_and_the_random_numbers_after_it_are_those_of_a_single_pass(size
         part = rows_of(batch, slice(end - size, end))
         encoded.append(plain(part.images, part.texts).heads[MAIN])
     assert torch.equal(after, torch.rand(3))
-    BilingualLoss()(
-        torch.cat([each.image for each in encoded]),
-        {name: torch.cat([each.text[name] for each in encoded]) for name in LANGUAGES},
+    loss = BilingualLoss()
+    texts = {name: torch.cat([each.text[name] for each in encoded]) for name in LANGUAGES}
+    loss(
+        torch.cat([each.image for each in encoded]), loss.send_texts(texts),
         encoded[-1].logit_scale, batch.image_ids, batch.caption_ids,
     ).loss.backward()  # fmt: skip
     assert_all_close(gradients_of(model), gradients_of(plain))

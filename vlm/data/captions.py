@@ -26,7 +26,7 @@ from vlm.data.records import (
 )
 from vlm.data.tables import rows_of
 from vlm.errors import DataError
-from vlm.files import lines_in, sha256_of
+from vlm.files import lines_in
 
 _ANY_LANGUAGE = ("caption", "text")
 _PACKABLE = (".txt", ".csv", ".tsv", ".jsonl", ".html", ".tar")
@@ -156,7 +156,8 @@ def _stream(
     ) as bar:  # fmt: skip
         for file in files:
             end = bar.n + file.size
-            _verify(file)
+            if file.shard is not None:
+                file.shard.verify(file.path)
             for caption in _captions_of(file.path, wanted, bar.update):
                 if caption.strip():
                     none_yet = False
@@ -226,9 +227,11 @@ def _files_of(source: Path, split: str) -> list[_File]:
         if source.is_dir():
             files = list(_files_in(source, split))
             if not files:
+                others = (path for path in source.rglob("*") if path.is_file())
+                kinds = listed(sorted({path.suffix or path.name for path in islice(others, 1000)}))
                 raise DataError(
-                    f"{source} holds {_kinds_in(source)}; expected files of captions "
-                    f"({', '.join(SUFFIXES)}) or a {MANIFEST_NAME} with shards"
+                    f"{source} holds {f'only {kinds}' if kinds else 'no file'}; expected files of "
+                    f"captions ({', '.join(SUFFIXES)}) or a {MANIFEST_NAME} with shards"
                 )
             return files
         if not source.exists():
@@ -245,7 +248,10 @@ def _files_of(source: Path, split: str) -> list[_File]:
 def _files_in(folder: Path, split: str) -> Iterator[_File]:
     if (folder / MANIFEST_NAME).is_file():
         for entry in read_manifest(folder).shards_of(split, folder):
-            yield _shard_of(folder, entry)
+            path = entry.path_in(folder)
+            if suffix_of(path) not in _SHARD_SUFFIXES:
+                raise DataError(f"{path} is no shard; expected one of {', '.join(_SHARD_SUFFIXES)}")
+            yield _File(path, entry.bytes, entry)
         return
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
@@ -255,36 +261,3 @@ def _files_in(folder: Path, split: str) -> Iterator[_File]:
                 yield from _files_in(path, split)
         elif suffix_of(path) in SUFFIXES:
             yield _File(path, path.stat().st_size)
-
-
-def _shard_of(folder: Path, entry: ShardEntry) -> _File:
-    path = folder / entry.name
-    if not path.is_file():
-        raise DataError(f"shard {path} is missing; the manifest lists it")
-    if suffix_of(path) not in _SHARD_SUFFIXES:
-        raise DataError(f"{path} is no shard; expected one of {', '.join(_SHARD_SUFFIXES)}")
-    size = path.stat().st_size
-    if size != entry.bytes:
-        raise DataError(f"shard {path} is damaged: {size} bytes, the manifest says {entry.bytes}")
-    return _File(path, size, entry)
-
-
-def _verify(file: _File) -> None:
-    """Check a shard against its manifest entry, as whoever trains on it does."""
-    if file.shard is None:
-        return
-    try:
-        found = sha256_of(file.path)
-    except OSError as error:
-        raise DataError(f"shard {file.path} cannot be read: {error}") from error
-    if found != file.shard.sha256:
-        raise DataError(
-            f"shard {file.path} is damaged: sha256 {found[:12]}, "
-            f"the manifest says {file.shard.sha256[:12]}"
-        )
-
-
-def _kinds_in(folder: Path) -> str:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    kinds = {path.suffix or path.name for path in islice(files, 1000)}
-    return f"only {listed(sorted(kinds))}" if kinds else "no file"

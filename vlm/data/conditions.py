@@ -31,12 +31,7 @@ def parse_condition(text: str) -> Condition:
 def samples_where(
     samples: Iterable[Sample], where: Sequence[str], *, name: str
 ) -> Iterator[Sample]:
-    """Give the samples that meet all conditions.
-
-    Args:
-        samples: Those to choose from.
-        where: Conditions such as `source=noto` or `group!=flags`.
-        name: What to call the samples in an error.
+    """Give the samples that meet all conditions, such as `source=noto` or `group!=flags`.
 
     Raises:
         DataError: a condition is not one; or, after the last sample, one asks for a key that no

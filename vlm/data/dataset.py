@@ -37,11 +37,7 @@ class ShardedSplit:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Sample:
-        """Return the sample at `index` in [0, len).
-
-        Raises:
-            DataError: its record is not valid.
-        """
+        """Return the sample at `index` in [0, len); a `DataError` if its record is not valid."""
         shard, row = self._place(index)
         return self._shards[shard][row]
 
@@ -58,7 +54,6 @@ class ShardedSplit:
         return shard, index - self._ends[shard] + len(self._shards[shard])
 
     def __iter__(self) -> Iterator[Sample]:
-        """Give every sample in shard order."""
         return (self[index] for index in range(len(self)))
 
     def unique_captions(self, languages: Sequence[str]) -> list[str]:

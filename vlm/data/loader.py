@@ -16,17 +16,17 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlm.data.config import CaptionConfig
 from vlm.data.dataset import ShardedSplit
-from vlm.data.order import epoch_order
 from vlm.data.sample import Batch, Sample
 from vlm.errors import ConfigError
 from vlm.images.decoding import decode_image
-from vlm.images.masking import draw_patches
 from vlm.images.transforms import TrainingTransform
 from vlm.text.caption_ids import NO_CAPTION, text_id
 from vlm.text.masking import word_mask
 from vlm.text.tokenizer import Tokenizer
 
 _SECOND = " second"
+_MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_GAMMA = np.array([0x9E3779B97F4A7C15], np.uint64)  # an array, whose products wrap in silence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,6 @@ class TrainingExamples(Dataset[Example]):
         return len(self.samples)
 
     def __getitem__(self, key: ExampleKey) -> Example:
-        """Return the example that a key names."""
         sample = self.samples[key.place]
         rng = random.Random(f"{self.seed}/{key.epoch}/{sample.uid}")
         captions = {
@@ -172,16 +171,32 @@ def collate(
             for language, texts in captions.items()
             if masks.text_ratio and not is_second(language)
         },
-        hidden_patches=_draw_patches(examples, masks) if masks.image_ratio else None,
+        # Each by its own seed, so that a batch in parts hides what the whole one does.
+        hidden_patches=torch.cat(
+            [
+                draw_patches(1, masks.grid, ratio=masks.image_ratio, generator=generator)
+                for generator in (torch.Generator().manual_seed(each.seed) for each in examples)
+            ]
+        )
+        if masks.image_ratio
+        else None,
     )
 
 
-def _draw_patches(examples: Sequence[Example], masks: MaskPlan) -> Bool[Tensor, "batch patches"]:
-    # Each by its own seed, so that a batch in parts hides what the whole one does.
-    seeded = [torch.Generator().manual_seed(example.seed) for example in examples]
-    return torch.cat(
-        [draw_patches(1, masks.grid, share=masks.image_ratio, generator=each) for each in seeded]
-    )
+def draw_patches(
+    batch: int, grid: tuple[int, int], *, ratio: float, generator: torch.Generator
+) -> Bool[Tensor, "batch patches"]:
+    """Draw a ratio in [0, 1) of each image's patches, uniformly; True at the drawn ones.
+
+    Raises:
+        ConfigError: the ratio is out of its range.
+    """
+    if not 0 <= ratio < 1:
+        raise ConfigError(f"the ratio of hidden patches is {ratio}; expected at least 0, below 1")
+    patches = grid[0] * grid[1]
+    order = torch.rand(batch, patches, generator=generator, device=generator.device).argsort(dim=1)
+    # The places of numbers in a random order are a random order themselves.
+    return order < round(ratio * patches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,16 +236,31 @@ class BatchOrder:
         local = self.global_batch_size // self.world_size
         for start in range(first_sample, last_sample, self.global_batch_size):
             first = start + self.rank * local
-            yield [self._key(position) for position in range(first, first + local)]
-
-    def _key(self, position: int) -> ExampleKey:
-        epoch, rest = divmod(position, self.size)
-        return ExampleKey(epoch, int(_cached_epoch_order(self.size, self.seed, epoch)[rest]))
+            places = (divmod(position, self.size) for position in range(first, first + local))
+            yield [
+                ExampleKey(epoch, int(epoch_order(self.size, seed=self.seed, epoch=epoch)[rest]))
+                for epoch, rest in places
+            ]
 
 
 @lru_cache(maxsize=2)  # a batch may straddle two epochs
-def _cached_epoch_order(size: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    return epoch_order(size, seed=seed, epoch=epoch)
+def epoch_order(size: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Return a permutation of range(size) that depends on its arguments alone.
+
+    Seeds count modulo 2**64.
+
+    Every index is given a SplitMix64 hash (Steele, Lea and Flood 2014) of itself and of (seed,
+    epoch), and the hashes are sorted: the same order in every process, numpy and torch version.
+    """
+    stream = _mix(_mix(np.array([seed % 2**64], np.uint64) + _GAMMA) + np.uint64(epoch) * _GAMMA)
+    keys = _mix(np.arange(size, dtype=np.uint64) * _GAMMA + stream)
+    return np.argsort(keys, kind="stable").astype(np.int64)
+
+
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    values = (values ^ (values >> np.uint64(30))) * _MIX_1
+    values = (values ^ (values >> np.uint64(27))) * _MIX_2
+    return values ^ (values >> np.uint64(31))
 
 
 class TrainingLoader:

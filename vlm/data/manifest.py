@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vlm.errors import DataError
-from vlm.files import write_file
+from vlm.files import sha256_of, write_file
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -20,6 +20,38 @@ class ShardEntry:
     samples: int
     bytes: int
     sha256: str
+
+    def path_in(self, folder: Path) -> Path:
+        """Return the shard's path.
+
+        Raises:
+            DataError: it is missing, or has another size.
+        """
+        path = folder / self.name
+        if not path.is_file():
+            raise DataError(f"shard {path} is missing; the manifest lists it")
+        size = path.stat().st_size
+        if size != self.bytes:
+            raise DataError(
+                f"shard {path} is damaged: {size} bytes, the manifest says {self.bytes}"
+            )
+        return path
+
+    def verify(self, path: Path) -> None:
+        """Compare a file's hash with the shard's.
+
+        Raises:
+            DataError: they differ, or the file cannot be read.
+        """
+        try:
+            found = sha256_of(path)
+        except OSError as error:
+            raise DataError(f"shard {path} cannot be read: {error}") from error
+        if found != self.sha256:
+            raise DataError(
+                f"shard {path} is damaged: sha256 {found[:12]}, "
+                f"the manifest says {self.sha256[:12]}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

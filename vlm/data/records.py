@@ -125,14 +125,14 @@ def samples_of(
         opened(path, advance) as file,
         tarfile.open(fileobj=file, mode="r|", bufsize=BLOCK) as archive,
     ):
-        for key, members in groupby(_members(archive, path), key=itemgetter(0)):
+        for key, members in groupby(members_of(archive, path), key=itemgetter(0)):
             sample: dict[str, Member] = {}
             for _, extension, member in members:
                 if extension in sample:
                     raise tarfile.ReadError(f"{key}.{extension} occurs twice")
                 sample[extension] = member
             yield f"sample {key!r}", (key, sample)
-        _check_end(archive)
+        check_end(archive)
 
 
 # What records hold.
@@ -309,8 +309,8 @@ class _Page(HTMLParser):
 # Tar files.
 
 
-def _members(archive: tarfile.TarFile, path: Path) -> Iterator[tuple[str, str, Member]]:
-    """Give key, extension and what is known of each."""
+def members_of(archive: tarfile.TarFile, path: Path) -> Iterator[tuple[str, str, Member]]:
+    """Give key, extension in lower case and place of each file of a tar; json and txt are read."""
     for member in iter(archive.next, None):
         archive.members.clear()  # type: ignore[attr-defined] # it would grow with the tar
         key, extension = base_plus_ext(member.name)
@@ -326,7 +326,7 @@ def _members(archive: tarfile.TarFile, path: Path) -> Iterator[tuple[str, str, M
         yield key, extension.lower(), Member(member.offset_data, member.size, content)
 
 
-def _check_end(archive: tarfile.TarFile) -> None:
+def check_end(archive: tarfile.TarFile) -> None:
     """Read what follows the last member: the end of a tar is two blocks of zeros or more.
 
     tarfile by itself also takes a damaged header, or the end of the file, for the end.

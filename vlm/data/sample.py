@@ -67,9 +67,8 @@ class Batch:
     def split(self, number: int) -> list["Batch"]:
         """Return the batch in at most `number` parts of about equal size, for micro-batches."""
         size = -(-len(self.image_ids) // number)
-        return [
-            self._part(slice(start, start + size)) for start in range(0, len(self.image_ids), size)
-        ]
+        starts = range(0, len(self.image_ids), size)
+        return [self._part(slice(start, start + size)) for start in starts]
 
     def _part(self, rows: slice) -> "Batch":
         patches = self.hidden_patches

@@ -13,13 +13,12 @@ from itertools import islice
 from pathlib import Path
 
 import webdataset
-from webdataset.tariterators import base_plus_ext
 
 from vlm.data.manifest import Manifest, ShardEntry, write_manifest
-from vlm.data.records import languages_of
+from vlm.data.records import check_end, languages_of, members_of, whole_characters
 from vlm.data.sample import Sample
 from vlm.errors import DataError
-from vlm.files import write_file
+from vlm.files import sha256_of, write_file
 
 _IMAGE_SIGNATURES = {"png": b"\x89PNG\r\n\x1a\n", "jpg": b"\xff\xd8\xff", "webp": b"RIFF"}
 _IMAGE_EXTENSIONS = frozenset({"png", "jpg", "jpeg", "webp"})
@@ -61,7 +60,7 @@ class Shard:
         try:
             record = json.loads(self._read(members.record))
             sample = _sample_from_record(members.key, image, record)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (DataError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{self.path}: the record of {members.key!r} is not valid ({error}); "
                 'expected JSON with "captions": {language: [text, ...]}'
@@ -81,19 +80,8 @@ def open_shard(folder: Path, entry: ShardEntry) -> Shard:
     Raises:
         DataError: the file is missing, or its bytes, hash or sample count differ.
     """
-    path = folder / entry.name
-    if not path.is_file():
-        raise DataError(f"shard {path} is missing; the manifest lists it")
-    if path.stat().st_size != entry.bytes:
-        raise DataError(
-            f"shard {path} is damaged: {path.stat().st_size} bytes, the manifest says {entry.bytes}"
-        )
-    packed = map_file(path)
-    found = hashlib.sha256(packed).hexdigest()
-    if found != entry.sha256:
-        raise DataError(
-            f"shard {path} is damaged: sha256 {found[:12]}, the manifest says {entry.sha256[:12]}"
-        )
+    path = entry.path_in(folder)
+    entry.verify(path)
     shard = index_shard(path)
     if len(shard) != entry.samples:
         raise DataError(
@@ -104,7 +92,8 @@ def open_shard(folder: Path, entry: ShardEntry) -> Shard:
 
 def describe_shard(shard: Shard) -> ShardEntry:
     """Return the manifest entry of a shard as it is now."""
-    return _entry(shard.path.name, map_file(shard.path), samples=len(shard))
+    size, digest = shard.path.stat().st_size, sha256_of(shard.path)
+    return ShardEntry(name=shard.path.name, samples=len(shard), bytes=size, sha256=digest)
 
 
 def check_keys(shards: Iterable[Shard]) -> None:
@@ -174,7 +163,8 @@ def write_shards(
         name = f"{split}-{len(entries):05d}.tar.gz"
         content = _pack(chunk)
         write_file(folder / name, content)
-        entries.append(_entry(name, content, samples=len(chunk)))
+        digest = hashlib.sha256(content).hexdigest()
+        entries.append(ShardEntry(name=name, samples=len(chunk), bytes=len(content), sha256=digest))
     return tuple(entries)
 
 
@@ -188,43 +178,24 @@ def _check_uids(samples: Iterable[Sample]) -> Iterator[Sample]:
         yield sample
 
 
-def map_file(path: Path) -> bytes | mmap.mmap:
-    """Return a file's bytes without reading them before they are looked at."""
-    with path.open("rb") as file:
-        empty = path.stat().st_size == 0  # an empty file cannot be mapped
-        return b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-def _entry(name: str, content: bytes | mmap.mmap, *, samples: int) -> ShardEntry:
-    digest = hashlib.sha256(content).hexdigest()
-    return ShardEntry(name=name, samples=samples, bytes=len(content), sha256=digest)
-
-
 def _pack(samples: Iterable[Sample]) -> bytes:
     buffer = io.BytesIO()
     writer = webdataset.TarWriter(
         buffer, encoder=False, mtime=0, user="", group="", mode=0o644, compress=False
     )
     for sample in samples:
-        writer.write(_members_of(sample))
+        record = {
+            "captions": {language: list(texts) for language, texts in sample.captions.items()},
+            "concept": sample.concept,
+            "source": sample.source,
+            "licence": sample.licence,
+            "labels": dict(sample.labels),
+        }
+        text = json.dumps(record, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+        image = {_image_extension(sample): sample.image}
+        writer.write({"__key__": sample.uid, **image, "json": text.encode()})
     writer.close()
     return gzip.compress(buffer.getvalue(), compresslevel=9, mtime=0)
-
-
-def _members_of(sample: Sample) -> dict[str, str | bytes]:
-    record = {
-        "captions": {language: list(texts) for language, texts in sample.captions.items()},
-        "concept": sample.concept,
-        "source": sample.source,
-        "licence": sample.licence,
-        "labels": dict(sample.labels),
-    }
-    text = json.dumps(record, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    return {
-        "__key__": sample.uid,
-        _image_extension(sample): sample.image,
-        "json": text.encode(),
-    }
 
 
 def _image_extension(sample: Sample) -> str:
@@ -242,7 +213,7 @@ def _sample_from_record(key: str, image: bytes, record: Mapping[str, object]) ->
         uid=key,
         image=image,
         captions=_captions_from_record(record["captions"]),
-        concept=_well_formed(str(key if concept in (None, "") else concept)),
+        concept=whole_characters(str(key if concept in (None, "") else concept), "concept"),
         source=str(record.get("source", "")),
         licence=str(record.get("licence", "")),
         labels=labels,
@@ -258,7 +229,7 @@ def _captions_from_record(record: object) -> dict[str, list[str]]:
         texts = [value] if isinstance(value, str) else (value or [])
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"the captions in {language!r} are no texts")
-        if kept := [_well_formed(text) for text in texts if text.strip()]:
+        if kept := [whole_characters(text, language) for text in texts if text.strip()]:
             captions[language] = kept
     if not captions:
         raise ValueError("there is no caption")
@@ -268,27 +239,22 @@ def _captions_from_record(record: object) -> dict[str, list[str]]:
     return merged
 
 
-def _well_formed(text: str) -> str:
-    """Return a text that has only whole characters; JSON can carry half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{text.encode(errors='backslashreplace').decode()!r} holds half of a character"
-        ) from error
-    return text
-
-
 def index_shard(path: Path) -> Shard:
     """Find where every sample's members lie in a `.tar` or `.tar.gz` file.
 
     Raises:
         DataError: the tar cannot be read to its end, or a sample lacks its image or record.
     """
-    packed = map_file(path)
+    spans: dict[str, dict[str, tuple[int, int]]] = {}
     try:
-        content = gzip.decompress(packed) if path.name.endswith(".gz") else packed
-        spans = spans_by_key(content)
+        content = _unpacked(path)
+        file = io.BytesIO(content) if isinstance(content, bytes) else content
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            for key, extension, member in members_of(archive, path):
+                if extension in spans.setdefault(key, {}):
+                    raise tarfile.ReadError(f"{key}.{extension} occurs twice")
+                spans[key][extension] = member.start, member.size
+            check_end(archive)
     except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"shard {path} cannot be read: {error}") from error
     members = []
@@ -301,33 +267,10 @@ def index_shard(path: Path) -> Shard:
     return Shard(path, content, members)
 
 
-def spans_by_key(content: bytes | mmap.mmap) -> dict[str, dict[str, tuple[int, int]]]:
-    """Return where a tar's members lie, by key and extension: the first byte, and how many.
-
-    Raises:
-        tarfile.ReadError: the tar is damaged, or has a member twice.
-    """
-    spans: dict[str, dict[str, tuple[int, int]]] = {}
-    for member in _tar_members(content):
-        key, extension = base_plus_ext(member.name)
-        if key is None:
-            continue  # webdataset ignores members without an extension as well
-        if extension.lower() in spans.setdefault(key, {}):
-            raise tarfile.ReadError(f"{member.name} occurs twice")
-        spans[key][extension.lower()] = (member.offset_data, member.size)
-    return spans
-
-
-def _tar_members(content: bytes | mmap.mmap) -> Iterator[tarfile.TarInfo]:
-    file = io.BytesIO(content) if isinstance(content, bytes) else content
-    file.seek(0)
-    with tarfile.open(fileobj=file, mode="r:") as archive:
-        for member in archive:
-            if member.offset_data + member.size > len(content):
-                raise tarfile.ReadError(f"{member.name} is cut off")
-            if member.isfile():
-                yield member
-        # tarfile takes a damaged header for the end; the true end is two blocks of zeros.
-        rest = content[archive.offset :]
-    if len(rest) < 2 * tarfile.BLOCKSIZE or rest.strip(b"\0"):
-        raise tarfile.ReadError("it does not end as a tar file does; it is cut off or damaged")
+def _unpacked(path: Path) -> bytes | mmap.mmap:
+    """Return a shard's bytes; those of a plain tar are not read before they are looked at."""
+    if path.name.endswith(".gz"):
+        return gzip.decompress(path.read_bytes())
+    with path.open("rb") as file:
+        empty = path.stat().st_size == 0  # an empty file cannot be mapped
+        return b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -20,12 +20,10 @@ def adapt(encoder: Encoder, config: AdaptationConfig) -> None:
         raise ConfigError("adapt.lora_towers names no tower; expected image, text or both")
     # Methods, called only when needed: not every tower can be divided into groups.
     groups = {"image": encoder.image_groups, "text": encoder.text_groups}
-    for side, unlocked in (
-        ("image", config.image_unlocked_groups),
-        ("text", config.text_unlocked_groups),
-    ):
-        if unlocked is not None:
-            lock(groups[side](), unlocked=unlocked, side=side)
+    unlocked = {"image": config.image_unlocked_groups, "text": config.text_unlocked_groups}
+    for side, number in unlocked.items():
+        if number is not None:
+            lock(groups[side](), unlocked=number, side=side)
     if config.patch_dropout:
         encoder.set_patch_dropout(config.patch_dropout)
     if config.grad_checkpointing:

@@ -1,6 +1,8 @@
 """Build the parts of a run that a configuration names."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,7 +10,7 @@ import yaml
 from accelerate import Accelerator
 from torch import nn
 
-from vlm.bundle import Bundle
+from vlm.bundle import Bundle, load_bundle
 from vlm.data.dataset import ShardedSplit
 from vlm.data.loader import BatchOrder, TrainingExamples, TrainingLoader, second_of
 from vlm.distributed.groups import world_group
@@ -16,22 +18,21 @@ from vlm.embedding.embedder import Embedder
 from vlm.errors import ConfigError
 from vlm.evaluation.retrieval.evaluation import evaluate_retrieval
 from vlm.evaluation.retrieval.pairs import pairs_of_split
+from vlm.images.config import PreprocessConfig
+from vlm.images.transforms import TrainingTransform, evaluation_transform, preprocess_cfg
 from vlm.losses.bilingual import BilingualLoss
 from vlm.models.batch_norm import synchronize_batch_norm
+from vlm.models.build import build_from_config, encoder_model_cfg, image_size
 from vlm.models.encoder import Encoder
 from vlm.models.pretraining import PretrainingModel
+from vlm.text.tokenizer import load_tokenizer
 from vlm.training.adaptation import adapt
 from vlm.training.checkpoint import Checkpoints
 from vlm.training.config import TrainConfig, config_as_yaml
-from vlm.training.objectives import (
-    build_pretraining_model,
-    loss_weights,
-    mask_plan,
-)
+from vlm.training.objectives import build_pretraining_model, loss_weights, mask_plan
 from vlm.training.optimizer import build_optimizer
 from vlm.training.reporter import METRICS_NAME, read_metrics
 from vlm.training.run import BUNDLE_NAME, CHECKPOINTS_NAME, CONFIG_NAME, Run
-from vlm.training.start import build_start, training_transform
 from vlm.training.step import ContrastiveStep
 
 _FREE_ON_RESUME = (
@@ -67,7 +68,11 @@ def build_run(config: TrainConfig, *, resume: bool = False) -> Run:
     loader = _build_loader(config, start, accelerator)
     loss = _build_loss(config, start.model.logit_bias is not None)
     evaluate = _build_evaluation(config, start)
-    model, optimizer = _prepare(_build_model(config, start), config, accelerator)
+    # Batch norm is always over the whole batch, so that a run does not depend on its processes.
+    model: nn.Module = synchronize_batch_norm(
+        _build_model(config, start), world_group(), accelerator.device
+    )
+    model, optimizer = accelerator.prepare(model, build_optimizer(model, config.optimizer))
     run = Run(
         config=config,
         accelerator=accelerator,
@@ -93,6 +98,49 @@ def build_run(config: TrainConfig, *, resume: bool = False) -> Run:
     if resume:
         run.checkpoints.load_latest(run.state)
     return run
+
+
+def build_start(config: TrainConfig) -> Bundle:
+    """Build the model of a configuration with weights by its seed, or read that of its bundle.
+
+    Raises:
+        VlmError: the model cannot be built, or the bundle not read.
+        ConfigError: the configuration describes a model as well as naming a bundle, or asks for
+            steps of new rows where there are none.
+    """
+    if config.start_from is None:
+        tokenizer = load_tokenizer(config.tokenizer)
+        torch.manual_seed(config.seed)
+        model_cfg = encoder_model_cfg(config.model, tokenizer)
+        described = preprocess_cfg(config.preprocess, image_size(model_cfg))
+        start = Bundle(
+            model=build_from_config(config.model, tokenizer),
+            tokenizer=tokenizer,
+            transform=evaluation_transform(described),
+            model_cfg=model_cfg,
+            preprocess_cfg=described,
+        )
+    else:
+        start = _from_bundle(config, config.start_from)
+    if config.schedule.new_rows_steps and start.first_new_id is None:
+        raise ConfigError(
+            f"schedule.new_rows_steps is {config.schedule.new_rows_steps}, but the model has no "
+            "new rows; expected start_from a bundle of `vlm grow` or `vlm convert --extend`"
+        )
+    return start
+
+
+def _from_bundle(config: TrainConfig, path: Path) -> Bundle:
+    plain, names = TrainConfig(), ("model", "tokenizer", "preprocess")
+    described = [name for name in names if getattr(config, name) != getattr(plain, name)]
+    if described:
+        raise ConfigError(
+            f"start_from gives the model, tokenizer and image transform; expected no settings of "
+            f"{', '.join(described)}"
+        )
+    bundle = load_bundle(path)
+    torch.manual_seed(config.seed)
+    return bundle
 
 
 def _check_run_folder(config: TrainConfig, resume: bool) -> None:
@@ -148,7 +196,7 @@ def _build_loader(config: TrainConfig, start: Bundle, accelerator: Accelerator) 
     )
     examples = TrainingExamples(
         samples,
-        training_transform(config, start),
+        _training_transform(config, start),
         config.captions,
         seed=config.seed,
         keep_decoded=config.data.keep_decoded,
@@ -160,6 +208,16 @@ def _build_loader(config: TrainConfig, start: Bundle, accelerator: Accelerator) 
         workers=config.data.workers,
         masks=mask_plan(config.objectives.masked, start.model),
     )
+
+
+def _training_transform(config: TrainConfig, start: Bundle) -> TrainingTransform:
+    """Return the augmentation of a run around the image transform of what it starts from."""
+    size = start.preprocess_cfg["size"]
+    known = {field.name for field in fields(PreprocessConfig)}
+    settings = {name: value for name, value in start.preprocess_cfg.items() if name in known}
+    settings |= {name: tuple(settings[name]) for name in ("mean", "std")}
+    side = size if isinstance(size, int) else size[0]
+    return TrainingTransform(PreprocessConfig(**settings), config.augmentation, side)
 
 
 def _check_languages(samples: ShardedSplit, languages: Sequence[str]) -> None:
@@ -177,12 +235,7 @@ def _check_languages(samples: ShardedSplit, languages: Sequence[str]) -> None:
 
 
 def _build_loss(config: TrainConfig, has_bias: bool) -> BilingualLoss:
-    """Build the loss; a collective operation.
-
-    Raises:
-        ConfigError: the loss does not go with the model or the captions.
-        DistributedError: its groups do not go with the number of processes.
-    """
+    """Build the loss; a collective operation."""
     loss, languages = config.loss, config.captions.languages
     if (loss.plan.kind == "sigmoid") != has_bias:
         raise ConfigError(
@@ -220,16 +273,6 @@ def _build_model(config: TrainConfig, start: Bundle) -> PretrainingModel:
         },
         preprocess_cfg=start.preprocess_cfg,
     )
-
-
-def _prepare(
-    model: nn.Module, config: TrainConfig, accelerator: Accelerator
-) -> tuple[nn.Module, torch.optim.Optimizer]:
-    # Batch norm is always over the whole batch, so that a run does not depend on its processes.
-    model = synchronize_batch_norm(model, world_group(), accelerator.device)
-    optimizer = build_optimizer(model, config.optimizer)
-    prepared: tuple[nn.Module, torch.optim.Optimizer] = accelerator.prepare(model, optimizer)
-    return prepared
 
 
 def _build_evaluation(config: TrainConfig, start: Bundle) -> Callable[[Encoder], dict[str, float]]:

@@ -154,9 +154,14 @@ class Run:
             progress.samples += batch_size
             reporter.advance(batch_size)
             step = progress.step
-            reports = _is_due(step, config.report_every, last)
-            evaluates = _is_due(step, config.evaluation.every_steps, last)
-            saves = _is_due(step, config.checkpoint.every_steps, last)
+            # Each happens every n steps and at the end; 0 is never.
+            reports, evaluates, saves = (
+                every > 0 and (step % every == 0 or step == last)
+                for every in (
+                    config.report_every, config.evaluation.every_steps,
+                    config.checkpoint.every_steps,
+                )
+            )  # fmt: skip
             if reports or evaluates or saves or step == last:
                 _check_finite(unchecked)  # waits for the device, so that the rate below is true
                 unchecked.clear()
@@ -253,8 +258,3 @@ def _check_finite(results: Sequence[StepResult]) -> None:
                 "lower optimizer.learning_rate or look at the batch's images: "
                 + ", ".join(result.uids)
             )
-
-
-def _is_due(step: int, every: int, last: int) -> bool:
-    """Return whether something that happens every `every` steps, and at the end, happens now."""
-    return every > 0 and (step % every == 0 or step == last)

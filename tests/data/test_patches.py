@@ -3,19 +3,19 @@
 import pytest
 import torch
 
+from vlm.data.loader import draw_patches
 from vlm.errors import ConfigError
-from vlm.images.masking import draw_patches
 
 
-def draw(batch, grid, share, seed=0):
-    return draw_patches(batch, grid, share=share, generator=torch.Generator().manual_seed(seed))
+def draw(batch, grid, ratio, seed=0):
+    return draw_patches(batch, grid, ratio=ratio, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize(
-    ("grid", "share", "expected"), [((14, 14), 0.4, 78), ((3, 5), 0.5, 8), ((4, 4), 0.0, 0)]
+    ("grid", "ratio", "expected"), [((14, 14), 0.4, 78), ((3, 5), 0.5, 8), ((4, 4), 0.0, 0)]
 )
-def test_every_image_has_the_same_number_of_hidden_patches(grid, share, expected):
-    hidden = draw(20, grid, share)
+def test_every_image_has_the_same_number_of_hidden_patches(grid, ratio, expected):
+    hidden = draw(20, grid, ratio)
     assert hidden.shape == (20, grid[0] * grid[1])
     assert hidden.sum(1).tolist() == [expected] * 20
 
@@ -38,7 +38,7 @@ def test_the_generator_decides():
     assert not draw(8, (4, 4), 0.5).equal(draw(8, (4, 4), 0.5, seed=1))
 
 
-@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
-def test_a_share_that_is_none_is_refused(share):
-    with pytest.raises(ConfigError, match="share of hidden patches"):
-        draw(1, (2, 2), share)
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, float("nan")])
+def test_a_ratio_outside_its_range_is_refused(ratio):
+    with pytest.raises(ConfigError, match="ratio of hidden patches"):
+        draw(1, (2, 2), ratio)

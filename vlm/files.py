@@ -70,7 +70,7 @@ def write_folder(path: Path) -> Iterator[Path]:
     """
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise VlmError(f"cannot write {path}: it is there and is not a folder")
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     try:
         with _clear_disk_errors(path, *_CANNOT_WRITE):
             shutil.rmtree(temporary, ignore_errors=True)
@@ -81,22 +81,15 @@ def write_folder(path: Path) -> Iterator[Path]:
                 if file.is_file():
                     _flush_to_disk(file)
         with _clear_disk_errors(path, *_CANNOT_WRITE):
-            _replace_folder(temporary, path)
+            if path.exists():  # a rename cannot replace a folder that holds files
+                shutil.rmtree(old, ignore_errors=True)
+                path.rename(old)
+            temporary.rename(path)
+            if old.exists():
+                shutil.rmtree(old)
             _flush_to_disk(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _replace_folder(new: Path, path: Path) -> None:
-    """Put `new` in the place of `path`; a rename cannot replace a folder that holds files."""
-    if not path.exists():
-        new.rename(path)
-        return
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    path.rename(old)
-    new.rename(path)
-    shutil.rmtree(old)
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -8,8 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.support.commands import ROOT
-from vlm.distributed.groups import SINGLE
-from vlm.distributed.launched import launched_group
+from vlm.distributed.groups import SINGLE, launched_group
 from vlm.errors import DistributedError
 
 RANK = """
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from vlm.distributed.gather import gather_numbers
-from vlm.distributed.launched import launched_group
+from vlm.distributed.groups import launched_group
 
 def run(folder, ending):
     try:

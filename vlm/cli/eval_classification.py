@@ -22,7 +22,7 @@ class Options(ClassificationSource, EvaluationOptions):
 def run(options: Options) -> None:
     """Score the bundle; print a table or JSON, and write the report, on the first rank."""
     options.check_folders()
-    from vlm.distributed.launched import launched_group
+    from vlm.distributed.groups import launched_group
     from vlm.evaluation.classification.run import evaluate
     from vlm.reports.classification_report import classification_document, format_classification
 

@@ -32,7 +32,7 @@ def run(options: Options) -> None:
     options.check_folders()
     plan = options.index_plan()
     asked = sources_in(options, options.data, folder_split="test_style")
-    from vlm.distributed.launched import launched_group
+    from vlm.distributed.groups import launched_group
     from vlm.evaluation.indexes import check_factories
     from vlm.evaluation.retrieval.run import evaluate
     from vlm.reports.results import RECORD_NAME

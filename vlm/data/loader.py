@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -62,34 +62,20 @@ class Example:
     """Decides what of it is hidden."""
 
 
+@dataclass(eq=False)
 class TrainingExamples(Dataset[Example]):
     """Samples with a caption chosen for each language and their image augmented.
 
     Caption choice, augmentation and what is hidden are a function of (seed, epoch, uid).
-
-    Args:
-        samples: The split to read.
-        transform: Augments an image.
-        captions: Which captions to read.
-        seed: Decides everything random.
-        keep_decoded: Whether each process keeps the images it has decoded.
     """
 
-    def __init__(
-        self,
-        samples: ShardedSplit,
-        transform: TrainingTransform,
-        captions: CaptionConfig,
-        *,
-        seed: int,
-        keep_decoded: bool = False,
-    ) -> None:
-        self.keep_decoded = keep_decoded
-        self._decoded: dict[int, Image.Image] = {}
-        self.samples = samples
-        self.transform = transform
-        self.captions = captions
-        self.seed = seed
+    samples: ShardedSplit
+    transform: TrainingTransform
+    captions: CaptionConfig
+    seed: int
+    keep_decoded: bool = False
+    """Whether each process keeps the images it has decoded."""
+    _decoded: dict[int, Image.Image] = field(default_factory=dict, init=False)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -263,31 +249,17 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
+@dataclass(frozen=True)
 class TrainingLoader:
-    """Gives one rank's batches from any position on.
+    """Gives one rank's batches from any position on."""
 
-    Args:
-        examples: The training examples.
-        order: Which of them this rank reads, and when.
-        tokenizer: Turns the chosen captions into ids.
-        workers: Processes that decode and augment; 0 does it in this process.
-        masks: What masked modelling hides.
-    """
-
-    def __init__(
-        self,
-        examples: TrainingExamples,
-        order: BatchOrder,
-        tokenizer: Tokenizer,
-        *,
-        workers: int,
-        masks: MaskPlan | None = None,
-    ) -> None:
-        self.examples = examples
-        self.order = order
-        self.tokenizer = tokenizer
-        self.workers = workers
-        self.masks = masks
+    examples: TrainingExamples
+    order: BatchOrder
+    tokenizer: Tokenizer
+    workers: int
+    """Processes that decode and augment; 0 does it in this process."""
+    masks: MaskPlan | None = None
+    """What masked modelling hides."""
 
     def read(self, *, first_sample: int, last_sample: int) -> Iterator[Batch]:
         """Give the batches between two positions of the endless sequence of samples."""

@@ -1,7 +1,8 @@
 """The two records that cross the data room's walls: `Sample` and `Batch`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -51,36 +52,27 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Return the same batch with its tensors on `device`."""
-        patches = self.hidden_patches
-        return Batch(
-            images=self.images.to(device, non_blocking=True),
-            texts={language: tokens.to(device) for language, tokens in self.texts.items()},
-            image_ids=self.image_ids.to(device),
-            caption_ids={language: ids.to(device) for language, ids in self.caption_ids.items()},
-            uids=self.uids,
-            hidden_words={
-                language: mask.to(device) for language, mask in self.hidden_words.items()
-            },
-            hidden_patches=None if patches is None else patches.to(device),
-        )
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True), self.uids)
 
     def split(self, number: int) -> list["Batch"]:
         """Return the batch in at most `number` parts of about equal size, for micro-batches."""
-        size = -(-len(self.image_ids) // number)
-        starts = range(0, len(self.image_ids), size)
-        return [self._part(slice(start, start + size)) for start in starts]
+        size = -(-len(self.uids) // number)
+        parts = [slice(start, start + size) for start in range(0, len(self.uids), size)]
+        # itemgetter, not a lambda, which would see the last part only.
+        return [self._with(itemgetter(rows), self.uids[rows]) for rows in parts]
 
-    def _part(self, rows: slice) -> "Batch":
+    def _with(self, change: Callable[[Tensor], Tensor], uids: tuple[str, ...]) -> "Batch":
+        """Return the batch with every tensor changed."""
         patches = self.hidden_patches
         return Batch(
-            images=self.images[rows],
+            images=change(self.images),
             texts={
-                language: TokenBatch(tokens.ids[rows], tokens.mask[rows])
-                for language, tokens in self.texts.items()
+                name: TokenBatch(change(tokens.ids), change(tokens.mask))
+                for name, tokens in self.texts.items()
             },
-            image_ids=self.image_ids[rows],
-            caption_ids={language: ids[rows] for language, ids in self.caption_ids.items()},
-            uids=self.uids[rows],
-            hidden_words={language: mask[rows] for language, mask in self.hidden_words.items()},
-            hidden_patches=None if patches is None else patches[rows],
+            image_ids=change(self.image_ids),
+            caption_ids={name: change(ids) for name, ids in self.caption_ids.items()},
+            uids=uids,
+            hidden_words={name: change(mask) for name, mask in self.hidden_words.items()},
+            hidden_patches=None if patches is None else change(patches),
         )

@@ -99,9 +99,10 @@ class TrainingTransform:
         """Draw the crop and sample it at the size of the model's input."""
         config, side = self.augmentation, self.image_size
         area, ratio = rng.uniform(*config.crop_area), rng.uniform(*config.crop_ratio)
-        whole_width, whole_height = self._whole(image)
-        width = whole_width * math.sqrt(area * ratio)
-        height = whole_height * math.sqrt(area / ratio)
+        # The crop that evaluation would make.
+        sides = {"squash": image.size, "longest": (max(image.size),) * 2}
+        whole = sides.get(self._resize_mode, (min(image.size),) * 2)
+        width, height = whole[0] * math.sqrt(area * ratio), whole[1] * math.sqrt(area / ratio)
         # A crop lies anywhere in the image; one that is larger has the image anywhere in it.
         middle_x, middle_y = (
             extent / 2
@@ -124,16 +125,6 @@ class TrainingTransform:
             fillcolor="white",
         )  # fmt: skip
 
-    def _whole(self, image: Image.Image) -> tuple[int, int]:
-        """Return the width and height of the crop that evaluation would make."""
-        match self._resize_mode:
-            case "squash":
-                return image.width, image.height
-            case "longest":
-                return max(image.size), max(image.size)
-            case _:
-                return min(image.size), min(image.size)
-
     def _recolour(
         self, pixels: Float[Tensor, "3 pixels"], rng: random.Random
     ) -> Float[Tensor, "3 pixels"]:
@@ -146,15 +137,10 @@ class TrainingTransform:
         hue = math.radians(rng.uniform(-config.hue, config.hue))
         if rng.random() < config.grayscale:
             saturation = 0.0
-        colours = _hue_and_saturation(hue, saturation) * (brightness * contrast)
+        # Turn and scale the colour (I, Q) of YIQ, and keep its luma Y.
+        cosine, sine = saturation * math.cos(hue), saturation * math.sin(hue)
+        turn = torch.tensor([[1.0, 0.0, 0.0], [0.0, cosine, -sine], [0.0, sine, cosine]])
+        colours: Tensor = _RGB_FROM_YIQ @ turn @ _YIQ_FROM_RGB * (brightness * contrast)
         # Contrast moves away from the image's mean grey, which the other changes leave alone.
         grey = brightness * float(_LUMA @ pixels.mean(dim=1))
         return (colours @ pixels).add_((1 - contrast) * grey).clamp_(0, 1)
-
-
-def _hue_and_saturation(hue: float, saturation: float) -> Float[Tensor, "3 3"]:
-    """Return the map of RGB that turns and scales the colour (I, Q) of YIQ and keeps its luma."""
-    cosine, sine = saturation * math.cos(hue), saturation * math.sin(hue)
-    turn = torch.tensor([[1.0, 0.0, 0.0], [0.0, cosine, -sine], [0.0, sine, cosine]])
-    colours: Tensor = _RGB_FROM_YIQ @ turn @ _YIQ_FROM_RGB
-    return colours

@@ -88,19 +88,16 @@ class OptimizerState:
                     slot[key] = torch.empty_like(parameter).copy_(value)
 
 
+@dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one run.
+    """The checkpoints of one run."""
 
-    Args:
-        folder: Holds one folder a checkpoint.
-        keep: How many of the newest are kept.
-        writes: Whether this rank writes; all others only take part.
-    """
-
-    def __init__(self, folder: Path, *, keep: int, writes: bool = True) -> None:
-        self.folder = folder
-        self.keep = keep
-        self.writes = writes
+    folder: Path
+    """Holds one folder a checkpoint."""
+    keep: int
+    """How many of the newest are kept."""
+    writes: bool = True
+    """Whether this rank writes; all others only take part."""
 
     def save(self, step: int, parts: Mapping[str, Stateful]) -> None:
         """Write a checkpoint; older ones are removed only once it is complete.

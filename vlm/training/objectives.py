@@ -21,12 +21,8 @@ from vlm.training.config import ObjectivesConfig
 class Teacher:
     """A frozen model whose patch states hidden patches are to be recovered as.
 
-    Args:
-        bundle: The model's bundle.
-        preprocess_cfg: How the images to come were made.
-
     Raises:
-        ConfigError: it was trained on images of another size or normalisation.
+        ConfigError: it was trained on images of another size or normalisation than the run's.
     """
 
     def __init__(self, bundle: Bundle, preprocess_cfg: Mapping[str, Any]) -> None:
@@ -41,7 +37,6 @@ class Teacher:
                 "teacher with the same size, mean and std"
             )
         self.model = bundle.model
-        self.width = bundle.model.image_width
 
     @torch.no_grad()
     def __call__(
@@ -67,8 +62,7 @@ def build_pretraining_model(
         preprocess_cfg: open_clip's description of the images.
 
     Raises:
-        ConfigError: the parts do not fit the encoder.
-        CheckpointError: the teacher is no bundle.
+        VlmError: the parts do not fit the encoder, or the teacher is no bundle.
     """
     masked, teacher = None, None
     if config.masked.weights:
@@ -85,7 +79,7 @@ def build_pretraining_model(
             config.masked,
             encoder,
             image_size=size if isinstance(size, int) else tuple(size),
-            teacher_width=None if teacher is None else teacher.width,
+            teacher_width=None if teacher is None else teacher.model.image_width,
         )
     embeddings = LanguageEmbeddings(languages, encoder.embed_dim)
     return PretrainingModel(

@@ -13,13 +13,14 @@ import numpy as np
 from vlm.data.records import languages_of
 from vlm.errors import DataError
 from vlm.evaluation.config import RetrievalSource
-from vlm.evaluation.retrieval.benchmarks.images import ImageFiles, ImageFolder, Images
+from vlm.evaluation.retrieval.benchmarks.images import ImageFolder, Images
 from vlm.evaluation.retrieval.pairs import RetrievalPairs, Texts, correct_pairs, translations_of
 from vlm.text.words import HAN
 
 _ALLOWED_SHARE = 0.01
 _TAG = re.compile(r"(?<=\S)[:#/][A-Za-z]{1,4}$")
 _TAGGED = 0.9  # of all words; untagged texts have next to none that look so
+_PLAIN_QUOTES = str.maketrans("“”", '""')
 _KANA_OR_HANGUL = re.compile("[\u3040-\u30ff\uac00-\ud7af]")
 _LATIN = re.compile("[A-Za-z\u00c0-\u024f]")
 
@@ -69,17 +70,13 @@ def listing_of_files(
     missing = frozenset(name for name, path in zip(names, paths, strict=True) if path is None)
     known = tuple(path or folder.folder for path in paths)  # what is missing is never read
     return Listing(
-        split=split, image_ids=names, read=ImageFiles(known), missing=missing,
+        split=split, image_ids=names, read=known.__getitem__, missing=missing,
         looked_in=folder.folder, rows=rows, notes=notes, translated=translated,
     )  # fmt: skip
 
 
 def choose_split(splits: Iterable[str], asked: str | None, path: Path) -> str:
-    """Return the split to read: the one asked for, else the only one, else `test`.
-
-    Raises:
-        DataError: there is no such split, or none is asked for and it is not clear which.
-    """
+    """Return the split to read: the one asked for, else the only one, else `test`."""
     known = sorted(set(splits))
     if asked is None:
         if len(known) < 2:
@@ -150,6 +147,7 @@ def assemble(listing: Listing, source: RetrievalSource, *, kind: str) -> Retriev
         "examples": {fault: cases[0] for fault, cases in faults.items() if cases},
         "notes": (*listing.notes, *notes),
     }
+    duplicates = source.duplicates or "by id"
     asked = [each for each in texts if not source.languages or each in source.languages]
     columns = {each: np.array(pairs[each], np.int64).reshape(-1, 3) for each in asked}
     return RetrievalPairs(
@@ -159,16 +157,14 @@ def assemble(listing: Listing, source: RetrievalSource, *, kind: str) -> Retriev
         addresses=[] if listing.looked_in else [f"{source.path}#{each}" for each in kept],
         texts={
             each: Texts(
-                texts=[_lowered(text) for text in texts[each]]
+                texts=[text.lower().translate(_PLAIN_QUOTES) for text in texts[each]]
                 if source.lower_case
                 else texts[each],
-                matches=correct_pairs(
-                    texts[each], columns[each][:, :2], source.duplicates or "by id"
-                ),
+                matches=correct_pairs(texts[each], columns[each][:, :2], duplicates),
             )
             for each in asked
         },
-        duplicates=source.duplicates or "by id",
+        duplicates=duplicates,
         cleaning="line ends removed"
         + ("; part-of-speech tags removed and words joined" if tagged else "")
         + ("; lower case, plain quotation marks" if source.lower_case else ""),
@@ -204,10 +200,6 @@ def _check(
         raise DataError(f"{name}: {'; '.join(beyond)}; exceeds allowed_share {allowed:.1%}")
 
 
-def _lowered(text: str) -> str:
-    return text.lower().replace("“", '"').replace("”", '"')
-
-
 # Languages.
 
 
@@ -232,11 +224,7 @@ def _languages(
 
 
 def recognised_language(texts: Iterable[str], name: str) -> tuple[str, str]:
-    """Return `zh` or `en` by the letters that texts are written in, and a note that says so.
-
-    Raises:
-        DataError: they are mostly in other letters, or there are none.
-    """
+    """Return `zh` or `en` by the letters that texts are written in, and a note that says so."""
     joined = "".join(texts)
     han, latin = len(HAN.findall(joined)), len(_LATIN.findall(joined))
     letters = max(1, sum(map(str.isalpha, joined)))

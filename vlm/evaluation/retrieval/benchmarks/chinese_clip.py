@@ -23,11 +23,7 @@ def is_chinese_clip(path: Path) -> bool:
 
 
 def list_chinese_clip(source: RetrievalSource) -> Listing:
-    """List the images and texts of a split.
-
-    Raises:
-        DataError: a file is missing or damaged.
-    """
+    """List the images and texts of a split."""
     folder = source.path
     asked = source.split
     if not folder.is_dir():

@@ -39,29 +39,13 @@ class Images(Sequence[Path | bytes]):
     def __getitem__(self, index: slice) -> list[Path | bytes]: ...
 
     def __getitem__(self, index: int | slice) -> Path | bytes | list[Path | bytes]:
-        """Read one image, or those of a slice.
-
-        Raises:
-            DataError: it cannot be read.
-        """
+        """Read one image, or those of a slice; a `DataError` if it cannot be read."""
         if isinstance(index, slice):
             return [self.read(position) for position in self.positions[index].tolist()]
         return self.read(int(self.positions[index]))
 
     def __iter__(self) -> Iterator[Path | bytes]:
-        """Read the images one after the other."""
         return map(self.read, self.positions.tolist())
-
-
-@dataclass(frozen=True)
-class ImageFiles:
-    """Images that are files of their own."""
-
-    paths: Sequence[Path]
-
-    def __call__(self, position: int) -> Path:
-        """Return the path."""
-        return self.paths[position]
 
 
 @dataclass(frozen=True)
@@ -115,11 +99,7 @@ class LmdbValues:
 
 
 def decode_base64(text: bytes, name: str) -> bytes:
-    """Return what base64 of either alphabet encodes.
-
-    Raises:
-        DataError: it is not base64; the message begins with `name`.
-    """
+    """Return what base64 of either alphabet encodes; errors begin with `name`."""
     try:
         return base64.b64decode(text.translate(_URL_SAFE), validate=True)
     except binascii.Error as error:
@@ -127,11 +107,7 @@ def decode_base64(text: bytes, name: str) -> bytes:
 
 
 def open_lmdb(folder: Path) -> Any:
-    """Return the environment, opened once a process to be read only.
-
-    Raises:
-        DataError: the package `lmdb` is not installed, or the folder is no LMDB.
-    """
+    """Return the environment, opened once a process to be read only."""
     return _environment(folder, os.getpid())
 
 
@@ -156,10 +132,6 @@ class ImageFolder:
     A name is a path below the folder, with or without its suffix. Where the user has named the
     folder, an image may also lie in any folder below it, as COCO's lie in `val2014`.
 
-    Args:
-        named: The folder that the user named.
-        default: Where to look by default.
-
     Raises:
         DataError: what the user named is not a folder.
     """
@@ -176,9 +148,7 @@ class ImageFolder:
             path = self.folder / candidate
             if os.path.isfile(path):  # Path's own method raises where a name is too long
                 return path
-        if not self._search:
-            return None
-        return self._below.get(Path(name).name)
+        return self._below.get(Path(name).name) if self._search else None
 
     @cached_property
     def _below(self) -> dict[str, Path | None]:

@@ -7,13 +7,7 @@ from typing import get_args
 from vlm.data.tables import columns_of
 from vlm.errors import DataError
 from vlm.evaluation.config import Kind, RetrievalSource
-from vlm.evaluation.retrieval.benchmarks import (
-    annotations,
-    chinese_clip,
-    numbered_captions,
-    tables,
-    tar_shards,
-)
+from vlm.evaluation.retrieval.benchmarks import annotations, chinese_clip, tables, tar_shards
 from vlm.evaluation.retrieval.benchmarks.assembling import Listing, assemble
 from vlm.evaluation.retrieval.pairs import RetrievalPairs
 
@@ -21,7 +15,7 @@ _RECOGNISES: Mapping[Kind, Callable[[Path], bool]] = {
     "chinese-clip": chinese_clip.is_chinese_clip,
     "m2-encoder": annotations.is_m2_encoder,
     "karpathy": annotations.is_karpathy,
-    "numbered-captions": numbered_captions.is_numbered_captions,
+    "numbered-captions": annotations.is_numbered_captions,
     "xm3600": annotations.is_xm3600,
     "xtd10": annotations.is_xtd10,
     "webdataset": tar_shards.is_tar_shards,
@@ -31,7 +25,7 @@ _LISTS: Mapping[Kind, Callable[[RetrievalSource], Listing]] = {
     "chinese-clip": chinese_clip.list_chinese_clip,
     "m2-encoder": annotations.list_m2_encoder,
     "karpathy": annotations.list_karpathy,
-    "numbered-captions": numbered_captions.list_numbered_captions,
+    "numbered-captions": annotations.list_numbered_captions,
     "xm3600": annotations.list_xm3600,
     "xtd10": annotations.list_xtd10,
     "webdataset": tar_shards.list_tar_shards,
@@ -74,11 +68,7 @@ def open_benchmark(source: RetrievalSource) -> RetrievalPairs:
 
 
 def kind_of(path: Path) -> Kind:
-    """Return the kind of benchmark that a path holds.
-
-    Raises:
-        DataError: it is of no known kind, or of several.
-    """
+    """Return the kind of benchmark that a path holds."""
     found = [kind for kind, recognises in _RECOGNISES.items() if recognises(path)]
     if len(found) == 1:
         return found[0]

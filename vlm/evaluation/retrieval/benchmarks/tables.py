@@ -38,9 +38,6 @@ def list_table(source: RetrievalSource) -> Listing:
     """List the images, which are files of a folder, and the captions of every column with some.
 
     Where there is a column `split`, only the rows of one are taken.
-
-    Raises:
-        DataError: the folder has several tables, or a row is damaged.
     """
     tables = _tables_in(source.path)
     if len(tables) > 1:

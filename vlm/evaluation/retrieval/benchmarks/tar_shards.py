@@ -25,11 +25,7 @@ def is_tar_shards(path: Path) -> bool:
 
 
 def list_tar_shards(source: RetrievalSource) -> Listing:
-    """List the samples of a split, in the order of the files' numbers.
-
-    Raises:
-        DataError: a tar is damaged, or a sample has no image or no captions.
-    """
+    """List the samples of a split, in the order of the files' numbers."""
     if source.path.is_file():
         choose_split((), source.split, source.path)
         split, paths = "", [source.path]

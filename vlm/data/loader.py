@@ -111,11 +111,6 @@ def second_of(language: str) -> str:
     return f"{language}{_SECOND}"
 
 
-def is_second(name: str) -> bool:
-    """Say whether a name is that of a language's second captions."""
-    return name.endswith(_SECOND)
-
-
 def choose_caption(sample: Sample, language: str, main_ratio: float, rng: random.Random) -> str:
     """Return the main caption or, as often as asked, one of the others; empty if there is none."""
     texts = sample.captions.get(language, ())
@@ -155,7 +150,7 @@ def collate(
                 [random.Random(f"{example.seed}/{language}") for example in examples],
             )
             for language, texts in captions.items()
-            if masks.text_ratio and not is_second(language)
+            if masks.text_ratio and not language.endswith(_SECOND)
         },
         # Each by its own seed, so that a batch in parts hides what the whole one does.
         hidden_patches=torch.cat(
@@ -231,9 +226,7 @@ class BatchOrder:
 
 @lru_cache(maxsize=2)  # a batch may straddle two epochs
 def epoch_order(size: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Return a permutation of range(size) that depends on its arguments alone.
-
-    Seeds count modulo 2**64.
+    """Return a permutation of range(size) that depends on its arguments alone; seeds modulo 2**64.
 
     Every index is given a SplitMix64 hash (Steele, Lea and Flood 2014) of itself and of (seed,
     epoch), and the hashes are sorted: the same order in every process, numpy and torch version.

@@ -33,13 +33,13 @@ class _Members:
     record: tuple[int, int]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class Shard:
     """One verified shard; samples are read by their position in it."""
 
-    def __init__(self, path: Path, content: bytes | mmap.mmap, members: Sequence[_Members]) -> None:
-        self.path = path
-        self._content = content
-        self._members = members
+    path: Path
+    _content: bytes | mmap.mmap
+    _members: Sequence[_Members]
 
     def __len__(self) -> int:
         return len(self._members)
@@ -50,11 +50,7 @@ class Shard:
         return [members.key for members in self._members]
 
     def __getitem__(self, position: int) -> Sample:
-        """Return the sample at `position`.
-
-        Raises:
-            DataError: its JSON record is not one of ours.
-        """
+        """Return the sample at `position`; a `DataError` if its JSON record is not one of ours."""
         members = self._members[position]
         image = self._read(members.image)
         try:

@@ -40,11 +40,7 @@ def rows_of(
     Tables are separated by tabs if their name or header says so, else by commas. Cells may be
     quoted as in RFC 4180. In tables of tabs, and in those of an image and its caption alone, which
     often quote nothing, a quotation mark is a character of the cell unless it is quoted whole.
-
-    Args:
-        path: The table.
-        choose: Given all columns, returns those to read.
-        advance: Called with numbers of bytes.
+    `choose` is given all columns and returns those to read.
     """
     rows = _parquet_rows if is_parquet(path) else _text_rows
     yield from rows(path, choose, advance)

@@ -88,10 +88,7 @@ class BilingualLoss(nn.Module):
         self.text_pair_weight = text_pair_weight
 
     def send_texts(self, text_features: Mapping[str, Float[Tensor, "local dim"]]) -> SentTexts:
-        """Start to send the texts; they travel while the images are encoded.
-
-        Args:
-            text_features: By language, unit vectors of this rank's captions.
+        """Start to send unit vectors, by language; they travel while the images are encoded.
 
         Raises:
             ConfigError: a language of the text-text term is missing.

@@ -71,9 +71,6 @@ class ContrastiveLoss(nn.Module):
 
     Making one is a collective operation: every rank must do it at the same point.
 
-    Args:
-        plan: Who contrasts with whom, and how.
-
     Raises:
         DistributedError: the plan does not fit the number of ranks (on every rank).
     """

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from vlm.distributed.gather import SentRows, gather_numbers, gather_rows, send_rows
+from vlm.distributed.groups import RankGroup
 from vlm.distributed.mesh import RankMesh, build_mesh
 from vlm.errors import DistributedError
 from vlm.losses.axis import AxisLayout
@@ -116,11 +117,7 @@ class Side:
         return replace(self, features=self.features[present], ids=ids[present], layout=layout)
 
     def banked(self, number: int) -> "Side":
-        """Return the same without a gradient, as candidates of later micro-batches.
-
-        Args:
-            number: Of the micro-batch; its samples are not those of another.
-        """
+        """Return the same without a gradient, as candidates left by micro-batch `number`."""
         ids = self.ids
         if ids is not None:
             ids = ids.clone()
@@ -221,12 +218,12 @@ class Exchange:
     ) -> SentRows:
         """Start to send features, `per_sample` of each sample, along a row or column."""
         plan = self.plan
-        dtype = plan.accumulates_in(features.dtype)
+        # The type in which statistics and gradients add up; wider inputs widen it.
+        dtype = torch.promote_types(dtype_named(plan.accum_dtype), features.dtype)
         gradient_wire_dtype = plan.gradient_wire_dtype
         return send_rows(
             features,
-            self.mesh.row if axis == "row" else self.mesh.column,
-            self._sizes(shares, axis, per_sample),
+            *self._along(axis, shares, per_sample),
             dtype=dtype,
             wire_dtype=dtype_named(plan.wire_dtype) if plan.wire_dtype else features.dtype,
             gradient_wire_dtype=dtype_named(gradient_wire_dtype) if gradient_wire_dtype else dtype,
@@ -242,8 +239,7 @@ class Exchange:
         per_sample: int = 1,
     ) -> Int64[Tensor, "rows ids"]:
         """Return the id tables of the ranks along an axis, one below the other."""
-        group = self.mesh.row if axis == "row" else self.mesh.column
-        return gather_rows(ids, group, self._sizes(shares, axis, per_sample))
+        return gather_rows(ids, *self._along(axis, shares, per_sample))
 
     def receive(
         self,
@@ -255,17 +251,19 @@ class Exchange:
         per_sample: int = 1,
     ) -> Side:
         """Wait for the features sent along an axis, and put their ids next to them."""
-        group = self.mesh.row if axis == "row" else self.mesh.column
+        group, sizes = self._along(axis, shares, per_sample)
         features = sent.receive()
-        first = sum(self._sizes(shares, axis, per_sample)[: group.rank])
+        first = sum(sizes[: group.rank])
         own, total = slice(first, first + len(sent.own)), shares.total * per_sample
         layout = AxisLayout(own, scored=len(features), total=total, candidates=total)
         return Side(features, ids, layout, rounded_to=sent.transfer.wire_dtype)
 
-    def _sizes(self, shares: Shares, axis: Axis, per_sample: int) -> list[int]:
+    def _along(self, axis: Axis, shares: Shares, per_sample: int) -> tuple[RankGroup, list[int]]:
+        """Return the ranks of a row or column, and how many features each of them has."""
         mesh = self.mesh
+        group = mesh.row if axis == "row" else mesh.column
         members = mesh.row_members if axis == "row" else mesh.column_members
-        return [shares.sizes[member] * per_sample for member in members]
+        return group, [shares.sizes[member] * per_sample for member in members]
 
 
 class _Declaration(NamedTuple):

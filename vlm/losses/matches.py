@@ -31,10 +31,7 @@ class Tile:
     columns_scored: bool
 
     def scored(self, of_rows: Axis, of_columns: Axis) -> list[tuple[Axis, slice, int]]:
-        """Return what belongs to the sides that have a loss, with their span and dimension.
-
-        The dimension is the one to reduce over.
-        """
+        """Return what belongs to the sides with a loss, their span, and over what to reduce."""
         # Rows are reduced over dimension 1, which is the columns, and the other way round.
         sides = []
         if self.rows_scored:
@@ -133,7 +130,6 @@ class SharedIds:
     duplicates: Literal["positive", "ignore"]
 
     def __post_init__(self) -> None:
-        """Make missing captions differ from each other."""
         # On one side only: two missing captions, here -1 and there another number, never match.
         object.__setattr__(self, "rows", self.rows.masked_fill(self.rows == NO_CAPTION, _NOTHING))
 

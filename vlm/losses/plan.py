@@ -63,7 +63,6 @@ class LossPlan:
     """Refuse features that are not finite, on every rank."""
 
     def __post_init__(self) -> None:
-        """Check what can be checked without knowing the ranks."""
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(
                 f"label_smoothing is {self.label_smoothing}; expected at least 0, less than 1"
@@ -79,20 +78,11 @@ class LossPlan:
             raise ConfigError(f"keep_logits_mib is {self.keep_logits_mib}; expected at least 0")
 
     def tile_shape(self, device_type: str) -> tuple[int, int]:
-        """Return the most rows and columns of a tile on a kind of device.
-
-        On a CPU a tile should stay in a core's cache; on a GPU it should fill the device.
-        """
+        """Return the most rows and columns of a tile on a kind of device."""
         tile = self.tile
         if tile is None:
             tile = _CPU_TILE if device_type == "cpu" else _GPU_TILE
         return tile if isinstance(tile, tuple) else (tile, tile)
-
-    def accumulates_in(self, features: "torch.dtype") -> "torch.dtype":
-        """Return the type in which statistics and gradients of such features add up."""
-        import torch
-
-        return torch.promote_types(dtype_named(self.accum_dtype), features)
 
     @property
     def kept_bytes(self) -> float:
@@ -123,7 +113,6 @@ class LossConfig:
     """How micro-batches contrast: as one batch, or, biased and quicker, each with those before."""
 
     def __post_init__(self) -> None:
-        """Check what can be checked without knowing the captions."""
         for name in ("second_weight", "text_text_weight"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 0")

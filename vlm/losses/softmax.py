@@ -190,13 +190,9 @@ class _Targets(NamedTuple):
 
 
 def _targets(stats: AxisStatistics, count: int, share: float, *, large: bool) -> _Targets:
-    """Return the targets of `count` rows, the last of which may be candidates only.
+    """Return the targets of `count` rows, of which the last may be candidates only.
 
-    Args:
-        stats: Of the rows, merged.
-        count: How many there are.
-        share: Weight of a row's loss in the total.
-        large: Whether logits may be so large that a log-sum-exp loses digits.
+    The weight of a row's loss in the total is `share`.
     """
     log_sum_exp, positives = stats.log_sum_exp, stats.positive_count
     assert log_sum_exp is not None

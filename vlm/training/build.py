@@ -46,11 +46,8 @@ _FREE_ON_RESUME = (
 def build_run(config: TrainConfig, *, resume: bool = False) -> Run:
     """Build the run that a configuration describes; nothing is written yet.
 
-    Every rank calls this at the same point.
-
-    Args:
-        config: The run.
-        resume: Whether to continue from the newest checkpoint in the run's folder.
+    Every rank calls this at the same point. To resume is to continue from the newest checkpoint in
+    the run's folder.
 
     Raises:
         VlmError: something in the configuration, the data or the run's folder is not as it

@@ -84,16 +84,12 @@ class ScheduleConfig:
     from a bundle with a grown vocabulary."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.warmup_steps < self.steps:
-            raise ConfigError(
-                f"schedule: warmup_steps is {self.warmup_steps} and steps {self.steps}; "
-                "expected 0 <= warmup_steps < steps"
-            )
-        if not 0 <= self.new_rows_steps < self.steps:
-            raise ConfigError(
-                f"schedule: new_rows_steps is {self.new_rows_steps} and steps {self.steps}; "
-                "expected 0 <= new_rows_steps < steps"
-            )
+        for name in ("warmup_steps", "new_rows_steps"):
+            if not 0 <= getattr(self, name) < self.steps:
+                raise ConfigError(
+                    f"schedule: {name} is {getattr(self, name)} and steps {self.steps}; "
+                    f"expected 0 <= {name} < steps"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

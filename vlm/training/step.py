@@ -64,7 +64,6 @@ class ContrastiveStep:
     """Makes a context whose backward passes leave gradients unaveraged; by default the model's."""
 
     def __post_init__(self) -> None:
-        """Refuse a mode that the loss cannot serve."""
         if self.mode == "one_pass" and not self.loss.exchange.plan.even:
             raise ConfigError(
                 "loss.accumulation one_pass needs loss.plan.even true: every rank must weight a "
@@ -74,11 +73,8 @@ class ContrastiveStep:
     def __call__(self, parts: Sequence[Batch]) -> StepOutput:
         """Add the gradients of one step to the model's parameters.
 
-        Args:
-            parts: The micro-batches of this rank; the same number on every rank.
-
-        Returns:
-            The losses; in mode `one_pass` the terms are those of the last micro-batch.
+        Every rank has the same number of micro-batches. In mode `one_pass` the terms returned are
+        those of the last.
         """
         if self.mode == "exact" and len(parts) > 1:
             return self._exact(parts)
@@ -87,9 +83,15 @@ class ContrastiveStep:
     def _one_pass(self, parts: Sequence[Batch]) -> StepOutput:
         banks: dict[str, Bank] | None = defaultdict(dict) if len(parts) > 1 else None
         steps, ratios = [], _ratios(parts)
+        sent: dict[str, SentTexts] = {}
+
+        def send(head: str, texts: Mapping[str, Tensor]) -> None:
+            # The texts travel to other ranks while the images are encoded.
+            sent[head] = self.loss.send_texts(texts)
+
         for part, ratio in zip(parts, ratios, strict=True):
             with nullcontext() if part is parts[-1] else self._without_sync():
-                encoded, sent = self._encode_and_send(part)
+                encoded = self._encode(part, on_texts=send)
                 outputs = self._contrast(
                     encoded.heads, sent, part.image_ids, part.caption_ids, banks
                 )
@@ -173,13 +175,7 @@ class ContrastiveStep:
         One scalar stands for the whole loss: the gradient of sum(features * g) by the parameters
         is that of a loss whose gradient by the features is g. As a scalar it can go through
         `backward`, so that gradient scalers and DeepSpeed see every pass.
-
-        Args:
-            encoded: A micro-batch with its graph.
-            joined: The features of all micro-batches; their `grad` is g.
-            rows: The micro-batch's rows of it.
-            ratio: The micro-batch's part of the batch, which the other losses count.
-            scalars: Whether the scales and biases get their gradients as well.
+        `joined`, whose `grad` is g, has all micro-batches; this one has its `rows`.
         """
         terms = [
             ratio * self.weights.get(name, 1.0) * loss
@@ -213,15 +209,6 @@ class ContrastiveStep:
             part.images if images else None, part.texts if texts else {}, hidden, on_texts
         )
         return encoded
-
-    def _encode_and_send(self, part: Batch) -> tuple[Encoded, dict[str, SentTexts]]:
-        """Encode a micro-batch; its texts travel to other ranks while its images are encoded."""
-        sent: dict[str, SentTexts] = {}
-
-        def send(head: str, texts: Mapping[str, Tensor]) -> None:
-            sent[head] = self.loss.send_texts(texts)
-
-        return self._encode(part, on_texts=send), sent
 
     def _contrast(
         self,

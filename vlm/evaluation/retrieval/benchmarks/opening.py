@@ -11,36 +11,25 @@ from vlm.evaluation.retrieval.benchmarks import annotations, chinese_clip, table
 from vlm.evaluation.retrieval.benchmarks.assembling import Listing, assemble
 from vlm.evaluation.retrieval.pairs import RetrievalPairs
 
-_RECOGNISES: Mapping[Kind, Callable[[Path], bool]] = {
-    "chinese-clip": chinese_clip.is_chinese_clip,
-    "m2-encoder": annotations.is_m2_encoder,
-    "karpathy": annotations.is_karpathy,
-    "numbered-captions": annotations.is_numbered_captions,
-    "xm3600": annotations.is_xm3600,
-    "xtd10": annotations.is_xtd10,
-    "webdataset": tar_shards.is_tar_shards,
-    "table": tables.is_table,
-}
-_LISTS: Mapping[Kind, Callable[[RetrievalSource], Listing]] = {
-    "chinese-clip": chinese_clip.list_chinese_clip,
-    "m2-encoder": annotations.list_m2_encoder,
-    "karpathy": annotations.list_karpathy,
-    "numbered-captions": annotations.list_numbered_captions,
-    "xm3600": annotations.list_xm3600,
-    "xtd10": annotations.list_xtd10,
-    "webdataset": tar_shards.list_tar_shards,
-    "table": tables.list_table,
-}
-_KNOWN = (
-    "chinese-clip (a folder with SPLIT_texts.jsonl and SPLIT_imgs.tsv); "
-    "m2-encoder (lines of JSON with image and caption); "
-    "karpathy (JSON with images that have sentences); "
-    "numbered-captions (lines such as IMAGE#0 and a caption); "
-    "xm3600 (captions.jsonl with image/key); "
-    "xtd10 (a folder with test_image_names.txt and test_1kcaptions_*.txt); "
-    "webdataset (tar files with images and texts); "
-    "table (a csv, tsv or parquet file with columns such as image and caption)"
-)
+_Format = tuple[Callable[[Path], bool], Callable[[RetrievalSource], Listing], str]
+"""What recognises a kind, what lists its images and captions, and how it looks."""
+_FORMATS: Mapping[Kind, _Format] = {
+    "chinese-clip": (chinese_clip.is_chinese_clip, chinese_clip.list_chinese_clip,
+                     "a folder with SPLIT_texts.jsonl and SPLIT_imgs.tsv"),
+    "m2-encoder": (annotations.is_m2_encoder, annotations.list_m2_encoder,
+                   "lines of JSON with image and caption"),
+    "karpathy": (annotations.is_karpathy, annotations.list_karpathy,
+                 "JSON with images that have sentences"),
+    "numbered-captions": (annotations.is_numbered_captions, annotations.list_numbered_captions,
+                          "lines such as IMAGE#0 and a caption"),
+    "xm3600": (annotations.is_xm3600, annotations.list_xm3600, "captions.jsonl with image/key"),
+    "xtd10": (annotations.is_xtd10, annotations.list_xtd10,
+              "a folder with test_image_names.txt and test_1kcaptions_*.txt"),
+    "webdataset": (tar_shards.is_tar_shards, tar_shards.list_tar_shards,
+                   "tar files with images and texts"),
+    "table": (tables.is_table, tables.list_table,
+              "a csv, tsv or parquet file with columns such as image and caption"),
+}  # fmt: skip
 
 
 def open_benchmark(source: RetrievalSource) -> RetrievalPairs:
@@ -62,18 +51,20 @@ def open_benchmark(source: RetrievalSource) -> RetrievalPairs:
     elif kind not in get_args(Kind):
         raise DataError(f"{kind!r} is no kind of benchmark; expected {' or '.join(get_args(Kind))}")
     try:
-        return assemble(_LISTS[kind](source), source, kind=kind)
+        _, list_benchmark, _ = _FORMATS[kind]
+        return assemble(list_benchmark(source), source, kind=kind)
     except OSError as error:
         raise DataError(f"{error.filename or path} cannot be read: {error.strerror}") from error
 
 
 def kind_of(path: Path) -> Kind:
     """Return the kind of benchmark that a path holds."""
-    found = [kind for kind, recognises in _RECOGNISES.items() if recognises(path)]
+    found = [kind for kind, (recognises, *_) in _FORMATS.items() if recognises(path)]
     if len(found) == 1:
         return found[0]
     if found:
         raise DataError(f"{path} may be {' or '.join(found)}; set kind to one of them")
     if path.suffix.lower() in (".csv", ".tsv", ".parquet") and columns_of(path):
         raise tables.not_understood(path)
-    raise DataError(f"{path} is no benchmark of a known kind; known are {_KNOWN}")
+    known = "; ".join(f"{kind} ({look})" for kind, (_, _, look) in _FORMATS.items())
+    raise DataError(f"{path} is no benchmark of a known kind; known are {known}")

@@ -39,8 +39,10 @@ def list_tar_shards(source: RetrievalSource) -> Listing:
     for number, path in enumerate(paths):
         for key, members in _samples_in(path).items():
             name, where = f"{path.stem}/{key}", f"{path}, {key!r}"
-            image = _image_in(members, where)
-            spans.append((number, image.start, image.size))
+            images = [member for kind, member in members.items() if kind in _IMAGES]
+            if len(images) != 1:
+                raise DataError(f"{where} needs one image, has {', '.join(sorted(members))}")
+            spans.append((number, images[0].start, images[0].size))
             names.append(name)
             rows += [
                 Row(text, (name,), f"sample {len(names)}", language)
@@ -74,13 +76,6 @@ def _samples_in(path: Path) -> dict[str, dict[str, Member]]:
             raise DataError(f"{path}, {place} has two members .{twice[0]}; expected one")
         known.update(members)
     return samples
-
-
-def _image_in(members: Mapping[str, Member], where: str) -> Member:
-    images = [member for extension, member in members.items() if extension in _IMAGES]
-    if len(images) != 1:
-        raise DataError(f"{where} needs one image, has {', '.join(sorted(members))}")
-    return images[0]
 
 
 def _captions_in(members: Mapping[str, Member], where: str) -> Sequence[tuple[str, str]]:

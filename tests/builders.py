@@ -134,3 +134,12 @@ def tiny_bundle(folder: Path, *, seed: int = 0, context_length: int = 16) -> Pat
         languages=("zh", "en"),
     )
     return folder
+
+
+def unique_captions(samples: Iterable[Sample], languages: Iterable[str]) -> list[str]:
+    """Every caption once, in the order of first occurrence."""
+    languages = list(languages)
+    captions = (sample.captions for sample in samples)
+    return list(
+        dict.fromkeys(text for own in captions for code in languages for text in own.get(code, ()))
+    )

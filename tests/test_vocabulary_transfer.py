@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.builders import IMAGE_SIZE, tiny_bundle
+from tests.builders import IMAGE_SIZE, tiny_bundle, unique_captions
 from tests.support.commands import ROOT
 from vlm.bundle import load_bundle, save_bundle
 from vlm.data.dataset import ShardedSplit
@@ -33,7 +33,7 @@ MODEL_CFG = {
     "text_cfg": {"context_length": 77, "vocab_size": OLD, "width": 64, "heads": 2, "layers": 2},
     "custom_text": True,
 }
-ENGLISH = ShardedSplit(ROOT / "data/emoji", "test_style").unique_captions(["en"])[:600]
+ENGLISH = unique_captions(ShardedSplit(ROOT / "data/emoji", "test_style"), ["en"])[:600]
 LONG = "a photograph of " + ", ".join(f"{i} dogs and a cat" for i in range(11))
 
 

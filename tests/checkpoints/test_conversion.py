@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer, CLIPModel
 
-from tests.builders import tiny_bundle
+from tests.builders import tiny_bundle, unique_captions
 from tests.checkpoints.sources import disturb, pixels
 from tests.support.commands import ROOT
 from vlm.bundle import load_bundle
@@ -22,7 +22,7 @@ from vlm.text.pruning import prune
 
 CLIP_ZH = ROOT / "tokenizers/clip-zh"
 OLD = 49_408
-ENGLISH = ShardedSplit(ROOT / "data/emoji", "test_style").unique_captions(["en"])[:300]
+ENGLISH = unique_captions(ShardedSplit(ROOT / "data/emoji", "test_style"), ["en"])[:300]
 LONG = "a photograph of " + ", ".join(f"{number} dogs and a cat" for number in range(11))
 # open_clip's own description of a small CLIP, in a folder as open_clip writes it.
 MODEL_CFG = {

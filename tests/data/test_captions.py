@@ -17,7 +17,15 @@ import pyarrow.parquet
 import pytest
 from tqdm import tqdm
 
-from tests.builders import THINGS, encoded, make_image, make_sample, make_samples, write_split
+from tests.builders import (
+    THINGS,
+    encoded,
+    make_image,
+    make_sample,
+    make_samples,
+    unique_captions,
+    write_split,
+)
 from vlm.data.captions import read_captions
 from vlm.data.dataset import ShardedSplit
 from vlm.data.manifest import read_manifest
@@ -513,7 +521,7 @@ def test_a_data_folder_gives_what_its_split_holds(language, split):
     captions = read(EMOJI, language=language, split=split)
     samples = ShardedSplit(EMOJI, split)
     assert captions == [text for sample in samples for text in sample.captions[language]]
-    assert list(dict.fromkeys(captions)) == samples.unique_captions([language])
+    assert list(dict.fromkeys(captions)) == unique_captions(samples, [language])
 
 
 def test_a_data_folder_gives_its_training_split_unless_told_otherwise(tmp_path):

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.builders import make_sample, make_samples, write_split
+from tests.builders import make_samples, write_split
 from vlm.data.dataset import ShardedSplit
 from vlm.data.manifest import Manifest, read_manifest, write_manifest
 from vlm.data.shards import index_folder
@@ -92,19 +92,6 @@ def test_a_worker_process_that_is_sent_a_split_reads_all_of_it(folder, packed):
 
 def test_a_sent_split_is_small(folder):
     assert len(pickle.dumps(ShardedSplit(folder, "train"))) < 1000  # a path, not the shards
-
-
-def test_captions_are_listed_once_in_the_order_of_first_occurrence(tmp_path):
-    captions = [
-        {"en": ["b", "a"], "zh": ["乙"]},
-        {"zh": ["甲", "乙"]},
-        {"en": ["a", "c"], "fr": ["d"]},
-    ]
-    samples = [make_sample(number, captions=of_one) for number, of_one in enumerate(captions)]
-    split = ShardedSplit(write_split(tmp_path, samples), "train")
-    assert split.unique_captions(["en"]) == ["b", "a", "c"]
-    assert split.unique_captions(["zh", "en"]) == ["乙", "b", "a", "甲", "c"]
-    assert split.unique_captions(["de"]) == []
 
 
 def test_an_address_names_the_shard_and_the_row(folder):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from open_clip.tokenizer import default_bpe
 
+from tests.builders import unique_captions
 from tests.support.commands import ROOT
 from vlm.data.dataset import ShardedSplit
 from vlm.errors import TokenizerError
@@ -48,7 +49,7 @@ def nasty_texts():
 
 @pytest.fixture(scope="module")
 def captions():
-    return ShardedSplit(ROOT / "data/emoji", "train").unique_captions(["zh", "en"])
+    return unique_captions(ShardedSplit(ROOT / "data/emoji", "train"), ["zh", "en"])
 
 
 def differing(tokenizer, open_clips, texts):

@@ -14,7 +14,7 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer as RustTokenizer, decoders, models, normalizers, pre_tokenizers
 
-from tests.builders import THING_TEXTS, THINGS
+from tests.builders import THING_TEXTS, THINGS, unique_captions
 from vlm.data.dataset import ShardedSplit
 from vlm.data.manifest import read_manifest
 from vlm.errors import TokenizerError
@@ -77,7 +77,7 @@ def captions():
     """Return the captions of every split by language."""
     splits = [ShardedSplit(EMOJI, name) for name in read_manifest(EMOJI).splits]
     return {
-        language: sorted({text for split in splits for text in split.unique_captions([language])})
+        language: sorted({text for split in splits for text in unique_captions(split, [language])})
         for language in ("zh", "en")
     }
 

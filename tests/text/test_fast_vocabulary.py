@@ -22,6 +22,7 @@ from tokenizers import (
     trainers,
 )
 
+from tests.builders import unique_captions
 from tests.support.commands import ROOT
 from vlm.data.dataset import ShardedSplit
 from vlm.errors import TokenizerError
@@ -91,7 +92,7 @@ def merges_of(pieces, merges) -> RustTokenizer:
 
 @pytest.fixture(scope="module")
 def captions():
-    return ShardedSplit(ROOT / "data/emoji", "val").unique_captions(["zh", "en"])
+    return unique_captions(ShardedSplit(ROOT / "data/emoji", "val"), ["zh", "en"])
 
 
 @pytest.fixture(scope="module", params=KINDS)

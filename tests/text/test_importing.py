@@ -20,7 +20,7 @@ from tokenizers import (
     trainers,
 )
 
-from tests.builders import THINGS
+from tests.builders import THINGS, unique_captions
 from tests.support.commands import ROOT
 from vlm.data.dataset import ShardedSplit
 from vlm.errors import TokenizerError
@@ -43,7 +43,7 @@ def unchecked(monkeypatch):
 
 @pytest.fixture(scope="module")
 def captions():
-    return ShardedSplit(ROOT / "data/emoji", "val").unique_captions(["zh", "en"])
+    return unique_captions(ShardedSplit(ROOT / "data/emoji", "val"), ["zh", "en"])
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import pytest
 import rjieba
 import torch
 
+from tests.builders import unique_captions
 from tests.support.commands import ROOT
 from vlm.data.dataset import ShardedSplit
 from vlm.errors import ConfigError, TokenizerError
@@ -50,7 +51,7 @@ def tokenizer(request):
 
 @pytest.fixture(scope="module")
 def texts():
-    captions = ShardedSplit(ROOT / "data/emoji", "val").unique_captions(["zh", "en"])
+    captions = unique_captions(ShardedSplit(ROOT / "data/emoji", "val"), ["zh", "en"])
     return [*SENTENCES, *captions[::5]]
 
 

@@ -11,6 +11,7 @@ import torch
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import Tokenizer as RustTokenizer, decoders, models, normalizers, pre_tokenizers
 
+from tests.builders import unique_captions
 from vlm.data.dataset import ShardedSplit
 from vlm.errors import TokenizerError
 from vlm.text.clip_bpe import clip_tokenizer
@@ -30,7 +31,7 @@ UNSEEN = ("An entirely unseen sentence: 1,234 zebras…", "完全没见过的句
 @pytest.fixture(scope="module")
 def texts():
     """Return the captions of a split in both languages, and some that are no plain ones."""
-    captions = ShardedSplit(EMOJI, "test_style").unique_captions(["zh", "en"])[:400]
+    captions = unique_captions(ShardedSplit(EMOJI, "test_style"), ["zh", "en"])[:400]
     hard = ["", " ", "T恤 and 𠮷野家 <end_of_text>", "ñandú 🦄 \u200d ① x²", "é" * 20, "ab" * 60]
     return [*captions, *hard]
 
@@ -38,7 +39,7 @@ def texts():
 @pytest.fixture(scope="module")
 def train_captions():
     split = ShardedSplit(EMOJI, "train")
-    return {language: split.unique_captions([language])[:1500] for language in ("zh", "en")}
+    return {language: unique_captions(split, [language])[:1500] for language in ("zh", "en")}
 
 
 def clip(_) -> Tokenizer:

@@ -15,7 +15,7 @@ import pytest
 import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from tests.builders import THINGS
+from tests.builders import THINGS, unique_captions
 from tests.support.commands import ROOT
 from vlm.data.dataset import ShardedSplit
 from vlm.errors import TokenizerError
@@ -37,7 +37,7 @@ KINDS = {
 
 @cache
 def captions() -> list[str]:
-    return ShardedSplit(ROOT / "data/emoji", "val").unique_captions(["zh", "en"])
+    return unique_captions(ShardedSplit(ROOT / "data/emoji", "val"), ["zh", "en"])
 
 
 @cache

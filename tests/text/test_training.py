@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from tests.builders import THING_TEXTS, THINGS
+from tests.builders import THING_TEXTS, THINGS, unique_captions
 from vlm.data.dataset import ShardedSplit
 from vlm.errors import TokenizerError
 from vlm.text.config import SentencePieceConfig
@@ -50,7 +50,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def captions():
     split = ShardedSplit(EMOJI, "train")
-    return {language: split.unique_captions([language]) for language in ("zh", "en")}
+    return {language: unique_captions(split, [language]) for language in ("zh", "en")}
 
 
 # The same bytes

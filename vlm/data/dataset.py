@@ -1,7 +1,7 @@
 """The samples of one split by their index, read from verified shards."""
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 
@@ -55,17 +55,6 @@ class ShardedSplit:
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
-
-    def unique_captions(self, languages: Sequence[str]) -> list[str]:
-        """Return every caption once, in the order of first occurrence."""
-        return list(
-            dict.fromkeys(
-                text
-                for sample in self
-                for language in languages
-                for text in sample.captions.get(language, ())
-            )
-        )
 
     def damaged(self) -> Iterator[str]:
         """Give a sentence for every sample whose record or image cannot be read."""

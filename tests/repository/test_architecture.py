@@ -27,8 +27,8 @@ def test_public_names_are_pinned_and_importable():
     import vlm
 
     assert sorted(vlm.__all__) == [
-        "Embedder", "Tokenizer", "VlmError", "__version__", "evaluate_retrieval", "load",
-        "load_tokenizer",
+        "Embedder", "Tokenizer", "VlmError", "__version__", "evaluate", "evaluate_retrieval",
+        "load", "load_tokenizer",
     ]  # fmt: skip
     for name in vlm.__all__:
         assert getattr(vlm, name) is not None

@@ -207,9 +207,9 @@ def test_patch_dropout_beside_masked_modelling_is_refused(data, tokenizer, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def test_a_share_that_hides_no_patch_is_refused():
+def test_a_ratio_that_hides_no_patch_is_refused():
     masked = MaskedConfig(cmim_weight=1.0, image_ratio=0.4)
-    with pytest.raises(ConfigError, match=r"0\.4 of 1 patches, rounds to 0"):
+    with pytest.raises(ConfigError, match=r"0\.4 of 1 patches rounds to 0"):
         mask_plan(masked, tiny_model(tiny_tokenizer()))
 
 

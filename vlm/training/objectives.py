@@ -107,7 +107,7 @@ def mask_plan(config: MaskedConfig, encoder: Encoder) -> MaskPlan:
     hidden = round(config.image_ratio * rows * columns)
     if CMIM in config.weights and not hidden:
         raise ConfigError(
-            f"image_ratio is {config.image_ratio} of {rows * columns} patches rounds to 0; "
+            f"image_ratio {config.image_ratio} of {rows * columns} patches rounds to 0; "
             "expected a ratio that hides at least one"
         )
     return MaskPlan(

@@ -81,7 +81,10 @@ def test_a_setting_that_would_be_ignored_leaves_the_bundle_alone(capsys, bundle,
     [
         (["--seed", "-1"], "seed is -1; expected at least 0"),
         (["--prior", "1"], "the prior is 1.0; expected a number between 0 and 1"),
-        (["--data", "a", "b"], "--data takes one value; found 'b' behind it as well"),
+        (
+            ["--data", "a", "b"],
+            "found the argument 'b'; expected `vlm eval calibrate BUNDLE [options]`",
+        ),
     ],
     ids=" ".join,
 )

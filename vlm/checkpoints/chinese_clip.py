@@ -77,7 +77,20 @@ def read_chinese_clip(tensors: Tensors, config: ConversionConfig) -> Recipe:
 def chinese_clip_model_cfg(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return open_clip's description of the model that has these tensors."""
     try:
-        bert = _bert_config(tensors)
+        vocabulary, width = tensors[_ROWS].shape
+        bert = {
+            "model_type": "bert",
+            "vocab_size": vocabulary,
+            "hidden_size": width,
+            "num_hidden_layers": count_layers(tensors, r"bert\.encoder\.layer\.(\d+)\."),
+            "num_attention_heads": width // 64,
+            "intermediate_size": len(tensors["bert.encoder.layer.0.intermediate.dense.bias"]),
+            "max_position_embeddings": len(tensors["bert.embeddings.position_embeddings.weight"]),
+            "type_vocab_size": len(tensors["bert.embeddings.token_type_embeddings.weight"]),
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-12,
+            "pad_token_id": 0,
+        }
         embed_dim = tensors["text_projection"].shape[1]
     except (KeyError, IndexError) as error:
         raise CheckpointError(f"the text tower's size is unknown: {error} is missing") from error
@@ -112,23 +125,6 @@ def text_cfg(bert: Mapping[str, Any]) -> dict[str, Any]:
         "hf_proj_type": "linear",
         "context_length": CONTEXT_LENGTH,
         "hf_config": dict(bert),
-    }
-
-
-def _bert_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    vocabulary, width = tensors[_ROWS].shape
-    return {
-        "model_type": "bert",
-        "vocab_size": vocabulary,
-        "hidden_size": width,
-        "num_hidden_layers": count_layers(tensors, r"bert\.encoder\.layer\.(\d+)\."),
-        "num_attention_heads": width // 64,
-        "intermediate_size": len(tensors["bert.encoder.layer.0.intermediate.dense.bias"]),
-        "max_position_embeddings": len(tensors["bert.embeddings.position_embeddings.weight"]),
-        "type_vocab_size": len(tensors["bert.embeddings.token_type_embeddings.weight"]),
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-12,
-        "pad_token_id": 0,
     }
 
 

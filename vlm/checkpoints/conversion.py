@@ -81,16 +81,7 @@ def convert(
 
 
 def to_bundle(source: Path, out: Path, config: ConversionConfig) -> list[str]:
-    """Write the bundle of another project's checkpoint.
-
-    Args:
-        source: A weights file, or a folder of open_clip or transformers.
-        out: The folder to write.
-        config: What the source does not say itself.
-
-    Returns:
-        Sentences on what the source was, and what was left out on purpose.
-    """
+    """Write the bundle of another project's checkpoint, as `convert` does."""
     recipe = understand(source, config)
     # Without storage for weights that would be replaced at once.
     with torch.device("meta"):

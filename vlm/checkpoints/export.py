@@ -129,7 +129,10 @@ def _check_open_clip(bundle: Bundle, cfg: Mapping[str, Any]) -> None:
 
 def _to_chinese_clip(bundle: Bundle, out: Path) -> list[str]:
     model = _dual(bundle, "Chinese-CLIP")
-    _bert(bundle, "Chinese-CLIP")
+    kind = bundle.model_cfg["text_cfg"].get("hf_config", {}).get("model_type")
+    if kind != "bert":
+        found = kind or "a text transformer"
+        raise CheckpointError(f"Chinese-CLIP has BERT's text tower; the bundle's is {found}")
     theirs = to_theirs(model.state_dict(), chinese_clip.origin_of)
     try:
         again = chinese_clip.chinese_clip_model_cfg(theirs)
@@ -169,7 +172,7 @@ def _to_m2(bundle: Bundle, out: Path) -> list[str]:
         raise CheckpointError("M2-Encoder's format has no bias of a sigmoid loss")
     theirs = to_theirs(model.state_dict(), m2_encoder.origin_of)
     heads, width = model.config.heads, model.config.width
-    published = m2_encoder.published_heads(width)
+    published = m2_encoder.PUBLISHED_HEADS.get(width)
     if published not in (None, heads):
         raise CheckpointError(
             f"M2-Encoder's format cannot express {heads} attention heads of a width of {width}: "
@@ -202,35 +205,17 @@ def _dual(bundle: Bundle, target: str) -> DualEncoder:
     return bundle.model
 
 
-def _bert(bundle: Bundle, target: str) -> None:
-    kind = bundle.model_cfg["text_cfg"].get("hf_config", {}).get("model_type")
-    if kind != "bert":
-        raise CheckpointError(
-            f"{target} has BERT's text tower; the bundle's is {kind or 'a text transformer'}"
-        )
-
-
 def _same(bundle: Bundle, again: Mapping[str, Any], target: str) -> None:
     """Refuse a model that would be read back as another one."""
-    differing = _differences(bundle.model_cfg, again)
+    ours, theirs = _flat(bundle.model_cfg), _flat(again)
+    names = sorted(ours.keys() | theirs.keys())
+    differing = [f"{n} {ours.get(n)}" for n in names if ours.get(n) != theirs.get(n)]
     if differing:
         raise CheckpointError(f"{target} cannot express the model's {', '.join(differing)}")
 
 
-def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Return what differs between the models of two of open_clip's descriptions.
-
-    Only what decides features counts, not how a model is trained or where its names come from.
-
-    Returns:
-        A phrase for each difference, such as `vision_cfg.pool_type avg`, with the value of `one`.
-    """
-    left, right = _flat(one), _flat(other)
-    names = sorted(left.keys() | right.keys())
-    return [f"{name} {left.get(name)}" for name in names if left.get(name) != right.get(name)]
-
-
 def _flat(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what decides features: not how a model is trained or where its names come from."""
     vision, text = asdict(CLIPVisionCfg(**cfg["vision_cfg"])), dict(cfg["text_cfg"])
     if not vision["timm_model_name"]:
         vision = {name: value for name, value in vision.items() if not name.startswith("timm_")}

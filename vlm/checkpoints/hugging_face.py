@@ -121,6 +121,11 @@ def hugging_face_model_cfg(record: Mapping[str, Any], tokenizer: Tokenizer) -> d
     """Return open_clip's description of the model that a `config.json` describes."""
     kind = record["model_type"]
     vision, text = _part(record, "vision", _VISION), _part(record, "text", _TEXT[kind])
+    if kind == CHINESE_CLIP:
+        bert = {name: text[name] for name in _TEXT[CHINESE_CLIP]} | {"model_type": "bert"}
+        text_cfg = chinese_clip.text_cfg(bert)
+    else:
+        text_cfg = _clip_text_cfg(text, tokenizer)
     return {
         "embed_dim": record.get("projection_dim", 512),
         "vision_cfg": _sizes(vision)
@@ -129,7 +134,7 @@ def hugging_face_model_cfg(record: Mapping[str, Any], tokenizer: Tokenizer) -> d
             "patch_size": vision["patch_size"],
             "head_width": vision["hidden_size"] // vision["num_attention_heads"],
         },
-        "text_cfg": _bert_cfg(text) if kind == CHINESE_CLIP else _clip_text_cfg(text, tokenizer),
+        "text_cfg": text_cfg,
         "custom_text": True,
         "quick_gelu": _quick_gelu(vision, text, kind),
     }
@@ -206,11 +211,6 @@ def _clip_text_cfg(text: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, A
         "pool_type": "eos",
         "eos_id": end,
     }
-
-
-def _bert_cfg(text: Mapping[str, Any]) -> dict[str, Any]:
-    bert = {name: text[name] for name in _TEXT[CHINESE_CLIP]} | {"model_type": "bert"}
-    return chinese_clip.text_cfg(bert)
 
 
 def _quick_gelu(vision: Mapping[str, Any], text: Mapping[str, Any], kind: str) -> bool:

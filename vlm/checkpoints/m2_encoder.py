@@ -25,8 +25,8 @@ Texts go through the shared layers by the images' branch.
 
 _ROWS = "backbone.text_embed.weight"
 _POSITIONS = "backbone.encoder.embed_positions.A.weight"
-# By width. No tensor's shape depends on it, and another number gives other features.
-_PUBLISHED_HEADS = {768: 12, 1024: 16, 4096: 32}
+PUBLISHED_HEADS = {768: 12, 1024: 16, 4096: 32}
+"""Attention heads by width. No tensor's shape shows them, and another number changes features."""
 _CLASS_TOKEN = 1
 
 
@@ -74,28 +74,15 @@ def read_m2_encoder(tensors: Tensors, config: ConversionConfig) -> Recipe:
     )
 
 
-def published_heads(width: int) -> int | None:
-    """Return the number of attention heads of the published model of a width, if there is one."""
-    return _PUBLISHED_HEADS.get(width)
-
-
 def multiway_config(tensors: Mapping[str, Tensor], *, heads: int | None = None) -> MultiwayConfig:
-    """Return the sizes of the towers that have these tensors.
-
-    Args:
-        tensors: By M2-Encoder's names.
-        heads: Number of attention heads; None for that of the published model of the same width.
-
-    Raises:
-        CheckpointError: a tensor that shows a size is missing, or no published model is as wide.
-    """
+    """Return the sizes of towers; `heads` is needed where no published model is as wide."""
     try:
         width, _, patch, _ = tensors["backbone.vision_embed.proj.weight"].shape
-        heads = heads or published_heads(width)
+        heads = heads or PUBLISHED_HEADS.get(width)
         if heads is None:
             raise CheckpointError(
                 f"the towers are {width} wide, and no tensor shows their number of attention "
-                f"heads; expected --heads, or a width of {', '.join(map(str, _PUBLISHED_HEADS))}"
+                f"heads; expected --heads, or a width of {', '.join(map(str, PUBLISHED_HEADS))}"
             )
         patches = len(tensors[_POSITIONS]) - POSITION_OFFSET - _CLASS_TOKEN
         return MultiwayConfig(

@@ -124,7 +124,12 @@ def _recipe(
         context_length=context_length,
     )
     if text.get("hf_tokenizer_name"):
-        tokenizer = _as_read_by_open_clip(tokenizer, text)
+        # With what open_clip does before and after a tokenizer of transformers.
+        said = text.get("tokenizer_kwargs") or {}
+        own = replace(tokenizer.config, cleaning=_CLEANING[said.get("clean", "whitespace")])
+        if said.get("strip_sep_token"):  # id 0 takes the place of its end of text
+            own = replace(own, end_of_text=tokenizer.vocabulary.pieces()[0])
+        tokenizer = Tokenizer(tokenizer.vocabulary, own)
         text |= {} if bert else {"pad_id": tokenizer.special_ids.padding}  # which towers may see
     # Vectors of one in some models.
     scalars = {name: tensors[name] for name in ("logit_scale", "logit_bias") if name in tensors}
@@ -139,15 +144,6 @@ def _recipe(
         tokenizer=tokenizer,
         languages=config.languages or languages_of(tokenizer),
     )
-
-
-def _as_read_by_open_clip(tokenizer: Tokenizer, text: Mapping[str, Any]) -> Tokenizer:
-    """Return a tokenizer of transformers with what open_clip does before and after it."""
-    said = text.get("tokenizer_kwargs") or {}
-    config = replace(tokenizer.config, cleaning=_CLEANING[said.get("clean", "whitespace")])
-    if said.get("strip_sep_token"):  # id 0 takes the place of its end of text
-        config = replace(config, end_of_text=tokenizer.vocabulary.pieces()[0])
-    return Tokenizer(tokenizer.vocabulary, config)
 
 
 def _described(model_cfg: Mapping[str, Any], config: ConversionConfig) -> dict[str, Any]:

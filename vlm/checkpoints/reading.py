@@ -111,11 +111,14 @@ def _read_safetensors(path: Path) -> Tensors:
 
 def _read_torch(path: Path) -> Tensors:
     archive = zipfile.is_zipfile(path)
-    if archive and _is_torchscript(path):
-        raise CheckpointError(
-            f"{path} is a TorchScript archive, which is a program; expected its state_dict, saved "
-            "by someone who trusts it"
-        )
+    if archive:
+        with zipfile.ZipFile(path) as file:
+            is_program = any(name.endswith("/constants.pkl") for name in file.namelist())
+        if is_program:
+            raise CheckpointError(
+                f"{path} is a TorchScript archive, which is a program; expected its state_dict, "
+                "saved by someone who trusts it"
+            )
     try:
         with warnings.catch_warnings(action="ignore"):  # of unusual pickles, which are read or not
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
@@ -136,11 +139,6 @@ def _read_torch(path: Path) -> Tensors:
     except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"cannot read the weights {path}: {error}") from error
     return _unwrapped(content, path)
-
-
-def _is_torchscript(path: Path) -> bool:
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _unwrapped(content: object, path: Path) -> Tensors:

@@ -45,14 +45,9 @@ def read_tokenizer(
     positions: int,
     context_length: int,
 ) -> Tokenizer:
-    """Read the tokenizer that was named, or else the source's own.
+    """Read the tokenizer that `config` names, or else the source's `own`, for a model of its sizes.
 
-    Args:
-        config: Names a tokenizer and a context length, or neither.
-        own: The source's own tokenizer, as `import_tokenizer` takes it.
-        rows: Ids that the model has.
-        positions: Tokens that the model can read.
-        context_length: Longest text in tokens by the source's own tokenizer.
+    `context_length` is the longest text in tokens by the source's own tokenizer.
     """
     tokenizer = import_tokenizer(config.tokenizer or own)
     if tokenizer.vocab_size > rows:

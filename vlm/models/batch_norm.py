@@ -1,7 +1,8 @@
 """Batch normalisation over the images of all ranks, on any device."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from timm.layers.norm_act import convert_sync_batchnorm
@@ -35,21 +36,26 @@ def synchronize_batch_norm(model: nn.Module, group: RankGroup, device: torch.dev
     return model
 
 
-@contextmanager
-def kept_statistics(model: nn.Module) -> Iterator[None]:
+def kept_statistics(model: nn.Module) -> AbstractContextManager[None]:
     """Leave the running statistics of a model's batch norms alone while it is run.
 
     For passes over images of another kind than evaluation's. Batches are normalised as ever.
     """
     norms = [each for each in model.modules() if isinstance(each, _BatchNorm | GroupBatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
+    return temporarily(norms, "momentum", 0.0)
+
+
+@contextmanager
+def temporarily(modules: Iterable[nn.Module], name: str, value: Any) -> Iterator[None]:
+    """Set an attribute of modules within a `with` block."""
+    before = [(module, getattr(module, name)) for module in modules]
+    for module, _ in before:
+        setattr(module, name, value)
     try:
         yield
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+        for module, old in before:
+            setattr(module, name, old)
 
 
 def keep_locked_statistics(model: nn.Module) -> None:

@@ -3,9 +3,10 @@
 import copy
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import open_clip
@@ -129,15 +130,7 @@ def _build(model_cfg: Mapping[str, Any]) -> Encoder:
 def _zoo_towers(name: str) -> dict[str, Any]:
     names = open_clip.list_models()
     if name not in names:
-        close = difflib.get_close_matches(name, names, n=3)
-        raise ConfigError(
-            f"open_clip has no model {name!r}"
-            + (
-                f"; did you mean one of {', '.join(close)}"
-                if close
-                else "; expected one of its zoo"
-            )
-        )
+        raise _unknown_model("open_clip", name, names)
     described = copy.deepcopy(open_clip.get_model_config(name))
     kept = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")
     towers = {key: described[key] for key in kept if key in described}
@@ -181,11 +174,15 @@ def build_towers(model_cfg: Mapping[str, Any]) -> tuple[ImageTower, TextTower]:
     vision_cfg = {**model_cfg["vision_cfg"], "output_tokens": False}
     text_cfg = {**model_cfg["text_cfg"], "output_tokens": False}
     name = vision_cfg.get("timm_model_name")
-    if name:
-        _check_timm_name(name)
-    with hugging_face_tower.temporary_folder() as folder:
-        if text_cfg.get("hf_model_name"):
-            text_cfg = _offline(text_cfg, Path(folder))
+    if name and not timm.is_model(name):
+        raise _unknown_model("timm", name, timm.list_models())
+    with TemporaryDirectory(prefix="vlm-hf-config-") as folder:
+        if text_cfg.get("hf_model_name"):  # open_clip reads the model's configuration from there
+            hf_config = text_cfg.pop("hf_config", None)
+            if hf_config is None:
+                hf_config = hugging_face_tower.read_hf_config(text_cfg["hf_model_name"])
+            hugging_face_tower.write_hf_config(hf_config, Path(folder))
+            text_cfg |= {"hf_model_name": folder, "hf_model_pretrained": False}
         try:
             towers = open_clip.CustomTextCLIP(
                 model_cfg["embed_dim"],
@@ -207,23 +204,10 @@ def build_towers(model_cfg: Mapping[str, Any]) -> tuple[ImageTower, TextTower]:
     return towers.visual, towers.text
 
 
-def _offline(text_cfg: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return a text config whose model open_clip reads from a folder, where it is written."""
-    hf_config = text_cfg.get("hf_config")
-    if hf_config is None:
-        hf_config = hugging_face_tower.read_hf_config(text_cfg["hf_model_name"])
-    hugging_face_tower.write_hf_config(hf_config, folder)
-    known = {name: value for name, value in text_cfg.items() if name != "hf_config"}
-    return known | {"hf_model_name": str(folder), "hf_model_pretrained": False}
-
-
-def _check_timm_name(name: str) -> None:
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise ConfigError(
-            f"timm has no model {name!r}"
-            + (f"; did you mean one of {', '.join(close)}" if close else "")
-        )
+def _unknown_model(library: str, name: str, names: Sequence[str]) -> ConfigError:
+    close = difflib.get_close_matches(name, names, n=3)
+    hint = f"did you mean one of {', '.join(close)}" if close else "expected one of its zoo"
+    return ConfigError(f"{library} has no model {name!r}; {hint}")
 
 
 def _check_patches(trunk: nn.Module) -> None:

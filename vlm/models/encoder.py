@@ -131,12 +131,7 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def text_states(self, tokens: TokenBatch, replaced: Replacement | None = None) -> States:
-        """Return the features of texts and the states of their tokens.
-
-        Args:
-            tokens: Padded texts.
-            replaced: A vector in the place of some tokens' embeddings.
-        """
+        """Return the features of texts and the states of their tokens, some of them replaced."""
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
@@ -164,12 +159,7 @@ class Encoder(nn.Module, ABC):
         """
 
     def untrained_parameters(self, *, unimodal: bool, patches: bool) -> list[nn.Parameter]:
-        """Return the parameters that no gradient reaches in a kind of training.
-
-        Args:
-            unimodal: Whether the second head is trained.
-            patches: Whether patches are hidden.
-        """
+        """Return the parameters that no gradient reaches: those of a part that is not used."""
         return []
 
     @abstractmethod

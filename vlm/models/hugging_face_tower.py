@@ -1,7 +1,6 @@
 """open_clip's adapter to text models of transformers: built without the network, and run."""
 
 import json
-import tempfile
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -60,17 +59,8 @@ def write_hf_config(hf_config: Mapping[str, Any], folder: Path) -> None:
     (folder / "config.json").write_text(text, encoding="utf-8")
 
 
-def temporary_folder() -> "tempfile.TemporaryDirectory[str]":
-    """Return a folder that is gone when its `with` block ends."""
-    return tempfile.TemporaryDirectory(prefix="vlm-hf-config-")
-
-
 def check(tower: HFTextEncoder) -> None:
-    """Refuse a tower that open_clip builds and cannot run.
-
-    Raises:
-        ConfigError: it pools in an unknown way, or its features have not the common width.
-    """
+    """Refuse a tower that open_clip builds and cannot run."""
     pooler = next((name for name in _POOLERS if _snake(tower.pooler) == name), None)
     if pooler is None:
         raise ConfigError(

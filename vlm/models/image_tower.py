@@ -1,7 +1,5 @@
 """open_clip's image towers: the states of patches, patch dropout, and groups of parameters."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from math import isqrt
 from typing import NamedTuple, TypeAlias
 
@@ -24,6 +22,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from torch import Tensor, nn
 
 from vlm.errors import ConfigError
+from vlm.models.batch_norm import temporarily
 
 ImageTower: TypeAlias = VisionTransformer | ModifiedResNet | TimmModel
 
@@ -80,7 +79,7 @@ def patch_layout(visual: ImageTower) -> PatchLayout:
         return PatchLayout((side, side), int(visual.attnpool.k_proj.in_features))
     like = next(visual.parameters())
     image = torch.zeros(1, 3, *visual.image_size, dtype=like.dtype, device=like.device)
-    with _in_evaluation(visual), torch.no_grad():
+    with temporarily(visual.modules(), "training", False), torch.no_grad():
         output = _timm_states(visual, image)
     if output.ndim == 4:
         rows, columns, width = _channels_last(visual.trunk, output).shape[1:]
@@ -98,7 +97,8 @@ def states_of(
     taken after the tower's last normalisation: of open_clip's transformer before the projection,
     or as its attentional pooling reads them; of a convolutional tower before the pooling.
     """
-    with _every_patch(visual):
+    dropouts = (module for module in visual.modules() if isinstance(module, _DROPOUTS))
+    with temporarily(dropouts, "prob", 0.0):
         if isinstance(visual, TimmModel):
             output = _timm_states(visual, images)
             features: Tensor = visual.head(visual.trunk.forward_head(output))
@@ -232,27 +232,3 @@ def _timm_grid(visual: TimmModel, count: int) -> tuple[int, int]:
             f"patches on an image of {visual.image_size}"
         )
     return (side, side)
-
-
-@contextmanager
-def _every_patch(visual: ImageTower) -> Iterator[None]:
-    dropouts = [module for module in visual.modules() if isinstance(module, _DROPOUTS)]
-    ratios = [dropout.prob for dropout in dropouts]
-    for dropout in dropouts:
-        dropout.prob = 0.0
-    try:
-        yield
-    finally:
-        for dropout, ratio in zip(dropouts, ratios, strict=True):
-            dropout.prob = ratio
-
-
-@contextmanager
-def _in_evaluation(visual: ImageTower) -> Iterator[None]:
-    training = [module for module in visual.modules() if module.training]
-    visual.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -246,12 +246,7 @@ class UnimodalEncoders(nn.Module):
         tokens: TokenBatch,
         replaced: Replacement | None = None,
     ) -> Float[Tensor, "batch length width"]:
-        """Return the tokens with their positions, and zeros at padding.
-
-        Args:
-            tokens: Padded texts.
-            replaced: Where true, the given vector takes the place of a token's embedding.
-        """
+        """Return the tokens with their positions, some of them replaced, and zeros at padding."""
         length = tokens.ids.shape[1]
         if length > self.config.context_length:
             raise ConfigError(

@@ -67,16 +67,7 @@ def encode_tokens(tower: TextTower, tokens: TokenBatch) -> Float[Tensor, "batch 
 def token_states(
     tower: TextTower, tokens: TokenBatch, replaced: Replacement | None = None
 ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch length width"]]:
-    """Return one feature a text, not normalised, and the last states of its tokens.
-
-    Args:
-        tower: A tower that `check_text_tower` lets pass.
-        tokens: Padded texts.
-        replaced: Embeddings of tokens to put a vector in the place of.
-
-    Returns:
-        Features as of `encode_tokens`, and states after the tower's last normalisation.
-    """
+    """Return features as `encode_tokens` does, and the states of tokens after the last norm."""
     if isinstance(tower, HFTextEncoder):
         return hugging_face_tower.run(tower, tokens, replaced)
     length = tokens.ids.shape[1]

@@ -43,12 +43,15 @@ def clip_tokenizer(merges: Path | None = None) -> Tokenizer:
         merges: CLIP's list of merges, gzipped; None for the one that open_clip ships.
     """
     path = merges or Path(default_bpe())
+    # Characters stand for bytes, in the order of CLIP's ids: those that Latin-1 prints for
+    # themselves, then those from U+0100 on for the others.
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    symbols = list(map(chr, [*printed, *range(0x100, 0x200 - len(printed))]))
     try:
         lines = gzip.decompress(path.read_bytes()).decode().split("\n")[1 : _MERGES + 1]
         pairs = [(left, right) for left, right in map(str.split, lines)]
         if len(pairs) != _MERGES:
             raise ValueError(f"it has {len(pairs)} merges, expected {_MERGES}")
-        symbols = _byte_symbols()
         pieces = [*symbols, *(symbol + _END_OF_WORD for symbol in symbols), *map("".join, pairs)]
         ids = {piece: index for index, piece in enumerate(pieces)}
         rust = _byte_pairs(ids, pairs, (BEGIN, END), _word_pattern())
@@ -118,16 +121,6 @@ def _byte_pairs(
     )
     rust.add_special_tokens([AddedToken(piece, normalized=False) for piece in specials])
     return rust
-
-
-def _byte_symbols() -> list[str]:
-    """Return the characters that stand for bytes, in the order of CLIP's ids.
-
-    Bytes that Latin-1 prints stand for themselves; the others, which come last, are written as
-    the characters from U+0100 on.
-    """
-    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    return [chr(byte) for byte in printed] + [chr(0x100 + i) for i in range(256 - len(printed))]
 
 
 def _word_pattern() -> str:

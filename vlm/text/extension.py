@@ -60,7 +60,10 @@ def extend(
         raise TokenizerError(f"coverage is {coverage}; expected more than 0, at most 1")
     room = None if vocab_size is None else vocab_size - base.vocab_size
     known = set(base.vocabulary.pieces())
-    character_shares = _character_shares(words)
+    character_shares: dict[str, float] = {}
+    for word, share in words.items():
+        for character in HAN.findall(word):
+            character_shares[character] = character_shares.get(character, 0.0) + share
     if not character_shares:
         raise TokenizerError(f"there are no Chinese characters in {len(words)} words to choose")
     covered = _until_covered(character_shares, known, coverage, room)
@@ -101,14 +104,6 @@ def is_extension(new: Tokenizer, old: Tokenizer) -> bool:
         and new.special_ids == old.special_ids
         and new.config.cleaning == old.config.cleaning
     )
-
-
-def _character_shares(words: Mapping[str, float]) -> dict[str, float]:
-    shares: dict[str, float] = {}
-    for word, share in words.items():
-        for character in HAN.findall(word):
-            shares[character] = shares.get(character, 0.0) + share
-    return shares
 
 
 def _until_covered(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, groupby
@@ -16,7 +17,7 @@ from vlm.text.vocabulary import NewPiece, Vocabulary, merged_to
 
 FILE_NAME = "tokenizer.json"
 
-_SPACE = "▁"  # the piece of a space, which bytes could not say
+_BYTE_OR_SPACE = re.compile("<0x..>|▁")  # the piece of a space, which bytes could not say
 _MOST_WORDS = 200_000  # whose ids are kept, some 40 MiB
 _TEXTS_A_THREAD = 512  # fewer are not worth a thread
 
@@ -251,8 +252,8 @@ class FastVocabulary(Vocabulary):
             scores = [score for _, score in model["vocab"]]
             needed |= {scores.index(min(scores)), model["unk_id"]} - {None}
             if model["byte_fallback"]:
-                said = (i for i, p in enumerate(self.pieces()) if _is_byte(p) or p == _SPACE)
-                needed.update(said)
+                pieces = enumerate(self.pieces())
+                needed.update(i for i, piece in pieces if _BYTE_OR_SPACE.fullmatch(piece))
         if model["type"] == "BPE":
             needed |= _merged_from(needed, model)
         return needed
@@ -287,20 +288,12 @@ def _merged_from(ids: Iterable[int], model: Mapping[str, Any]) -> set[int]:
     # What no merge makes is what texts are first split into, such as bytes.
     reached = {i for piece, i in vocabulary.items() if piece not in merged}
     piece_of = {i: piece for piece, i in vocabulary.items()}
+    suffix = model.get("end_of_word_suffix") or ""
     for piece in merged.intersection(map(piece_of.get, ids)):
-        symbols = _symbols(piece, model.get("end_of_word_suffix") or "")
+        symbols = list(piece)
+        if suffix and piece.endswith(suffix):  # of a word's last character
+            *symbols, last = piece.removesuffix(suffix)
+            symbols.append(last + suffix)
         parts = merged_to(symbols, lambda left, right: places.get((left, right)))
         reached.update(vocabulary[part] for part in parts)
     return reached
-
-
-def _symbols(piece: str, suffix: str) -> list[str]:
-    """Split a piece into its characters; the last one of a word has the suffix."""
-    if not suffix or not piece.endswith(suffix):
-        return list(piece)
-    word = piece.removesuffix(suffix)
-    return [*word[:-1], word[-1:] + suffix]
-
-
-def _is_byte(piece: str) -> bool:
-    return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")

@@ -1,11 +1,11 @@
 """Tokenizers measured on texts: number of tokens, truncation, characters without a piece."""
 
+import json
 import logging
 import time
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -104,13 +104,8 @@ class Report:
 
     def as_record(self) -> dict[str, Any]:
         """Return the report in types that JSON has, with the keys of the dataclasses."""
-        return {
-            "tokenizers": {name: asdict(size) for name, size in self.tokenizers.items()},
-            "languages": {
-                language: {name: _record_of(statistics) for name, statistics in by_name.items()}
-                for language, by_name in self.statistics.items()
-            },
-        }
+        record = json.loads(json.dumps(asdict(self)))  # in which tuples are lists
+        return {"tokenizers": record["tokenizers"], "languages": record["statistics"]}
 
 
 def compare(tokenizers: Mapping[str, Tokenizer], texts: Mapping[str, Sequence[str]]) -> Report:
@@ -138,7 +133,7 @@ def compare(tokenizers: Mapping[str, Tokenizer], texts: Mapping[str, Sequence[st
         },
         statistics={
             language: {
-                name: _measure(tokenizer, some, words[language])
+                name: measure(tokenizer, some, words[language])
                 for name, tokenizer in tokenizers.items()
             }
             for language, some in texts.items()
@@ -146,16 +141,20 @@ def compare(tokenizers: Mapping[str, Tokenizer], texts: Mapping[str, Sequence[st
     )
 
 
-def measure(tokenizer: Tokenizer, texts: Sequence[str]) -> TextStatistics:
+def measure(
+    tokenizer: Tokenizer, texts: Sequence[str], words: Counter[str] | None = None
+) -> TextStatistics:
     """Measure one tokenizer on the texts of one language; its own count of truncated texts is kept.
+
+    Args:
+        tokenizer: The tokenizer.
+        texts: At least one.
+        words: The words of the texts, counted; None to count them.
 
     Raises:
         TokenizerError: there are no texts or none with words, or a text is not valid Unicode.
     """
-    return _measure(tokenizer, texts, _count_words(texts))
-
-
-def _measure(tokenizer: Tokenizer, texts: Sequence[str], words: Counter[str]) -> TextStatistics:
+    words = words or _count_words(texts)
     markers = 1 if tokenizer.special_ids.begin_of_text is None else 2
     clean = CLEANING[tokenizer.config.cleaning]
     lengths: list[int] = []
@@ -260,32 +259,17 @@ def _without_space_signs(tokenizer: Tokenizer, rows: Iterable[Sequence[int]]) ->
 def _seconds_to_encode(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
     # Another one of the same kind, so that the given one counts only what its user encodes.
     fresh = Tokenizer(tokenizer.vocabulary, tokenizer.config)
-    with _silence("vlm.text.tokenizer"):  # what is truncated is in the report
+    logger = logging.getLogger("vlm.text.tokenizer")
+    before, logger.disabled = logger.disabled, True  # what is truncated is in the report
+    try:
         start = time.perf_counter()
         for batch in _batches(texts):
             fresh.encode(batch)
         return time.perf_counter() - start
-
-
-@contextmanager
-def _silence(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-
-    def nothing(_: logging.LogRecord) -> bool:
-        return False
-
-    logger.addFilter(nothing)
-    try:
-        yield
     finally:
-        logger.removeFilter(nothing)
+        logger.disabled = before
 
 
 def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
     for start in range(0, len(texts), _BATCH):
         yield texts[start : start + _BATCH]
-
-
-def _record_of(statistics: TextStatistics) -> dict[str, Any]:
-    words = [asdict(word) for word in statistics.most_split_words]
-    return asdict(statistics) | {"most_split_words": words}

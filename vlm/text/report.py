@@ -81,11 +81,7 @@ def _percent(share: float) -> str:
 
 
 def check_plot_path(path: Path) -> None:
-    """Refuse a file that `plot_report` cannot write, before any time is spent.
-
-    Raises:
-        TokenizerError: its name ends in nothing that is drawn.
-    """
+    """Refuse a file that `plot_report` cannot write, before any time is spent."""
     if path.suffix.lower() not in PLOT_SUFFIXES:
         raise TokenizerError(f"cannot draw {path}; expected {' or '.join(PLOT_SUFFIXES)}")
 
@@ -128,7 +124,9 @@ def plot_report(report: Report, path: Path) -> None:
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
     tokens.set_xticklabels([f"{language}, per {_unit_of(language)}" for language in languages])
-    legend = [_drawable(name) for name in names]
+    # What every font has, and no formula begins with.
+    ascii_names = [name.encode("ascii", "backslashreplace").decode() for name in names]
+    legend = [name.replace("$", r"\$") for name in ascii_names]
     figure.legend(tokens.containers, legend, loc="outside upper center", ncols=3)
     image = io.BytesIO()
     figure.savefig(image, format=path.suffix[1:].lower(), dpi=120)
@@ -144,8 +142,3 @@ def _tokens_a_unit(language: str, statistics: TextStatistics) -> float:
 def _unit_of(language: str) -> str:
     # What is one word of Chinese is a matter of opinion.
     return "character" if language.startswith("zh") else "word"
-
-
-def _drawable(name: str) -> str:
-    """Write a name in what every font has and no formula begins with."""
-    return name.encode("ascii", "backslashreplace").decode().replace("$", r"\$")

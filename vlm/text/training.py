@@ -55,7 +55,13 @@ def train_sentencepiece(
             )
     counts = {language: _count_lines(texts.get(language, ())) for language in _SCRIPTS}
     for language, lines in counts.items():
-        _check_language(language, lines)
+        expected = f"expected texts in {' and '.join(_SCRIPTS)}"
+        if not lines:
+            found = f"there is no text in {language!r} to train a tokenizer on"
+            raise TokenizerError(f"{found}; {expected}")
+        if not any(_SCRIPTS[language].search(line) for line in lines):
+            found = f"none of the {len(lines)} texts in {language!r} has a letter of its script"
+            raise TokenizerError(f"{found}; {expected}")
     for language, shares in (word_lists or {}).items():
         size = _bytes_of(counts[language])
         total = sum(len(word.encode()) * share for word, share in shares.items())
@@ -149,19 +155,6 @@ def _count_lines(texts: Iterable[str]) -> dict[str, float]:
     """Count texts that are alike, with the space between their words as one."""
     lines = (" ".join(text.replace(_EDGE, " ").split()) for text in texts)
     return {line: float(count) for line, count in Counter(filter(None, lines)).items()}
-
-
-def _check_language(language: str, lines: Mapping[str, float]) -> None:
-    if not lines:
-        raise TokenizerError(
-            f"there is no text in {language!r} to train a tokenizer on; expected texts in "
-            f"{' and '.join(_SCRIPTS)}"
-        )
-    if not any(_SCRIPTS[language].search(line) for line in lines):
-        raise TokenizerError(
-            f"none of the {len(lines)} texts in {language!r} has a letter of its script; expected "
-            f"texts in {' and '.join(_SCRIPTS)}"
-        )
 
 
 def _bytes_of(lines: Mapping[str, float]) -> float:

@@ -42,11 +42,7 @@ class Vocabulary(ABC):
 
     @classmethod
     def load(cls, folder: Path) -> "Vocabulary":
-        """Read the vocabulary of a folder.
-
-        Raises:
-            TokenizerError: the file is missing or damaged.
-        """
+        """Read the vocabulary of a folder."""
         path = folder / cls.file_name
         if not path.is_file():
             raise TokenizerError(f"{path} is missing")

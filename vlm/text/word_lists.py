@@ -64,9 +64,14 @@ def read_word_list(source: str, language: Language) -> dict[str, float]:
         TokenizerError: there is no such list, or it holds no word of the language.
     """
     if source == "wordfreq":
-        counts = _wordfreq(language)
+        _require("wordfreq")
+        import wordfreq
+
+        counts: Mapping[str, float] = wordfreq.get_frequency_dict(language, wordlist="large")
     elif source == "jieba":
-        counts = _counts_of_lines(_jieba_dictionary(), " ") if language == "zh" else {}
+        # The package itself is not imported: only its list of words is wanted.
+        dictionary = Path(_require("jieba")) / "dict.txt"
+        counts = _counts_of_lines(dictionary, " ") if language == "zh" else {}
     else:
         counts = _counts_of_lines(Path(source), "\t")
     of_language: dict[str, float] = {}
@@ -134,19 +139,6 @@ def cedict_entries() -> list[DictionaryEntry]:
         DictionaryEntry(entry["simplified"], entry["traditional"], tuple(entry["definitions"]))
         for entry in CcCedict().get_entries()
     ]
-
-
-def _wordfreq(language: Language) -> Mapping[str, float]:
-    _require("wordfreq")
-    import wordfreq
-
-    frequencies: Mapping[str, float] = wordfreq.get_frequency_dict(language, wordlist="large")
-    return frequencies
-
-
-def _jieba_dictionary() -> Path:
-    # The package itself is not imported: only its list of words is wanted.
-    return Path(_require("jieba")) / "dict.txt"
 
 
 def _require(package: str) -> str:

@@ -54,6 +54,14 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str
 
 
 @pytest.fixture(scope="session")
+def clip():
+    """CLIP's own tokenizer, whose pattern of words takes a second to build."""
+    from vlm.text.clip_bpe import clip_tokenizer
+
+    return clip_tokenizer()
+
+
+@pytest.fixture(scope="session")
 def data_folder(tmp_path_factory):
     """Return a folder whose split `test` shows 12 concepts twice, in two styles."""
     from tests.builders import make_samples, write_split

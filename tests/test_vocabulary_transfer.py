@@ -19,7 +19,6 @@ from vlm.images.config import PreprocessConfig
 from vlm.images.transforms import preprocess_cfg
 from vlm.models.build import build_encoder
 from vlm.models.config import GrowthConfig
-from vlm.text.clip_bpe import clip_tokenizer
 from vlm.text.pruning import prune
 from vlm.text.tokenizer import Tokenizer, load_tokenizer
 from vlm.vocabulary_transfer import grow_bundle, new_rows, prune_bundle
@@ -35,11 +34,6 @@ MODEL_CFG = {
 }
 ENGLISH = unique_captions(ShardedSplit(ROOT / "data/emoji", "test_style"), ["en"])[:600]
 LONG = "a photograph of " + ", ".join(f"{i} dogs and a cat" for i in range(11))
-
-
-@pytest.fixture(scope="module")
-def clip():
-    return clip_tokenizer()
 
 
 @pytest.fixture

@@ -119,7 +119,7 @@ def test_a_bundle_goes_back_to_the_tensors_that_it_came_from(small, tmp_path):
 
 def test_without_a_tokenizer_one_is_asked_for(small, tmp_path, monkeypatch):
     monkeypatch.setattr("vlm.checkpoints.chinese_clip.find_spec", lambda _: None)
-    with pytest.raises(CheckpointError, match=r"vocab\.txt by --tokenizer"):
+    with pytest.raises(CheckpointError, match=r"vocab\.txt with --tokenizer"):
         convert(small[1], tmp_path / "bundle", ConversionConfig())
     vocabulary = CONFIGS.with_name("vocab.txt")
     convert(small[1], tmp_path / "bundle", ConversionConfig(tokenizer=str(vocabulary)))

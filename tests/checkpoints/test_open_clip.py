@@ -158,7 +158,7 @@ def test_a_text_tower_of_transformers_gives_equal_features(tmp_path, named_by, m
     config = ConversionConfig(tokenizer=vocabulary)
     if named_by == "--hf_config":
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-        with pytest.raises(CheckpointError, match=r"or name its config\.json by --hf_config"):
+        with pytest.raises(CheckpointError, match=r"or name its config\.json with --hf_config"):
             convert(folder, tmp_path / "bundle", config)
         config = ConversionConfig(tokenizer=vocabulary, hf_config=tmp_path / "bert")
     convert(folder, tmp_path / "bundle", config)

@@ -19,7 +19,6 @@ from vlm.data.dataset import ShardedSplit
 from vlm.data.manifest import read_manifest
 from vlm.errors import TokenizerError
 from vlm.text.cleaning import clean_clip
-from vlm.text.clip_bpe import clip_tokenizer
 from vlm.text.config import SentencePieceConfig, TokenizerConfig
 from vlm.text.extension import changed, extend, is_extension
 from vlm.text.fast_vocabulary import FastVocabulary
@@ -80,11 +79,6 @@ def captions():
         language: sorted({text for split in splits for text in unique_captions(split, [language])})
         for language in ("zh", "en")
     }
-
-
-@pytest.fixture(scope="module")
-def clip():
-    return clip_tokenizer()
 
 
 @pytest.fixture(scope="module")

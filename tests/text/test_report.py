@@ -16,7 +16,6 @@ from tokenizers import Tokenizer as RustTokenizer, decoders, models, normalizers
 
 from vlm.cli.main import VERBS, main
 from vlm.errors import TokenizerError, VlmError
-from vlm.text.clip_bpe import clip_tokenizer
 from vlm.text.config import TokenizerConfig
 from vlm.text.fast_vocabulary import FastVocabulary
 from vlm.text.measuring import SplitWord, compare, measure
@@ -76,11 +75,6 @@ def train_pieces(texts: list[str], **options: object) -> Tokenizer:
         context_length=24, begin_of_text="<s>", end_of_text="</s>", padding="<pad>"
     )
     return Tokenizer(SentencePieceVocabulary(model.getvalue()), config)
-
-
-@pytest.fixture(scope="module")
-def clip():
-    return clip_tokenizer()
 
 
 @pytest.fixture(scope="module")

@@ -36,11 +36,8 @@ def to_ours(
 ) -> tuple[Tensors, list[str]]:
     """Make our tensors of theirs.
 
-    Args:
-        theirs: Tensors by their names.
-        expected: Tensors of the right shapes by our names; the values do not matter.
-        origin_of: Where each of ours comes from.
-        allowed: Patterns of whole names that may be there and are dropped on purpose.
+    `expected` has tensors of the right shapes by our names; `allowed` has patterns of whole names
+    that may be there and are dropped on purpose.
 
     Returns:
         Our tensors by name, and the names that were dropped.

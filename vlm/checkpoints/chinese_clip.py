@@ -110,7 +110,23 @@ def image_tower_cfg(tensors: Mapping[str, Tensor], prefix: str = "visual.") -> d
     """
     own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     try:
-        return _residual(own) if "layer1.0.conv1.weight" in own else _transformer(own)
+        if "layer1.0.conv1.weight" in own:
+            positions = len(own["attnpool.positional_embedding"]) - 1
+            stages = range(1, _STAGES + 1)
+            return {
+                "image_size": _REDUCTION * isqrt(positions),
+                "width": len(own["layer1.0.conv1.weight"]),
+                "layers": [count_layers(own, rf"layer{stage}\.(\d+)\.") for stage in stages],
+            }
+        width, _, patch, _ = own["conv1.weight"].shape
+        return {
+            "image_size": patch * isqrt(len(own["positional_embedding"]) - 1),
+            "patch_size": patch,
+            "width": width,
+            "layers": count_layers(own, r"transformer\.resblocks\.(\d+)\."),
+            "head_width": _HEAD_WIDTH.get(width, 64),
+            "mlp_ratio": len(own["transformer.resblocks.0.mlp.c_fc.bias"]) / width,
+        }
     except (KeyError, IndexError, ZeroDivisionError) as error:
         raise CheckpointError(f"the image tower's size is unknown: {error} is missing") from error
 
@@ -137,24 +153,3 @@ def _published_vocabulary() -> str:
             "or install the package cn_clip, which has it"
         )
     return str(Path(package.submodule_search_locations[0]) / "clip" / "vocab.txt")
-
-
-def _transformer(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    width, _, patch, _ = tensors["conv1.weight"].shape
-    return {
-        "image_size": patch * isqrt(len(tensors["positional_embedding"]) - 1),
-        "patch_size": patch,
-        "width": width,
-        "layers": count_layers(tensors, r"transformer\.resblocks\.(\d+)\."),
-        "head_width": _HEAD_WIDTH.get(width, 64),
-        "mlp_ratio": len(tensors["transformer.resblocks.0.mlp.c_fc.bias"]) / width,
-    }
-
-
-def _residual(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    stages = range(1, _STAGES + 1)
-    return {
-        "image_size": _REDUCTION * isqrt(len(tensors["attnpool.positional_embedding"]) - 1),
-        "width": len(tensors["layer1.0.conv1.weight"]),
-        "layers": [count_layers(tensors, rf"layer{stage}\.(\d+)\.") for stage in stages],
-    }

@@ -39,12 +39,8 @@ def convert(
 ) -> list[str]:
     """Write a checkpoint or a bundle as a bundle, or in another project's format.
 
-    Args:
-        source: A bundle, a weights file, or a folder of open_clip or transformers.
-        out: What to write: a folder, or a file where the format is one.
-        config: What the source does not say itself.
-        extension: More ids and positions for the model, where asked for.
-        target: Another project's format; None for a bundle.
+    The source is a bundle, a weights file, or a folder of open_clip or transformers; the result is
+    a folder, or a file where the format is one.
 
     Returns:
         Sentences on what was done: what the source was, and what was left out on purpose.

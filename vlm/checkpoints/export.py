@@ -48,16 +48,12 @@ _BERT_SIZES = (
 
 
 def export(bundle: Bundle, out: Path, target: Format) -> list[str]:
-    """Write a bundle in another project's format.
+    """Write a bundle in another project's format; return sentences on what that has to do without.
 
-    Args:
-        bundle: What to write.
-        out: The folder for `open_clip` and `hf`, the file for `chinese-clip` and `m2`.
-        target: `open_clip`: a folder for `local-dir:`. `chinese-clip`: a file of `cn_clip`. `hf`:
-            a folder of transformers' `CLIPModel` or `ChineseCLIPModel`. `m2`: M2-Encoder's file.
-
-    Returns:
-        Sentences on what the target has to do without.
+    * `open_clip`: a folder for `local-dir:`;
+    * `hf`: a folder of transformers' `CLIPModel` or `ChineseCLIPModel`;
+    * `chinese-clip`: a file of `cn_clip`;
+    * `m2`: M2-Encoder's file.
 
     Raises:
         CheckpointError: the format cannot express the model, its images or its tokenizer.

@@ -64,9 +64,6 @@ def fast_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     scores both orders of them in `hahaha` alike. sentencepiece adds in 32 bits, and takes the
     order that rounding favours; fast tokenizers add in 64 bits, and may take the other.
 
-    Args:
-        tokenizer: One with a `SentencePieceVocabulary`.
-
     Raises:
         CheckpointError: no fast tokenizer gives the same ids.
     """

@@ -59,8 +59,12 @@ def read_tensors(path: Path) -> Tensors:
         return _read_shards(path)
     with path.open("rb") as file:
         head = file.read(9)
-    # A file of safetensors begins with the length of its JSON header.
-    return _read_safetensors(path) if head[8:] == b"{" else _read_torch(path)
+    if head[8:] != b"{":  # a file of safetensors begins with the length of its JSON header
+        return _read_torch(path)
+    try:
+        return _unwrapped(load_file(path), path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read the weights {path}: {error}") from error
 
 
 def in_float32(tensors: Mapping[str, Tensor]) -> Tensors:
@@ -100,13 +104,6 @@ def _read_shards(index: Path) -> Tensors:
     if lost:
         raise CheckpointError(f"{index} names {lost[0]}, which its files do not hold")
     return tensors
-
-
-def _read_safetensors(path: Path) -> Tensors:
-    try:
-        return _unwrapped(load_file(path), path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read the weights {path}: {error}") from error
 
 
 def _read_torch(path: Path) -> Tensors:

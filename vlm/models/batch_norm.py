@@ -17,10 +17,8 @@ def synchronize_batch_norm(model: nn.Module, group: RankGroup, device: torch.dev
     """Make every batch normalisation of the model use the statistics of the whole group.
 
     On accelerators this is torch's `SyncBatchNorm`, which has no CPU kernel; there
-    `GroupBatchNorm2d` takes its place. Parameters, buffers and their names stay as they are.
-
-    Returns:
-        The model, changed in place where it can be.
+    `GroupBatchNorm2d` takes its place. Parameters, buffers and their names stay as they are, and
+    the model is changed in place where it can be.
     """
     if group.size == 1:
         return model

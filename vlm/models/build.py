@@ -71,11 +71,7 @@ def encoder_model_cfg(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, An
 
 
 def build_from_config(config: ModelConfig, tokenizer: Tokenizer) -> Encoder:
-    """Build an untrained model that reads `tokenizer`'s ids.
-
-    Raises:
-        ConfigError: the towers cannot be built as configured.
-    """
+    """Build an untrained model that reads `tokenizer`'s ids; `ConfigError` where that cannot be."""
     return _build(encoder_model_cfg(config, tokenizer))
 
 

@@ -14,14 +14,7 @@ from vlm.text.tokenizer import TokenBatch
 
 
 class DualEncoder(Encoder):
-    """Two towers that map images and texts to unit vectors of one space.
-
-    Args:
-        visual: Maps normalised images to `embed_dim` features.
-        text: A transformer that `encode_tokens` can run.
-        init_logit_scale: Inverse temperature at the start.
-        init_logit_bias: Bias of a sigmoid loss's logits at the start; None for no bias.
-    """
+    """Two towers that map images and texts to unit vectors of one space."""
 
     def __init__(
         self,

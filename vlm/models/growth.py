@@ -30,12 +30,8 @@ def random_rows(
     rows distinct.
 
     The root of the covariance is the symmetric one. It is unique even where eigenvectors are
-    not, so a seed draws the same rows on every machine, up to rounding.
-
-    Args:
-        old: Rows to resemble, at least one; they may be fewer than they are wide.
-        count: How many to draw.
-        seed: Decides the draw; torch's own generator is left as it was.
+    not, so a seed draws the same rows on every machine, up to rounding. There is at least one old
+    row; torch's own generator is left as it was.
     """
     rows = old.double().cpu()
     mean = rows.mean(dim=0)
@@ -51,14 +47,10 @@ def random_rows(
 def mean_rows(
     old: Float[Tensor, "vocabulary width"], sources: Sequence[Sequence[int]]
 ) -> Float[Tensor, "count width"]:
-    """Make each new row the mean of the old rows that are named for it.
+    """Make each new row the mean of old rows, in which an id that is given twice counts twice.
 
     With the pieces into which the old tokenizer splits each new piece, this is zip-tie embedding
     (Chen and Li 2024, "Bailong"); with the ids of a translation, initialisation by a lexicon.
-
-    Args:
-        old: Rows of the old vocabulary.
-        sources: Ids in [0, vocabulary) for each new row; an id given twice counts twice.
 
     Raises:
         TokenizerError: a new row has no sources, or an id that is not in the vocabulary.
@@ -147,12 +139,8 @@ def low_rank(
     linear, so `similar_rows(low_rank(old, rank), ...)` gives the same rows. OFA then goes on to
     train the two factors; here the embedding stays one matrix.
 
-    Args:
-        old: Rows of the old vocabulary.
-        rank: In [1, width].
-
     Raises:
-        ConfigError: there is no such rank.
+        ConfigError: the rank is not in [1, width].
     """
     width = old.shape[1]
     if not 1 <= rank <= width:
@@ -168,22 +156,16 @@ def low_rank(
 def grow_positions(
     old: Float[Tensor, "positions width"], length: int, how: PositionGrowth, *, seed: int = 0
 ) -> Float[Tensor, "length width"]:
-    """Return the positional embedding of a longer context.
+    """Return the positional embedding of a longer context; the old length gives a copy.
 
     * `append` keeps every old position, as Taiyi-Diffusion-XL does (Wu et al. 2024). How new
       ones start is ours: as `random_rows` of the later half of the old ones, which new
-      positions are nearer to than to the first few.
+      positions are nearer to than to the first few. Only this one draws, by the seed.
     * `interpolate` stretches all positions linearly; the two end points are kept.
     * `keep-head-stretch-tail` keeps the first 20 and stretches the others linearly, Long-CLIP's
       knowledge-preserved stretching (Zhang et al. 2024, section 3). There the ratio is 4, and
       the authors' program extrapolates the last three positions; here the ratio follows from
       the length, and the last position is kept.
-
-    Args:
-        old: The positional embedding as it is, one position or more.
-        length: Of the new context, in positions; the old length gives a copy.
-        how: One of the above.
-        seed: Decides the draw of `append`; the others draw nothing.
 
     Raises:
         ConfigError: the new context is shorter than the old one, or the old one has no tail.
@@ -222,11 +204,7 @@ def grow_text_tower(
     the optimizer afterwards. `encode_tokens` pools by the mask and reads old texts as before. A
     tower that pools by `argmax` takes the highest id for the end of text, which a new id now is:
     open_clip's own forward pass needs `pool_type = "eos"` and `eos_id` from here on.
-
-    Args:
-        tower: The tower to change.
-        new_rows: Rows of the ids from the old vocabulary's size on; there may be none.
-        positions: The whole new positional embedding; None to keep the old one.
+    `positions` is the whole new positional embedding; None keeps the old one.
 
     Raises:
         ConfigError: the tower is not one that `encode_tokens` can run.
@@ -247,12 +225,9 @@ def grow_text_tower(
 def shrink_token_embedding(tower: TextTransformer, kept: Sequence[int]) -> None:
     """Leave a text tower with some of its token ids, in place; parameters are replaced.
 
-    `eos_id` follows the id that it names. A tower that pools by `argmax` names none: open_clip's
-    own forward pass then needs the end of text to be the last of those kept.
-
-    Args:
-        tower: The tower to change.
-        kept: Old ids; place i of the list becomes id i.
+    Place i of `kept`, a list of old ids, becomes id i. `eos_id` follows the id that it names. A
+    tower that pools by `argmax` names none: open_clip's own forward pass then needs the end of
+    text to be the last of those kept.
 
     Raises:
         ConfigError: the tower is not one that `encode_tokens` can run.
@@ -273,18 +248,13 @@ def shrink_token_embedding(tower: TextTransformer, kept: Sequence[int]) -> None:
 
 @contextmanager
 def only_new_rows(model: nn.Module, embedding: nn.Embedding, *, first_new: int) -> Iterator[None]:
-    """Let an optimizer's step change an embedding's new rows and nothing else.
+    """Let an optimizer's step change an embedding's rows from `first_new` on and nothing else.
 
     Wrap what comes between the backward pass and `zero_grad`, clipping as well, so that the norm
     is that of what trains. Every other parameter loses its gradient, so optimizers pass over it.
     Old rows get gradients of zero and are put back afterwards, bit for bit: decoupled weight
     decay needs no gradient. They leave the phase with moments of zero but the new rows' count of
     steps, which the bias correction of their first own steps goes by.
-
-    Args:
-        model: Holds all parameters that the optimizer has, wrapped or not.
-        embedding: One of its modules.
-        first_new: Rows from this id on are new.
     """
     weight = embedding.weight
     for parameter in model.parameters():

@@ -121,11 +121,8 @@ def hide_patches(
 ) -> Float[Tensor, "batch 3 height width"]:
     """Give the pixels of hidden patches the mean colour, which is 0 in normalised images.
 
-    Args:
-        images: Normalised images.
-        hidden: True at the patches to hide, row by row.
-        grid: Rows and columns of patches. Pixels that are left over on the right and below,
-            where the grid does not divide the image, belong to the last ones.
+    `hidden` is row by row over the grid. Pixels that are left over on the right and below, where
+    the grid does not divide the image, belong to the last patches.
     """
     # Grow the grid to pixels one axis at a time: pixel p belongs to cell p // (size // cells),
     # and what is left over on the far side to the last cell.

@@ -19,13 +19,8 @@ def add_lora(
     """Lock towers and add adapters to their linear layers and attention, in place, once.
 
     A layer's matrix W acts as `W + alpha / rank * B A` from here on, where only B, which is zero
-    at first, and A of so low a rank are trained (LoRA, Hu et al. 2022, section 4.1).
-
-    Args:
-        model: The model that has the towers.
-        groups: The towers' parameters; all other parameters stay as trainable as they are.
-        rank: Of the adapters, at least 1.
-        alpha: Scale of their product, at least 1.
+    at first, and A of so low a rank are trained (LoRA, Hu et al. 2022, section 4.1); rank and alpha
+    are at least 1. All parameters but the towers' groups stay as trainable as they are.
 
     Raises:
         ConfigError: the rank or scale is out of range, no tower has such a layer, or the

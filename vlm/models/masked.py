@@ -36,11 +36,7 @@ class Hidden(NamedTuple):
 class MaskedModelling(nn.Module):
     """The decoders and heads of CMLM and CMIM, as far as they are on; no part of a bundle.
 
-    Args:
-        config: The settings; a weight at least is above 0.
-        encoder: The model to train, for its sizes only.
-        image_size: Height and width of the images in pixels, or both in one.
-        teacher_width: Width of the teacher's patch states; None without a teacher.
+    `image_size` is in pixels; `teacher_width` that of the patch states of a teacher.
 
     Raises:
         ConfigError: no loss is on, or the images cannot be divided into the encoder's patches.
@@ -93,16 +89,8 @@ class MaskedModelling(nn.Module):
     ) -> dict[str, Float[Tensor, ""]]:
         """Encode texts without their words, images without patches, and predict what is missing.
 
-        Where nothing is hidden a loss is 0, with gradients of 0.
-
-        Args:
-            encoder: The model that gave the states; its other passes are made here.
-            images: Normalised images.
-            image_states: Their states, nothing hidden.
-            texts: One or more captions of each image, by language.
-            text_states: Their states, nothing masked.
-            hidden: What is to be hidden.
-            teacher_tokens: The teacher's patch states, where there is one.
+        The states given are those of whole images and texts: one or more captions of each image, by
+        language. Where nothing is hidden a loss is 0, with gradients of 0.
 
         Returns:
             Means over all masked words (cross-entropy) and all hidden patches, not weighted.
@@ -171,15 +159,8 @@ class MaskedModelling(nn.Module):
 class CrossDecoder(nn.Module):
     """Layers of attention to oneself, attention to the other side, and a feed-forward network.
 
-    Layers are normalised at their beginning. Where the states stand is for them to say: the
-    decoder has no positions of its own.
-
-    Args:
-        query_width: Width of the states that are decoded.
-        key_width: Width of those they look at.
-        width: Width of the decoder; None for `query_width`.
-        heads: Attention heads; None for one for every 64 of the width.
-        layers: Number of layers.
+    Layers are normalised at their beginning, and there are no positions: the states have theirs.
+    The width is by default that of the queries, with a head for every 64 of it.
 
     Raises:
         ConfigError: the heads do not divide the width.
@@ -217,13 +198,9 @@ class CrossDecoder(nn.Module):
         query_mask: Bool[Tensor, "batch queries"] | None = None,
         key_mask: Bool[Tensor, "batch keys"] | None = None,
     ) -> Float[Tensor, "batch queries width"]:
-        """Return decoded states; those at padding mean nothing.
+        """Return decoded states; masks are False at padding, whose states mean nothing.
 
-        Args:
-            queries: States to decode.
-            keys: States of the other side.
-            query_mask: False at padding of the first; None where there is none.
-            key_mask: False at padding of the second; what has nothing else looks at zeros.
+        Queries of an example that has no keys look at zeros.
         """
         states, seen = self.query_in(queries), self.key_in(keys)
         if key_mask is not None:

@@ -30,17 +30,11 @@ class MultiwayEncoder(Encoder):
 
     The vision-language encoder reads an image or a text, never both together. Its first state
     gives the feature of head `MAIN`, the first state before it that of head `UNIMODAL`
-    (M2-Encoder, Guo et al. 2024). A text's first token stands for it all: the tokenizer should
-    begin every text with the same piece.
+    (M2-Encoder, Guo et al. 2024), whose temperature starts where the main one does. A text's first
+    token stands for it all: the tokenizer should begin every text with the same piece.
 
     `state_dict` has the names of M2-Encoder's checkpoints, but for the two temperatures
     (`multiway_config.TEMPERATURES`) and for tensors that nothing reads (`is_held`).
-
-    Args:
-        config: The sizes.
-        vocab_size: Ids of the tokenizer.
-        init_logit_scale: Inverse temperature of both heads at the start, in (0, 100].
-        init_logit_bias: Bias of a sigmoid loss's logits at the start; None for no bias.
     """
 
     def __init__(
@@ -289,9 +283,7 @@ def drop_patches(
 ) -> Float[Tensor, "batch kept width"]:
     """Keep the class token, and patches drawn at random for each image on its own.
 
-    Args:
-        states: The class token and the patches, with their positions.
-        ratio: Fraction of the patches to drop, in [0, 1); one patch is always kept.
+    A ratio in [0, 1) of the patches is dropped; one patch is always kept.
     """
     batch, length, width = states.shape
     count = max(1, round((length - 1) * (1 - ratio)))
@@ -306,14 +298,10 @@ def drop_patches(
 def resized_image_positions(
     table: Float[Tensor, "rows width"], grid: tuple[int, int]
 ) -> Float[Tensor, "new_rows width"]:
-    """Return an image's position table for another grid of patches.
+    """Return an image's position table for another grid of patches, of rows and columns.
 
-    The rows before the patches are kept; each new patch has the mean of the old ones that its
-    area covers, as M2-Encoder's own loader has it.
-
-    Args:
-        table: The three rows before the patches, and those of a square grid, row by row.
-        grid: Rows and columns of the new grid, each at least 1.
+    The three rows before the patches are kept; each new patch has the mean of the old ones that
+    its area covers, as M2-Encoder's own loader has it.
 
     Raises:
         ConfigError: the table is not one of a square grid.

@@ -22,11 +22,8 @@ EMBEDDING_STD = 0.02
 class MultiwayStack(nn.Module):
     """Layers and a last normalisation; an input goes through the branch that is named with it.
 
-    Args:
-        config: The sizes.
-        branches: Names of the sets of weights.
-        drop_paths: Stochastic depth of each layer, in [0, 1); as many as there are layers.
-        positions: Rows of each branch's position table; empty for none.
+    There are as many layers as `drop_paths`, their stochastic depths in [0, 1). `positions` has the
+    rows of each branch's position table, if it has one.
     """
 
     def __init__(

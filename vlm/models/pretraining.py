@@ -47,10 +47,7 @@ class LanguageEmbeddings(nn.Module):
     LangSAMP (Liu et al. 2024, section 3): what distinguishes languages need not be in the tower's
     own features, which become more alike across languages. There a language and a script are two
     vectors; Chinese and English differ in both at once, so that here one vector holds their sum.
-
-    Args:
-        languages: The language of each name under which captions come.
-        width: Of the features.
+    `languages` has the language of each name under which captions come.
     """
 
     def __init__(self, languages: Mapping[str, str], width: int) -> None:

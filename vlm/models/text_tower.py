@@ -85,7 +85,12 @@ def token_states(
     for block in tower.transformer.resblocks:
         states = _run_block(tower, block, states, mask)
     states = tower.ln_final(states)
-    return _projected(tower, _pooled(tower, states, tokens)), states[:, :length]
+    if tower.cls_emb is not None or tower.pool_type == "last":
+        pooled = states[:, -1]
+    else:
+        first = tower.pool_type == "first"
+        pooled = states[:, 0] if first else _at_end_of_text(states, tokens)
+    return _projected(tower, pooled), states[:, :length]
 
 
 def token_embedding(tower: TextTower) -> nn.Embedding:
@@ -165,14 +170,6 @@ def _attention_mask(tower: TextTransformer, ids: Int64[Tensor, "batch seen"]) ->
     mask = keys if causal is None else keys + causal
     # nn.MultiheadAttention takes a mask per text and head, heads innermost.
     return mask.repeat_interleave(tower.heads, dim=0)
-
-
-def _pooled(
-    tower: TextTransformer, states: Float[Tensor, "batch seen width"], tokens: TokenBatch
-) -> Float[Tensor, "batch width"]:
-    if tower.cls_emb is not None or tower.pool_type == "last":
-        return states[:, -1]
-    return states[:, 0] if tower.pool_type == "first" else _at_end_of_text(states, tokens)
 
 
 def _projected(

@@ -44,10 +44,7 @@ def auto_tokenizer_files(tokenizer: Tokenizer, *, cleaned: bool = False) -> dict
     """Return `tokenizer.json` and `tokenizer_config.json` of a tokenizer, by name.
 
     A SentencePiece model's are those that its folder holds (`vlm tokenizer export`), or none.
-
-    Args:
-        tokenizer: Any tokenizer.
-        cleaned: Whether texts will come cleaned.
+    `cleaned` is whether texts will come cleaned.
 
     Raises:
         TokenizerError: transformers cannot clean texts like that.

@@ -39,8 +39,7 @@ _CHARACTERS = "".join(
 def clip_tokenizer(merges: Path | None = None) -> Tokenizer:
     """Return CLIP's tokenizer: 49,408 ids, English text, 77 tokens (Radford et al. 2021, 2.4).
 
-    Args:
-        merges: CLIP's list of merges, gzipped; None for the one that open_clip ships.
+    `merges` is CLIP's list of merges, gzipped; None for the one that open_clip ships.
     """
     path = merges or Path(default_bpe())
     # Characters stand for bytes, in the order of CLIP's ids: those that Latin-1 prints for
@@ -70,17 +69,12 @@ def clip_tokenizer(merges: Path | None = None) -> Tokenizer:
 def published_clip_vocabulary(
     ids: Mapping[str, int], merges: str, added: Mapping[str, int], *, begin: str, end: str
 ) -> FastVocabulary:
-    """Return CLIP's vocabulary from the files that Hugging Face's older tokenizers have.
+    """Return CLIP's vocabulary from `vocab.json`, `merges.txt` and `added_tokens.json`.
 
-    Texts are lower-cased and composed, as transformers 5 does it with such files; encodings are
-    not mended, as OpenAI's program and transformers' slow tokenizers did.
-
-    Args:
-        ids: The content of `vocab.json`.
-        merges: The content of `merges.txt`: a comment, then a pair a line.
-        added: The content of `added_tokens.json`: pieces that are found before any word is split.
-        begin: Piece that opens every text.
-        end: Piece that closes it.
+    Hugging Face's older tokenizers have these files. Texts are lower-cased and composed, as
+    transformers 5 does it with such files; encodings are not mended, as OpenAI's program and
+    transformers' slow tokenizers did. Added pieces are found before any word is split; `begin` and
+    `end` are the pieces around every text.
     """
     lines = [line for line in merges.split("\n") if line and not line.startswith("#version")]
     try:

@@ -38,16 +38,11 @@ def extend(
 ) -> Extension:
     """Add the most used Chinese characters and words to a tokenizer; its own ids stay.
 
-    First come characters, the most used first, until `coverage` of all is reached; what is then
-    left of `vocab_size` goes to words of two to four of those characters, chosen by the tokens
-    that they save: their share of the text times their length less one.
-
-    Args:
-        base: The tokenizer to extend.
-        words: Words with their shares of ordinary text; characters are counted in them.
-        vocab_size: Number of ids wanted; None for characters only.
-        coverage: Share in (0, 1] of the text's Chinese characters that get a piece.
-        context_length: Longest text in tokens of the new tokenizer; None for that of the base.
+    First come characters, the most used first, until `coverage`, in (0, 1], of all is reached; what
+    is then left of `vocab_size` goes to words of two to four of those characters, chosen by the
+    tokens that they save: their share of the text times their length less one. Without a
+    `vocab_size` there are characters only, and without a `context_length` it is the base's. Words
+    have their shares of ordinary text, and characters are counted in them.
 
     Raises:
         TokenizerError: `vocab_size` is not above the base's, or more than the words can fill.

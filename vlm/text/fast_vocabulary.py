@@ -30,11 +30,8 @@ class FastVocabulary(Vocabulary):
     file keeps them whole like any word, as CLIP's does, or a unigram model has them among its
     pieces, as XLM-R's does.
 
-    Args:
-        definition: The content of a `tokenizer.json`.
-
     Raises:
-        TokenizerError: it is not one.
+        TokenizerError: `definition` is not the content of a `tokenizer.json`.
     """
 
     kind: ClassVar[str] = "tokenizer.json"
@@ -56,7 +53,12 @@ class FastVocabulary(Vocabulary):
         self._words: dict[str, list[int]] = {}
         highest = max(self._rust.get_vocab(with_added_tokens=True).values(), default=-1)
         self._size = highest + 1
-        self._unknown_id = self._find_unknown()
+        model = self._record()["model"]
+        if model["type"] == "Unigram":
+            self._unknown_id = None if model.get("byte_fallback") else model.get("unk_id")
+        else:
+            piece = model.get("unk_token")
+            self._unknown_id = None if piece is None else self.id_of(piece)
 
     @override
     def __len__(self) -> int:
@@ -152,15 +154,9 @@ class FastVocabulary(Vocabulary):
         """Return a vocabulary of some pieces only, in the same order, and the ids it kept.
 
         Texts of the kept pieces are split as before; only a word that a WordPiece model did not
-        know, because it began with a piece that is gone, may be split now.
-
-        Args:
-            kept: Ids to keep; those that are merged to them, single bytes, with them that of a
-                space, and special pieces are kept as well. In a unigram model it is the worst
-                piece, because what is unknown scores by it.
-
-        Raises:
-            TokenizerError: the model is of a kind that cannot be reduced.
+        know, because it began with a piece that is gone, may be split now. What is merged to kept
+        pieces, single bytes, with them the piece of a space, and special pieces are kept as well.
+        In a unigram model it is the worst piece, because what is unknown scores by it.
         """
         definition = self._record()
         ids = sorted(self._with_what_they_need(kept, definition))
@@ -207,13 +203,6 @@ class FastVocabulary(Vocabulary):
             special = self._special_words.get(text[slice(*whole)])
             row += zip(ids, offsets, strict=True) if special is None else [(special, whole)]
         return row
-
-    def _find_unknown(self) -> int | None:
-        model = self._record()["model"]
-        if model["type"] == "Unigram":
-            return None if model.get("byte_fallback") else model.get("unk_id")
-        piece = model.get("unk_token")
-        return None if piece is None else self.id_of(piece)
 
     def _is_alike_between_spaces(self) -> bool:
         """Say whether what stands between two spaces has the same pieces in every text."""

@@ -23,8 +23,7 @@ _NO_MEANING = regex.compile(
 def read_lexicon(path: Path | None = None) -> dict[str, list[str]]:
     """Return the English translations of Chinese words, in both kinds of characters.
 
-    Args:
-        path: A UTF-8 file with a word, a tab and one translation a line; None for CC-CEDICT.
+    They come from a UTF-8 file with a word, a tab and one translation a line, or from CC-CEDICT.
 
     Raises:
         TokenizerError: the file cannot be read, or CC-CEDICT is not installed.
@@ -40,14 +39,11 @@ def read_lexicon(path: Path | None = None) -> dict[str, list[str]]:
 def read_vectors(
     paths: Sequence[Path], words: Iterable[str]
 ) -> dict[str, Float32[np.ndarray, " width"]]:
-    """Return the vectors of words from files in the text format of word2vec and fastText.
+    """Return the vectors of wanted words from files in the text format of word2vec and fastText.
 
-    Each line is a word and its numbers, divided by spaces; a first line with two counts is
-    passed over. Several files, one a language, must share one space, as aligned vectors do.
-
-    Args:
-        paths: UTF-8 files, read line by line.
-        words: The words that are wanted.
+    Each line of these UTF-8 files is a word and its numbers, divided by spaces; a first line with
+    two counts is passed over. Several files, one a language, must share one space, as aligned
+    vectors do.
 
     Raises:
         TokenizerError: a file is missing or damaged, or widths differ.

@@ -26,15 +26,10 @@ def word_mask(
 ) -> Bool[Tensor, "batch length"]:
     """Draw words of each text and say which tokens are theirs; begin, end and padding never are.
 
-    As many words are drawn as reach the ratio on average: the one that would exceed it is taken
-    with the probability that makes it so. A text of any token loses at least one word.
-
-    Args:
-        tokenizer: What made `tokens`.
-        texts: The texts, not cleaned.
-        tokens: Their tokens; a text that was cut has words only where its tokens are left.
-        ratio: Fraction in (0, 1] of a text's tokens to mask.
-        rngs: Where chance comes from, for each text: the same states give the same masks.
+    As many words are drawn as reach the ratio, in (0, 1], of a text's tokens on average: the one
+    that would exceed it is taken with the probability that makes it so. A text of any token loses
+    at least one word; one that was truncated has words only where its tokens are left. Texts are
+    not cleaned yet; each has its own source of chance, and the same states give the same masks.
 
     Raises:
         ConfigError: `ratio` is out of its range.
@@ -64,15 +59,11 @@ def word_mask(
 
 
 def pieces_by_word(text: str, spans: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Return the numbers of a text's pieces, word by word.
+    """Return the numbers of a cleaned text's pieces, word by word, from where its pieces stand.
 
     Pieces are of one word if a word of `vlm.text.words` reaches from one into the next, so two
     words that share a piece are one. A character of no word, such as a comma, is a word by
     itself, and a space is a part of what comes after it.
-
-    Args:
-        text: A cleaned text.
-        spans: Where its pieces stand, from the first to the last.
     """
     word_at = _word_of_each_character(text)
     words: list[list[int]] = []

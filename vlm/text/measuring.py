@@ -109,11 +109,7 @@ class Report:
 
 
 def compare(tokenizers: Mapping[str, Tokenizer], texts: Mapping[str, Sequence[str]]) -> Report:
-    """Measure every tokenizer on the texts of every language.
-
-    Args:
-        tokenizers: By the name to show.
-        texts: By language.
+    """Measure every tokenizer, by the name to show, on the texts of every language.
 
     Raises:
         TokenizerError: there is no tokenizer or no language, a language has no texts or none
@@ -146,10 +142,7 @@ def measure(
 ) -> TextStatistics:
     """Measure one tokenizer on the texts of one language; its own count of truncated texts is kept.
 
-    Args:
-        tokenizer: The tokenizer.
-        texts: At least one.
-        words: The words of the texts, counted; None to count them.
+    `words` may hold the counts of the texts' words, if they are known already.
 
     Raises:
         TokenizerError: there are no texts or none with words, or a text is not valid Unicode.
@@ -212,9 +205,8 @@ def _comparable(text: str) -> str:
 def _unknown_share(tokenizer: Tokenizer, cleaned: Counter[str]) -> float:
     counts = {char: count for char, count in cleaned.items() if not char.isspace()}
     characters = list(counts)
-    rows: list[list[int]] = []
-    for batch in _batches(characters):
-        rows += tokenizer.vocabulary.encode(batch)  # they are cleaned already
+    encode = tokenizer.vocabulary.encode  # they are cleaned already
+    rows = [row for batch in _batches(characters) for row in encode(batch)]
     rows = _without_space_signs(tokenizer, rows)
     unknown = sum(
         counts[character]
@@ -235,9 +227,7 @@ def _is_unknown(character: str, ids: Sequence[int], tokenizer: Tokenizer) -> boo
 
 def _most_split(tokenizer: Tokenizer, words: Counter[str]) -> tuple[SplitWord, ...]:
     different = list(words)
-    rows: list[list[int]] = []
-    for batch in _batches(different):
-        rows += tokenizer.split(batch)
+    rows = [row for batch in _batches(different) for row in tokenizer.split(batch)]
     split = [
         SplitWord(word=word, pieces=len(ids), occurrences=words[word])
         for word, ids in zip(different, _without_space_signs(tokenizer, rows), strict=True)

@@ -25,13 +25,8 @@ def prune(
 ) -> tuple[Tokenizer, list[int]]:
     """Keep the pieces that texts use, so that these texts are split as before.
 
-    Special pieces, single bytes and what byte-pair merges need on their way are kept as well.
-
-    Args:
-        tokenizer: The tokenizer to reduce.
-        texts: The texts to keep the pieces of.
-        fewest_uses: Uses from which a piece is kept, at least 1; more than 1 may split some of
-            the texts otherwise than before.
+    Special pieces, single bytes and what byte-pair merges need on their way are kept as well. A
+    piece is kept from `fewest_uses` on; more than 1 may split some texts otherwise than before.
 
     Returns:
         The smaller tokenizer, and the old id of each of its ids, ascending: the rows that a

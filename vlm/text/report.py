@@ -87,16 +87,7 @@ def check_plot_path(path: Path) -> None:
 
 
 def plot_report(report: Report, path: Path) -> None:
-    """Draw tokens per character (Chinese) or word, and what is truncated or unknown.
-
-    Args:
-        report: What `compare` returned.
-        path: A `.png` or `.svg` file.
-
-    Raises:
-        TokenizerError: the file's name ends in something else.
-        VlmError: it cannot be written there.
-    """
+    """Draw tokens per character (Chinese) or word, and what is truncated or unknown, to a file."""
     from matplotlib.figure import Figure
 
     check_plot_path(path)

@@ -23,10 +23,7 @@ _Piece = ModelProto.SentencePiece
 
 
 class SentencePieceVocabulary(Vocabulary):
-    """Pieces of a SentencePiece model (Kudo and Richardson 2018).
-
-    Args:
-        model: The content of a `.model` file.
+    """Pieces of a SentencePiece model (Kudo and Richardson 2018), the content of a `.model` file.
 
     Raises:
         TokenizerError: it is not one.
@@ -113,10 +110,9 @@ class SentencePieceVocabulary(Vocabulary):
     def reduced_to(self, kept: Sequence[int]) -> tuple["SentencePieceVocabulary", list[int]]:
         """Return a vocabulary of some pieces only, in the same order, and the ids it kept.
 
-        Args:
-            kept: Ids to keep; control pieces, bytes, the unknown piece, that of a single space
-                and, in a BPE model, what is merged to the kept ones are kept as well. In a
-                unigram model it is the worst piece, because what is unknown scores by it.
+        Control pieces, bytes, the unknown piece, that of a single space and, in a BPE model, what
+        is merged to the kept ones are kept as well. In a unigram model it is the worst piece,
+        because what is unknown scores by it.
         """
         space = self.id_of(SPACE)  # which bytes could not say
         needed = set(kept) | ({space} - {None})

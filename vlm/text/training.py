@@ -31,18 +31,13 @@ def train_sentencepiece(
     *,
     word_lists: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Tokenizer:
-    """Train a vocabulary with byte fallback on texts in Chinese and English.
+    """Train a vocabulary with byte fallback on texts in Chinese and English, `zh` and `en`.
 
     Text is normalised by NFKC and case-folded, so `Cat`, `cat` and full-width `ｃａｔ` share ids.
     Digits are split, and bytes stand in for characters outside the vocabulary, so that no text
-    is lost. Training runs on one thread: more would make the result depend on their timing.
-
-    Args:
-        texts: The training captions by language, `zh` and `en`; their order and repetition
-            matter to the result.
-        config: The vocabulary.
-        word_lists: Words with their shares of ordinary text, by language; a list counts as much
-            as its language's texts.
+    is lost. Training runs on one thread: more would make the result depend on their timing; the
+    order and repetition of texts matter to it as well. A list of words with their shares of
+    ordinary text counts as much as its language's texts.
 
     Raises:
         TokenizerError: a language has no text or is none of the two, or the texts cannot fill the
@@ -53,13 +48,17 @@ def train_sentencepiece(
             raise TokenizerError(
                 f"there are texts or words in {language!r}; expected {' and '.join(_SCRIPTS)} only"
             )
-    counts = {language: _count_lines(texts.get(language, ())) for language in _SCRIPTS}
-    for language, lines in counts.items():
+    counts: dict[str, dict[str, float]] = {}
+    for language, script in _SCRIPTS.items():
+        # Texts that are alike are counted, with the space between their words as one.
+        written = (" ".join(t.replace(_EDGE, " ").split()) for t in texts.get(language, ()))
+        lines = {line: float(n) for line, n in Counter(filter(None, written)).items()}
+        counts[language] = lines
         expected = f"expected texts in {' and '.join(_SCRIPTS)}"
         if not lines:
             found = f"there is no text in {language!r} to train a tokenizer on"
             raise TokenizerError(f"{found}; {expected}")
-        if not any(_SCRIPTS[language].search(line) for line in lines):
+        if not any(script.search(line) for line in lines):
             found = f"none of the {len(lines)} texts in {language!r} has a letter of its script"
             raise TokenizerError(f"{found}; {expected}")
     for language, shares in (word_lists or {}).items():
@@ -149,12 +148,6 @@ def _with_separate_spaces(model: bytes) -> bytes:
             piece.type = ModelProto.SentencePiece.USER_DEFINED
     edited: bytes = proto.SerializeToString(deterministic=True)
     return edited
-
-
-def _count_lines(texts: Iterable[str]) -> dict[str, float]:
-    """Count texts that are alike, with the space between their words as one."""
-    lines = (" ".join(text.replace(_EDGE, " ").split()) for text in texts)
-    return {line: float(count) for line, count in Counter(filter(None, lines)).items()}
 
 
 def _bytes_of(lines: Mapping[str, float]) -> float:

@@ -22,11 +22,7 @@ class NewPiece:
 
 
 class Vocabulary(ABC):
-    """Splits texts into pieces; ids are [0, len).
-
-    Args:
-        content: Of the file that it is read from.
-    """
+    """Splits texts into pieces; ids are [0, len), and `content` is that of its file."""
 
     kind: ClassVar[str]
     """Its name in a tokenizer's description."""
@@ -106,8 +102,7 @@ class Vocabulary(ABC):
     def reduced_to(self, kept: Sequence[int]) -> tuple["Vocabulary", list[int]]:
         """Return a vocabulary of some pieces only, in the same order, and the ids it kept.
 
-        Args:
-            kept: Ids to keep; those that are needed to reach them are kept as well.
+        Ids that are needed to reach those to keep are kept as well.
 
         Raises:
             TokenizerError: the vocabulary is of a kind that cannot be reduced.
@@ -123,12 +118,9 @@ class Vocabulary(ABC):
 def merged_to(symbols: Iterable[str], place_of: Callable[[str, str], float | None]) -> list[str]:
     """Return what the symbols of one piece are merged to, one after the other.
 
-    What is merged to a piece within a text is merged in the same order within the piece alone,
-    because no merge that crossed its edges was made.
-
-    Args:
-        symbols: What the piece is first split into.
-        place_of: Place of a merge in the order of merges, the least first; None if there is none.
+    `place_of` gives the place of a merge in the order of merges, the least first. What is merged to
+    a piece within a text is merged in the same order within the piece alone, because no merge that
+    crossed its edges was made.
     """
     row = list(symbols)
     made: list[str] = []

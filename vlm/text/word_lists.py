@@ -54,11 +54,8 @@ def count_words(texts: Iterable[str]) -> Counter[str]:
 def read_word_list(source: str, language: Language) -> dict[str, float]:
     """Return the words of a list with their shares of all, which add up to 1.
 
-    Only words of the language's script are returned, in lower case.
-
-    Args:
-        source: `wordfreq`, `jieba`, or a UTF-8 file with a word, a tab and its count a line.
-        language: The language to read; `jieba` has Chinese only.
+    The source is `wordfreq`, `jieba` (Chinese only), or a UTF-8 file with a word, a tab and its
+    count a line. Only words of the language's script are returned, in lower case.
 
     Raises:
         TokenizerError: there is no such list, or it holds no word of the language.
@@ -105,13 +102,9 @@ def mean_shares(sources: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def with_traditional(words: Mapping[str, float], share: float) -> dict[str, float]:
-    """Give a part of each simplified word's share to its traditional spellings.
+    """Give a part in [0, 1) of each simplified word's share to its traditional spellings.
 
     Spellings are those of CC-CEDICT; a word that it has not, or that is spelt alike, keeps all.
-
-    Args:
-        words: Shares of words in simplified characters.
-        share: Part of the text that is in traditional characters, in [0, 1).
     """
     if not 0 <= share < 1:
         raise TokenizerError(f"the traditional share is {share}; expected at least 0, less than 1")

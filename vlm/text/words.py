@@ -38,11 +38,7 @@ def split_words(text: str) -> list[str]:
         if run["han"] is None:
             words.append(run[0])
         else:
-            words += _segment(run[0])
+            import rjieba  # reads its dictionary, 32 MiB in memory, when it is imported
+
+            words += rjieba.cut(run[0])
     return words
-
-
-def _segment(run: str) -> list[str]:
-    import rjieba  # reads its dictionary, 32 MiB in memory, when it is imported
-
-    return rjieba.cut(run)

@@ -17,6 +17,8 @@ from vlm.checkpoints.conversion import convert
 from vlm.checkpoints.export import export
 from vlm.errors import CheckpointError
 
+pytestmark = pytest.mark.peer
+
 CONFIGS = Path(cn_clip.clip.__file__).with_name("model_configs")
 BASE, LARGE = "RoBERTa-wwm-ext-base-chinese", "RoBERTa-wwm-ext-large-chinese"
 SIZES = {

@@ -28,6 +28,8 @@ from vlm.errors import CheckpointError
 from vlm.files import sha256_of
 from vlm.images.config import PreprocessConfig
 
+pytestmark = pytest.mark.peer
+
 VOCABULARY = Path(cn_clip.clip.__file__).with_name("vocab.txt")
 END = 49_407
 TOWER = {

@@ -28,6 +28,8 @@ from vlm.models.build import encoder_model_cfg
 from vlm.text.clip_bpe import clip_tokenizer
 from vlm.text.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.peer
+
 VISION = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8}
 TEXT = {"context_length": 77, "vocab_size": 49_408, "width": 64, "heads": 2, "layers": 2}
 VIT = {"embed_dim": 32, "vision_cfg": VISION, "text_cfg": TEXT}

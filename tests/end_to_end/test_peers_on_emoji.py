@@ -40,10 +40,13 @@ TEMPLATES = {
     "zh": ["{c}", "{c}的表情符号", "一张{c}的图片"],
 }
 
-pytestmark = pytest.mark.filterwarnings(
-    # Of scikit-learn, in CLIP_benchmark: its mean leaves out classes without images, as ours.
-    "ignore:y_pred contains classes not in y_true:UserWarning"
-)
+pytestmark = [
+    pytest.mark.peer,
+    pytest.mark.filterwarnings(
+        # Of scikit-learn, in CLIP_benchmark: its mean leaves out classes without images, as ours.
+        "ignore:y_pred contains classes not in y_true:UserWarning"
+    ),
+]
 
 
 @dataclass(frozen=True)

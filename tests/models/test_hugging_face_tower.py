@@ -12,6 +12,8 @@ from vlm.models.build import build_encoder
 from vlm.models.encoder import MAIN
 from vlm.text.tokenizer import TokenBatch
 
+pytestmark = pytest.mark.peer
+
 TEXTS = ["红苹果", "a very small dog", "old house 老房子", "tea"]
 SIZES = {"vocab_size": 320, "pad_token_id": 1, "max_position_embeddings": 40}
 BERT_LIKE = SIZES | {

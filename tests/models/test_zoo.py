@@ -14,6 +14,8 @@ from vlm.models.build import build_encoder, image_size
 from vlm.models.encoder import MAIN, Encoder
 from vlm.text.tokenizer import TokenBatch
 
+pytestmark = pytest.mark.peer
+
 CAPTIONS = [
     "红苹果",
     "a very small dog",

@@ -16,6 +16,8 @@ from vlm.data.dataset import ShardedSplit
 from vlm.errors import TokenizerError
 from vlm.text.clip_bpe import clip_tokenizer
 
+pytestmark = pytest.mark.peer
+
 BEGIN, END = 49_406, 49_407
 NASTY = (
     "&amp;", "&lt;", "&#39;", "&nbsp;", "&amp;amp;", "&EACUTE;", "&#x1F600;", "Ã©", "â€™", "ï¼Œ",

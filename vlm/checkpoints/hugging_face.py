@@ -244,9 +244,6 @@ def model_config(model_cfg: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str
     """Return the `config.json` of a model that open_clip's description describes.
 
     What the file has no place for is left out: reading it back shows what that is.
-
-    Raises:
-        CheckpointError: a tower is of no kind that CLIP or Chinese-CLIP have.
     """
     vision, text = _DEFAULT_VISION | model_cfg["vision_cfg"], dict(model_cfg["text_cfg"])
     if vision.get("timm_model_name") or not isinstance(vision["layers"], int):

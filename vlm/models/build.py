@@ -76,11 +76,10 @@ def build_from_config(config: ModelConfig, tokenizer: Tokenizer) -> Encoder:
 
 
 def build_encoder(model_cfg: Mapping[str, Any]) -> Encoder:
-    """Build the described model with random weights and without the network.
+    """Build a described model with random weights and without the network.
 
-    Args:
-        model_cfg: As `encoder_model_cfg` returns it, or any `model_cfg` of open_clip's. Scale
-            and bias are single numbers here, whatever its `nonscalar_logit_scale` says.
+    The description is `encoder_model_cfg`'s, or any `model_cfg` of open_clip's. Scale and bias are
+    single numbers here, whatever its `nonscalar_logit_scale` says.
 
     Raises:
         ConfigError: it is not one that can be built and run.
@@ -160,12 +159,9 @@ def build_towers(model_cfg: Mapping[str, Any]) -> tuple[ImageTower, TextTower]:
     """Build the image tower and the text tower of any of open_clip's models.
 
     The names of their weights are those of `visual` and `text` in open_clip's `CustomTextCLIP`.
-    CoCa's decoder, `multimodal_cfg`, is not a part of them.
-
-    Args:
-        model_cfg: open_clip's description. A text model of transformers is built from
-            `text_cfg["hf_config"]`, or from its configuration in the cache; weights and
-            configurations are never downloaded, but for an image tower that asks for timm's.
+    CoCa's decoder, `multimodal_cfg`, is not a part of them. A text model of transformers is built
+    from `text_cfg["hf_config"]`, or from its configuration in the cache; weights and configurations
+    are never downloaded, but for an image tower that asks for timm's.
     """
     vision_cfg = {**model_cfg["vision_cfg"], "output_tokens": False}
     text_cfg = {**model_cfg["text_cfg"], "output_tokens": False}

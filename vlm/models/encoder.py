@@ -121,9 +121,7 @@ class Encoder(nn.Module, ABC):
     ) -> States:
         """Return the features of images and the states of all their patches.
 
-        Args:
-            images: Normalised images.
-            hidden: True at patches, of `grid_size` row by row, that the tower must not see.
+        `hidden` is true at patches, of `grid_size` row by row, that the tower must not see.
 
         Raises:
             ConfigError: the image tower has no states of patches.

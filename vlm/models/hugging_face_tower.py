@@ -23,13 +23,10 @@ _NOT_KEPT = ("_name_or_path", "transformers_version", "auto_map", "dtype", "torc
 
 
 def read_hf_config(name: str) -> dict[str, Any]:
-    """Return the configuration of a text model that is on this machine, as a dict.
-
-    Args:
-        name: A repository on Hugging Face that is cached, or a folder.
+    """Return the configuration of a text model, of a folder or cached from Hugging Face, as a dict.
 
     Raises:
-        ConfigError: it is not there, or transformers is not installed.
+        ConfigError: it is not on this machine, or transformers is not installed.
     """
     _require_transformers()
     from transformers import AutoConfig

@@ -145,7 +145,7 @@ class MaskedModelling(nn.Module):
         decoded = self.text_to_image(
             states.tokens,
             torch.cat([text.tokens for text in texts], dim=1),
-            key_mask=torch.cat([_mask_of(text) for text in texts], dim=1),
+            key_mask=torch.cat([text.mask for text in texts if text.mask is not None], dim=1),
         )
         predicted = self.patch_head(decoded[patches]).float()
         # He et al. 2022, section 3: each patch by its own mean and deviation; Baevski et al. 2022
@@ -268,9 +268,3 @@ def _cell(size: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
             f"{grid[0]} x {grid[1]} patches of the image tower, which masked pixels need"
         )
     return size[0] // grid[0], size[1] // grid[1]
-
-
-def _mask_of(states: States) -> Bool[Tensor, "batch length"]:
-    if states.mask is not None:
-        return states.mask
-    return torch.ones(states.tokens.shape[:2], dtype=torch.bool, device=states.tokens.device)

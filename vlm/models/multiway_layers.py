@@ -53,12 +53,8 @@ class MultiwayStack(nn.Module):
     ) -> Float[Tensor, "batch positions width"]:
         """Return the normalised last states.
 
-        Args:
-            states: Embeddings with positions, or another stack's output.
-            branch: The set of weights to use.
-            mask: False at padding, which no token attends to.
-            first_only: Give the state of the first position alone, which makes the last layer
-                cost a fraction; the result has length 1.
+        The mask is False at padding, which no token attends to. `first_only` gives the state of the
+        first position alone, a length of 1, which makes the last layer cost a fraction.
         """
         key_mask = None if mask is None else mask[:, None, None]  # over heads and queries
         last = len(self.layers) - 1

@@ -73,8 +73,7 @@ class PretrainingModel(nn.Module):
         matryoshka: Widths below `embed_dim`: the first N dimensions of the features are a head of
             their own (Kusupati et al. 2022, "Matryoshka Representation Learning", section 3).
         unimodal: Whether a second head that the encoder has is trained.
-        teacher: Gives the patch states that hidden patches are to be recovered as; frozen, and
-            no part of this module.
+        teacher: Gives the targets of hidden patches; frozen, and no part of this module.
 
     Raises:
         ConfigError: a width is not in [1, embed_dim), or named twice.
@@ -123,15 +122,11 @@ class PretrainingModel(nn.Module):
         hidden: Hidden | None = None,
         on_texts: OnTexts | None = None,
     ) -> Encoded:
-        """Encode a batch's captions in every language, then its images.
+        """Encode a batch's captions in every language, then its normalised images, if any.
 
-        Args:
-            images: Normalised images, or None.
-            texts: Captions by language; may be empty.
-            hidden: What masked modelling hides; its losses are computed where both sides are given
-                and gradients are enabled.
-            on_texts: Called with each head's text features before the images are encoded, so that
-                they can travel to other ranks meanwhile.
+        The losses of what masked modelling hides are computed where both are given and gradients
+        are enabled. `on_texts` is called with each head's text features before the images are
+        encoded, so that they can travel to other ranks meanwhile.
         """
         encoder = self.encoder
         masked = self.masked if images is not None and texts else None

@@ -83,11 +83,7 @@ class FastVocabulary(Vocabulary):
 
     @override
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Split texts into pieces, without begin and end; large batches on every core.
-
-        Raises:
-            TokenizerError: the file has no piece for what is unknown, and a text needs it.
-        """
+        """Split texts into pieces, without begin and end; large batches on every core."""
         if not self._drops_spaces:
             return self._encode_whole(texts)
         # Between spaces English repeats itself; Chinese does not, and has no spaces.

@@ -64,11 +64,8 @@ class SpecialIds:
 class Tokenizer:
     """Turns texts into ids of a vocabulary, between a begin and an end, and truncates them.
 
-    Args:
-        vocabulary: Splits a text into pieces and knows their ids.
-        config: What is done before and after splitting.
-        fast_files: `tokenizer.json` and `tokenizer_config.json`, by name, with which transformers
-            gives the same ids: of a SentencePiece model, where they were exported.
+    `fast_files` are `tokenizer.json` and `tokenizer_config.json`, by name, with which transformers
+    gives the same ids: of a SentencePiece model, where they were exported.
 
     Raises:
         TokenizerError: the vocabulary has no piece of a name that `config` gives.

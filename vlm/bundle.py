@@ -72,18 +72,7 @@ def save_bundle(
     first_new_id: int | None = None,
     truncate_dims: tuple[int, ...] = (),
 ) -> None:
-    """Write a bundle, whole or not at all.
-
-    Args:
-        folder: Where to; a bundle already there is replaced.
-        model: The model whose weights are written, as float32.
-        model_cfg: The description from which `build_encoder` builds the model.
-        preprocess_cfg: open_clip's description of the image transform.
-        tokenizer: The tokenizer the model was trained with.
-        languages: Languages of the training captions.
-        first_new_id: The first id of a grown vocabulary, where its rows are not trained yet.
-        truncate_dims: Smaller widths that features were trained at as well.
-    """
+    """Write a bundle, whole or not at all, in the place of one already there; see `Bundle`."""
     weights = {
         _OPEN_CLIP_SCALE if name == _OUR_SCALE else name: tensor.contiguous().cpu()
         for name, tensor in model.state_dict().items()
@@ -100,9 +89,11 @@ def save_bundle(
             "fingerprint": tokenizer.fingerprint,
             "context_length": tokenizer.context_length,
         },
-    } | _given(
-        first_new_id=first_new_id, truncate_dims=list(truncate_dims) or None, hf_config=hf_config
-    )
+        "first_new_id": first_new_id,
+        "truncate_dims": list(truncate_dims) or None,
+        "hf_config": hf_config,
+    }
+    description = {name: value for name, value in description.items() if value is not None}
     with write_folder(folder) as temporary:
         save_file(weights, temporary / _WEIGHTS)
         config = {"model_cfg": their_cfg, "preprocess_cfg": dict(preprocess_cfg)}
@@ -158,11 +149,7 @@ def load_bundle(folder: Path) -> Bundle:
 
 
 def store_calibration(folder: Path, calibration: Calibration) -> None:
-    """Write a calibration into a bundle, in the place of one that may be there.
-
-    Raises:
-        CheckpointError: the folder is no bundle, or the calibration is of another model.
-    """
+    """Write a calibration into the bundle whose model it is of, in the place of an older one."""
     said = _read_descriptions(folder)
     description = said.ours | {"calibration": calibration.record()}
     _calibration_of(folder, description, _fingerprint_of(folder, said))
@@ -173,14 +160,11 @@ def store_calibration(folder: Path, calibration: Calibration) -> None:
 class _Descriptions(NamedTuple):
     """What the two JSON files of a bundle say."""
 
-    ours: dict[str, Any]
-    """`vlm.json`, whole."""
-    config_name: str
-    """The file with the following two."""
+    ours: dict[str, Any]  # vlm.json, whole
+    config_name: str  # the file with the following two
     model_cfg: Mapping[str, Any]
     preprocess_cfg: Mapping[str, Any]
-    tokenizer: str
-    """Fingerprint of the tokenizer that the model was trained with."""
+    tokenizer: str  # fingerprint of the one that the model was trained with
     languages: tuple[str, ...]
     truncate_dims: tuple[int, ...]
 
@@ -239,10 +223,6 @@ def _calibration_of(
     return calibration
 
 
-def _given(**values: Any) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
-
-
 def _without_hf_config(
     model_cfg: Mapping[str, Any],
 ) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
@@ -274,13 +254,10 @@ def _load_weights(model: Encoder, path: Path) -> None:
     if _OPEN_CLIP_SCALE in weights:
         weights[_OUR_SCALE] = weights.pop(_OPEN_CLIP_SCALE)
     expected = model.state_dict()
-    wrong = sorted(
-        name
-        for name in weights.keys() | expected.keys()
-        if name not in weights
-        or name not in expected
-        or weights[name].shape != expected[name].shape
+    shapes, expected_shapes = (
+        {(name, tensor.shape) for name, tensor in each.items()} for each in (weights, expected)
     )
+    wrong = sorted({name for name, _ in shapes ^ expected_shapes})
     if wrong:
         shown = ", ".join(wrong[:3]) + (", ..." if len(wrong) > 3 else "")
         raise CheckpointError(
@@ -292,11 +269,7 @@ def _load_weights(model: Encoder, path: Path) -> None:
 
 
 def check_finite(weights: Mapping[str, Tensor], where: str) -> None:
-    """Refuse weights that are not finite: they give no features.
-
-    Raises:
-        CheckpointError: a tensor has a NaN or an infinity.
-    """
+    """Refuse weights that are not finite: they give no features."""
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
             raise CheckpointError(

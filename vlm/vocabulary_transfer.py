@@ -1,10 +1,10 @@
 """Bundles for a grown or a reduced vocabulary: what a model makes of its new ids."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,8 +30,7 @@ from vlm.text.lexicon import read_lexicon, read_vectors
 from vlm.text.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, kw_only=True)
-class GrownRows:
+class GrownRows(NamedTuple):
     """The rows of new pieces, and how they came about."""
 
     rows: Float[Tensor, "count width"]
@@ -43,13 +42,7 @@ def grow_bundle(bundle: Bundle, tokenizer: Tokenizer, config: GrowthConfig, out:
     """Write the bundle of a model that reads the ids of an extended tokenizer.
 
     What the old tokenizer says is read as before: its rows stay bit for bit, and with
-    `how="append"` its positions too.
-
-    Args:
-        bundle: The model to grow; it is changed in place.
-        tokenizer: An extension of the bundle's own.
-        config: How new rows and positions start.
-        out: The folder to write.
+    `how="append"` its positions too. The bundle's model is changed in place.
     """
     old = bundle.tokenizer
     if not is_extension(tokenizer, old) or tokenizer.vocab_size <= old.vocab_size:
@@ -70,7 +63,7 @@ def grow_bundle(bundle: Bundle, tokenizer: Tokenizer, config: GrowthConfig, out:
         model=bundle.model,
         model_cfg=_with_tokenizer(bundle.model_cfg, tokenizer, length),
         preprocess_cfg=bundle.preprocess_cfg,
-        tokenizer=_with_context_length(tokenizer, length),
+        tokenizer=Tokenizer(tokenizer.vocabulary, replace(tokenizer.config, context_length=length)),
         languages=bundle.languages,
         first_new_id=old.vocab_size,
         truncate_dims=bundle.truncate_dims,
@@ -84,16 +77,10 @@ def new_rows(
     new: Tokenizer,
     config: GrowthConfig,
 ) -> GrownRows:
-    """Return the rows of the pieces that `new` has and `old` has not.
-
-    Raises:
-        TokenizerError: a lexicon or vectors cannot be read.
-        ConfigError: `similarity` is asked for without vectors.
-    """
+    """Return the rows of the pieces that `new` has and `old` has not."""
     pieces = new.vocabulary.pieces()[old.vocab_size :]
     if config.init == "random":
-        rows = random_rows(embedding, len(pieces), seed=config.seed)
-        return GrownRows(rows=rows, known=0)
+        return GrownRows(random_rows(embedding, len(pieces), seed=config.seed), known=0)
     split = old.split(pieces)
     if config.init == "lexicon":
         translated = _translations(pieces, old, config.lexicon)
@@ -185,7 +172,3 @@ def _with_tokenizer(
         "eos_id": tokenizer.special_ids.end_of_text,
     }
     return dict(model_cfg) | {"text_cfg": text_cfg}
-
-
-def _with_context_length(tokenizer: Tokenizer, length: int) -> Tokenizer:
-    return Tokenizer(tokenizer.vocabulary, replace(tokenizer.config, context_length=length))

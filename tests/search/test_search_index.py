@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 
 import faiss
 import numpy as np
@@ -13,7 +14,7 @@ from vlm.bundle import load_bundle
 from vlm.embedding.embedder import Embedder
 from vlm.embedding.parts import SplitImages, images_in_folder, write_embeddings
 from vlm.errors import DataError, SearchIndexError
-from vlm.search.search_index import SearchIndex, build_search_index, hits_as_records
+from vlm.search.search_index import SearchIndex, build_search_index
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +85,8 @@ def test_images_of_a_folder_are_found_by_their_path_without_captions(tmp_path, e
 
 def test_hits_become_plain_records(run_folder, embedder):
     index = SearchIndex.open(run_folder / "index")
-    records = hits_as_records(index.search(embedder.encode_image([make_image(1)]), 2))
-    read = json.loads(json.dumps(records))
+    hits = index.search(embedder.encode_image([make_image(1)]), 2)
+    read = json.loads(json.dumps([asdict(hit) for hit in hits]))
     assert [record["rank"] for record in read] == [1, 2]
     assert set(read[0]) == {"rank", "score", "uid", "path", "captions"}
     assert read[0]["captions"] == {"en": "grey cat", "zh": "灰色的猫"}

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,14 +28,8 @@ class Options(IndexOptions, DeviceOptions):
     memory and recall."""
 
 
-class _Vectors(NamedTuple):
-    """What is searched with and in."""
-
-    images: NDArray[np.float32]
-    texts: Mapping[str, tuple[NDArray[np.float32], NDArray[np.int64]]]
-    """By language: vectors, and pairs (text, image) that belong together."""
-    fingerprint: str
-    """Of the model that made them."""
+_Texts: TypeAlias = Mapping[str, tuple[NDArray[np.float32], NDArray[np.int64]]]
+"""By language: vectors, and pairs (text, image) that belong together."""
 
 
 def run(options: Options) -> None:
@@ -46,23 +40,21 @@ def run(options: Options) -> None:
     from vlm.evaluation.indexes import compare_indexes
     from vlm.reports.index_report import comparison_rows, index_document
 
-    vectors = _vectors_of(options.embeddings, options.device)
-    report = compare_indexes(vectors.images, vectors.texts, plan, device=options.device)
+    images, texts, model = _vectors_of(options.embeddings, options.device)
+    report = compare_indexes(images, texts, plan, device=options.device)
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    origin = {"embeddings": str(options.embeddings), "model": vectors.fingerprint}
+    origin = {"embeddings": str(options.embeddings), "model": model}
     options.deliver(
         origin | report.as_record(),
         record_name="index.json",
-        document=lambda: index_document(
-            report, embeddings=str(options.embeddings), model=vectors.fingerprint
-        ),
+        document=lambda: index_document(report, **origin),
         table=lambda: markdown_table(*comparison_rows(report.comparisons), text_columns=2),
     )
 
 
-def _vectors_of(folder: Path, device: str | None) -> _Vectors:
-    """Read images' vectors, and embed their main captions with the model that made them."""
+def _vectors_of(folder: Path, device: str | None) -> tuple[NDArray[np.float32], _Texts, str]:
+    """Read images' vectors, embed their main captions; return the model's fingerprint too."""
     from vlm.bundle import is_bundle
     from vlm.embedding.embedder import Embedder
     from vlm.embedding.parts import DESCRIPTION_NAME, read_embeddings
@@ -82,7 +74,7 @@ def _vectors_of(folder: Path, device: str | None) -> _Vectors:
             "captions, or at least 2 images"
         )
     if not captions:
-        return _Vectors(images, {}, description.fingerprint)
+        return images, {}, description.fingerprint
     embedder = Embedder.load(description.bundle, device=device)
     if embedder.fingerprint != description.fingerprint:
         raise SearchIndexError(
@@ -96,4 +88,4 @@ def _vectors_of(folder: Path, device: str | None) -> _Vectors:
         places = {text: place for place, text in enumerate(dict.fromkeys(filter(None, of_images)))}
         pairs = [(places[text], image) for image, text in enumerate(of_images) if text]
         texts[language] = (embedder.encode_text(list(places)), np.array(pairs, dtype=np.int64))
-    return _Vectors(images, texts, description.fingerprint)
+    return images, texts, description.fingerprint

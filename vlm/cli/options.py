@@ -49,11 +49,7 @@ class ReportOptions(JsonOptions):
     """Folder for report.html, report.md with its images, and the results as JSON."""
 
     def check_folders(self) -> None:
-        """Refuse an `--out` or a `--cache` that cannot be a folder, before any work is done for it.
-
-        Raises:
-            ConfigError: something else than a folder is there, or on the way there.
-        """
+        """Refuse an `--out` or a `--cache` that cannot be a folder, before any work is done."""
         for name in ("out", "cache"):
             folder: Path | None = getattr(self, name, None)
             if folder is None:
@@ -73,17 +69,7 @@ class ReportOptions(JsonOptions):
         document: Callable[[], "Document"],
         table: Callable[[], str],
     ) -> None:
-        """Write the JSON and the report where `--out` says, and print the table or the JSON.
-
-        Args:
-            record: What was found.
-            record_name: The file in the folder of `--out` that gets it.
-            document: Gives the report, if it is asked for.
-            table: Gives what is printed, if JSON is not asked for.
-
-        Raises:
-            VlmError: something cannot be written.
-        """
+        """Write the record and the report where `--out` says, and print the table or the JSON."""
         self.check_folders()
         text = json.dumps(record, indent=1, ensure_ascii=False)
         if self.out:
@@ -104,13 +90,7 @@ class EvaluationOptions(ReportOptions, ModelOptions):
     the folder cache in that of out."""
 
     def bulk_embedder(self, bundle: Path, group: "RankGroup") -> "BulkEmbedder":
-        """Load a bundle, to embed with the ranks of a group.
-
-        Raises:
-            ConfigError: something else than a folder is where `--out` or `--cache` says.
-            CheckpointError: the folder is not a bundle, or it is damaged.
-            VlmError: there is no such device, or the features were not trained at that width.
-        """
+        """Load a bundle, to embed with the ranks of a group."""
         self.check_folders()
         from vlm.embedding.bulk import BulkEmbedder
         from vlm.embedding.embedder import Embedder
@@ -139,11 +119,7 @@ class IndexOptions(ReportOptions):
     """Also measure each index over its search parameter, for --out or --json."""
 
     def index_plan(self) -> IndexPlan | None:
-        """Return the comparison that is asked for; None where no index was named.
-
-        Raises:
-            ConfigError: a number or a size cannot be, or an option would be ignored.
-        """
+        """Return the comparison that is asked for; None where no index was named."""
         given = {name: getattr(self, name) for name in ("target_recall", "memory", "sweep")}
         given = {name: value for name, value in given.items() if value not in (None, False)}
         if not self.index:
@@ -160,11 +136,7 @@ class IndexOptions(ReportOptions):
 def sources_in(
     options: SourceSettings, entries: Sequence[str | RetrievalSource], *, folder_split: str
 ) -> list[RetrievalSource]:
-    """Return the benchmarks that are asked; one without a setting takes that of the options.
-
-    Raises:
-        ConfigError: two benchmarks have one name, or one has no path.
-    """
+    """Return the benchmarks that are asked; one without a setting takes that of the options."""
     from vlm.evaluation.retrieval.sources import sources_of
 
     common = {field.name: getattr(options, field.name) for field in fields(SourceSettings)}
@@ -173,14 +145,7 @@ def sources_in(
 
 
 def refuse_several_processes(verb: str) -> None:
-    """Refuse to be one of the processes that `accelerate launch` or torchrun started.
-
-    Args:
-        verb: The verb that each of them would do in full, such as `eval index`.
-
-    Raises:
-        DistributedError: there are several processes.
-    """
+    """Refuse to be one of several processes, each of which would do a verb in full."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1:
         raise DistributedError(

@@ -21,8 +21,6 @@ from vlm.errors import ConfigError, VlmError
 Options = TypeVar("Options")
 Part = TypeVar("Part")
 
-_CONFIG_HELP = "YAML file with these options; relative paths in it start from the current folder"
-
 _OTHER_NAMES = {
     "gradient_accumulation_steps": "loss.micro_batches",
     "accum_freq": "loss.micro_batches",
@@ -93,7 +91,6 @@ class _Parser(ArgumentParser):
     """Reads relative paths in a configuration file as a shell does: from the current folder."""
 
     def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Namespace:
-        """Read a configuration file."""
         text = Path(cfg_path).read_text(encoding="utf-8")
         found: Namespace = self.parse_string(text, *args, **kwargs)
         return found
@@ -121,9 +118,8 @@ class _HelpFormatter(DefaultHelpFormatter):
         return text
 
     def format_help(self) -> str:
-        """Return the help, in which a flag takes no value."""
         text: str = super().format_help()
-        return text.replace(" ]", "]")
+        return text.replace(" ]", "]")  # a flag takes no value
 
 
 def _settings_of(kind: Any, prefix: str = "") -> dict[str, Any]:
@@ -151,12 +147,8 @@ def _arguments(
 ) -> tuple[list[str], dict[str, str | Path]]:
     """Write the words of a shell as the library reads them: `--where a b` as a list, flags as true.
 
-    Returns:
-        The arguments; and apart from them, by name, texts and paths that may be left out, of which
-        the library would take `#cat`, `~` and `null` for YAML's null.
-
-    Raises:
-        VlmError: an option is unknown or lacks its value, or there are too many words.
+    Returns the arguments; and apart from them, by name, texts and paths that may be left out, in
+    which the library would take `#cat`, `~` and `null` for YAML's null.
     """
     arguments, free, raw, rest = [], [], {}, list(words)
     seen: set[str] = set()
@@ -204,9 +196,8 @@ def _values_of(kind: Any, name: str, rest: list[str]) -> list[str]:
 
 def _checked(word: str, name: str, settings: Mapping[str, Any]) -> str:
     """Return an option that only the library knows, such as `--help`."""
-    if name in ("h", "help", "print_config") or name.removesuffix("+") in settings:
-        return word
-    if name.removesuffix(".help") in settings:
+    of_setting = {name.removesuffix("+"), name.removesuffix(".help")}
+    if name in ("h", "help", "print_config") or of_setting & settings.keys():
         return word
     raise VlmError(_unknown(name, settings))
 

@@ -1,7 +1,7 @@
 """Find the images of an index that are nearest to a text, in any language, or to an image."""
 
 import json
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +37,7 @@ def run(options: Options) -> None:
         raise VlmError("vlm search needs either --text TEXT or --image FILE")
     if options.text == "":
         raise VlmError("--text is empty; expected what to look for")
-    from vlm.search.search_index import SearchIndex, hits_as_records
+    from vlm.search.search_index import SearchIndex
 
     index = SearchIndex.open(options.index)
     embedder = index.load_embedder(options.bundle, device=options.device)
@@ -47,7 +47,7 @@ def run(options: Options) -> None:
         query = embedder.encode_text([options.text or ""])
     hits = index.search(query, options.k)
     if options.json:
-        print(json.dumps(hits_as_records(hits), ensure_ascii=False, indent=1))
+        print(json.dumps([asdict(hit) for hit in hits], ensure_ascii=False, indent=1))
     else:
         print("\n".join(_line(hit) for hit in hits))
 

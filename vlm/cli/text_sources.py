@@ -39,11 +39,7 @@ class TextOptions:
         )
 
     def given(self) -> list["Language"]:
-        """Return the languages that have texts.
-
-        Raises:
-            TokenizerError: none has.
-        """
+        """Return the languages that have texts, at least one."""
         found = [language for language in LANGUAGES if getattr(self, language)]
         if not found:
             raise TokenizerError("give texts by --zh and --en: files or folders of captions")

@@ -77,14 +77,9 @@ class BulkEmbedder:
         self.cache = cache
         self.group = group
         self.show_progress_bar = show_progress_bar and group.rank == 0
-        """Whether this rank shows progress."""
 
     def digests_of(self, images: Sequence[ImageSource]) -> list[bytes]:
-        """Return the SHA-256 of each image, as `digest_of_image` does; ranks share the reading.
-
-        Raises:
-            DataError: an image cannot be read (on every rank).
-        """
+        """Return the SHA-256 of each image, as `digest_of_image` does; ranks share the reading."""
 
         def digest(part: slice) -> _Done:
             joined = b"".join(digest_of_image(image) for image in images[part])
@@ -98,15 +93,12 @@ class BulkEmbedder:
     def encode_image(
         self, images: Sequence[ImageSource], digests: Sequence[bytes] | None = None
     ) -> Float32[np.ndarray, "images dim"]:
-        """Embed images, and gather the vectors on every rank.
+        """Embed images, and gather the unit vectors on every rank.
 
         Args:
             images: Paths, open PIL images, or the bytes of image files.
             digests: What `digests_of` gave for them, where it was asked already; they are needed
                 for a cache only.
-
-        Returns:
-            One unit vector an image, in order.
 
         Raises:
             DataError: an image cannot be read (on every rank).
@@ -127,14 +119,10 @@ class BulkEmbedder:
         return self._all_rows(shape, np.float32, IMAGES_A_PART, encode, "embedding images")
 
     def encode_text(self, texts: Sequence[str]) -> Float32[np.ndarray, "texts dim"]:
-        """Embed texts in any language, and gather the vectors on every rank.
-
-        Returns:
-            One unit vector a text, in order.
+        """Embed texts in any language, and gather the unit vectors on every rank.
 
         Raises:
-            VlmError: `texts` is a string, or holds something else than strings; or the disk is
-                full (on every rank).
+            VlmError: not all are strings; or the disk is full (on every rank).
         """
         check_texts(texts)
 
@@ -208,7 +196,7 @@ class BulkEmbedder:
         return result
 
     def _exchange_device(self) -> torch.device:
-        """Return where tensors must lie for the exchange: gloo sends those of the CPU only."""
+        # gloo sends tensors of the CPU only.
         if self.group.size == 1 or dist.get_backend(self.group.process_group) == "gloo":
             return torch.device("cpu")
         return self.embedder.device
@@ -234,11 +222,8 @@ def digest_of_image(image: ImageSource) -> bytes:
 
 
 class _Done(NamedTuple):
-    """What became of a part."""
-
     rows: Shaped[np.ndarray, "rows width"]
-    of_cache: int = 0
-    """How many of the rows came from the cache."""
+    of_cache: int = 0  # how many of the rows came from the cache
 
 
 def _read(path: Path, shape: tuple[int, int]) -> NDArray[np.float32] | None:
@@ -252,27 +237,21 @@ def _read(path: Path, shape: tuple[int, int]) -> NDArray[np.float32] | None:
 
 
 def _model_key(embedder: Embedder, kind: Kind) -> str:
-    reading = (
-        dict(embedder.bundle.preprocess_cfg) if kind == "images" else embedder.tokenizer.fingerprint
-    )
+    images, texts = dict(embedder.bundle.preprocess_cfg), embedder.tokenizer.fingerprint
     content = {
         "version": _KEY_VERSION,
         "model": embedder.fingerprint,
         "dim": embedder.embed_dim,
-        kind: reading,
+        kind: images if kind == "images" else texts,
     }
     return _sha256(json.dumps(content, sort_keys=True).encode()).hex()
 
 
 def _share_error(error: Exception | None, group: RankGroup, device: torch.device) -> None:
-    """Exchange what each rank met; a rank that met nothing raises what the first one met.
-
-    Raises:
-        DataError: this rank met nothing, and another a `VlmError`.
-        DistributedError: this rank met nothing, and another an exception of another kind.
-    """
+    """Exchange what each rank met; a rank that met nothing raises what the first one met."""
     of_user = isinstance(error, VlmError)
-    words = str(error) if of_user else f"rank {group.rank} met {_in_one_line(error)}"
+    in_one_line = ": ".join(filter(None, [type(error).__name__, " ".join(str(error).split())]))
+    words = str(error) if of_user else f"rank {group.rank} met {in_one_line}"
     message = b"" if error is None else words.encode("utf-8", "surrogatepass")
     outcomes = gather_numbers([error is not None, of_user, len(message)], group, device)
     failed = [rank for rank, (wrong, _, _) in enumerate(outcomes) if wrong]
@@ -284,11 +263,6 @@ def _share_error(error: Exception | None, group: RankGroup, device: torch.device
         _, first_of_user, size = outcomes[failed[0]]  # ranks before it have sent nothing
         kind = DataError if first_of_user else DistributedError
         raise kind(messages[:size].decode("utf-8", "surrogatepass"))
-
-
-def _in_one_line(error: Exception | None) -> str:
-    words = " ".join(str(error).split())
-    return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
 
 def _sha256(content: bytes) -> bytes:

@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
@@ -64,8 +63,7 @@ class Embedder:
             keeps all.
 
     Raises:
-        VlmError: the features were not trained at that width, there is no such device, or it has
-            no room for the model.
+        VlmError: the features were not trained at that width, or the device cannot be used.
     """
 
     def __init__(
@@ -102,12 +100,7 @@ class Embedder:
         device: str | torch.device | None = None,
         truncate_dim: int | None = None,
     ) -> "Embedder":
-        """Read a bundle.
-
-        Args:
-            folder: The bundle, for example `runs/quickstart/bundle`.
-            device: Where to run it; a GPU if there is one, else the CPU.
-            truncate_dim: As for the class.
+        """Read a bundle such as `runs/quickstart/bundle`; None is a GPU if there is one.
 
         Raises:
             CheckpointError: the folder is not a bundle, or it is damaged.
@@ -117,11 +110,7 @@ class Embedder:
         return cls(load_bundle(Path(folder)), device=device, truncate_dim=truncate_dim)
 
     def truncated(self, dim: int) -> "Embedder":
-        """Return an embedder of the same model whose vectors have `dim` numbers.
-
-        Raises:
-            VlmError: the features were not trained at that width.
-        """
+        """Return an embedder of the same model whose vectors have `dim` numbers."""
         return Embedder(self.bundle, model=self.model, truncate_dim=dim)
 
     @property
@@ -132,15 +121,9 @@ class Embedder:
     def encode_text(
         self, texts: str | Sequence[str], *, batch_size: int = 256, show_progress_bar: bool = False
     ) -> Float32[np.ndarray, "*texts dim"]:
-        """Embed texts in any language.
+        """Embed texts in any language: one unit vector a text, or the vector of one text alone.
 
-        Args:
-            texts: The texts, or one text.
-            batch_size: Texts encoded at a time; it does not change the result.
-            show_progress_bar: Whether to show progress on stderr.
-
-        Returns:
-            One unit vector a text, in order; for one text alone its vector.
+        `batch_size`, the number of texts encoded at a time, does not change the result.
 
         Raises:
             VlmError: something is not a string, or a vector is not finite.
@@ -148,11 +131,11 @@ class Embedder:
         if isinstance(texts, str):
             return np.asarray(self.encode_text([texts])[0])
         check_texts(texts)
-        rows = [
-            self._vectors(self.model.encode_text, self.tokenizer.encode(chunk).to(self.device))
-            for _, chunk in _batches(texts, batch_size, show_progress_bar)
-        ]
-        return np.concatenate([self._empty, *rows])
+        rows = [np.zeros((0, self.embed_dim), np.float32)]
+        for _, chunk in _batches(texts, batch_size, show_progress_bar):
+            tokens = self.tokenizer.encode(chunk).to(self.device)
+            rows.append(self._vectors(self.model.encode_text, tokens))
+        return np.concatenate(rows)
 
     def encode_image(
         self,
@@ -162,7 +145,7 @@ class Embedder:
         show_progress_bar: bool = False,
         first_number: int = 1,
     ) -> Float32[np.ndarray, "*images dim"]:
-        """Embed images.
+        """Embed images: one unit vector an image, or the vector of one image alone.
 
         Args:
             images: Paths, open PIL images, arrays of uint8 (height x width x 3), open files, or
@@ -171,30 +154,23 @@ class Embedder:
             show_progress_bar: Whether to show progress on stderr.
             first_number: The number by which an error calls the first image.
 
-        Returns:
-            One unit vector an image, in order; for one image alone its vector.
-
         Raises:
             DataError: an image cannot be read.
             VlmError: something is not an image, or a vector is not finite.
         """
         if isinstance(images, _LONE) or (isinstance(images, np.ndarray) and images.ndim < 4):
             return np.asarray(self.encode_image([cast(ImageInput, images)])[0])
-        rows = []
+        rows = [np.zeros((0, self.embed_dim), np.float32)]
         for start, chunk in _batches(list(images), batch_size, show_progress_bar):
             numbered = enumerate(chunk, start=start + first_number)
             pixels = [self.pixels(image, name=f"image {number}") for number, image in numbered]
             rows.append(self.encode_pixels(torch.stack(pixels)))
-        return np.concatenate([self._empty, *rows])
+        return np.concatenate(rows)
 
     def pixels(
         self, image: ImageInput, *, name: str = "the image"
     ) -> Float[Tensor, "3 height width"]:
-        """Decode an image into what the model reads.
-
-        Args:
-            image: As for `encode_image`.
-            name: What to call it in an error where it has no path.
+        """Decode an image into what the model reads; errors call it `name` if it has no path.
 
         Raises:
             DataError: it cannot be read.
@@ -205,11 +181,7 @@ class Embedder:
     def encode_pixels(
         self, pixels: Float[Tensor, "images 3 height width"]
     ) -> Float32[np.ndarray, "images dim"]:
-        """Embed a batch of what `pixels` returned.
-
-        Raises:
-            VlmError: a vector is not finite.
-        """
+        """Embed a batch of what `pixels` returned."""
         return self._vectors(self.model.encode_image, pixels.to(self.device))
 
     def similarity(
@@ -220,9 +192,6 @@ class Embedder:
         """Return the cosine of every query with every candidate, in [-1, 1].
 
         Either side may be one vector; its axis is then missing in the result.
-
-        Raises:
-            VlmError: they are vectors of different widths.
         """
         if queries.shape[-1] != candidates.shape[-1]:
             raise VlmError(
@@ -247,8 +216,8 @@ class Embedder:
                 bundle was calibrated for.
 
         Raises:
-            VlmError: the bundle is not calibrated, or at another width; the prior is not between
-                0 and 1; or queries and candidates are of different widths.
+            VlmError: the bundle is not calibrated, or at another width; or the prior is not
+                between 0 and 1.
         """
         calibration = self.bundle.calibration
         if calibration is None:
@@ -263,14 +232,15 @@ class Embedder:
             )
         return calibration.probability(self.similarity(queries, candidates), prior=prior)
 
-    @property
-    def _empty(self) -> NDArray[np.float32]:
-        return np.zeros((0, self.embed_dim), np.float32)
-
     @torch.inference_mode()
     def _vectors(self, encode: Callable[[Input], Tensor], inputs: Input) -> NDArray[np.float32]:
-        with _evaluating(self.model):
+        module = self.model if isinstance(self.model, nn.Module) else nn.Module()
+        was_training = module.training
+        module.eval()
+        try:
             features = encode(inputs)
+        finally:
+            module.train(was_training)  # a model in training goes on as it was
         if features.shape[1] != self.embed_dim:
             features = F.normalize(features[:, : self.embed_dim], dim=-1)
         vectors: NDArray[np.float32] = features.cpu().numpy()
@@ -312,11 +282,7 @@ def _source_of(image: ImageInput) -> ImageSource:
 
 
 def _move(model: RuntimeEncoder, device: str | torch.device) -> None:
-    """Move a module to a device; what is no module stays where it is.
-
-    Raises:
-        VlmError: there is no such device, or it has no room for the model.
-    """
+    """Move a module to a device; what is no module stays where it is."""
     try:
         # Something small first: torch's own words on a wrong device are many.
         place = torch.empty(0, device=device).device
@@ -330,25 +296,7 @@ def _move(model: RuntimeEncoder, device: str | torch.device) -> None:
         raise VlmError(f"the model does not fit into the free memory of {place}") from error
 
 
-@contextmanager
-def _evaluating(model: RuntimeEncoder) -> Iterator[None]:
-    """Run a module in evaluation mode, and leave it in the mode it was in."""
-    if not isinstance(model, nn.Module):
-        yield
-        return
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
 def check_texts(texts: Sequence[str]) -> None:
-    """Refuse what is not a list of strings.
-
-    Raises:
-        VlmError: `texts` is a string, or holds something else than strings.
-    """
+    """Refuse what is not a list of strings."""
     if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
         raise VlmError(f"expected a list of strings, found {texts!r:.60}")

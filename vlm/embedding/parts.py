@@ -70,11 +70,7 @@ class Written(NamedTuple):
 
 
 class SplitImages:
-    """Every image of a data folder's split, in the order of the shards.
-
-    Raises:
-        DataError: the split cannot be read.
-    """
+    """Every image of a data folder's split, in the order of the shards."""
 
     def __init__(self, folder: Path, split: str) -> None:
         self._samples = ShardedSplit(folder, split)
@@ -90,11 +86,7 @@ class SplitImages:
 
 
 def images_in_folder(folder: Path) -> tuple[list[ListedImage], Counter[str]]:
-    """Return the images below a folder, and how many entries are left out by reason.
-
-    Raises:
-        DataError: it holds no images, or is not a folder.
-    """
+    """Return the images below a folder, at least one, and how many entries are left out why."""
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; expected one with images")
     found = images_below(folder)
@@ -125,29 +117,30 @@ def write_embeddings(
         bundle: The model's folder.
         allowed_share: Ratio of the images that may be unreadable, and are left out; at least one
             image, except with 0.
-        part_size: Images in a part.
+        part_size: Images in a part, a multiple of the batch.
 
     Raises:
         DataError: `out` is finished already or holds something else; or too many images cannot be
             read: all others have been embedded then, and are not embedded again.
         VlmError: something cannot be written.
     """
-    _check_unfinished(out)
+    if out.exists() and ((out / DESCRIPTION_NAME).exists() or not _is_begun(out)):
+        raise DataError(f"{out} exists already; choose another folder for the embeddings")
     model = [embedder.fingerprint, embedder.embed_dim, list(embedder.languages)]
     total = len(images) if isinstance(images, Sized) else None
     count, number, unreadable, images = 0, 0, dict[str, str](), iter(images)
     with tqdm(total=total, unit="image", desc="embedding") as bar:
         while chunk := list(islice(images, part_size)):
             part = _Part(out, number, _key(model, chunk))
-            found = part.find()
-            if found is None:
-                found = part.write(*_embed(embedder, chunk), embedder.languages)
-            unreadable |= found.unreadable
-            count += found.rows
+            rows, left_out = part.find() or part.write(*_embed(embedder, chunk), embedder.languages)
+            unreadable |= left_out
+            count += rows
             number += 1
             bar.update(len(chunk))
     _check_bound(out, unreadable, count, allowed_share)
-    _remove_parts_from(out, number)
+    for name, suffix in (("img_emb", "npy"), ("metadata", "parquet")):
+        for path in _parts(out / name, suffix)[number:]:  # an earlier run had more images
+            path.unlink()
     description = EmbeddingsDescription(
         bundle=str(bundle.resolve()),
         fingerprint=embedder.fingerprint,
@@ -165,8 +158,7 @@ def read_embeddings(
     """Read the vectors and the metadata of an embeddings folder.
 
     Raises:
-        SearchIndexError: the folder is no embeddings folder or is not finished, its parts do not
-            fit together, or a vector is not finite.
+        SearchIndexError: the folder holds no finished embeddings, or they are damaged.
     """
     path = folder / DESCRIPTION_NAME
     if not path.is_file():
@@ -197,29 +189,25 @@ def read_embeddings(
     return description, vectors, metadata
 
 
-class _Done(NamedTuple):
-    """A part that is there."""
-
-    rows: int
-    unreadable: dict[str, str]
-
-
 class _Part:
-    """The two files of a part; the metadata is written last, and holds the key."""
+    """The two files of a part; the metadata is written last, and holds the key.
+
+    Of a part that is there, both methods return its rows, and why each other image is left out.
+    """
 
     def __init__(self, folder: Path, number: int, key: str) -> None:
         self.vectors = folder / "img_emb" / f"img_emb_{number}.npy"
         self.metadata = folder / "metadata" / f"metadata_{number}.parquet"
         self.key = key
 
-    def find(self) -> _Done | None:
-        """Return what an earlier run left here, if it is whole and has the key."""
+    def find(self) -> tuple[int, dict[str, str]] | None:
+        """Look for what an earlier run left here; None unless it is whole and has the key."""
         with suppress(OSError, EOFError, LookupError, ValueError):
             schema = pyarrow.parquet.read_metadata(self.metadata)
             record = json.loads(schema.metadata[b"vlm"])
             rows = len(np.load(self.vectors, allow_pickle=False, mmap_mode="r"))
             if record["key"] == self.key and rows == schema.num_rows:
-                return _Done(rows, record["unreadable"])
+                return rows, record["unreadable"]
         return None
 
     def write(
@@ -228,7 +216,7 @@ class _Part:
         vectors: Float32[np.ndarray, "images dim"],
         unreadable: dict[str, str],
         languages: Sequence[str],
-    ) -> _Done:
+    ) -> tuple[int, dict[str, str]]:
         columns = {
             "uid": [image.uid for image in images],
             "image_path": [image.address for image in images],
@@ -243,7 +231,7 @@ class _Part:
         self.metadata.unlink(missing_ok=True)  # of other vectors than will now stand beside it
         write_file(self.vectors, npy_bytes(vectors))
         write_file(self.metadata, buffer.getvalue())
-        return _Done(len(images), unreadable)
+        return len(images), unreadable
 
 
 def npy_bytes(array: NDArray[Any]) -> bytes:
@@ -290,11 +278,6 @@ def _state(source: ImageSource) -> str:
     return f"{found.st_size} {found.st_mtime_ns}"
 
 
-def _check_unfinished(out: Path) -> None:
-    if out.exists() and ((out / DESCRIPTION_NAME).exists() or not _is_begun(out)):
-        raise DataError(f"{out} exists already; choose another folder for the embeddings")
-
-
 def _is_begun(folder: Path) -> bool:
     return (folder / "img_emb").is_dir()
 
@@ -313,13 +296,6 @@ def _check_bound(
         f"{allowed_share:g} permits ({allowed}): {shown}{more}. What was embedded is kept in "
         f"{out}: mend or remove these, or raise --allowed_share, and run the same command again"
     )
-
-
-def _remove_parts_from(folder: Path, number: int) -> None:
-    """Remove the parts that an earlier run over more images left."""
-    for name, suffix in (("img_emb", "npy"), ("metadata", "parquet")):
-        for path in _parts(folder / name, suffix)[number:]:
-            path.unlink()
 
 
 def _parts(folder: Path, suffix: str) -> Sequence[Path]:

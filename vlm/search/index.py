@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import faiss
 import numpy as np
@@ -42,8 +43,7 @@ class Hits:
     """Positions of the vectors in the index; -1 where an approximate index found fewer."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tunable:
+class Tunable(NamedTuple):
     """The search parameter that trades time for recall: whole numbers from 1 to `high`."""
 
     name: str
@@ -58,9 +58,6 @@ class VectorIndex:
         factory: The string it was made of.
         build_seconds: Time that training and adding took.
         fixed: Search parameters to set, which are not to be tuned.
-
-    Raises:
-        SearchIndexError: this kind of index has no such parameter.
     """
 
     def __init__(
@@ -131,11 +128,7 @@ class VectorIndex:
 
     @classmethod
     def read(cls, path: Path) -> "VectorIndex":
-        """Read what `write` wrote; search parameters are in the file.
-
-        Raises:
-            SearchIndexError: the file is missing or not an index.
-        """
+        """Read what `write` wrote; search parameters are in the file."""
         try:
             return cls(faiss.read_index(str(path)))
         except RuntimeError as error:
@@ -161,11 +154,7 @@ class VectorIndex:
         return float(faiss.serialize_index(index).nbytes / len(self))
 
     def set_parameter(self, name: str, value: int | float) -> None:
-        """Set a search parameter by its name in FAISS, such as `nprobe` or `efSearch`.
-
-        Raises:
-            SearchIndexError: this kind of index has no such parameter.
-        """
+        """Set a search parameter by its name in FAISS, such as `nprobe` or `efSearch`."""
         space = faiss.GpuParameterSpace() if self.on_gpu else faiss.ParameterSpace()
         try:
             space.set_index_parameter(self._index, name, value)
@@ -211,12 +200,7 @@ class VectorIndex:
         return recall_at(low) >= target
 
     def search(self, queries: Float32[np.ndarray, "queries dim"], k: int) -> Hits:
-        """Return the `k` best vectors for each query, or all of them if there are fewer.
-
-        Raises:
-            SearchIndexError: the queries have another width or are not finite, or `k` is less
-                than 1.
-        """
+        """Return the `k` best vectors for each query, or all of them if there are fewer."""
         if k < 1:
             raise SearchIndexError(f"found k = {k}; expected at least 1")
         if queries.shape[1] != self.dim:
@@ -243,9 +227,6 @@ def check_factory(factory: str, dim: int) -> None:
     """Refuse a string of `VectorIndex.build` that FAISS does not know for vectors of this width.
 
     It costs nothing, so that a slip of the pen is found before anything is computed.
-
-    Raises:
-        SearchIndexError: as `build`, but for what depends on the vectors.
     """
     kind, fixed = _parsed(factory)
     VectorIndex(_empty_index(kind, dim), factory=kind, fixed=fixed)
@@ -297,7 +278,9 @@ def choose_factory(
             f"cannot choose an index of {count} vectors of width {dim} for a recall of "
             f"{target_recall}; expected at least one of each, and a recall above 0 and up to 1"
         )
-    cells = _cells(count)
+    wanted = math.ceil(math.log2(4 * math.sqrt(count)))
+    trainable = math.floor(math.log2(max(1, count // _FEWEST_POINTS)))
+    cells = 2 ** min(wanted, trainable)
     centroids = cells * 4 * dim
     sizes = {"Flat": count * 4 * dim} if count < FLAT_BELOW or target_recall == 1 else {}
     if target_recall < 1:
@@ -317,12 +300,6 @@ def choose_factory(
         f"no index of {count} vectors of width {dim} for a recall of {target_recall} fits into "
         f"{memory_budget_bytes} bytes; expected at least {size}, for {factory}"
     )
-
-
-def _cells(count: int) -> int:
-    wanted = math.ceil(math.log2(4 * math.sqrt(count)))
-    trainable = math.floor(math.log2(max(1, count // _FEWEST_POINTS)))
-    return int(2 ** min(wanted, trainable))
 
 
 def _parsed(factory: str) -> tuple[str, dict[str, float]]:

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -61,11 +61,7 @@ class SearchIndex:
 
     @classmethod
     def open(cls, folder: Path) -> "SearchIndex":
-        """Open what `build_search_index` wrote.
-
-        Raises:
-            SearchIndexError: the folder is no index, or one of its files is damaged.
-        """
+        """Open what `build_search_index` wrote, if none of its files is damaged."""
         path = folder / _DESCRIPTION
         if not path.is_file():
             raise SearchIndexError(f"{folder} is not a search index: it has no {_DESCRIPTION}")
@@ -92,13 +88,7 @@ class SearchIndex:
     def load_embedder(self, bundle: Path | None = None, *, device: str | None = None) -> Embedder:
         """Load the model that made the index, at the width of its vectors.
 
-        Args:
-            bundle: The model's folder, if it is not where it was.
-            device: As for `Embedder.load`.
-
-        Raises:
-            SearchIndexError: the model is not where it was, or is another one.
-            VlmError: the bundle cannot be loaded.
+        `bundle` is the model's folder, if it is not where it was; `device` as for `Embedder.load`.
         """
         if bundle is None and not is_bundle(self.bundle):
             raise SearchIndexError(
@@ -114,11 +104,7 @@ class SearchIndex:
         return embedder.truncated(self.index.dim)
 
     def search(self, query: Float32[np.ndarray, "1 dim"], k: int) -> list[Hit]:
-        """Return the `k` images nearest to one query vector; an approximate index may find fewer.
-
-        Raises:
-            SearchIndexError: the query is not finite or of another width, or `k` is less than 1.
-        """
+        """Return the `k` images nearest to one vector; an approximate index may find fewer."""
         hits = self.index.search(query, k)
         rows = self.metadata.take(hits.ids[0][hits.ids[0] >= 0]).to_pylist()
         return [
@@ -179,8 +165,3 @@ def _recall(index: VectorIndex, vectors: Float32[np.ndarray, "vectors dim"]) -> 
     nearest = VectorIndex.build(vectors).search(queries, _NEIGHBOURS).scores
     found = cosines_of(index.search(queries, _NEIGHBOURS).ids, queries, vectors)
     return float((found >= nearest[:, -1:] - ROUNDING).mean())
-
-
-def hits_as_records(hits: list[Hit]) -> list[dict[str, object]]:
-    """Return hits as plain dictionaries, for JSON."""
-    return [asdict(hit) for hit in hits]

@@ -4,7 +4,6 @@ The names below are imported when they are first used, so that `import vlm` cost
 """
 
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,6 +12,8 @@ if TYPE_CHECKING:
     from vlm.evaluation.retrieval.evaluation import evaluate_retrieval
     from vlm.evaluation.retrieval.run import evaluate
     from vlm.text.tokenizer import Tokenizer, load_tokenizer
+
+    load = Embedder.load
 
 __version__ = "0.1.0"
 
@@ -37,17 +38,10 @@ _HOMES = {
 }
 
 
-def load(
-    folder: str | Path, *, device: str | None = None, truncate_dim: int | None = None
-) -> "Embedder":
-    """Read a bundle; see `vlm.embedding.embedder.Embedder.load`."""
-    from vlm.embedding.embedder import Embedder
-
-    return Embedder.load(folder, device=device, truncate_dim=truncate_dim)
-
-
 def __getattr__(name: str) -> Any:
     """Import a public name from the module that defines it."""
+    if name == "load":
+        return __getattr__("Embedder").load
     if name not in _HOMES:
         raise AttributeError(f"module 'vlm' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import vlm.quick_imports  # noqa: F401  # before what imports open_clip
+import vlm.models.quick_imports  # noqa: F401  # before what imports open_clip
 from vlm.calibration import Calibration, calibration_from_record
 from vlm.errors import CheckpointError, TokenizerError, VlmError
 from vlm.files import sha256_of, write_file, write_folder

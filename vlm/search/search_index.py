@@ -37,27 +37,24 @@ class Hit:
     captions: Mapping[str, str]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SearchIndex:
-    """An index folder, opened.
+    """An index folder, opened."""
 
-    Args:
-        index: The vectors.
-        metadata: One row a vector.
-        bundle: Folder of the model that made the vectors.
-        fingerprint: That model's fingerprint.
-    """
+    index: VectorIndex
+    metadata: pyarrow.Table
+    """One row a vector."""
+    bundle: Path
+    """Folder of the model that made the vectors."""
+    fingerprint: str
+    """That model's fingerprint."""
 
-    def __init__(
-        self, index: VectorIndex, metadata: pyarrow.Table, *, bundle: Path, fingerprint: str
-    ) -> None:
-        if len(index) != metadata.num_rows:
+    def __post_init__(self) -> None:
+        if len(self.index) != self.metadata.num_rows:
             raise SearchIndexError(
-                f"the index holds {len(index)} vectors and {metadata.num_rows} rows of metadata"
+                f"the index holds {len(self.index)} vectors and {self.metadata.num_rows} rows of "
+                "metadata"
             )
-        self.index = index
-        self.metadata = metadata
-        self.bundle = bundle
-        self.fingerprint = fingerprint
 
     @classmethod
     def open(cls, folder: Path) -> "SearchIndex":
@@ -77,8 +74,8 @@ class SearchIndex:
             with pyarrow.parquet.ParquetFile(folder / _METADATA) as file:
                 metadata = file.read()
             return cls(
-                VectorIndex.read(folder / _INDEX),
-                metadata,
+                index=VectorIndex.read(folder / _INDEX),
+                metadata=metadata,
                 bundle=folder / str(description["bundle"]),
                 fingerprint=str(description["fingerprint"]),
             )

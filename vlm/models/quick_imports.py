@@ -53,15 +53,13 @@ class _StandIn(ModuleType):
         return getattr(import_module(self.__name__), name)
 
 
-def _disable(
-    function: Callable[..., Any], recursive: bool = True, *, reason: str | None = None
-) -> Callable[..., Any]:
+def _disable(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
     """Keep a function uncompiled as `torch._dynamo.disable` does, which is imported at a call."""
 
     @wraps(function)
-    def uncompiled(*args: Any, **kwargs: Any) -> Any:
+    def uncompiled(*inputs: Any, **options: Any) -> Any:
         disable = import_module("torch._dynamo").disable
-        return disable(function, recursive, reason=reason)(*args, **kwargs)
+        return disable(function, *args, **kwargs)(*inputs, **options)
 
     vars(uncompiled)["_torchdynamo_disable"] = True  # what the compiler asks
     return uncompiled

@@ -11,7 +11,7 @@ assert not heavy, heavy
 """
 
 AFTERWARDS = """
-import vlm.quick_imports, open_clip, torch, timm
+import vlm.models.quick_imports, open_clip, torch, timm
 import transformers, torch._dynamo.utils, torchvision.ops
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from vlm.models.build import build_encoder
@@ -32,7 +32,7 @@ model = build_encoder({
 assert isinstance(model.text.transformer, transformers.BertModel)
 assert torchvision.ops.roi_align(torch.ones(1, 1, 4, 4), [torch.ones(1, 4)], 2).shape[-1] == 2
 
-apart = vlm.quick_imports._disable(lambda x: torch.compiler.is_compiling(), reason="a test")
+apart = vlm.models.quick_imports._disable(lambda x: torch.compiler.is_compiling(), reason="a test")
 compiled = torch.compile(lambda x: (x + 1, apart(x)), backend="eager")
 assert compiled(torch.ones(2))[1] is False
 assert apart(torch.ones(2)) is False

@@ -1,10 +1,10 @@
 """Bundles for a grown or a reduced vocabulary: what a model makes of its new ids."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -52,22 +52,13 @@ def grow_bundle(bundle: Bundle, tokenizer: Tokenizer, config: GrowthConfig, out:
         )
     length = config.positions or tokenizer.context_length
     tower = _text_tower(bundle)
-    embedding = tower.token_embedding.weight.detach()
-    grown = new_rows(embedding, old, tokenizer, config)
+    grown = new_rows(tower.token_embedding.weight.detach(), old, tokenizer, config)
     positions = grow_positions(
         tower.positional_embedding.detach(), length, config.how, seed=config.seed
     )
     grow_text_tower(tower, new_rows=grown.rows, positions=positions)
-    save_bundle(
-        out,
-        model=bundle.model,
-        model_cfg=_with_tokenizer(bundle.model_cfg, tokenizer, length),
-        preprocess_cfg=bundle.preprocess_cfg,
-        tokenizer=Tokenizer(tokenizer.vocabulary, replace(tokenizer.config, context_length=length)),
-        languages=bundle.languages,
-        first_new_id=old.vocab_size,
-        truncate_dims=bundle.truncate_dims,
-    )
+    tokenizer = Tokenizer(tokenizer.vocabulary, replace(tokenizer.config, context_length=length))
+    _save(out, bundle, tokenizer, first_new_id=old.vocab_size)
     return grown
 
 
@@ -104,15 +95,7 @@ def prune_bundle(bundle: Bundle, tokenizer: Tokenizer, kept: Sequence[int], out:
         out: The folder to write.
     """
     shrink_token_embedding(_text_tower(bundle), kept)
-    save_bundle(
-        out,
-        model=bundle.model,
-        model_cfg=_with_tokenizer(bundle.model_cfg, tokenizer, tokenizer.context_length),
-        preprocess_cfg=bundle.preprocess_cfg,
-        tokenizer=tokenizer,
-        languages=bundle.languages,
-        truncate_dims=bundle.truncate_dims,
-    )
+    _save(out, bundle, tokenizer, first_new_id=None)
 
 
 def _text_tower(bundle: Bundle) -> TextTransformer:
@@ -160,15 +143,23 @@ def _similar(
     return known, rows
 
 
-def _with_tokenizer(
-    model_cfg: Mapping[str, Any], tokenizer: Tokenizer, length: int
-) -> dict[str, Any]:
-    text_cfg = dict(model_cfg["text_cfg"]) | {
+def _save(out: Path, bundle: Bundle, tokenizer: Tokenizer, *, first_new_id: int | None) -> None:
+    """Write a bundle whose model has come to read another tokenizer's ids."""
+    text_cfg = dict(bundle.model_cfg["text_cfg"]) | {
         "vocab_size": tokenizer.vocab_size,
-        "context_length": length,
+        "context_length": tokenizer.context_length,
         "pad_id": tokenizer.special_ids.padding,
         # The end of text is no longer the highest id.
         "pool_type": "eos",
         "eos_id": tokenizer.special_ids.end_of_text,
     }
-    return dict(model_cfg) | {"text_cfg": text_cfg}
+    save_bundle(
+        out,
+        model=bundle.model,
+        model_cfg=dict(bundle.model_cfg) | {"text_cfg": text_cfg},
+        preprocess_cfg=bundle.preprocess_cfg,
+        tokenizer=tokenizer,
+        languages=bundle.languages,
+        first_new_id=first_new_id,
+        truncate_dims=bundle.truncate_dims,
+    )

@@ -115,8 +115,8 @@ def write_embeddings(
         images: What to embed.
         out: New folder, or one that is not finished.
         bundle: The model's folder.
-        allowed_share: Ratio of the images that may be unreadable, and are left out; at least one
-            image, except with 0.
+        allowed_share: Ratio of the images that may be left out as unreadable; one always, but
+            with 0 none.
         part_size: Images in a part, a multiple of the batch.
 
     Raises:

@@ -264,11 +264,8 @@ def choose_factory(
        the polysemous training, whose use is a filter that is not set. A high recall may be out
        of its reach: what tunes it says so.
 
-    Args:
-        count: Number of vectors, at least 1.
-        dim: Their width, at least 1.
-        memory_budget_bytes: Bytes that the whole index may take.
-        target_recall: Ratio in (0, 1] of the nearest neighbours that are to be found.
+    `memory_budget_bytes` is for the whole index; `target_recall`, in (0, 1], is the ratio of the
+    nearest neighbours that are to be found.
 
     Raises:
         SearchIndexError: the arguments are out of their ranges, or nothing fits.

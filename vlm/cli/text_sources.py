@@ -1,7 +1,7 @@
 """The options that give tokenizer verbs their texts and word lists."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ from vlm.errors import TokenizerError
 if TYPE_CHECKING:
     from vlm.text.word_lists import Language
 
-LANGUAGES: Mapping["Language", str] = {"zh": "Chinese", "en": "English"}
+LANGUAGES: tuple["Language", ...] = ("zh", "en")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,9 +74,6 @@ def read_captions(
     return _stream(files, sources, _Wanted(language, column), progress=progress)
 
 
-# What a record has in one language.
-
-
 @dataclass(frozen=True, slots=True)
 class _Wanted:
     """Which columns and keys hold the captions that are asked for."""
@@ -133,9 +130,6 @@ def _best_of(names: tuple[str, ...], columns: tuple[str, ...]) -> Sequence[str]:
         if found := [column for column in columns if plain[column] == name]:
             return found
     return []
-
-
-# Files.
 
 
 @dataclass(frozen=True, slots=True)

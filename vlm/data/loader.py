@@ -167,11 +167,7 @@ def collate(
 def draw_patches(
     batch: int, grid: tuple[int, int], *, ratio: float, generator: torch.Generator
 ) -> Bool[Tensor, "batch patches"]:
-    """Draw a ratio in [0, 1) of each image's patches, uniformly; True at the drawn ones.
-
-    Raises:
-        ConfigError: the ratio is out of its range.
-    """
+    """Draw a ratio in [0, 1) of each image's patches, uniformly; True at the drawn ones."""
     if not 0 <= ratio < 1:
         raise ConfigError(f"the ratio of hidden patches is {ratio}; expected at least 0, below 1")
     patches = grid[0] * grid[1]

@@ -22,11 +22,7 @@ class ShardEntry:
     sha256: str
 
     def path_in(self, folder: Path) -> Path:
-        """Return the shard's path.
-
-        Raises:
-            DataError: it is missing, or has another size.
-        """
+        """Return the shard's path; a `DataError` if it is missing or has another size."""
         path = folder / self.name
         if not path.is_file():
             raise DataError(f"shard {path} is missing; the manifest lists it")
@@ -38,11 +34,7 @@ class ShardEntry:
         return path
 
     def verify(self, path: Path) -> None:
-        """Compare a file's hash with the shard's.
-
-        Raises:
-            DataError: they differ, or the file cannot be read.
-        """
+        """Compare a file's hash with the shard's; a `DataError` if they differ."""
         try:
             found = sha256_of(path)
         except OSError as error:
@@ -61,11 +53,7 @@ class Manifest:
     splits: Mapping[str, tuple[ShardEntry, ...]]
 
     def shards_of(self, split: str, folder: Path) -> tuple[ShardEntry, ...]:
-        """Return the shards of one split.
-
-        Raises:
-            DataError: there is no such split.
-        """
+        """Return the shards of one split; a `DataError` if there is no such split."""
         if split not in self.splits:
             raise DataError(
                 f"{folder} has no split {split!r}; its splits are {', '.join(self.splits)}"
@@ -79,11 +67,7 @@ def is_data_folder(folder: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read a data folder's manifest.
-
-    Raises:
-        DataError: the folder or its manifest is missing or unreadable.
-    """
+    """Read a data folder's manifest; a `DataError` if it is missing or unreadable."""
     path = folder / MANIFEST_NAME
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; expected a data folder with a {MANIFEST_NAME}")

@@ -93,11 +93,7 @@ def describe_shard(shard: Shard) -> ShardEntry:
 
 
 def check_keys(shards: Iterable[Shard]) -> None:
-    """Refuse a split that uses a key twice: its samples would count as one.
-
-    Raises:
-        DataError: two shards have a key in common.
-    """
+    """Refuse, by a `DataError`, a split with a key twice: its samples would count as one."""
     seen: dict[str, Path] = {}
     for shard in shards:
         for key in shard.keys:

@@ -25,9 +25,7 @@ class RankMesh:
     column: RankGroup
     """The ranks of mesh column q, one a row."""
     group: RankGroup
-    """The whole loss group."""
     world: RankGroup
-    """All ranks."""
     members: tuple[int, ...]
     """The world's ranks in this loss group, row by row."""
 

@@ -98,11 +98,7 @@ def loss_weights(config: ObjectivesConfig) -> dict[str, float]:
 
 
 def mask_plan(config: MaskedConfig, encoder: Encoder) -> MaskPlan:
-    """Return what of each example the loader hides.
-
-    Raises:
-        ConfigError: the ratio of patches rounds to 0.
-    """
+    """Return what of each example the loader hides; a `ConfigError` if that is no patch."""
     rows, columns = encoder.grid_size if CMIM in config.weights else (1, 1)
     hidden = round(config.image_ratio * rows * columns)
     if CMIM in config.weights and not hidden:

@@ -59,17 +59,14 @@ class Run:
 
     config: TrainConfig
     accelerator: Accelerator
-    """Devices, processes and mixed precision."""
     start: Bundle
     """What the run started from; its model is the one that is trained."""
     model: nn.Module
-    """The `PretrainingModel` as the accelerator prepared it."""
+    """The `PretrainingModel` as the accelerator prepared it, which also prepared the optimizer."""
     optimizer: torch.optim.Optimizer
-    """As the accelerator prepared it."""
     step: Callable[[Sequence[Batch]], StepOutput]
     """The forward and backward passes of a step over its micro-batches."""
     loader: TrainingLoader
-    """This rank's batches."""
     checkpoints: Checkpoints
     evaluate: Callable[[Encoder], dict[str, float]]
     """Scores the encoder; the ranks share the work."""
@@ -245,10 +242,8 @@ def _check_finite(results: Sequence[StepResult]) -> None:
     """Read the gradient norms of the steps since the last look at them.
 
     Looking at each step would make the host wait for the device at each. The first norm that is
-    not finite has stopped all updates since (`skip_when_not_finite`).
-
-    Raises:
-        TrainingError: one is not finite; the norm is that of all ranks, so all raise.
+    not finite has stopped all updates since (`skip_when_not_finite`). Norms are those of all ranks,
+    so all raise or none.
     """
     norms = torch.stack([result.gradient_norm for result in results]).tolist()
     for result, norm in zip(results, norms, strict=True):

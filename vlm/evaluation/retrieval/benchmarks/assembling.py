@@ -200,9 +200,6 @@ def _check(
         raise DataError(f"{name}: {'; '.join(beyond)}; exceeds allowed_share {allowed:.1%}")
 
 
-# Languages.
-
-
 def _languages(
     rows: Sequence[Row], texts: Sequence[str], source: RetrievalSource
 ) -> tuple[list[str], list[str]]:
@@ -238,9 +235,6 @@ def recognised_language(texts: Iterable[str], name: str) -> tuple[str, str]:
         f"{note}, which is clearly neither zh nor en; give the language of its captions: "
         "--language LANGUAGE, or language in a file of --config"
     )
-
-
-# Part-of-speech tags.
 
 
 def _texts_without_tags(rows: Sequence[Row]) -> list[str]:

@@ -1,6 +1,6 @@
 """Chinese-CLIP's folders: `SPLIT_texts.jsonl` with `SPLIT_imgs.tsv` or an LMDB; MUGE is one."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +37,7 @@ def list_chinese_clip(source: RetrievalSource) -> Listing:
         )
     split = choose_split(splits, asked, folder)
     ids, read = _images_of(folder, split)
-    rows = list(_rows_of(folder / f"{split}{_TEXTS}"))
-    return Listing(split=split, image_ids=ids, read=read, rows=rows)
-
-
-def _rows_of(path: Path) -> Iterator[Row]:
+    path, rows = folder / f"{split}{_TEXTS}", []
     for place, record in objects_of(path):
         text, images = record.get("text"), record.get("image_ids")
         if not isinstance(text, str | int | float) or not isinstance(images, list):
@@ -50,7 +46,8 @@ def _rows_of(path: Path) -> Iterator[Row]:
                 f"{', '.join(record)}"
             )
         text = whole_characters(str(text), f"{path}, {place}").strip("\r\n")
-        yield Row(text, [str(image) for image in images], place)
+        rows.append(Row(text, [str(image) for image in images], place))
+    return Listing(split=split, image_ids=ids, read=read, rows=rows)
 
 
 def _images_of(folder: Path, split: str) -> tuple[list[str], Callable[[int], bytes]]:

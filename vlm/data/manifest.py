@@ -91,12 +91,6 @@ def read_manifest(folder: Path) -> Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write a data folder's manifest, the same bytes for the same manifest."""
-    record = {
-        "format": FORMAT_VERSION,
-        "splits": {
-            split: [asdict(entry) for entry in entries]
-            for split, entries in manifest.splits.items()
-        },
-    }
+    record = {"format": FORMAT_VERSION, **asdict(manifest)}
     text = json.dumps(record, ensure_ascii=False, indent=1) + "\n"
     write_file(folder / MANIFEST_NAME, text.encode())

@@ -184,17 +184,12 @@ def _pack(samples: Iterable[Sample]) -> bytes:
             "labels": dict(sample.labels),
         }
         text = json.dumps(record, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-        image = {_image_extension(sample): sample.image}
-        writer.write({"__key__": sample.uid, **image, "json": text.encode()})
+        kinds = [kind for kind, mark in _IMAGE_SIGNATURES.items() if sample.image.startswith(mark)]
+        if not kinds:
+            raise DataError(f"the image of {sample.uid!r} is neither PNG, JPEG nor WebP")
+        writer.write({"__key__": sample.uid, kinds[0]: sample.image, "json": text.encode()})
     writer.close()
     return gzip.compress(buffer.getvalue(), compresslevel=9, mtime=0)
-
-
-def _image_extension(sample: Sample) -> str:
-    for extension, signature in _IMAGE_SIGNATURES.items():
-        if sample.image.startswith(signature):
-            return extension
-    raise DataError(f"the image of {sample.uid!r} is neither PNG, JPEG nor WebP")
 
 
 def _sample_from_record(key: str, image: bytes, record: Mapping[str, object]) -> Sample:

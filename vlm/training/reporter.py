@@ -13,14 +13,10 @@ METRICS_NAME = "metrics.jsonl"
 
 
 class Reporter:
-    """Writes the records of a run; on all ranks but the first it does nothing.
+    """Writes the records of a run; where it is not active it does nothing.
 
-    Args:
-        folder: The run's folder.
-        samples: Samples that the whole run reads.
-        progress: What the run has done before; records of later steps, left by a run that was
-            cut off after its last checkpoint, are removed.
-        active: Whether this process reports.
+    Records of steps after `progress`, left by a run that was cut off after its last checkpoint, are
+    removed.
     """
 
     def __init__(self, folder: Path, *, samples: int, progress: Progress, active: bool) -> None:

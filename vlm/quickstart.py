@@ -6,7 +6,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -76,7 +76,10 @@ def run_quickstart(config: TrainConfig) -> tuple[Path, RetrievalRun]:
     folder, data = config.run_folder, config.data.folder
     if config.evaluation.every_steps == 0:
         raise ConfigError("the quickstart plots recall: evaluation.every_steps must be more than 0")
-    _clear(folder)
+    if folder.exists():
+        if any(folder.iterdir()) and not (folder / CONFIG_NAME).is_file():
+            raise ConfigError(f"{folder} holds something else than a run; choose another folder")
+        shutil.rmtree(folder)
     started = time.perf_counter()
     bundle = build_run(config).fit()
     seconds = time.perf_counter() - started
@@ -117,22 +120,17 @@ def next_commands(folder: Path) -> list[str]:
     ]
 
 
-def _clear(folder: Path) -> None:
-    if not folder.exists():
-        return
-    if any(folder.iterdir()) and not (folder / CONFIG_NAME).is_file():
-        raise ConfigError(f"{folder} holds something else than a run; choose another folder")
-    shutil.rmtree(folder)
-
-
 def _worked_examples(config: TrainConfig, embedder: Embedder) -> Examples:
     """Return names of concepts, one of each group, and free-form queries, with what they find."""
     samples = list(ShardedSplit(config.data.folder, SEARCHED_SPLIT))
     _, vectors, _ = read_embeddings(config.run_folder / "embeddings")
     index = VectorIndex.build(vectors)
+    chosen: dict[str, Sample] = {}  # the first of each group by its hash: the choice is not ours
+    for sample in sorted(samples, key=lambda sample: text_id(sample.uid)):
+        chosen.setdefault(sample.labels.get("group", ""), sample)
     questions = [
         ({lang: sample.captions[lang][0] for lang in embedder.languages}, sample.concept)
-        for sample in _one_of_each_group(samples)
+        for sample in chosen.values()
     ]
     questions += [(query, "") for query in FREE_QUERIES]
     items = []
@@ -162,18 +160,15 @@ def _worked_examples(config: TrainConfig, embedder: Embedder) -> Examples:
     )
 
 
-def _one_of_each_group(samples: Sequence[Sample]) -> list[Sample]:
-    """Pick one sample of each group by its hash, so that the choice is not ours."""
-    chosen: dict[str, Sample] = {}
-    for sample in sorted(samples, key=lambda sample: text_id(sample.uid)):
-        chosen.setdefault(sample.labels.get("group", ""), sample)
-    return list(chosen.values())
-
-
 def _document(
     config: TrainConfig, embedder: Embedder, scored: RetrievalRun, seconds: float
 ) -> Document:
-    """Return the report: how it was trained, what it finds, its scores, what to try next."""
+    folder, split = config.run_folder, config.evaluation.split
+    recalls = [
+        f"{split}/{language}/text_to_image/recall@{k}"
+        for language in embedder.languages
+        for k in (1, 10)
+    ]
     finds = Section(
         title="What it finds",
         blocks=[
@@ -184,23 +179,31 @@ def _document(
             _worked_examples(config, embedder),
         ],
     )
-    following = Section(
-        title="Try next", blocks=[CodeBlock("\n".join(next_commands(config.run_folder)))]
+    training = Section(
+        title="Training",
+        blocks=[
+            Figure(name="loss.png", content=loss_png(folder), alt="Loss over the steps"),
+            Figure(
+                name="recall.png",
+                content=recall_png(folder, names=recalls),
+                alt="Recall on the validation split over the steps",
+            ),
+        ],
     )
+    following = Section(title="Try next", blocks=[CodeBlock("\n".join(next_commands(folder)))])
     return Document(
         title="Quickstart",
         summary=_summary(config, embedder, seconds),
         sections=[
             finds,
             *retrieval_sections(scored, examples_of=[SEARCHED_SPLIT]),
-            _learning(config, embedder),
+            training,
             following,
         ],
     )
 
 
 def _summary(config: TrainConfig, embedder: Embedder, seconds: float) -> list[Paragraph | Bullets]:
-    """Say what was trained, and on what it is scored."""
     parameters = sum(parameter.numel() for parameter in embedder.bundle.model.parameters())
     samples = len(ShardedSplit(config.data.folder, config.data.split))
     epochs = config.schedule.steps * config.data.batch_size / samples
@@ -226,23 +229,3 @@ def _summary(config: TrainConfig, embedder: Embedder, seconds: float) -> list[Pa
             "`test_novel_style`: new concepts in the new style.",
         ]),
     ]  # fmt: skip
-
-
-def _learning(config: TrainConfig, embedder: Embedder) -> Section:
-    folder, split = config.run_folder, config.evaluation.split
-    recalls = [
-        f"{split}/{language}/text_to_image/recall@{k}"
-        for language in embedder.languages
-        for k in (1, 10)
-    ]
-    return Section(
-        title="Training",
-        blocks=[
-            Figure(name="loss.png", content=loss_png(folder), alt="Loss over the steps"),
-            Figure(
-                name="recall.png",
-                content=recall_png(folder, names=recalls),
-                alt="Recall on the validation split over the steps",
-            ),
-        ],
-    )

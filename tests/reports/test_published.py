@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlm.reports.published import published_benchmarks, published_rows
+from vlm.reports.table import published_benchmarks, published_rows
 
 ROWS = published_rows()
 ROOT = Path(__file__).parents[2]

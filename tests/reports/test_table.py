@@ -9,9 +9,8 @@ from tests.builders import make_samples, tiny_bundle, write_split
 from tests.support.run_files import RECALLS, benchmark, question, write_run
 from vlm.cli.main import main
 from vlm.errors import ConfigError, DataError
-from vlm.reports.published import published_rows
 from vlm.reports.results import SCORES, read_results
-from vlm.reports.table import as_record, format_tables, tables_of
+from vlm.reports.table import as_record, format_tables, published_rows, tables_of
 
 
 def lines_of(text):

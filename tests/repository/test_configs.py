@@ -14,7 +14,7 @@ from vlm.cli.parsing import parse, part_of
 from vlm.cli.train import Options
 from vlm.models.build import build_from_config
 from vlm.models.config import ModelConfig
-from vlm.reports.published import published_benchmarks
+from vlm.reports.table import published_benchmarks
 from vlm.training.config import TrainConfig, config_as_yaml
 
 ROOT = Path(__file__).parents[2]

@@ -57,7 +57,16 @@ def resampled_means(
             less than 1.
     """
     for values, of_kind in zip(values_by_query, groups, strict=True):
-        _check(values, of_kind, resamples)
+        if len(values) == 0 or len(values) != len(of_kind) or resamples < 1:
+            raise VlmError(
+                f"cannot draw {resamples} resamples of {len(values)} values with {len(of_kind)} "
+                "groups; expected at least one resample, one value and as many groups as values"
+            )
+        if not np.isfinite(np.asarray(values, np.float64)).all():
+            raise VlmError(
+                f"{int((~np.isfinite(values)).sum())} of {len(values)} values are not finite; "
+                "expected finite numbers"
+            )
     _, places = np.unique(np.concatenate(groups), return_inverse=True)
     count = int(places.max()) + 1
     ends = np.cumsum([len(of_kind) for of_kind in groups])[:-1]
@@ -71,35 +80,12 @@ def resampled_means(
     for start in range(0, resamples, step):
         rows = min(step, resamples - start)
         draws = rng.integers(count, size=(rows, count), dtype=np.int32)
-        times = _times_drawn(draws)
+        # One bincount for all rows: each row counts in a range of its own.
+        flat = (draws + (np.arange(rows) * count)[:, None]).ravel()
+        times = np.bincount(flat, minlength=rows * count).reshape(rows, count).astype(np.float64)
         drawn[:, :, start : start + rows] = totals @ times.T, sizes @ times.T
     overall = (totals.sum(axis=1) / sizes.sum(axis=1))[:, None]
     means: Float64[np.ndarray, "kinds resamples"] = np.where(
         drawn[1] > 0, drawn[0] / np.maximum(drawn[1], 1), overall
     )
     return means
-
-
-def _times_drawn(draws: Int[np.ndarray, "rows groups"]) -> Float64[np.ndarray, "rows groups"]:
-    rows, count = draws.shape
-    # One bincount for all rows: each row counts in a range of its own.
-    flat = draws + (np.arange(rows) * count)[:, None]
-    times: Float64[np.ndarray, "rows groups"] = (
-        np.bincount(flat.ravel(), minlength=rows * count).reshape(rows, count).astype(np.float64)
-    )
-    return times
-
-
-def _check(
-    values: Shaped[np.ndarray, " queries"], groups: Int[np.ndarray, " groups"], resamples: int
-) -> None:
-    if len(values) == 0 or len(values) != len(groups) or resamples < 1:
-        raise VlmError(
-            f"cannot draw {resamples} resamples of {len(values)} values with {len(groups)} groups; "
-            "expected at least one resample, one value and as many groups as values"
-        )
-    if not np.isfinite(np.asarray(values, np.float64)).all():
-        raise VlmError(
-            f"{int((~np.isfinite(values)).sum())} of {len(values)} values are not finite; "
-            "expected finite numbers"
-        )

@@ -55,7 +55,12 @@ def index_document(report: IndexReport, *, embeddings: str, model: str) -> Docum
         embeddings: The folder that the vectors are from.
         model: Fingerprint of the model that made them.
     """
-    plan = report.plan
+    plan, searches = report.plan, []
+    languages = dict.fromkeys(each.language for each in report.comparisons if each.language)
+    if languages:
+        searches.append(f"Images and their main captions in {', '.join(languages)}, both ways.")
+    if any(each.direction == "image_to_image" for each in report.comparisons):
+        searches.append("Images among the other images.")
     return Document(
         title="Exact and approximate search",
         summary=[
@@ -73,7 +78,7 @@ def index_document(report: IndexReport, *, embeddings: str, model: str) -> Docum
                 blocks=[
                     Bullets([
                         f"Indexes: {', '.join(f'`{name}`' for name in plan.factories)}.",
-                        *_searches(report),
+                        *searches,
                         f"Search parameters are tuned to find {plan.target_recall:.0%} of the "
                         f"{report.k} nearest neighbours; memory limit of `auto`: {plan.memory}.",
                         f"Times: {report.as_record()['timing']}.",
@@ -94,21 +99,20 @@ def comparison_rows(comparisons: Sequence[Comparison]) -> tuple[list[str], list[
         "factory", "search", "R@1 exact, index", "R@10 exact, index",
         "ann_recall@10", "ms exact, index", "bytes each", "build s", "parameters",
     ]  # fmt: skip
-    return header, [_row(each) for each in comparisons]
-
-
-def _row(each: Comparison) -> list[str]:
-    recalls = [
-        f"{each.exact_recall[k]:.3f}, {each.index_recall[k]:.3f}" if each.exact_recall else "-"
-        for k in (1, 10)
-    ]
-    parameters = " ".join(f"{name}={value:g}" for name, value in each.parameters.items())
-    return [
-        each.factory, each.search, *recalls,
-        f"{each.ann_recall[10]:.3f}",
-        f"{each.exact_milliseconds_per_query:.4f}, {each.milliseconds_per_query:.4f}",
-        f"{each.bytes_per_vector:.0f}", f"{each.build_seconds:.3f}", parameters or "-",
-    ]  # fmt: skip
+    rows = []
+    for each in comparisons:
+        recalls = [
+            f"{each.exact_recall[k]:.3f}, {each.index_recall[k]:.3f}" if each.exact_recall else "-"
+            for k in (1, 10)
+        ]
+        parameters = " ".join(f"{name}={value:g}" for name, value in each.parameters.items())
+        rows.append([
+            each.factory, each.search, *recalls,
+            f"{each.ann_recall[10]:.3f}",
+            f"{each.exact_milliseconds_per_query:.4f}, {each.milliseconds_per_query:.4f}",
+            f"{each.bytes_per_vector:.0f}", f"{each.build_seconds:.3f}", parameters or "-",
+        ])  # fmt: skip
+    return header, rows
 
 
 def recall_latency_png(
@@ -156,14 +160,3 @@ def recall_latency_png(
     figure.suptitle(title)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
     return figure_png(figure)
-
-
-def _searches(report: IndexReport) -> list[str]:
-    """Return what is searched for what."""
-    searches = []
-    languages = dict.fromkeys(each.language for each in report.comparisons if each.language)
-    if languages:
-        searches.append(f"Images and their main captions in {', '.join(languages)}, both ways.")
-    if any(each.direction == "image_to_image" for each in report.comparisons):
-        searches.append("Images among the other images.")
-    return searches

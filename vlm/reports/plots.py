@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float64, Int, Int64
+from jaxtyping import Int64
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -137,7 +137,10 @@ def confusion_png(
         title: Of the plot.
     """
     count = len(names)
-    images, percentages = _percentages(confusion, count)
+    matrix = np.zeros((count, count), np.int64)
+    matrix[confusion[:, 0], confusion[:, 1]] = confusion[:, 2]
+    images = matrix.sum(axis=1)
+    percentages = 100 * matrix / np.maximum(images, 1)[:, None]
     side = float(np.clip(3 + 0.14 * count, 6, 26))  # inches: names stay readable at a page's width
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()
@@ -188,16 +191,6 @@ def _draw_spread(axes: Axes, spread: Spread, y: float, colour: str, label: str) 
     ends = [spread.mean - spread.std, spread.mean + spread.std]
     axes.plot(ends, [y, y], color=colour, linewidth=6, solid_capstyle="butt", label=label or None)
     axes.plot([spread.mean], [y], marker="|", markersize=11, color="black", markeredgewidth=1.5)
-
-
-def _percentages(
-    confusion: Int64[np.ndarray, "found 3"], count: int
-) -> tuple[Int[np.ndarray, " classes"], Float64[np.ndarray, "classes classes"]]:
-    """Return how many images each class has, and what % of them was predicted as each class."""
-    matrix = np.zeros((count, count), np.int64)
-    matrix[confusion[:, 0], confusion[:, 1]] = confusion[:, 2]
-    images = matrix.sum(axis=1)
-    return images, 100 * matrix / np.maximum(images, 1)[:, None]
 
 
 def _class_name(name: str, number: int) -> str:

@@ -3,7 +3,6 @@
 from collections.abc import Collection
 
 from vlm.evaluation.bootstrap import LEVEL
-from vlm.evaluation.retrieval.comparison import Spread
 from vlm.evaluation.retrieval.metrics import DIRECTIONS, mean_recall
 from vlm.evaluation.retrieval.run import RetrievalRun, ScoredBenchmark
 from vlm.markdown import markdown_table
@@ -116,12 +115,13 @@ def _languages(run: RetrievalRun) -> Section:
     reading = next(iter(run.benchmarks.values())).evaluation.reading
     bias = f", plus {reading.logit_bias:.4g}" if reading.logit_bias else ""
     cosines = {name: scored.evaluation.cosines for name, scored in run.benchmarks.items()}
-    spreads = [
-        [name, language, which, *_spread_cells(spread)]
-        for name, of_benchmark in cosines.items()
-        for language, found in of_benchmark.items()
-        for which, spread in (("correct", found.correct), ("wrong", found.wrong))
-    ]
+    spreads = []
+    for name, of_benchmark in cosines.items():
+        for language, found in of_benchmark.items():
+            for which, spread in (("correct", found.correct), ("wrong", found.wrong)):
+                numbers = (spread.mean, spread.std, spread.min, spread.max)
+                cells = ["-" if spread.count == 0 else f"{number:.3f}" for number in numbers]
+                spreads.append([name, language, which, f"{spread.count:,}", *cells])
     header = ["benchmark", "language", "pairs", "count", "mean", "std", "min", "max"]
     blocks = [
         *_agreement(run),
@@ -149,13 +149,17 @@ def _agreement(run: RetrievalRun) -> list[Block]:
     if not found:
         return []
     names = [name for name in next(iter(found.values())) if name != "translations"]
+    titles = [
+        "same image first" if name == "same_image" else name.replace("both@", "both correct @")
+        for name in names
+    ]
     return [
         Paragraph(
             "How often a text and its translation find the same image first, correct or wrong, "
             "and how often both find a correct one among their first k."
         ),
         Table(
-            header=["benchmark", "languages", "translations", *map(_agreement_name, names)],
+            header=["benchmark", "languages", "translations", *titles],
             rows=[
                 [benchmark, pair.replace("/", " and "), f"{agreement['translations']:,}",
                  *(score_cell(agreement[name]) for name in names)]
@@ -166,34 +170,23 @@ def _agreement(run: RetrievalRun) -> list[Block]:
     ]  # fmt: skip
 
 
-def _agreement_name(name: str) -> str:
-    return "same image first" if name == "same_image" else name.replace("both@", "both correct @")
-
-
-def _spread_cells(spread: Spread) -> list[str]:
-    numbers = (spread.mean, spread.std, spread.min, spread.max)
-    return [f"{spread.count:,}", *("-" if spread.count == 0 else f"{n:.3f}" for n in numbers)]
-
-
 def _indexes(run: RetrievalRun) -> Section:
-    blocks: list[Block] = [
-        block
-        for number, (name, scored) in enumerate(run.benchmarks.items(), start=1)
-        if scored.indexes
-        for block in index_blocks(scored.indexes, name=name, number=number)
-    ]
+    blocks: list[Block] = []
+    for number, (name, scored) in enumerate(run.benchmarks.items(), start=1):
+        if scored.indexes:
+            blocks += index_blocks(scored.indexes, name=name, number=number)
     explained = [Paragraph(EXPLANATION), *blocks] if blocks else []
     return Section(title="Exact and approximate search", blocks=explained)
 
 
 def _examples(run: RetrievalRun, names: Collection[str]) -> list[Section]:
+    explained = Paragraph(
+        "Queries drawn at random from each kind; a query is missed if none of its first "
+        f"{MISSED_BEYOND} answers is correct."
+    )
     sections = []
     for name in names:
         scored = run.benchmarks[name]
-        explained = Paragraph(
-            "Queries drawn at random from each kind; a query is missed if none of its first "
-            f"{MISSED_BEYOND} answers is correct."
-        )
         drawn = drawn_examples(scored.pairs, scored.evaluation)
         groups = [Examples(title=title, examples=examples) for title, examples in drawn.items()]
         sections.append(Section(title=f"Examples: {name}", blocks=[explained, *groups]))

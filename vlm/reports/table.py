@@ -1,15 +1,21 @@
-"""Results of several evaluations side by side: a table for each benchmark and language."""
+"""Results of several evaluations next to published ones: a table by benchmark and language.
+
+Scores that others published are in `published.yaml` next to this file.
+"""
 
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import resources
 from typing import Any
+
+import yaml
 
 from vlm.errors import ConfigError, DataError
 from vlm.evaluation.retrieval.metrics import mean_recall
 from vlm.markdown import markdown_table
-from vlm.reports.published import PublishedRow, published_benchmarks, published_rows
 from vlm.reports.results import SCORES, WORDS, Result, difference, in_words
 
 _OTHER = "≠"
@@ -19,6 +25,27 @@ _HEADER = [
       for name in SCORES),
     "MR",
 ]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PublishedRow:
+    """The zero-shot scores of a model in a published table."""
+
+    model: str
+    """As the source calls it."""
+    benchmark: str
+    language: str
+    recalls: tuple[float | None, ...]
+    """In per cent, in the order of `SCORES`; None if the source does not print one."""
+    mean_recall: float | None = None
+    """The mean of the recalls that are there, as the source prints it."""
+    source: str
+    """Whose table it is."""
+    images: int
+    captions: int
+    protocol: str
+    note: str = ""
+    """What else a reader must know."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +76,31 @@ class Table:
     question: Mapping[str, Any] | None
     """The protocol of the first run; None where no run has the benchmark in this language."""
     rows: Sequence[Row]
+
+
+@cache
+def published_benchmarks() -> Mapping[str, Mapping[str, Any]]:
+    """Return by name the usual protocol of benchmarks: language, images, captions, protocol."""
+    benchmarks: dict[str, Mapping[str, Any]] = _record()["benchmarks"]
+    return benchmarks
+
+
+@cache
+def published_rows() -> tuple[PublishedRow, ...]:
+    """Return all rows that ship with the package, in the order of the file."""
+    rows = []
+    for table in _record()["tables"]:
+        common = {**published_benchmarks()[table["benchmark"]], **table}
+        del common["rows"]
+        for entry in table["rows"]:
+            recalls = entry["recalls"] + [None] * (len(SCORES) - len(entry["recalls"]))
+            rows.append(PublishedRow(**common | entry | {"recalls": tuple(recalls)}))
+    return tuple(rows)
+
+
+def _record() -> Any:
+    text = resources.files("vlm.reports").joinpath("published.yaml").read_text(encoding="utf-8")
+    return yaml.safe_load(text)
 
 
 def tables_of(

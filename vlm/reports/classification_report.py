@@ -1,9 +1,8 @@
 """The report of a run of `vlm eval classification`: scores, confusions, classes, examples."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Bool
 
 from vlm.evaluation.bootstrap import LEVEL
 from vlm.evaluation.classification.metrics import Classification
@@ -92,6 +91,7 @@ def _scores(run: ClassificationRun) -> Section:
 
 
 def _confusions(run: ClassificationRun) -> Iterator[Block]:
+    english = run.classes.names.get("en")  # the letters of plots are English
     drawn = len(run.classes.ids) <= MOST_CLASSES
     if not drawn:
         yield Paragraph(
@@ -100,7 +100,15 @@ def _confusions(run: ClassificationRun) -> Iterator[Block]:
         )
     for language, found in run.scores.items():
         if drawn:
-            yield _confusion_plot(run, language)
+            yield Figure(
+                name=f"confusion_{language}.png",
+                content=confusion_png(
+                    found.confusion,
+                    [names[0] for names in english] if english else run.classes.ids,
+                    title=f"class names in {language!r}: top-1 {found.top1:.3f}",
+                ),
+                alt=f"Confusion matrix with class names in {language}",
+            )
         rows = _confusion_rows(run, found)
         if rows:
             yield Table(
@@ -111,20 +119,6 @@ def _confusions(run: ClassificationRun) -> Iterator[Block]:
             )
         else:
             yield Paragraph(f"With class names in {language}, every prediction is correct.")
-
-
-def _confusion_plot(run: ClassificationRun, language: str) -> Figure:
-    english = run.classes.names.get("en")  # the letters of plots are English
-    found = run.scores[language]
-    return Figure(
-        name=f"confusion_{language}.png",
-        content=confusion_png(
-            found.confusion,
-            [names[0] for names in english] if english else run.classes.ids,
-            title=f"class names in {language!r}: top-1 {found.top1:.3f}",
-        ),
-        alt=f"Confusion matrix with class names in {language}",
-    )
 
 
 def _confusion_rows(run: ClassificationRun, found: Classification) -> list[list[str]]:
@@ -176,7 +170,14 @@ def _examples(run: ClassificationRun) -> Iterator[Block]:
         "those shown is added below them, without its cosine."
     )
     correct = np.stack([found.ranks == 1 for found in run.scores.values()])
-    for title, holds in _kinds(correct).items():
+    kinds = {
+        "Correct in every language": correct.all(axis=0),
+        "Correct in only one language": correct.sum(axis=0) == 1,
+        "Wrong in every language": ~correct.any(axis=0),
+    }
+    if len(correct) == 1:
+        kinds = {"Correct": correct[0], "Wrong": ~correct[0]}
+    for title, holds in kinds.items():
         images = np.flatnonzero(holds)
         if len(images):
             drawn = np.random.default_rng(_SEED).permutation(images)[:_EXAMPLES]
@@ -184,18 +185,6 @@ def _examples(run: ClassificationRun) -> Iterator[Block]:
                 title=f"{title}: {len(images):,} of {len(holds):,} images",
                 examples=[_example(run, image) for image in drawn.tolist()],
             )
-
-
-def _kinds(
-    correct: Bool[np.ndarray, "languages images"],
-) -> Mapping[str, Bool[np.ndarray, " images"]]:
-    if len(correct) == 1:
-        return {"Correct": correct[0], "Wrong": ~correct[0]}
-    return {
-        "Correct in every language": correct.all(axis=0),
-        "Correct in only one language": correct.sum(axis=0) == 1,
-        "Wrong in every language": ~correct.any(axis=0),
-    }
 
 
 def _example(run: ClassificationRun, image: int) -> Example:

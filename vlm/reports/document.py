@@ -150,7 +150,9 @@ def as_html(document: Document) -> str:
         "chinese_parts": _CHINESE.split,  # every second part is the match
         "code_parts": _code_parts,
         "cosine": lambda cosine: "" if cosine is None else f"{cosine:.3f}",
-        "data_uri": _data_uri,
+        "data_uri": lambda content, media_type: (
+            f"data:{media_type};base64,{base64.b64encode(content).decode()}"
+        ),
         "kind": lambda block: type(block).__name__,
         "thumbnail": thumbnail,
     }
@@ -234,7 +236,3 @@ def _code_parts(text: str) -> list[str]:
 def _printable(text: str) -> str:
     """Replace control characters and lone surrogates, which no file can hold, by U+FFFD."""
     return _UNPRINTABLE.sub("\ufffd", text)
-
-
-def _data_uri(content: bytes, media_type: str) -> str:
-    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"

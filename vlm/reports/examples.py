@@ -60,15 +60,8 @@ def drawn_examples(
 ) -> dict[str, list[Example]]:
     """Draw at random queries that were answered, and queries that were missed.
 
-    If the benchmark has translations, a query is a text and its translation.
-
-    Args:
-        pairs: The benchmark.
-        evaluation: What a model made of it.
-        of_each: At most how many queries of each kind to draw.
-
-    Returns:
-        At least one example of each kind that occurs, by the title of the kind.
+    If the benchmark has translations, a query is a text and its translation. The examples, at most
+    `of_each`, are by the title of their kind; kinds that do not occur are left out.
     """
     languages, queries = _queries(pairs)
     ranks = np.stack([
@@ -139,17 +132,11 @@ def _text_example(
         own, texts = pairs.texts[language], evaluation.text_features[language]
         correct = own.matches[own.matches[:, 0] == row, 1]
         best = _best(texts[row], evaluation.image_features, _IMAGES, correct)
-        answers.append(
-            Answer(
-                language=language,
-                query=own.texts[row],
-                found=[
-                    _image(pairs, place, correct=place in correct, cosine=cosine)
-                    for place, cosine in best
-                ],
-                rank=int(evaluation.ranks[language]["text_to_image"][row]),
-            )
-        )
+        found = [
+            _image(pairs, place, correct=place in correct, cosine=cosine) for place, cosine in best
+        ]
+        rank = int(evaluation.ranks[language]["text_to_image"][row])
+        answers.append(Answer(language=language, query=own.texts[row], found=found, rank=rank))
         missed = _image(pairs, int(correct[0]), correct=True)
     shown = any(image.correct for answer in answers for image in answer.found)
     return Example(answers=answers, missed=None if shown else missed)
@@ -166,17 +153,12 @@ def _image_example(
         # There are ranks only for images with a caption, in the order of the images.
         place = np.searchsorted(np.unique(own.matches[:, 1]), image)
         best = _best(evaluation.image_features[image], texts, _CAPTIONS, correct)
-        answers.append(
-            Answer(
-                language=language,
-                what="caption",
-                found=[
-                    Found(text=own.texts[row], correct=row in correct, cosine=cosine)
-                    for row, cosine in best
-                ],
-                rank=int(evaluation.ranks[language]["image_to_text"][place]),
-            )
-        )
+        found = [
+            Found(text=own.texts[row], correct=row in correct, cosine=cosine)
+            for row, cosine in best
+        ]
+        rank = int(evaluation.ranks[language]["image_to_text"][place])
+        answers.append(Answer(language=language, what="caption", found=found, rank=rank))
     return Example(image=_image(pairs, image), answers=answers)
 
 

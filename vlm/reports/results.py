@@ -60,7 +60,7 @@ def read_results(paths: Sequence[Path]) -> list[Result]:
         DataError: a run cannot be read or holds something else.
     """
     files = {given: _record_path(given) for given in paths}
-    for given, count in Counter(path.resolve() for path in map(_record_path, paths)).items():
+    for given, count in Counter(_record_path(path).resolve() for path in paths).items():
         if count > 1:
             raise ConfigError(f"the run {given} is given {count} times; expected each run once")
     records = {given: _record_of(path) for given, path in files.items()}
@@ -81,11 +81,6 @@ def read_results(paths: Sequence[Path]) -> list[Result]:
 
 
 def _record_path(given: Path) -> Path:
-    """Return the file with a run's scores.
-
-    Raises:
-        DataError: the folder is that of another verb's run.
-    """
     if not given.is_dir():
         return given
     path = given / RECORD_NAME

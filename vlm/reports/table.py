@@ -162,10 +162,7 @@ def _plain(name: str) -> str:
 
 
 def _table(
-    place: tuple[str, str],
-    results: Sequence[Result],
-    published: str | None,
-    mixed: bool,
+    place: tuple[str, str], results: Sequence[Result], published: str | None, mixed: bool
 ) -> Table:
     rows = []
     for result in results:
@@ -212,27 +209,17 @@ def _row_of_others(row: PublishedRow, expected: Mapping[str, Any]) -> Row:
         remarks.append(f"{_OTHER} protocol: {differs}")
     if row.note:
         remarks.append(row.note)
+    comparable = not differs
     return Row(
-        name=row.model,
-        recalls=row.recalls,
-        published=True,
-        comparable=not differs,
+        name=row.model, recalls=row.recalls, published=True, comparable=comparable,
         remarks=tuple(remarks),
-    )
+    )  # fmt: skip
 
 
 def as_record(tables: Iterable[Table]) -> dict[str, Any]:
     """Return tables as plain dictionaries, for JSON, with recalls in [0, 1] as runs have them."""
     return {
-        "tables": [
-            {
-                "benchmark": table.benchmark,
-                "language": table.language,
-                "question": table.question,
-                "rows": [_row_record(row) for row in table.rows],
-            }
-            for table in tables
-        ]
+        "tables": [asdict(table) | {"rows": [*map(_row_record, table.rows)]} for table in tables]
     }
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Int
 from vlm.data.conditions import samples_where
 from vlm.data.dataset import ShardedSplit
 from vlm.data.image_folder import IMAGE_SUFFIXES, images_below
+from vlm.data.sample import Sample
 from vlm.errors import DataError
 
 
@@ -28,11 +29,7 @@ class LabelledImages:
     """Samples without the label, or what `images_below` leaves out of a folder."""
 
     def fingerprint(self, digests: Sequence[bytes]) -> str:
-        """Return the SHA-256 of all images' bytes and labels.
-
-        Args:
-            digests: What `BulkEmbedder.digests_of` gives for the images.
-        """
+        """Return the SHA-256 of labels and of what `BulkEmbedder.digests_of` gives for images."""
         pairs = zip(self.labels.tolist(), digests, strict=True)
         joined = b"".join(f"{label}\0".encode() + digest for label, digest in pairs)
         return hashlib.sha256(joined).hexdigest()
@@ -57,9 +54,7 @@ def images_of_split(
     """
     name = f"the split {split!r} of {folder}"
     number_of = {class_id: number for number, class_id in enumerate(class_ids)}
-    images: list[bytes] = []
-    addresses: list[str] = []
-    labels: list[int] = []
+    kept: list[Sample] = []
     left_out = 0
     for sample in samples_where(ShardedSplit(folder, split), where, name=name):
         value = sample.labels.get(label)
@@ -71,13 +66,14 @@ def images_of_split(
                 f"{sample.uid} in {name} has the {label} {value!r}; expected one of the "
                 f"{len(class_ids)} with names"
             )
-        images.append(sample.image)
-        addresses.append(sample.address)
-        labels.append(number_of[value])
-    if not images:
+        kept.append(sample)
+    if not kept:
         raise DataError(f"no selected sample of {name} has the label {label!r}")
     return LabelledImages(
-        images=images, addresses=addresses, labels=np.array(labels, np.int64), left_out=left_out
+        images=[sample.image for sample in kept],
+        addresses=[sample.address for sample in kept],
+        labels=np.array([number_of[sample.labels[label]] for sample in kept], np.int64),
+        left_out=left_out,
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float32, Float64, Int, Int64
+from jaxtyping import Float32, Float64, Int, Int64
 
 from vlm.evaluation.bootstrap import RESAMPLES, interval_of, resampled_means
 
@@ -78,13 +78,16 @@ def score_classification(
         products = images[part] @ classes.T
         ranks[part], best[part] = _places(products, labels[part], shown)
         cosines[part] = np.take_along_axis(products, best[part], axis=1)
-    recall = _recall_by_class(ranks == 1, labels, len(classes))
+    of_class = np.bincount(labels, minlength=len(classes))
+    hits = np.bincount(labels[ranks == 1], minlength=len(classes))
+    recall = np.where(of_class > 0, hits / np.maximum(of_class, 1), np.nan)
+    pairs, counts = np.unique(np.stack([labels, best[:, 0]], axis=1), axis=0, return_counts=True)
     return Classification(
         top1=float((ranks == 1).mean()),
         top5=float((ranks <= TOP).mean()) if len(classes) >= TOP else None,
         mean_class_recall=float(np.nanmean(recall)),
         class_recall=recall,
-        confusion=_confusion(labels, best[:, 0]),
+        confusion=np.column_stack([pairs, counts]).astype(np.int64),
         ranks=ranks,
         best=best,
         cosines=cosines,
@@ -102,9 +105,7 @@ def baselines(images: Int[np.ndarray, " classes"]) -> dict[str, ClassificationSc
     enough = count >= TOP
     return {
         "random": ClassificationScores(
-            top1=1 / count,
-            top5=TOP / count if enough else None,
-            mean_class_recall=1 / count,
+            top1=1 / count, top5=TOP / count if enough else None, mean_class_recall=1 / count
         ),
         "majority": ClassificationScores(
             top1=float(frequency.max()),
@@ -134,14 +135,10 @@ def classification_intervals(
             counted[f"{language}/top5"] = found.ranks <= TOP
     values = list(counted.values())
     means = resampled_means(values, [np.arange(len(of_one)) for of_one in values])
-    by_class = resampled_class_means(scores, labels)
-    return {
-        **{name: interval_of(of_one) for name, of_one in zip(counted, means, strict=True)},
-        **{
-            f"{language}/mean_class_recall": interval_of(of_one)
-            for language, of_one in by_class.items()
-        },
-    }
+    intervals = {name: interval_of(of_one) for name, of_one in zip(counted, means, strict=True)}
+    for language, of_one in resampled_class_means(scores, labels).items():
+        intervals[f"{language}/mean_class_recall"] = interval_of(of_one)
+    return intervals
 
 
 def resampled_class_means(
@@ -153,13 +150,7 @@ def resampled_class_means(
 ) -> dict[str, Float64[np.ndarray, " resamples"]]:
     """Return by language the mean over classes of their top-1 for each resample of the images.
 
-    A class without an image in a resample is left out of its mean.
-
-    Args:
-        scores: By language, of the same images; languages get the same draws.
-        labels: The number of each image's class.
-        resamples: How often to draw.
-        seed: Of the draws.
+    A class without an image in a resample is left out of its mean; languages get the same draws.
     """
     rng = np.random.default_rng(seed)
     classes = int(labels.max()) + 1
@@ -176,21 +167,6 @@ def resampled_class_means(
     return means
 
 
-def _recall_by_class(
-    correct: Bool[np.ndarray, " images"], labels: Int[np.ndarray, " images"], classes: int
-) -> Float64[np.ndarray, " classes"]:
-    images = np.bincount(labels, minlength=classes)
-    hits = np.bincount(labels[correct], minlength=classes)
-    return np.where(images > 0, hits / np.maximum(images, 1), np.nan)
-
-
-def _confusion(
-    labels: Int[np.ndarray, " images"], predicted: Int64[np.ndarray, " images"]
-) -> Int64[np.ndarray, "found 3"]:
-    pairs, images = np.unique(np.stack([labels, predicted], axis=1), axis=0, return_counts=True)
-    return np.column_stack([pairs, images]).astype(np.int64)
-
-
 def _places(
     products: Float32[np.ndarray, "images classes"], labels: Int[np.ndarray, " images"], shown: int
 ) -> tuple[Int64[np.ndarray, " images"], Int64[np.ndarray, "images shown"]]:
@@ -204,8 +180,7 @@ def _places(
     for place in range(shown):
         highest = scores.argmax(axis=1)
         best[:, place] = np.where(before == place, labels, highest)
-        taken = (
-            before != place
-        )  # where the true class took this place, the highest wrong one stays in the race
+        # Where the true class took this place, the highest wrong one stays in the race.
+        taken = before != place
         scores[places[taken], highest[taken]] = -np.inf
     return before + 1, best

@@ -122,12 +122,10 @@ def evaluate(
     scores = evaluate_classification(
         bulk, images.images, images.labels, classes.names, templates, digests=digests
     )
-    prompts = (
-        prompt
-        for language, names in classes.names.items()
-        for of_class in names
-        for prompt in prompts_of(of_class, templates[language])
-    )
+    prompts: dict[str, None] = {}  # each once, in their order
+    for language, names in classes.names.items():
+        for of_class in names:
+            prompts |= dict.fromkeys(prompts_of(of_class, templates[language]))
     return ClassificationRun(
         bundle=str(bundle),
         source=source,
@@ -135,7 +133,7 @@ def evaluate(
         images_sha256=images.fingerprint(digests),
         classes=classes,
         templates=templates,
-        reading=reading_of(bulk.embedder, list(dict.fromkeys(prompts))),
+        reading=reading_of(bulk.embedder, list(prompts)),
         scores=scores,
         intervals=classification_intervals(scores, images.labels),
     )
@@ -147,11 +145,6 @@ def classifier_weights(
     """Return a unit vector for every class: the direction of the mean of its prompts' vectors.
 
     Each name of a class is filled into each template (Radford et al. 2021, section 3.1.4).
-
-    Args:
-        embedder: The model.
-        names: The names of the classes.
-        templates: Texts with `{}` for the name.
 
     Raises:
         VlmError: there is no class, a class has no name, or there is no template.
@@ -247,19 +240,12 @@ def _read(
 
 
 def _record(scores: Classification, ids: Sequence[str]) -> dict[str, Any]:
+    confusion: dict[str, dict[str, int]] = {}  # images by true class and, within it, by predicted
+    for true, predicted, images in scores.confusion.tolist():
+        confusion.setdefault(ids[true], {})[ids[predicted]] = images
     recalls = zip(ids, scores.class_recall.tolist(), strict=True)
     return {
         **scores.means(),
         "class_recall": {name: None if math.isnan(recall) else recall for name, recall in recalls},
-        "confusion": _by_class(scores.confusion, ids),
+        "confusion": confusion,
     }
-
-
-def _by_class(
-    confusion: Int[np.ndarray, "found 3"], ids: Sequence[str]
-) -> dict[str, dict[str, int]]:
-    """Return the number of images by true class and, within it, by predicted class."""
-    found: dict[str, dict[str, int]] = {}
-    for true, predicted, images in confusion.tolist():
-        found.setdefault(ids[true], {})[ids[predicted]] = images
-    return found

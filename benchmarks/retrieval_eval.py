@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import runpy
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -31,7 +32,8 @@ TITLES = {
 }
 COMPARED = ("images", "texts", "dim", "signal", "mapped")
 STAGES = ("after_torch", "before_scoring", "peak", "added")
-BASE = {"vlm": "clip_benchmark"}
+BASE = {"vlm": "clip_benchmark", "other": "clip_benchmark"}
+OTHER = "another checkout of vlm, the same work"  # with --beside
 CN_CLIP_TEXTS = (100, 600)
 """Texts of the two runs whose difference gives cn_clip's time per text."""
 
@@ -75,6 +77,31 @@ def our_recalls(texts: np.ndarray, images: np.ndarray, pairs: np.ndarray) -> lis
 
     found = compare(texts, images, pairs, device="cpu")
     sides = (found.text_to_image, found.image_to_text)
+    return [recall_at(ranks, k) for ranks in sides for k in CUTOFFS]
+
+
+def other_recalls(
+    folder: Path, texts: np.ndarray, images: np.ndarray, pairs: np.ndarray
+) -> list[float]:
+    """Score with the `vlm` of another checkout, which may be from before `compare`.
+
+    There ranks, first images and the statistics of cosines took a pass each.
+    """
+    sys.path.insert(0, str(folder.resolve()))
+    import vlm
+
+    if not Path(vlm.__file__).is_relative_to(folder.resolve()):
+        raise SystemExit(f"found vlm in {vlm.__file__}; expected the one in {folder}")
+    if (folder / "vlm" / "evaluation").is_dir():
+        return our_recalls(texts, images, pairs)
+    from vlm.retrieval.cosines import cosine_statistics
+    from vlm.retrieval.metrics import recall_at
+    from vlm.retrieval.nearest import nearest
+    from vlm.retrieval.ranks import exact_ranks_both
+
+    sides = exact_ranks_both(texts, images, pairs, device="cpu")
+    nearest(texts, images, device="cpu")
+    cosine_statistics(texts, images, pairs, device="cpu")
     return [recall_at(ranks, k) for ranks in sides for k in CUTOFFS]
 
 
@@ -153,6 +180,8 @@ def serve(connection: Connection, system: str, folder: Path, options: argparse.N
         else:
             if system == "clip_benchmark":
                 recalls = clip_benchmark_recalls(*arrays)
+            elif system == "other":
+                recalls = other_recalls(options.beside, *arrays)
             else:
                 recalls = our_recalls(*arrays)
             wall, cpu = time.perf_counter() - started, time.process_time() - used
@@ -182,9 +211,15 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             "recalls": of_system[0]["recalls"],
         }
     for system, base in BASE.items():
-        table[system]["times_faster"] = table[base]["wall_s"] / table[system]["wall_s"]
-    both, peer = table["vlm"]["recalls"], table["clip_benchmark"]["recalls"]
-    table["largest_difference"] = max(abs(a - b) for a, b in zip(both, peer, strict=True))
+        if system in table:
+            table[system]["times_faster"] = table[base]["wall_s"] / table[system]["wall_s"]
+    peer = table["clip_benchmark"]["recalls"]
+    table["largest_difference"] = max(
+        abs(a - b)
+        for system in BASE
+        if system in table
+        for a, b in zip(table[system]["recalls"], peer, strict=True)
+    )
     return table
 
 
@@ -345,6 +380,9 @@ def main() -> None:
     parser.add_argument("--signal", type=float, default=0.15, help="of its image in a caption")
     parser.add_argument("--threads", type=int, default=1, help="of each system")
     parser.add_argument("--mapped", action="store_true", help="every system maps the features")
+    parser.add_argument(
+        "--beside", type=Path, metavar="PATH", help="also time the vlm of this other checkout"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each system")
     parser.add_argument(
         "--large", type=int, nargs=3, metavar=("IMAGES", "TEXTS", "DIM"),
@@ -354,12 +392,18 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="with --large")
     parser.add_argument("--out", type=Path, help="write the JSON to this file as well")
     options = parser.parse_args()
+    if options.beside:
+        TITLES["other"] = OTHER
     threads = 1 if options.large else options.threads
     results = describe_setting("benchmarks/retrieval_eval.py", threads=threads)
     if options.large:
         results["large"] = large(options)
     else:
         results |= {key: getattr(options, key) for key in COMPARED}
+        if options.beside:
+            results["other_commit"] = subprocess.check_output(
+                ["git", "rev-parse", "HEAD"], cwd=options.beside, text=True
+            ).strip()
         results["malloc_mmap_threshold"] = os.environ.get("MALLOC_MMAP_THRESHOLD_")
         results["systems"] = compare(options)
     results["load_after"] = os.getloadavg()[0]

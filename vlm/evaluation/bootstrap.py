@@ -9,10 +9,8 @@ from vlm.errors import VlmError
 
 LEVEL = 0.95
 """Ratio of the resampled means within an interval, by default."""
-
 RESAMPLES = 1000
 """How often to draw, by default."""
-
 _DRAWS_AT_ONCE = 2**22  # int32 draws and float64 counts of them: 48 MiB
 
 

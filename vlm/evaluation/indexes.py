@@ -202,11 +202,8 @@ def compare_with_exact(
 ) -> Comparison:
     """Compare an index with exact search, after tuning it on half of the queries.
 
-    Args:
-        index: Holds the case's candidates.
-        case: What is searched for.
-        target_recall: Ratio of the ten nearest neighbours to which the search parameter is tuned,
-            on up to 1000 queries; None for the index as it is.
+    The search parameter is tuned to find the ratio `target_recall` of the ten nearest neighbours,
+    on up to 1000 queries; None leaves the index as it is.
     """
     rows = np.arange(len(case.queries))
     judged, reached = rows, True

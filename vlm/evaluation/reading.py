@@ -29,12 +29,7 @@ class Reading:
 
 
 def reading_of(embedder: Embedder, texts: Sequence[str]) -> Reading:
-    """Describe how a model takes in images, and these texts.
-
-    Args:
-        embedder: The model.
-        texts: All texts it is asked.
-    """
+    """Describe how a model takes in images, and these texts."""
     tokenizer = embedder.tokenizer
     bias = embedder.bundle.model.logit_bias
     around = 1 + (tokenizer.special_ids.begin_of_text is not None)  # begin and end of text

@@ -20,12 +20,9 @@ EXPLANATION = (
 
 
 def index_blocks(report: IndexReport, *, name: str, number: int | None = None) -> list[Block]:
-    """Return the table of the comparisons, the warnings, and the plot of a sweep.
+    """Return the table of the comparisons of the vectors `name`, the warnings, and a sweep's plot.
 
-    Args:
-        report: What was compared.
-        name: Of the vectors, for the caption of the table.
-        number: Of the plot in its document, for `index_1.png`; None for `index.png`.
+    `number` is that of the plot in its document, for `index_1.png`; None for `index.png`.
     """
     header, rows = comparison_rows(report.comparisons)
     blocks: list[Block] = [Table(header=header, rows=rows, text_columns=2, caption=name)]
@@ -48,13 +45,7 @@ def index_blocks(report: IndexReport, *, name: str, number: int | None = None) -
 
 
 def index_document(report: IndexReport, *, embeddings: str, model: str) -> Document:
-    """Return the whole report of a comparison.
-
-    Args:
-        report: What was compared.
-        embeddings: The folder that the vectors are from.
-        model: Fingerprint of the model that made them.
-    """
+    """Return the whole report of a comparison of vectors in `embeddings`, made by `model`."""
     plan, searches = report.plan, []
     languages = dict.fromkeys(each.language for each in report.comparisons if each.language)
     if languages:

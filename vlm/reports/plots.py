@@ -74,11 +74,7 @@ def recall_png(run_folder: Path, *, names: Sequence[str]) -> bytes:
 
 
 def recall_curves_png(ranks: Mapping[str, Mapping[str, Ranks]]) -> bytes:
-    """Draw for each benchmark the fraction of queries answered within the first k.
-
-    Args:
-        ranks: By benchmark and language; at least one benchmark.
-    """
+    """Draw the fraction of queries answered within the first k, by benchmark and language."""
     figure, panels = _panels(len(ranks), width=4.2, height=3.3)
     languages = list(dict.fromkeys(name for of_one in ranks.values() for name in of_one))
     handles = {}
@@ -104,9 +100,6 @@ def cosines_png(cosines: Mapping[str, Mapping[str, CosineStatistics]]) -> bytes:
 
     A thin line goes from the minimum to the maximum, a thick one over the mean plus and minus a
     standard deviation.
-
-    Args:
-        cosines: By benchmark and language; at least one benchmark.
     """
     most = max(map(len, cosines.values()))
     figure, panels = _panels(len(cosines), width=4.2, height=1.2 + 0.55 * most)
@@ -169,10 +162,11 @@ def confusion_png(
 
 
 def _records_with(run_folder: Path, name: str) -> list[Mapping[str, float | int]]:
-    records = [record for record in read_metrics(run_folder / METRICS_NAME) if name in record]
+    file = run_folder / METRICS_NAME
+    records: list[Mapping[str, float | int]] = [each for each in read_metrics(file) if name in each]
     if not records:
-        raise DataError(f"{run_folder / METRICS_NAME} has no record of {name}")
-    return list(records)
+        raise DataError(f"{file} has no record of {name}")
+    return records
 
 
 def _curve(ranks: Int64[np.ndarray, " queries"]) -> tuple[list[int], list[float]]:

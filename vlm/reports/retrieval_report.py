@@ -37,12 +37,7 @@ def retrieval_document(run: RetrievalRun) -> Document:
 def retrieval_sections(
     run: RetrievalRun, *, examples_of: Collection[str] | None = None
 ) -> list[Section]:
-    """Return the sections of a run's report, those without content left out.
-
-    Args:
-        run: What was scored.
-        examples_of: Names of the benchmarks to show examples of; None for all.
-    """
+    """Return the sections with content, with examples of all benchmarks or of `examples_of`."""
     shown = run.benchmarks if examples_of is None else examples_of
     sections = [
         _scores(run), _languages(run), _indexes(run), *_examples(run, shown), _protocol(run)

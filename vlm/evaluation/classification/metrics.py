@@ -72,10 +72,14 @@ def score_classification(
     ranks = np.empty(len(images), np.int64)
     best = np.empty((len(images), shown), np.int64)
     cosines = np.empty((len(images), shown), np.float32)
+    # A matrix product may round equal columns differently: each class takes the products of the
+    # first with its vector, so that equal classes tie.
+    _, first, which = np.unique(classes, axis=0, return_index=True, return_inverse=True)
+    same = first[which]
     rows = max(1, _TILE // len(classes))
     for start in range(0, len(images), rows):
         part = slice(start, start + rows)
-        products = images[part] @ classes.T
+        products = (images[part] @ classes.T)[:, same]
         ranks[part], best[part] = _places(products, labels[part], shown)
         cosines[part] = np.take_along_axis(products, best[part], axis=1)
     of_class = np.bincount(labels, minlength=len(classes))

@@ -138,10 +138,7 @@ def compare_pairs(
 ]:
     """Embed images and texts, and compare them, on the embedder's device and ranks.
 
-    Args:
-        embedder: The model.
-        pairs: The benchmark.
-        digests: What `embedder.digests_of` gave for the images, if known.
+    `digests` are what `embedder.digests_of` gave for the images, if known.
 
     Returns:
         The images' unit vectors; by language those of the texts, and the comparison.

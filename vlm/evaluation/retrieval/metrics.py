@@ -107,11 +107,7 @@ def cross_lingual_agreement(
 
 
 def check_cutoffs(cutoffs: Sequence[int]) -> None:
-    """Refuse cutoffs that no recall can have.
-
-    Raises:
-        VlmError: there are none, or one is less than 1.
-    """
+    """Refuse cutoffs that no recall can have, by VlmError: none, or one less than 1."""
     if not cutoffs or min(cutoffs) < 1:
         raise VlmError(f"cutoffs are {list(cutoffs)}; expected numbers of at least 1")
 
@@ -145,12 +141,6 @@ def intervals_of(
     Images are drawn together with all texts and images that correct pairs link them to, so that
     captions of one image, and images of one concept, count as one case. A language with fewer than
     ten cases has no interval: of one case every draw is the same.
-
-    Args:
-        ranks: By language.
-        texts: By language, with the correct pairs.
-        images: Number of images in the benchmark.
-        cutoffs: The k of the recalls.
     """
     intervals: dict[str, tuple[float, float]] = {}
     for language, of_language in ranks.items():

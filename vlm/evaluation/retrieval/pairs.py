@@ -87,8 +87,11 @@ def pairs_of_split(
     """
     name = f"the split {split!r} of {folder}"
     samples = list(samples_where(ShardedSplit(folder, split), where, name=name))
-    asked = {language: _main_captions(samples, language) for language in languages}
-    asked = {language: concepts for language, concepts in asked.items() if concepts}
+    asked: dict[str, dict[str, str]] = {}  # by language and concept, its first main caption
+    for language in languages:
+        for sample in samples:
+            if captions := sample.captions.get(language):
+                asked.setdefault(language, {}).setdefault(sample.concept, captions[0])
     texts = {
         language: _texts_of(samples, language, concepts) for language, concepts in asked.items()
     }
@@ -156,16 +159,6 @@ def linked_groups(
     # Sets are numbered by their first node, so that the same pairs are always drawn alike.
     of_node = connected_components(graph, directed=False)[1].astype(np.int64)
     return of_node[:texts], of_node[texts:]
-
-
-def _main_captions(samples: Sequence[Sample], language: str) -> dict[str, str]:
-    """Return the query of each concept: the main caption of its first sample."""
-    found: dict[str, str] = {}
-    for sample in samples:
-        captions = sample.captions.get(language)
-        if captions:
-            found.setdefault(sample.concept, captions[0])
-    return found
 
 
 def _texts_of(samples: Sequence[Sample], language: str, asked: Mapping[str, str]) -> Texts:
@@ -254,9 +247,7 @@ def questions_of(
 ) -> dict[str, Question]:
     """Describe what a benchmark asks, by language.
 
-    Args:
-        pairs: The benchmark.
-        digests: What `BulkEmbedder.digests_of` gave for its images; None to read them.
+    `digests` are what `BulkEmbedder.digests_of` gave for its images; None to read them.
 
     Raises:
         DataError: no caption of a language has a correct image, or an image cannot be read.
@@ -274,6 +265,7 @@ def _question(pairs: RetrievalPairs, asked: Texts, language: str, images: str) -
         raise DataError(f"no caption in {language} has a correct image; expected at least one")
     of_image = np.bincount(asked.matches[:, 1], minlength=len(pairs.images))
     with_caption = of_image[of_image > 0]
+    mean = round(float(with_caption.mean()), 4)
     content = {
         "images": images,
         "texts": list(asked.texts),
@@ -283,11 +275,7 @@ def _question(pairs: RetrievalPairs, asked: Texts, language: str, images: str) -
         language=language,
         images=len(pairs.images),
         captions=len(asked.texts),
-        captions_per_image=(
-            int(with_caption.min()),
-            round(float(with_caption.mean()), 4),
-            int(with_caption.max()),
-        ),
+        captions_per_image=(int(with_caption.min()), mean, int(with_caption.max())),
         images_without_caption=int((of_image == 0).sum()),
         duplicates=pairs.duplicates,
         cleaning=pairs.cleaning,

@@ -53,18 +53,11 @@ class RetrievalRun:
     """Why indexes are missing, so that scores are not lost for an index that cannot be built."""
 
     def with_indexes(
-        self,
-        plan: IndexPlan,
-        *,
-        names: Collection[str] | None = None,
-        device: str | None = None,
+        self, plan: IndexPlan, *, names: Collection[str] | None = None, device: str | None = None
     ) -> "RetrievalRun":
         """Return the same run with indexes compared with exact search, up to the first error.
 
-        Args:
-            plan: What to compare.
-            names: The benchmarks to do it for; None for all.
-            device: As for `compare_indexes`.
+        It is done for the benchmarks `names`, or all; `device` is as for `compare_indexes`.
         """
         benchmarks, error = dict(self.benchmarks), None
         try:
@@ -124,9 +117,6 @@ def evaluate(
     for source, pairs in opened:
         if pairs.findings and bulk.show_progress_bar:
             tqdm.write(f"{source.name}: {dict(pairs.findings)}", file=sys.stderr)
-        scored[source.name] = ScoredBenchmark(
-            source=source,
-            pairs=pairs,
-            evaluation=evaluate_pairs(bulk, pairs, cutoffs=cutoffs),
-        )
+        evaluation = evaluate_pairs(bulk, pairs, cutoffs=cutoffs)
+        scored[source.name] = ScoredBenchmark(source=source, pairs=pairs, evaluation=evaluation)
     return RetrievalRun(bundle=str(bundle), benchmarks=scored)

@@ -27,8 +27,7 @@ def sources_of(
 
     Args:
         entries: `NAME=PATH`, paths, or sources.
-        common: Settings by the names of `RetrievalSource`'s fields, for sources that do not give
-            them.
+        common: Settings for sources that do not give them, by `RetrievalSource`'s field names.
         folder_split: The split of data folders for which none is given.
 
     Raises:
@@ -77,9 +76,7 @@ def parse_source(text: str) -> RetrievalSource:
 def open_source(source: RetrievalSource, *, languages: Sequence[str]) -> RetrievalPairs:
     """Open a data folder, or the files of a benchmark, and make its questions.
 
-    Args:
-        source: Where it lies and how to ask it.
-        languages: The model's languages, in which a data folder is asked by default.
+    A data folder is asked in `languages`, those of the model, by default.
 
     Raises:
         ConfigError: a setting does not fit the files.

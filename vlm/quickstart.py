@@ -136,24 +136,20 @@ def _worked_examples(config: TrainConfig, embedder: Embedder) -> Examples:
     items = []
     for texts, concept in questions:
         hits = index.search(embedder.encode_text(list(texts.values())), _IMAGES_PER_QUERY)
-        answers = [
-            Answer(
-                language=language,
-                query=text,
-                found=[
-                    Found(
-                        image=samples[place].image,
-                        text=samples[place].address,
-                        correct=samples[place].concept == concept,
-                        cosine=cosine,
-                    )
-                    for place, cosine in zip(ids, cosines, strict=True)
-                ],
-            )
-            for (language, text), ids, cosines in zip(
-                texts.items(), hits.ids.tolist(), hits.scores.tolist(), strict=True
-            )
-        ]
+        answers = []
+        for number, (language, text) in enumerate(texts.items()):
+            found = [
+                Found(
+                    image=samples[place].image,
+                    text=samples[place].address,
+                    correct=samples[place].concept == concept,
+                    cosine=cosine,
+                )
+                for place, cosine in zip(
+                    hits.ids[number].tolist(), hits.scores[number].tolist(), strict=True
+                )
+            ]
+            answers.append(Answer(language=language, query=text, found=found))
         items.append(Example(answers=answers))
     return Examples(
         title="A drawing style never seen in training: what each query finds", examples=items

@@ -64,9 +64,8 @@ class Reliability:
     """How reliable a calibration is on pairs that it was not fitted on."""
 
     correct: int
-    """Correct pairs it was checked with."""
     wrong: int
-    """Wrong pairs it was checked with."""
+    """Pairs it was checked with."""
     calibration_error: float
     """Expected calibration error in [0, 1]: the mean distance of the stated from the true ratio
     over 15 bins of equal width (Guo et al. 2017, equation 3), at the calibration's prior."""
@@ -266,21 +265,14 @@ def _cosines_of_part(
     """Return the cosines among the images that `own` marks and the texts that match them."""
     kept = matches[own[matches[:, 1]]]
     of_text, text = np.unique(kept[:, 0], return_inverse=True)
-    image = (np.cumsum(own) - 1)[kept[:, 1]]
-    return pair_cosines(
-        texts[of_text],
-        images[own],
-        np.stack([text, image], axis=1),
-        most_wrong=plan.most_wrong,
-        seed=plan.seed,
-    )
+    pairs = np.stack([text, (np.cumsum(own) - 1)[kept[:, 1]]], axis=1)
+    limits = {"most_wrong": plan.most_wrong, "seed": plan.seed}
+    return pair_cosines(texts[of_text], images[own], pairs, **limits)
 
 
 def _joined(parts: Sequence[PairCosines]) -> PairCosines:
-    return PairCosines(
-        correct=np.concatenate([part.correct for part in parts]),
-        wrong=np.concatenate([part.wrong for part in parts]),
-    )
+    correct, wrong = zip(*((part.correct, part.wrong) for part in parts), strict=True)
+    return PairCosines(correct=np.concatenate(correct), wrong=np.concatenate(wrong))
 
 
 def _cosines_at(

@@ -247,14 +247,17 @@ def _format(table: Table) -> str:
     if any(row.published for row in table.rows):
         notes.append("The protocol of published rows is compared by image and caption counts only.")
     notes += [f"[{number}] {remark}" for remark, number in numbers.items()]
-    parts = [
+    protocol = "No run has this benchmark in this language"
+    if table.question is not None:
+        parts = [words.format(in_words(table.question.get(key))) for key, words in WORDS.items()]
+        protocol = f"Protocol {table.question['fingerprint']}: {', '.join(parts)}"
+    blocks = [
         f"### {table.benchmark}, {table.language}",
-        _protocol_of(table),
+        f"{protocol}. Recalls in per cent.",
         markdown_table(_HEADER, rows),
+        "  \n".join(notes),  # two spaces at its end break a line in Markdown
     ]
-    if notes:
-        parts.append("  \n".join(notes))  # two spaces at its end break a line in Markdown
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, blocks))
 
 
 def _label(row: Row, numbers: Mapping[str, str]) -> str:
@@ -272,11 +275,3 @@ def _label(row: Row, numbers: Mapping[str, str]) -> str:
 def _cell(value: float | None) -> str:
     """Round as printed tables do: halves upwards, also those that binary numbers put just below."""
     return "-" if value is None else f"{math.floor(10 * value + 0.5 + 1e-6) / 10:.1f}"
-
-
-def _protocol_of(table: Table) -> str:
-    question = table.question
-    if question is None:
-        return "No run has this benchmark in this language. Recalls in per cent."
-    parts = [words.format(in_words(question.get(key))) for key, words in WORDS.items()]
-    return f"Protocol {question['fingerprint']}: {', '.join(parts)}. Recalls in per cent."

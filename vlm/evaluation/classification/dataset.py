@@ -103,14 +103,8 @@ def images_in_class_folders(folder: Path, class_ids: Sequence[str]) -> LabelledI
     Raises:
         DataError: no folder has an image.
     """
-    images: list[Path] = []
-    labels: list[int] = []
-    left_out = 0
-    for number, class_id in enumerate(class_ids):
-        found = images_below(folder / class_id)
-        left_out += found.left_out.total()
-        images += found.paths
-        labels += [number] * len(found.paths)
+    found = [images_below(folder / class_id) for class_id in class_ids]
+    images = [path for of_class in found for path in of_class.paths]
     if not images:
         raise DataError(
             f"the class folders in {folder} have no image ({', '.join(sorted(IMAGE_SUFFIXES))})"
@@ -118,6 +112,6 @@ def images_in_class_folders(folder: Path, class_ids: Sequence[str]) -> LabelledI
     return LabelledImages(
         images=images,
         addresses=[str(path) for path in images],
-        labels=np.array(labels, np.int64),
-        left_out=left_out,
+        labels=np.repeat(np.arange(len(found)), [len(of_class.paths) for of_class in found]),
+        left_out=sum(of_class.left_out.total() for of_class in found),
     )

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int, Int64, Shaped
+from jaxtyping import Float, Float32, Int, Int64, Shaped
 from torch import Tensor
 from tqdm import tqdm
 
@@ -67,16 +67,7 @@ class Tile:
 class TiledProducts:
     """Two arrays of features whose products are wanted, and which of their rows belong together.
 
-    Args:
-        left: The vectors on one side; memory-mapped arrays are read a tile at a time.
-        right: The vectors on the other side.
-        matches: Pairs (row of left, row of right) that belong together, in any order.
-        tile: Rows of either side in a tile; None for what suits the device.
-        device: Where to multiply, a CPU or a CUDA device; None for a GPU if there is one.
-
-    Raises:
-        VlmError: the widths differ, a pair names a row that does not exist, or the tile is less
-            than 1.
+    The arguments, and what they raise, are those of `vlm.evaluation.retrieval.comparison.compare`.
     """
 
     def __init__(
@@ -125,15 +116,12 @@ class TiledProducts:
         the unit roundoff times the sum of their absolute values, which is at most the product of
         both vectors' lengths (Cauchy-Schwarz; Higham, Accuracy and Stability of Numerical
         Algorithms, section 3.1).
-
-        Raises:
-            VlmError: products might not fit into float32.
         """
-        lengths = [self._largest_length(features) for features in (self._left, self._right)]
-        most = lengths[0] * lengths[1]
+        left, right = _largest_length(self._left), _largest_length(self._right)
+        most = left * right
         if most > 1e37:  # float32 ends at 3.4e38; sums of partial products need room
             raise VlmError(
-                f"the longest vectors have lengths {lengths[0]:.3g} and {lengths[1]:.3g}, whose "
+                f"the longest vectors have lengths {left:.3g} and {right:.3g}, whose "
                 "products do not fit into float32; expected unit vectors"
             )
         # 8 more roundings: of the exact product to float32, and of the bounds best +- margin. 1.01:
@@ -194,15 +182,15 @@ class TiledProducts:
             torch.from_numpy(columns[order]).to(self.device),
         )
 
-    def _largest_length(self, features: Float[Tensor, "rows dim"]) -> float:
-        """Return the length of the longest vector; those that are not finite do not count."""
-        longest = 0.0
-        step = max(1, _CHUNK // max(1, features.shape[1]))
-        for start in range(0, len(features), step):
-            lengths = torch.linalg.vector_norm(features[start : start + step].double(), dim=1)
-            finite: Bool[Tensor, " rows"] = lengths.isfinite()
-            longest = max(longest, float(lengths[finite].max()) if finite.any() else 0.0)
-        return longest
+
+def _largest_length(features: Float[Tensor, "rows dim"]) -> float:
+    """Return the length of the longest vector; those that are not finite do not count."""
+    longest = 0.0
+    step = max(1, _CHUNK // max(1, features.shape[1]))
+    for start in range(0, len(features), step):
+        lengths = torch.linalg.vector_norm(features[start : start + step].double(), dim=1)
+        longest = max([longest, *lengths[lengths.isfinite()].tolist()])
+    return longest
 
 
 def _products_of(

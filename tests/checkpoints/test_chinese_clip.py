@@ -141,8 +141,8 @@ def test_the_package_that_has_the_vocabulary_is_not_imported(small, tmp_path, mo
         ("visual.ln_post.bias", None, r"1 missing \(visual\.ln_post\.bias\)"),
         ("visual.extra", torch.zeros(2), r"1 unexpected \(visual\.extra\)"),
         ("text_projection", torch.zeros(128, 47), r"visual\.proj is \[128, 48\]"),
-        ("visual.positional_embedding", None, "image tower's size is not known"),
-        ("bert.embeddings.position_embeddings.weight", None, "text tower's size is not known"),
+        ("visual.positional_embedding", None, "image tower's size is unknown"),
+        ("bert.embeddings.position_embeddings.weight", None, "text tower's size is unknown"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(small, tmp_path, name, change, said):

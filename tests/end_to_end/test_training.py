@@ -139,7 +139,7 @@ def test_every_kind_of_loss_trains_on_two_processes(tmp_path, changes):
         ({"data.split": "trian"}, "has no split 'trian'; its splits are"),
         ({"data.folder": "nowhere"}, "nowhere is not a folder"),
         ({"tokenizer": "configs"}, "configs holds no tokenizer"),
-        ({"model.vision_cfg.timm_model_name": "resnet10"}, "timm has no model 'resnet10'; near"),
+        ({"model.vision_cfg.timm_model_name": "resnet10"}, "timm has no model 'resnet10'; did"),
         ({"loss.plan.group_size": 2}, "group_size is 2; expected a divisor of the world size, 1"),
         ({"loss.plan.mesh": "[2, 1]"}, "the mesh is 2 x 1; expected rows times columns to be "),
         (

@@ -8,7 +8,6 @@ import torch
 
 from tests.builders import IMAGE_SIZE, TINY_MODEL, tiny_tokenizer
 from vlm.errors import ConfigError
-from vlm.models import build
 from vlm.models.build import build_encoder, build_from_config, encoder_model_cfg, image_size
 from vlm.models.config import ModelConfig
 from vlm.models.dual_encoder import DualEncoder
@@ -86,7 +85,12 @@ def test_a_text_model_of_transformers_gets_the_tokenizers_sizes(monkeypatch):
         "max_position_embeddings": 8,
     }
     names = []
-    monkeypatch.setattr(build, "read_hf_config", lambda name: names.append(name) or dict(known))
+
+    def read(name):
+        names.append(name)
+        return dict(known)
+
+    monkeypatch.setattr("vlm.models.hugging_face_tower.read_hf_config", read)
     tokenizer = tiny_tokenizer(context_length=24)
     described = encoder_model_cfg(ModelConfig(open_clip="roberta-ViT-B-32"), tokenizer)
     assert names == ["roberta-base"]
@@ -100,7 +104,7 @@ def test_a_text_model_of_transformers_gets_the_tokenizers_sizes(monkeypatch):
 
 
 def test_an_unknown_model_of_the_zoo_is_named_with_near_ones():
-    with pytest.raises(ConfigError, match=r"open_clip has no model 'ViT-B-33'; near.*ViT-B-32"):
+    with pytest.raises(ConfigError, match=r"open_clip has no model 'ViT-B-33'; did you.*ViT-B-32"):
         build_from_config(ModelConfig(open_clip="ViT-B-33"), tiny_tokenizer())
 
 

@@ -194,7 +194,7 @@ def folder(written, tmp_path):
 
 def test_preprocessing_is_never_guessed_but_may_be_said(folder, tmp_path):
     (folder / "preprocessor_config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"no preprocessor_config\.json; expected it, or --p"):
+    with pytest.raises(CheckpointError, match=r"no preprocessor_config\.json; expected that file"):
         convert(folder, tmp_path / "bundle", ConversionConfig())
     said = PreprocessConfig(mean=(0.1, 0.2, 0.3), resize_mode="longest")
     convert(folder, tmp_path / "bundle", ConversionConfig(preprocess=said))

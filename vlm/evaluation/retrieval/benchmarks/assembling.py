@@ -104,27 +104,8 @@ def assemble(listing: Listing, source: RetrievalSource, *, kind: str) -> Retriev
     places = {each: place for place, each in enumerate(kept)}
     cleaned = _texts_without_tags(listing.rows)
     languages, notes = _languages(listing.rows, cleaned, source)
-    texts: dict[str, list[str]] = {}
-    pairs: dict[str, list[tuple[int, int, int]]] = {}
-    turns: Counter[tuple[str, str]] = Counter()
-    empty, unknown = [], []
-    for row, text, language in zip(listing.rows, cleaned, languages, strict=True):
-        ids = dict.fromkeys(row.image_ids)
-        # Captions that are left out take their turn too: the n-th stays the n-th.
-        turn = {each: turns[language, each] for each in ids}
-        turns.update((language, each) for each in ids)
-        if not text.strip():
-            empty.append(row.place)
-            continue
-        strangers = [each for each in ids if each not in positions]
-        if strangers or not ids:
-            found = repr(strangers[0]) if strangers else "which names no image"
-            unknown.append(f"{row.place}, {found}")
-        if known := [each for each in ids if each in places]:
-            own = texts.setdefault(language, [])
-            rows = pairs.setdefault(language, [])
-            rows += [(len(own), places[each], turn[each]) for each in known]
-            own.append(text)
+    rows = zip(listing.rows, cleaned, languages, strict=True)
+    texts, pairs, empty, unknown = _by_language(rows, positions, places)
     missing = [f"{each!r} in {listing.looked_in}" for each in positions if each in listing.missing]
     faults = {"missing_images": missing, "unknown_ids": unknown, "empty_captions": empty}
     _check(faults, images=len(positions), captions=len(listing.rows), source=source, name=name)
@@ -173,6 +154,40 @@ def assemble(listing: Listing, source: RetrievalSource, *, kind: str) -> Retriev
         findings={key: value for key, value in findings.items() if value},
         translations=translations_of(columns) if listing.translated else {},
     )
+
+
+_Pair = tuple[int, int, int]
+"""A caption's place among those of its language, its image's place, and its turn."""
+
+
+def _by_language(
+    rows: Iterable[tuple[Row, str, str]], positions: Mapping[str, int], places: Mapping[str, int]
+) -> tuple[dict[str, list[str]], dict[str, list[_Pair]], list[str], list[str]]:
+    """Return texts and pairs by language, and the empty captions and those of unknown images."""
+    texts: dict[str, list[str]] = {}
+    pairs: dict[str, list[_Pair]] = {}
+    turns: Counter[tuple[str, str]] = Counter()
+    empty: list[str] = []
+    unknown: list[str] = []
+    for row, text, language in rows:
+        ids = dict.fromkeys(row.image_ids)
+        # Captions that are left out take their turn too: the n-th stays the n-th.
+        turn = {each: turns[language, each] for each in ids}
+        turns.update((language, each) for each in ids)
+        if not text.strip():
+            empty.append(row.place)
+            continue
+        strangers = [each for each in ids if each not in positions]
+        if strangers or not ids:
+            found = repr(strangers[0]) if strangers else "which names no image"
+            unknown.append(f"{row.place}, {found}")
+        if known := [each for each in ids if each in places]:
+            own = texts.setdefault(language, [])
+            pairs.setdefault(language, []).extend(
+                (len(own), places[each], turn[each]) for each in known
+            )
+            own.append(text)
+    return texts, pairs, empty, unknown
 
 
 def _check(

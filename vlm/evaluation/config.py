@@ -144,7 +144,7 @@ class CalibrationPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IndexPlan:
-    """Which indexes to put beside exact search."""
+    """Which indexes to compare with exact search."""
 
     factories: Sequence[str] = ("auto",)
     """Strings for FAISS's index_factory such as HNSW32 or IVF64,SQ8, with @nprobe=8 where a

@@ -122,14 +122,14 @@ def _described(vocabulary: Vocabulary, description: dict[str, Any]) -> Tokenizer
 
 
 def _special_pieces_beside(path: Path) -> dict[str, Any]:
-    """Return what the `tokenizer_config.json` beside a `tokenizer.json` says."""
-    beside = path.with_name("tokenizer_config.json")
-    if not beside.is_file():
+    """Return what the `tokenizer_config.json` next to a `tokenizer.json` says."""
+    sibling = path.with_name("tokenizer_config.json")
+    if not sibling.is_file():
         return {}
     try:
-        config = dict(json.loads(beside.read_text(encoding="utf-8")))
+        config = dict(json.loads(sibling.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise TokenizerError(f"{beside} is not a JSON object: {error}") from error
+        raise TokenizerError(f"{sibling} is not a JSON object: {error}") from error
     # BERT's kind of tokenizer names its begin `cls` and its end `sep`.
     roles = {
         "begin_of_text": config.get("bos_token") or config.get("cls_token"),

@@ -126,7 +126,7 @@ def _train(repetitions: Mapping[str, float], config: SentencePieceConfig) -> Tok
 def _parts(repetitions: Mapping[str, float], config: SentencePieceConfig) -> dict[str, float]:
     """Cut texts where no piece may cross, and count the parts that are alike.
 
-    SentencePiece can be told of such places as well, by a delimiter or a user-defined symbol, but
+    SentencePiece can be given such places as well, by a delimiter or a user-defined symbol, but
     then its unigram trainer takes each of them for one more use of the most used character.
     """
     edge = _AFTER_SPACE if config.separate_spaces else _BEFORE_HAN

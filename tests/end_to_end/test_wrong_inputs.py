@@ -154,9 +154,12 @@ def test_an_image_that_is_cut_off_is_named(workspace, tmp_path):
     said = refusal_of("eval", "retrieval", workspace / "bundle", "--data", path)
     assert said.startswith(f"{damaged} is damaged: ")
     out = tmp_path / "embeddings"
-    said = refusal_of("embed", workspace / "bundle", "--images", path.parent, "--out", out)
-    assert said.startswith(f"{damaged} is damaged: ")
-    assert not out.exists()
+    words = ["embed", workspace / "bundle", "--images", path.parent, "--out", out]
+    said = refusal_of(*words, "--allowed_share", "0")
+    assert f"1 of 4 images cannot be read, more than allowed_share 0 permits (0): {damaged}" in said
+    assert not (out / "embeddings.json").exists()
+    _, err = run_vlm(*words, *CPU)
+    assert f"left out: {damaged} is damaged: " in err
 
 
 def test_a_condition_on_a_label_that_is_not_there_is_named_with_those_that_are(workspace):

@@ -1,6 +1,8 @@
 # Everything runs in a virtual environment of its own, .venv, made on first use.
 PYTHON ?= python3
 VENV := .venv
+# Compiled modules are kept, or each process that the tests start would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
 BIN := $(VENV)/bin
 
 .PHONY: install quickstart test test-fast check format bench clean

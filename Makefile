@@ -21,8 +21,8 @@ $(VENV)/.installed: pyproject.toml
 quickstart: install  ## train, score and index a bilingual model on real pictures (minutes)
 	$(BIN)/vlm quickstart
 
-# Up to four workers, each with its own files; in one of them the tests that start processes.
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
+# Up to four workers; a file's tests stay in one of them, with the fixtures that they share.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test: install  ## run the whole test suite
 	$(PYTEST)

@@ -29,18 +29,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         needed = 2 if item.get_closest_marker("multi_gpu") else 1
         if item.get_closest_marker("gpu") or item.get_closest_marker("multi_gpu"):
             item.add_marker(pytest.mark.skipif(gpus < needed, reason=f"needs {needed} GPUs"))
-        item.add_marker(pytest.mark.xdist_group(_group_of(item)))
-
-
-def _group_of(item: pytest.Item) -> str:
-    """Name the tests that one worker of pytest-xdist runs: those that share what is costly.
-
-    Tests that start several processes run one after another, so that they have all cores.
-    """
-    if item.get_closest_marker("distributed"):
-        return "distributed"
-    fixtures = getattr(item, "fixturenames", ())
-    return "quickstart" if "quickstart" in fixtures else item.path.as_posix()
 
 
 @pytest.fixture(scope="session")

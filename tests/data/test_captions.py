@@ -52,7 +52,7 @@ def write(path, content):
     """Write text or bytes, packed if the name says so; return the path."""
     content = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(content) if path.suffix.lower() == ".gz" else content)
+    path.write_bytes(gzip.compress(content, mtime=0) if path.suffix.lower() == ".gz" else content)
     return path
 
 
@@ -506,7 +506,9 @@ def test_a_shard_with_a_header_of_zeros_does_not_just_end_there(tmp_path):
     assert "it does not end as a tar file does" in refusal_of(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"a text, no tar", b"\xff" * 2000, gzip.compress(b"x")])
+@pytest.mark.parametrize(
+    "content", [b"", b"a text, no tar", b"\xff" * 2000, gzip.compress(b"x", mtime=0)]
+)
 def test_a_file_that_is_no_tar_is_refused(tmp_path, content):
     (tmp_path / "a.tar").write_bytes(content)
     assert refusal_of(tmp_path / "a.tar").startswith(f"{tmp_path / 'a.tar'} cannot be read: ")

@@ -39,7 +39,7 @@ def complaint(capsys, file):
 
 
 def write_chinese_clip(folder, split):
-    """Write four images with two captions each, one of which has Latin letters."""
+    """Write four images, each with two captions, one in Latin letters."""
     folder.mkdir(parents=True)
     images, texts = [], []
     for number in range(4):
@@ -52,7 +52,7 @@ def write_chinese_clip(folder, split):
 
 
 def write_karpathy(path, images, **more):
-    """Write six images with two captions each, of which the first four are the test split."""
+    """Write six images with two captions each; the first four are the test split."""
     images.mkdir(parents=True)
     listed = []
     for number in range(6):

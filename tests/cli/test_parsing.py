@@ -1,4 +1,4 @@
-"""A dataclass of options takes what a shell and a configuration file say, or one line is said."""
+"""A dataclass of options is filled from a shell and a file, or refused in one line."""
 
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path

@@ -117,42 +117,42 @@ def load_bundle(folder: Path) -> Bundle:
         CheckpointError: the folder is no bundle, or a part is missing or damaged.
         TokenizerError: the tokenizer is damaged, or not the one that the model was trained with.
     """
-    said = _read_descriptions(folder)
+    described = _read_descriptions(folder)
     tokenizer = load_tokenizer(folder / _TOKENIZER)
-    if tokenizer.fingerprint != said.tokenizer:
+    if tokenizer.fingerprint != described.tokenizer:
         raise TokenizerError(
             f"{folder} holds another tokenizer ({tokenizer.fingerprint[:12]}) than its model was "
-            f"trained with ({said.tokenizer[:12]})"
+            f"trained with ({described.tokenizer[:12]})"
         )
     try:
-        model = build_encoder(said.model_cfg)
-        transform = evaluation_transform(said.preprocess_cfg)
+        model = build_encoder(described.model_cfg)
+        transform = evaluation_transform(described.preprocess_cfg)
     except (VlmError, ValueError, LookupError, TypeError, ArithmeticError, AssertionError) as error:
         raise CheckpointError(
-            f"{folder / said.config_name} describes no model or transform: "
+            f"{folder / described.config_name} describes no model or transform: "
             f"{type(error).__name__}: {error}"
         ) from error
     _load_weights(model, folder / _WEIGHTS)
-    fingerprint = _fingerprint_of(folder, said)
+    fingerprint = _fingerprint_of(folder, described)
     return Bundle(
         model=model.eval(),
         tokenizer=tokenizer,
         transform=transform,
-        languages=said.languages,
-        model_cfg=said.model_cfg,
-        preprocess_cfg=said.preprocess_cfg,
-        first_new_id=said.ours.get("first_new_id"),
-        truncate_dims=said.truncate_dims,
-        calibration=_calibration_of(folder, said.ours, fingerprint),
+        languages=described.languages,
+        model_cfg=described.model_cfg,
+        preprocess_cfg=described.preprocess_cfg,
+        first_new_id=described.ours.get("first_new_id"),
+        truncate_dims=described.truncate_dims,
+        calibration=_calibration_of(folder, described.ours, fingerprint),
         fingerprint=fingerprint,
     )
 
 
 def store_calibration(folder: Path, calibration: Calibration) -> None:
     """Write a calibration into the bundle whose model it is of, in the place of an older one."""
-    said = _read_descriptions(folder)
-    description = said.ours | {"calibration": calibration.record()}
-    _calibration_of(folder, description, _fingerprint_of(folder, said))
+    described = _read_descriptions(folder)
+    description = described.ours | {"calibration": calibration.record()}
+    _calibration_of(folder, description, _fingerprint_of(folder, described))
     content = json.dumps(description, indent=2) + "\n"
     write_file(folder / _DESCRIPTION, content.encode())
 
@@ -177,7 +177,7 @@ def _read_descriptions(folder: Path) -> _Descriptions:
     config = _read_json(folder / config_name)
     try:
         format_version = ours["format"]
-        said = _Descriptions(
+        described = _Descriptions(
             ours=ours,
             config_name=config_name,
             model_cfg=_with_hf_config(config["model_cfg"], ours.get("hf_config")),
@@ -192,15 +192,15 @@ def _read_descriptions(folder: Path) -> _Descriptions:
         raise CheckpointError(
             f"{folder} has bundle format {format_version}; this version reads {FORMAT_VERSION}"
         )
-    return said
+    return described
 
 
-def _fingerprint_of(folder: Path, said: _Descriptions) -> str:
+def _fingerprint_of(folder: Path, described: _Descriptions) -> str:
     content = {
         "weights": sha256_of(folder / _WEIGHTS),
-        "model_cfg": said.model_cfg,
-        "preprocess_cfg": said.preprocess_cfg,
-        "tokenizer": said.tokenizer,
+        "model_cfg": described.model_cfg,
+        "preprocess_cfg": described.preprocess_cfg,
+        "tokenizer": described.tokenizer,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -87,11 +87,11 @@ def _joined(parts: Sequence[Tensor], origin: Origin) -> Tensor | None:
 
 def _complain(wrong: Mapping[str, Iterable[str]]) -> None:
     """Raise an error with the first few names of each kind."""
-    said = []
+    problems = []
     for kind, names in wrong.items():
         found = list(names)
         if found:
             more = ", ..." if len(found) > _SHOWN else ""
-            said.append(f"{len(found)} {kind} ({'; '.join(found[:_SHOWN])}{more})")
-    if said:
-        raise CheckpointError(f"the tensors do not fit the model: {', '.join(said)}")
+            problems.append(f"{len(found)} {kind} ({'; '.join(found[:_SHOWN])}{more})")
+    if problems:
+        raise CheckpointError(f"the tensors do not fit the model: {', '.join(problems)}")

@@ -60,20 +60,20 @@ def convert(
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"cannot write {out}: {error.strerror}") from error
-    said: list[str] = []
+    notes: list[str] = []
     # On the same disk as the result, because these are as large.
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         bundle = source
         if not is_bundle(source):
             bundle = Path(scratch, "bundle") if extension or target else out
-            said += to_bundle(source, bundle, config)
+            notes += to_bundle(source, bundle, config)
         if extension is not None:
             grown = Path(scratch, "grown") if target else out
             _extend(bundle, grown, extension)
             bundle = grown
         if target is not None:
-            said += export(load_bundle(bundle), out, target)
-    return said
+            notes += export(load_bundle(bundle), out, target)
+    return notes
 
 
 def to_bundle(source: Path, out: Path, config: ConversionConfig) -> list[str]:

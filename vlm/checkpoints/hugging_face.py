@@ -181,8 +181,8 @@ def _resize_mode(size: Any, crop: Any, *, crops: bool, side: int) -> str | None:
 
 def _part(record: Mapping[str, Any], name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return a tower's configuration; older files say it, or parts of it, twice."""
-    said = record.get(f"{name}_config") or {}, record.get(f"{name}_config_dict") or {}
-    return {**defaults, **said[0], **said[1]}
+    given = record.get(f"{name}_config") or {}, record.get(f"{name}_config_dict") or {}
+    return {**defaults, **given[0], **given[1]}
 
 
 def _sizes(part: Mapping[str, Any]) -> dict[str, Any]:

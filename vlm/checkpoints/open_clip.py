@@ -68,9 +68,9 @@ def read_open_clip_folder(folder: Path, config: ConversionConfig) -> Recipe:
     """Understand a folder that open_clip reads as `local-dir:`."""
     record = read_json(folder / CONFIG)
     try:
-        model_cfg, said = dict(record["model_cfg"]), dict(record["preprocess_cfg"])
-        said = {name: said[name] for name in said if said[name] is not None}
-        images = {"mean": said["mean"], "std": said["std"]}
+        model_cfg, images_cfg = dict(record["model_cfg"]), dict(record["preprocess_cfg"])
+        images_cfg = {name: images_cfg[name] for name in images_cfg if images_cfg[name] is not None}
+        images = {"mean": images_cfg["mean"], "std": images_cfg["std"]}
         image_size = model_cfg["vision_cfg"].get("image_size", 224)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / CONFIG} lacks {error}") from error
@@ -79,7 +79,7 @@ def read_open_clip_folder(folder: Path, config: ConversionConfig) -> Recipe:
     else:
         # What such a file leaves out is open_clip's default, but for mean and std.
         known = asdict(PreprocessCfg(size=image_size))
-        image = known | {name: said[name] for name in said if name in known} | images
+        image = known | {name: images_cfg[name] for name in images_cfg if name in known} | images
     tensors = read_tensors(find_weights(folder))
     # Without a name open_clip takes its own tokenizer, whatever files lie there.
     named = (folder / "tokenizer.json").is_file() and model_cfg["text_cfg"].get("hf_tokenizer_name")
@@ -125,9 +125,9 @@ def _recipe(
     )
     if text.get("hf_tokenizer_name"):
         # With what open_clip does before and after a tokenizer of transformers.
-        said = text.get("tokenizer_kwargs") or {}
-        own = replace(tokenizer.config, cleaning=_CLEANING[said.get("clean", "whitespace")])
-        if said.get("strip_sep_token"):  # id 0 takes the place of its end of text
+        options = text.get("tokenizer_kwargs") or {}
+        own = replace(tokenizer.config, cleaning=_CLEANING[options.get("clean", "whitespace")])
+        if options.get("strip_sep_token"):  # id 0 takes the place of its end of text
             own = replace(own, end_of_text=tokenizer.vocabulary.pieces()[0])
         tokenizer = Tokenizer(tokenizer.vocabulary, own)
         text |= {} if bert else {"pad_id": tokenizer.special_ids.padding}  # which towers may see

@@ -59,7 +59,7 @@ def read_tokenizer(
         raise CheckpointError(
             f"the context length is {config.context_length}; the model has {positions} positions"
         )
-    said = tokenizer.context_length if config.tokenizer else context_length
-    asked = config.context_length
-    length = min(said, positions) if asked is None else asked
+    declared = tokenizer.context_length if config.tokenizer else context_length
+    wanted = config.context_length
+    length = min(declared, positions) if wanted is None else wanted
     return Tokenizer(tokenizer.vocabulary, replace(tokenizer.config, context_length=length))

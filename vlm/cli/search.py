@@ -1,5 +1,6 @@
 """Find the images of an index that are nearest to a text, in any language, or to an image."""
 
+import gc
 import json
 from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
@@ -37,8 +38,13 @@ def run(options: Options) -> None:
         raise VlmError("vlm search needs either --text TEXT or --image FILE")
     if options.text == "":
         raise VlmError("--text is empty; expected what to look for")
+    # A third of a search was spent looking for garbage in the modules that it imports, at its end
+    # once more.
+    gc.disable()
     from vlm.search.search_index import SearchIndex
 
+    gc.freeze()
+    gc.enable()
     index = SearchIndex.open(options.index)
     embedder = index.load_embedder(options.bundle, device=options.device)
     if options.image is not None:

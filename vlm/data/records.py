@@ -66,8 +66,8 @@ def reader(
                 yield place, record
         except _DAMAGE as error:
             after = f" after {place}" if place else ""
-            said = getattr(error, "strerror", None) or error
-            raise DataError(f"{path} cannot be read{after}: {said}") from error
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{path} cannot be read{after}: {reason}") from error
 
     return cast(Callable[Concatenate[Path, _P], Iterator[tuple[str, _T]]], read_and_name)
 

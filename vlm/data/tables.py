@@ -143,10 +143,10 @@ class _TextTable:
     def _split(self, lines: Iterable[str]) -> list[str]:
         return next(csv.reader(lines, delimiter=self._delimiter, strict=True), [])
 
-    def _no_row(self, number: int, said: str) -> DataError:
-        said = said.replace("\t", r"\t")
+    def _no_row(self, number: int, reason: str) -> DataError:
+        reason = reason.replace("\t", r"\t")
         return DataError(
-            f"{self._path}, line {number}: {said}; expected a table with quotes as in RFC 4180"
+            f"{self._path}, line {number}: {reason}; expected a table with quotes as in RFC 4180"
         )
 
     def _plain_cells(self, line: str) -> list[str] | None:

@@ -199,9 +199,10 @@ def _last_block_at_end_of_text(
     """Run the last block for the one position that is read: a fraction of its arithmetic."""
     normed = block.ln_1(states)
     query = _at_end_of_text(normed, tokens)[:, None]
-    attended, _ = block.attn(
-        query, normed, normed, key_padding_mask=~tokens.mask, need_weights=False
-    )
+    # Per text and head, heads innermost. As `key_padding_mask`, torch would check it by means of
+    # sympy, whose import takes a second of a first search.
+    padding = (~tokens.mask)[:, None].repeat_interleave(block.attn.num_heads, dim=0)
+    attended, _ = block.attn(query, normed, normed, attn_mask=padding, need_weights=False)
     pooled: Tensor = _at_end_of_text(states, tokens) + block.ls_1(attended[:, 0])
     output: Tensor = pooled + block.ls_2(block.mlp(block.ln_2(pooled)))
     return output

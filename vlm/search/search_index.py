@@ -103,7 +103,9 @@ class SearchIndex:
     def search(self, query: Float32[np.ndarray, "1 dim"], k: int) -> list[Hit]:
         """Return the `k` images nearest to one vector; an approximate index may find fewer."""
         hits = self.index.search(query, k)
-        rows = self.metadata.take(hits.ids[0][hits.ids[0] >= 0]).to_pylist()
+        # Not by `take`, which imports half a second of pyarrow's other functions.
+        found = hits.ids[0][hits.ids[0] >= 0].tolist()
+        rows = [self.metadata.slice(id_, 1).to_pylist()[0] for id_ in found]
         return [
             Hit(
                 rank=rank,

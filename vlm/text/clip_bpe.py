@@ -3,6 +3,7 @@
 import gzip
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from itertools import chain, groupby
 from pathlib import Path
 
@@ -29,11 +30,6 @@ CLIP_VOCAB_SIZE = 49_408
 
 _MERGES = 49_152 - 256 - 2  # as many of the file's lines as CLIP was trained with
 _END_OF_WORD = "</w>"
-
-# Every code point that can be a letter or a digit: planes 4 to 13 are empty, the last private.
-_CHARACTERS = "".join(
-    map(chr, chain(range(0xD800), range(0xE000, 0x40000), range(0xE0000, 0xF0000)))
-)
 
 
 def clip_tokenizer(merges: Path | None = None) -> Tokenizer:
@@ -117,6 +113,7 @@ def _byte_pairs(
     return rust
 
 
+@cache
 def _word_pattern() -> str:
     """Return the pattern of CLIP's words for the Rust library's regular expressions.
 
@@ -124,21 +121,25 @@ def _word_pattern() -> str:
     Unicode. Where it takes a character for something else than the Rust library does, that is
     written out.
     """
-    letters, digits = _class(r"\p{L}"), _class(r"\p{N}")
+    # Every code point that can be a letter or a digit: planes 4 to 13 are empty, the last private.
+    characters = "".join(
+        map(chr, chain(range(0xD800), range(0xE000, 0x40000), range(0xE0000, 0xF0000)))
+    )
+    letters, digits = _class(r"\p{L}", characters), _class(r"\p{N}", characters)
     # One combining letter, U+0345, is neither in a class nor outside of it when case is ignored.
-    neither = set(_CHARACTERS)
+    neither = set(characters)
     for one in (r"\s", r"\p{L}", r"\p{N}", r"[^\s\p{L}\p{N}]"):
-        neither -= set(regex.findall(one, _CHARACTERS, regex.IGNORECASE))
+        neither -= set(regex.findall(one, characters, regex.IGNORECASE))
     return (
         "<[sſ]tart_of_text>|<end_of_text>|'[sſ]|'t|'re|'ve|'m|'ll|'d"
         rf"|[{letters}]+|[{digits}]|[^\s{letters}{digits}{_ranges(neither)}]+"
     )
 
 
-def _class(category: str) -> str:
-    theirs = set(regex.findall(category, _CHARACTERS, regex.IGNORECASE))
+def _class(category: str, characters: str) -> str:
+    theirs = set(regex.findall(category, characters, regex.IGNORECASE))
     rust = pre_tokenizers.Split(Regex(f"{category}+"), behavior="removed", invert=True)
-    ours = set("".join(run for run, _ in rust.pre_tokenize_str(_CHARACTERS)))
+    ours = set("".join(run for run, _ in rust.pre_tokenize_str(characters)))
     assert ours <= theirs, "the Rust library knows a newer Unicode than the package regex"
     return category + _ranges(theirs - ours)
 

@@ -193,26 +193,26 @@ def _of_concepts(
 
 
 def translations_of(
-    said: Mapping[str, Int64[np.ndarray, "_ 3"]],
+    captions: Mapping[str, Int64[np.ndarray, "_ 3"]],
 ) -> dict[tuple[str, str], Int64[np.ndarray, "pairs 2"]]:
     """Pair the captions of an image in one language with those of the same turn in another.
 
     Args:
-        said: By language, rows (text, image, turn), or a concept instead of an image; no two rows
-            of a language have both in common. The turn counts the captions of the image in that
-            language from 0, in the order of the file.
+        captions: By language, rows (text, image, turn), or a concept instead of an image; no two
+            rows of a language have both in common. The turn counts the captions of the image in
+            that language from 0, in the order of the file.
     """
-    if len(said) < 2:
+    if len(captions) < 2:
         return {}
-    first = "en" if "en" in said else next(iter(said))
-    most = 1 + max(rows[:, 2].max(initial=0) for rows in said.values())
-    keys = {language: rows[:, 1] * most + rows[:, 2] for language, rows in said.items()}
+    first = "en" if "en" in captions else next(iter(captions))
+    most = 1 + max(rows[:, 2].max(initial=0) for rows in captions.values())
+    keys = {language: rows[:, 1] * most + rows[:, 2] for language, rows in captions.items()}
     found = {}
-    for other in (language for language in said if language != first):
+    for other in (language for language in captions if language != first):
         _, here, there = np.intersect1d(
             keys[first], keys[other], assume_unique=True, return_indices=True
         )
-        pairs = np.stack([said[first][here, 0], said[other][there, 0]], axis=1)
+        pairs = np.stack([captions[first][here, 0], captions[other][there, 0]], axis=1)
         if len(pairs):
             found[first, other] = np.unique(pairs, axis=0)
     return found

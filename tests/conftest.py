@@ -4,6 +4,7 @@
 imported before is not checked at all.
 """
 
+import gc
 import os
 
 # Two cores are shared by the test process, its children and the data workers.
@@ -18,9 +19,16 @@ from tests.support.commands import TINY_QUICKSTART, run_vlm
 
 
 def pytest_configure() -> None:
+    gc.disable()
     # The first call imports much; children would each pay for it.
     torch.testing.assert_close(torch.zeros(1), torch.zeros(1))
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_collection_finish() -> None:
+    # What was imported and collected lives to the end: no collection of garbage looks at it again.
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,7 +10,7 @@ from vlm.checkpoints.reading import Tensors
 from vlm.errors import CheckpointError
 from vlm.text.importing import import_tokenizer
 from vlm.text.tokenizer import Tokenizer
-from vlm.text.words import is_han
+from vlm.text.words import HAN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Recipe:
 
 def languages_of(tokenizer: Tokenizer) -> tuple[str, ...]:
     """Return Chinese and English where CLIP's vocabulary has Chinese pieces, else English."""
-    has_chinese = any(is_han(piece[:1]) for piece in tokenizer.vocabulary.pieces() if piece)
+    has_chinese = any(map(HAN.match, tokenizer.vocabulary.pieces()))
     return ("zh", "en") if has_chinese else ("en",)
 
 

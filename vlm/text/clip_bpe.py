@@ -38,18 +38,8 @@ def clip_tokenizer(merges: Path | None = None) -> Tokenizer:
     `merges` is CLIP's list of merges, gzipped; None for the one that open_clip ships.
     """
     path = merges or Path(default_bpe())
-    # Characters stand for bytes, in the order of CLIP's ids: those that Latin-1 prints for
-    # themselves, then those from U+0100 on for the others.
-    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    symbols = list(map(chr, [*printed, *range(0x100, 0x200 - len(printed))]))
     try:
-        lines = gzip.decompress(path.read_bytes()).decode().split("\n")[1 : _MERGES + 1]
-        pairs = [(left, right) for left, right in map(str.split, lines)]
-        if len(pairs) != _MERGES:
-            raise ValueError(f"it has {len(pairs)} merges, expected {_MERGES}")
-        pieces = [*symbols, *(symbol + _END_OF_WORD for symbol in symbols), *map("".join, pairs)]
-        ids = {piece: index for index, piece in enumerate(pieces)}
-        rust = _byte_pairs(ids, pairs, (BEGIN, END), _word_pattern())
+        vocabulary = _vocabulary(path.read_bytes())
     except Exception as error:  # the library raises nothing more definite
         raise TokenizerError(f"{path} is not a gzipped list of CLIP's merges: {error}") from error
     config = TokenizerConfig(
@@ -59,7 +49,23 @@ def clip_tokenizer(merges: Path | None = None) -> Tokenizer:
         padding="!",  # id 0, which CLIP's batches are filled with
         cleaning="clip",
     )
-    return Tokenizer(FastVocabulary(rust.to_str().encode()), config)
+    return Tokenizer(vocabulary, config)
+
+
+@cache
+def _vocabulary(merges: bytes) -> FastVocabulary:
+    # Characters stand for bytes, in the order of CLIP's ids: those that Latin-1 prints for
+    # themselves, then those from U+0100 on for the others.
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    symbols = list(map(chr, [*printed, *range(0x100, 0x200 - len(printed))]))
+    lines = gzip.decompress(merges).decode().split("\n")[1 : _MERGES + 1]
+    pairs = [(left, right) for left, right in map(str.split, lines)]
+    if len(pairs) != _MERGES:
+        raise ValueError(f"it has {len(pairs)} merges, expected {_MERGES}")
+    pieces = [*symbols, *(symbol + _END_OF_WORD for symbol in symbols), *map("".join, pairs)]
+    ids = {piece: index for index, piece in enumerate(pieces)}
+    rust = _byte_pairs(ids, pairs, (BEGIN, END), _word_pattern())
+    return FastVocabulary(rust.to_str().encode())
 
 
 def published_clip_vocabulary(

@@ -10,6 +10,7 @@ from operator import itemgetter
 from typing import Any, ClassVar
 
 from tokenizers import AddedToken, Encoding, Tokenizer as RustTokenizer
+from tokenizers.models import Unigram
 from typing_extensions import override
 
 from vlm.errors import TokenizerError
@@ -53,11 +54,11 @@ class FastVocabulary(Vocabulary):
         self._words: dict[str, list[int]] = {}
         highest = max(self._rust.get_vocab(with_added_tokens=True).values(), default=-1)
         self._size = highest + 1
-        model = self._record()["model"]
-        if model["type"] == "Unigram":
+        if isinstance(self._rust.model, Unigram):  # which tells neither of its settings itself
+            model = self._record()["model"]
             self._unknown_id = None if model.get("byte_fallback") else model.get("unk_id")
         else:
-            piece = model.get("unk_token")
+            piece = self._rust.model.unk_token
             self._unknown_id = None if piece is None else self.id_of(piece)
 
     @override

@@ -2,8 +2,10 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
-from pathlib import Path
+from functools import cache
+from itertools import islice
 
 import open_clip
 import pytest
@@ -23,7 +25,6 @@ from vlm.text.pruning import prune
 from vlm.text.tokenizer import Tokenizer, load_tokenizer
 from vlm.vocabulary_transfer import grow_bundle, new_rows, prune_bundle
 
-CLIP_ZH = load_tokenizer(ROOT / "tokenizers/clip-zh")
 OLD = 49_408
 # open_clip's own vision transformer and its default, `argmax`, for the end of text.
 MODEL_CFG = {
@@ -32,25 +33,51 @@ MODEL_CFG = {
     "text_cfg": {"context_length": 77, "vocab_size": OLD, "width": 64, "heads": 2, "layers": 2},
     "custom_text": True,
 }
-ENGLISH = unique_captions(ShardedSplit(ROOT / "data/emoji", "test_style"), ["en"])[:600]
 LONG = "a photograph of " + ", ".join(f"{i} dogs and a cat" for i in range(11))
 
 
-@pytest.fixture
-def bundle(clip, tmp_path):
-    """An English CLIP of open_clip's kind with random weights."""
+@cache
+def clip_zh():
+    return load_tokenizer(ROOT / "tokenizers/clip-zh")
+
+
+@pytest.fixture(scope="module")
+def captions():
+    samples = islice(ShardedSplit(ROOT / "data/emoji", "test_style"), 100)
+    return unique_captions(samples, ["en"])[:300]
+
+
+@pytest.fixture(scope="module")
+def english(clip, tmp_path_factory):
+    """Return the folder of an English CLIP of open_clip's kind with random weights."""
     torch.manual_seed(0)
     model = build_encoder(MODEL_CFG)
     torch.nn.init.normal_(model.text.positional_embedding, std=0.5)  # so that positions matter
+    folder = tmp_path_factory.mktemp("english") / "bundle"
     save_bundle(
-        tmp_path / "english",
+        folder,
         model=model,
         model_cfg=MODEL_CFG,
         preprocess_cfg=preprocess_cfg(PreprocessConfig(), IMAGE_SIZE),
         tokenizer=clip,
         languages=("en",),
     )
-    return load_bundle(tmp_path / "english")
+    return folder
+
+
+@pytest.fixture
+def bundle(english):
+    """Return the English CLIP, to be changed in place."""
+    return load_bundle(english)
+
+
+@pytest.fixture(scope="module")
+def grown_folder(english, tmp_path_factory):
+    """Return the folder of the English CLIP with Chinese ids, and a width it was trained at."""
+    folder = tmp_path_factory.mktemp("grown") / "bundle"
+    trained = replace(load_bundle(english), truncate_dims=(8,))
+    grow_bundle(trained, clip_zh(), GrowthConfig(init="mean"), folder)
+    return folder
 
 
 @torch.inference_mode()
@@ -65,13 +92,23 @@ def open_clip_features(folder, tokenizer, texts):
     return model.eval().encode_text(ids, normalize=True)
 
 
+@pytest.fixture(scope="module")
+def english_features(english, captions):
+    """Return the texts whose features are to stay, and these, here and in open_clip."""
+    texts = [*captions, LONG]
+    model = load_bundle(english)
+    assert len(model.tokenizer.split([LONG])[0]) > 60
+    return texts, features(model, texts), open_clip_features(english, model.tokenizer, texts)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("init", ["random", "mean", "lexicon"])
-def test_every_english_feature_is_what_it_was(bundle, tmp_path, init):
-    texts = [*ENGLISH, LONG]
-    assert len(bundle.tokenizer.split([LONG])[0]) > 60
-    before = features(bundle, texts)
-    original = open_clip_features(tmp_path / "english", bundle.tokenizer, texts)
-    grow_bundle(bundle, CLIP_ZH, GrowthConfig(init=init, positions=128), tmp_path / "grown")
+def test_every_english_feature_is_what_it_was(bundle, english_features, tmp_path, init):
+    texts, before, original = english_features
+    lexicon = tmp_path / "lexicon.tsv"
+    lexicon.write_text("猫\tcat\n美国\tAmerica\n")
+    config = GrowthConfig(init=init, positions=128, lexicon=lexicon)
+    grow_bundle(bundle, clip_zh(), config, tmp_path / "grown")
     grown = load_bundle(tmp_path / "grown")
     assert grown.tokenizer.context_length == 128
     assert F.cosine_similarity(features(grown, texts), before).min() >= 0.999999
@@ -79,48 +116,47 @@ def test_every_english_feature_is_what_it_was(bundle, tmp_path, init):
     assert F.cosine_similarity(again, original).min() >= 0.999999
 
 
-def test_open_clip_pools_a_grown_bundle_where_its_texts_end(bundle, tmp_path):
-    grow_bundle(bundle, CLIP_ZH, GrowthConfig(init="mean"), tmp_path / "grown")
-    grown = load_bundle(tmp_path / "grown")
+def test_open_clip_pools_a_grown_bundle_where_its_texts_end(grown_folder):
+    grown = load_bundle(grown_folder)
     texts = ["一只猫", "a cat 在睡觉", "两个男人在街上走"]
     assert (grown.tokenizer.encode(texts).ids > OLD - 1).any(dim=1).all()
-    theirs = open_clip_features(tmp_path / "grown", grown.tokenizer, texts)
+    theirs = open_clip_features(grown_folder, grown.tokenizer, texts)
     torch.testing.assert_close(features(grown, texts), theirs, rtol=0, atol=1e-5)
-    config = json.loads((tmp_path / "grown/open_clip_config.json").read_text())
+    config = json.loads((grown_folder / "open_clip_config.json").read_text())
     assert config["model_cfg"]["text_cfg"]["pool_type"] == "eos"
     assert config["model_cfg"]["text_cfg"]["eos_id"] == OLD - 1
 
 
 @pytest.mark.parametrize("how", ["interpolate", "keep-head-stretch-tail"])
-def test_stretched_positions_keep_the_length_and_what_they_promise(bundle, tmp_path, how):
-    short = [text for text in ENGLISH if len(bundle.tokenizer.split([text])[0]) <= 18]
+def test_stretched_positions_keep_the_length_and_what_they_promise(bundle, captions, tmp_path, how):
+    split = zip(captions, bundle.tokenizer.split(captions), strict=True)
+    short = [text for text, ids in split if len(ids) <= 18]
     before = features(bundle, short)
     config = GrowthConfig(init="mean", positions=248, how=how)
-    grow_bundle(bundle, CLIP_ZH, config, tmp_path / "grown")
+    grow_bundle(bundle, clip_zh(), config, tmp_path / "grown")
     grown = load_bundle(tmp_path / "grown")
     assert grown.model.text.positional_embedding.shape[0] == 248
     kept = F.cosine_similarity(features(grown, short), before).min() >= 0.999999
     assert kept == (how == "keep-head-stretch-tail")
 
 
-def test_a_grown_bundle_says_where_its_new_ids_begin(bundle, tmp_path):
-    grow_bundle(bundle, CLIP_ZH, GrowthConfig(init="mean"), tmp_path / "grown")
-    assert load_bundle(tmp_path / "grown").first_new_id == OLD
-    assert load_bundle(tmp_path / "english").first_new_id is None
+def test_a_grown_bundle_says_where_its_new_ids_begin(bundle, grown_folder):
+    assert load_bundle(grown_folder).first_new_id == OLD
+    assert bundle.first_new_id is None
 
 
-def test_widths_that_features_were_trained_at_are_kept(bundle, clip, tmp_path):
-    trained = replace(bundle, truncate_dims=(8,))
-    grow_bundle(trained, CLIP_ZH, GrowthConfig(init="mean"), tmp_path / "grown")
-    assert load_bundle(tmp_path / "grown").truncate_dims == (8,)
-    smaller, kept = prune(clip, ENGLISH)
-    prune_bundle(load_bundle(tmp_path / "english"), smaller, kept, tmp_path / "plain")
+def test_widths_that_features_were_trained_at_are_kept(
+    bundle, grown_folder, clip, captions, tmp_path
+):
+    assert load_bundle(grown_folder).truncate_dims == (8,)
+    smaller, kept = prune(clip, captions)
+    prune_bundle(bundle, smaller, kept, tmp_path / "plain")
     assert load_bundle(tmp_path / "plain").truncate_dims == ()
 
 
 def rows_by_piece(embedding, clip, **settings):
-    grown = new_rows(embedding, clip, CLIP_ZH, GrowthConfig(**settings))
-    pieces = CLIP_ZH.vocabulary.pieces()[OLD:]
+    grown = new_rows(embedding, clip, clip_zh(), GrowthConfig(**settings))
+    pieces = clip_zh().vocabulary.pieces()[OLD:]
     return dict(zip(pieces, grown.rows, strict=True)), grown.known
 
 
@@ -152,6 +188,7 @@ def test_a_lexicon_gives_the_mean_of_its_translations_and_else_of_the_pieces(
     torch.testing.assert_close(rows["狗"], mean_of(embedding, clip, "狗"))
 
 
+@pytest.mark.slow
 def test_cc_cedict_translates_most_new_pieces(embedding, clip):
     rows, known = rows_by_piece(embedding, clip, init="lexicon")
     assert known / len(rows) > 0.9
@@ -199,12 +236,12 @@ def test_vectors_of_one_language_alone_are_refused(embedding, clip, tmp_path):
 def test_a_tokenizer_that_is_no_extension_of_the_bundles_is_refused(tmp_path):
     folder = tiny_bundle(tmp_path / "bundle")
     with pytest.raises(TokenizerError, match=r"57408 ids do not go on from the 320"):
-        grow_bundle(load_bundle(folder), CLIP_ZH, GrowthConfig(), tmp_path / "grown")
+        grow_bundle(load_bundle(folder), clip_zh(), GrowthConfig(), tmp_path / "grown")
     assert not (tmp_path / "grown").exists()
 
 
 def test_an_extension_that_cleans_otherwise_is_refused(bundle, tmp_path):
-    other = Tokenizer(CLIP_ZH.vocabulary, replace(CLIP_ZH.config, cleaning="none"))
+    other = Tokenizer(clip_zh().vocabulary, replace(clip_zh().config, cleaning="none"))
     with pytest.raises(TokenizerError, match="expected one that was extended from the bundle's"):
         grow_bundle(bundle, other, GrowthConfig(init="mean"), tmp_path / "grown")
 
@@ -212,22 +249,25 @@ def test_an_extension_that_cleans_otherwise_is_refused(bundle, tmp_path):
 def test_fewer_positions_than_before_are_refused(bundle, tmp_path):
     config = GrowthConfig(init="mean", positions=64)
     with pytest.raises(ConfigError, match="64 positions is shorter than the 77"):
-        grow_bundle(bundle, CLIP_ZH, config, tmp_path / "grown")
+        grow_bundle(bundle, clip_zh(), config, tmp_path / "grown")
 
 
-def test_a_pruned_bundle_gives_the_same_features_for_the_texts_it_was_pruned_by(bundle, tmp_path):
-    before = features(bundle, ENGLISH)
-    smaller, kept = prune(bundle.tokenizer, ENGLISH)
+def test_a_pruned_bundle_gives_the_same_features_for_the_texts_it_was_pruned_by(
+    bundle, captions, tmp_path
+):
+    before = features(bundle, captions)
+    smaller, kept = prune(bundle.tokenizer, captions)
     assert len(kept) < OLD // 10
     prune_bundle(bundle, smaller, kept, tmp_path / "pruned")
     pruned = load_bundle(tmp_path / "pruned")
     assert pruned.model.text.token_embedding.weight.shape[0] == smaller.vocab_size == len(kept)
-    torch.testing.assert_close(features(pruned, ENGLISH), before, rtol=0, atol=1e-6)
-    theirs = open_clip_features(tmp_path / "pruned", pruned.tokenizer, ENGLISH)
+    torch.testing.assert_close(features(pruned, captions), before, rtol=0, atol=1e-6)
+    theirs = open_clip_features(tmp_path / "pruned", pruned.tokenizer, captions)
     torch.testing.assert_close(theirs, before, rtol=0, atol=1e-5)
 
 
-def test_a_bundle_with_another_tokenizer_in_it_is_refused(bundle, tmp_path: Path):
-    CLIP_ZH.save(tmp_path / "english" / "tokenizer")
+def test_a_bundle_with_another_tokenizer_in_it_is_refused(english, tmp_path):
+    folder = shutil.copytree(english, tmp_path / "bundle")
+    clip_zh().save(folder / "tokenizer")
     with pytest.raises(TokenizerError, match=r"holds another tokenizer \(.{12}\) than its model"):
-        load_bundle(tmp_path / "english")
+        load_bundle(folder)

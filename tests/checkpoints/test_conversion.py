@@ -1,6 +1,7 @@
 """A source is known by what it holds; an English CLIP is taught Chinese on the way."""
 
 import json
+from itertools import islice
 
 import pytest
 import torch
@@ -17,12 +18,10 @@ from vlm.data.dataset import ShardedSplit
 from vlm.errors import CheckpointError
 from vlm.models.build import build_encoder
 from vlm.models.config import GrowthConfig
-from vlm.text.clip_bpe import clip_tokenizer
 from vlm.text.pruning import prune
 
 CLIP_ZH = ROOT / "tokenizers/clip-zh"
 OLD = 49_408
-ENGLISH = unique_captions(ShardedSplit(ROOT / "data/emoji", "test_style"), ["en"])[:300]
 LONG = "a photograph of " + ", ".join(f"{number} dogs and a cat" for number in range(11))
 # open_clip's own description of a small CLIP, in a folder as open_clip writes it.
 MODEL_CFG = {
@@ -32,15 +31,23 @@ MODEL_CFG = {
 }
 
 
-@pytest.fixture
-def english(tmp_path):
+EXTENSION = Extension(tokenizer=CLIP_ZH, growth=GrowthConfig(init="mean", positions=128))
+
+
+@pytest.fixture(scope="module")
+def captions():
+    samples = islice(ShardedSplit(ROOT / "data/emoji", "test_style"), 100)
+    return unique_captions(samples, ["en"])[:300]
+
+
+@pytest.fixture(scope="module")
+def english(tmp_path_factory):
     """An English CLIP as a folder of open_clip, with its text tower at the top as of old."""
     torch.manual_seed(0)
     model = disturb(build_encoder(MODEL_CFG | {"custom_text": True}))
     for rows in (model.text.positional_embedding, model.text.token_embedding.weight):
         torch.nn.init.normal_(rows, std=0.5)  # so that both matter
-    folder = tmp_path / "english"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("english")
     record = {"model_cfg": MODEL_CFG, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
     (folder / "open_clip_config.json").write_text(json.dumps(record))
     named = {
@@ -51,14 +58,20 @@ def english(tmp_path):
     return folder
 
 
+@pytest.fixture(scope="module")
+def converted(english, tmp_path_factory):
+    """Return the model's bundle as it is, and extended on the way from its source."""
+    plain, grown = (tmp_path_factory.mktemp("bundles") / name for name in ("plain", "grown"))
+    convert(english, plain, ConversionConfig())
+    convert(english, grown, ConversionConfig(), extension=EXTENSION)
+    return plain, grown
+
+
+@pytest.mark.slow
 @torch.inference_mode()
-def test_an_extended_model_says_of_english_what_it_said_before(english, tmp_path):
-    convert(english, tmp_path / "bundle", ConversionConfig())
-    growth = GrowthConfig(init="mean", positions=128)
-    extension = Extension(tokenizer=CLIP_ZH, growth=growth)
-    convert(english, tmp_path / "grown", ConversionConfig(), extension=extension)
-    old, new = load_bundle(tmp_path / "bundle"), load_bundle(tmp_path / "grown")
-    texts = [*ENGLISH, LONG]
+def test_an_extended_model_says_of_english_what_it_said_before(converted, captions):
+    old, new = map(load_bundle, converted)
+    texts = [*captions, LONG]
     before, after = (each.model.encode_text(each.tokenizer.encode(texts)) for each in (old, new))
     assert len(texts) > 100
     assert F.cosine_similarity(before, after).min() >= 0.999999
@@ -70,28 +83,28 @@ def test_an_extended_model_says_of_english_what_it_said_before(english, tmp_path
     assert (chinese.ids >= OLD).any(dim=1).all()
     one, other = new.model.encode_text(chinese)
     assert F.cosine_similarity(one, other, dim=0) < 0.9999
-    assert not list(tmp_path.glob(".*"))  # nothing is left of the way
+    assert not list(converted[1].parent.glob(".*"))  # nothing is left of the way
 
 
-def test_extending_a_bundle_is_the_same_as_extending_its_source(english, tmp_path):
-    extension = Extension(tokenizer=CLIP_ZH, growth=GrowthConfig(init="mean", positions=128))
-    convert(english, tmp_path / "one", ConversionConfig(), extension=extension)
-    convert(english, tmp_path / "bundle", ConversionConfig())
-    convert(tmp_path / "bundle", tmp_path / "two", ConversionConfig(), extension=extension)
-    assert load_bundle(tmp_path / "one").fingerprint == load_bundle(tmp_path / "two").fingerprint
+@pytest.mark.slow
+def test_extending_a_bundle_is_the_same_as_extending_its_source(converted, tmp_path):
+    plain, grown = converted
+    convert(plain, tmp_path / "two", ConversionConfig(), extension=EXTENSION)
+    assert load_bundle(grown).fingerprint == load_bundle(tmp_path / "two").fingerprint
 
 
+@pytest.mark.slow
 @torch.inference_mode()
-def test_an_extended_model_goes_to_transformers_in_the_same_command(english, tmp_path):
-    extension = Extension(tokenizer=CLIP_ZH, growth=GrowthConfig(init="mean", positions=128))
-    said = convert(english, tmp_path / "hf", ConversionConfig(), extension=extension, target="hf")
+def test_an_extended_model_goes_to_transformers_in_the_same_command(
+    english, converted, captions, tmp_path
+):
+    said = convert(english, tmp_path / "hf", ConversionConfig(), extension=EXTENSION, target="hf")
     assert "mends no broken encodings" in said[-1]
-    convert(english, tmp_path / "grown", ConversionConfig(), extension=extension)
-    grown = load_bundle(tmp_path / "grown")
+    grown = load_bundle(converted[1])
     model, tokenizer = (
         kind.from_pretrained(tmp_path / "hf") for kind in (CLIPModel, AutoTokenizer)
     )
-    texts = ["a cat", "一只猫 sleeps", *ENGLISH[:20]]
+    texts = ["a cat", "一只猫 sleeps", *captions[:20]]
     inputs = tokenizer(texts, padding=True, return_tensors="pt")
     tokens = grown.tokenizer.encode(texts)
     assert inputs["input_ids"].equal(tokens.ids)
@@ -103,8 +116,10 @@ def test_an_extended_model_goes_to_transformers_in_the_same_command(english, tmp
     torch.testing.assert_close(ours, F.normalize(theirs, dim=-1), rtol=0, atol=1e-5)
 
 
-def test_a_model_with_more_rows_than_its_tokenizer_has_ids_is_not_extended(english, tmp_path):
-    smaller, _ = prune(clip_tokenizer(), ENGLISH)
+def test_a_model_with_more_rows_than_its_tokenizer_has_ids_is_not_extended(
+    english, clip, captions, tmp_path
+):
+    smaller, _ = prune(clip, captions)
     smaller.save(tmp_path / "tokenizer")
     config = ConversionConfig(tokenizer=str(tmp_path / "tokenizer"))
     extension = Extension(tokenizer=CLIP_ZH, growth=GrowthConfig(init="mean"))

@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from tests.support.dense_loss import matches, sigmoid_definition, softmax_definition
@@ -62,62 +61,78 @@ CASES = [
 ]
 
 
-def _errors(rank, world, groups):
-    found = {}
+VARIANTS = list(itertools.product((1, 3, 100), (True, False)))
+"""Tiles, and whether logits are kept."""
+
+
+def reference(world, groups, case):
+    """The loss and its gradients on one process."""
+    kind, duplicates, smoothing, missing = case
+    images, texts, *ids = batch(LOCAL * world, missing)
+    leaves = leaves_of(images, texts)
+    per_group = LOCAL * world // groups
+    losses = [
+        definition(
+            kind, duplicates, smoothing, leaves[0][rows], leaves[1][rows], *leaves[2:],
+            [each[rows] for each in ids],
+        )
+        for rows in (slice(k * per_group, (k + 1) * per_group) for k in range(groups))
+    ]  # fmt: skip
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    return [loss.detach(), *gradients_of(leaves, kind)]
+
+
+def gradients_of(leaves, kind):
+    """The gradients by images, texts, scale and bias; a softmax has no bias."""
+    *others, bias = leaves
+    of_bias = bias.grad if kind == "sigmoid" else torch.zeros_like(bias)
+    return [*(leaf.grad for leaf in others), of_bias]
+
+
+def _results(rank, world, groups):
+    """For every case and variant, this rank's loss and gradients, each stacked into one."""
+    own = slice(rank * LOCAL, (rank + 1) * LOCAL)
+    found = []
     for case in CASES:
         kind, duplicates, smoothing, missing = case
-        images, texts, *ids = batch(LOCAL * world, missing)
-        reference = leaves_of(images, texts)
-        per_group = LOCAL * world // groups
-        loss = torch.stack(
-            [
-                definition(
-                    kind, duplicates, smoothing, reference[0][rows], reference[1][rows],
-                    *reference[2:], [each[rows] for each in ids],
-                )
-                for rows in (slice(k * per_group, (k + 1) * per_group) for k in range(groups))
-            ]
-        ).mean()  # fmt: skip
-        loss.backward()
-        own = slice(rank * LOCAL, (rank + 1) * LOCAL)
-        for tile, keep in itertools.product((1, 3, 100), (True, False)):
-            leaves = leaves_of(images[own], texts[own])
+        images, texts, *ids = (each[own] for each in batch(LOCAL * world, missing))
+        for tile, keep in VARIANTS:
+            leaves = leaves_of(images, texts)
             plan = LossPlan(
                 kind=kind, duplicates=duplicates, label_smoothing=smoothing, tile=tile,
                 keep_logits=keep, group_size=world // groups,
             )  # fmt: skip
-            output = ContrastiveLoss(plan)(
-                *leaves[:3],
-                leaves[3] if kind == "sigmoid" else None,
-                PairIds(*(each[own] for each in ids)),
-            )
+            bias = leaves[3] if kind == "sigmoid" else None
+            output = ContrastiveLoss(plan)(*leaves[:3], bias, PairIds(*ids))
             output.loss.backward()
-            totals = [output.loss.detach(), leaves[2].grad]
-            if kind == "sigmoid":
-                totals.append(leaves[3].grad)
-            wanted = [loss.detach(), *(each.grad for each in reference[2:])]
-            if dist.is_initialized():
-                for total in totals:
-                    dist.all_reduce(total)
-            pairs = [(total / world, want) for total, want in zip(totals, wanted, strict=False)]
-            pairs += [
-                (leaf.grad / world, each.grad[own])
-                for leaf, each in zip(leaves[:2], reference, strict=False)
-            ]
-            found[f"{case} tile {tile} keep {keep}"] = max(
-                (one - other).abs().max().item() for one, other in pairs
-            )
-    return found
+            found.append((output.loss.detach(), *gradients_of(leaves, kind)))
+    return [torch.stack(each) for each in zip(*found, strict=True)]
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("world", "groups"), [(1, 1), (4, 1), (4, 2), (6, 1)])
+@pytest.mark.parametrize(
+    ("world", "groups"),
+    [(1, 1), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((4, 1), (4, 2), (6, 1)))],
+)
 def test_matches_across_ranks_are_those_of_dense_masks(world, groups):
     """Identity 9, with captions missing on some samples or on all."""
-    results = [_errors(0, 1, 1)] if world == 1 else run_in_world(_errors, world, world, groups)
-    for errors in results:
-        wrong = {case: error for case, error in errors.items() if not error <= 1e-12}
-        assert not wrong
+    results = [_results(0, 1, 1)] if world == 1 else run_in_world(_results, world, world, groups)
+    losses, images, texts, scales, biases = zip(*results, strict=True)
+    # The mean over ranks of the losses, so that a rank has a share of each gradient.
+    shares = [torch.cat(each, dim=1) / world for each in (images, texts)]
+    means = [torch.stack(each).mean(0) for each in (losses, scales, biases)]
+    found = zip(means[0], *shares, *means[1:], strict=True)
+    wrong = []
+    for case in CASES:
+        expected = reference(world, groups, case)
+        for variant, numbers in zip(VARIANTS, found, strict=False):
+            pairs = zip(numbers, expected, strict=True)
+            errors = [(one - other).abs().max() for one, other in pairs]
+            if not all(error <= 1e-12 for error in errors):
+                wrong.append((case, variant, errors))
+    assert not wrong
+    assert next(found, None) is None
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -16,7 +16,7 @@ from tests.builders import (
     write_split,
 )
 from tests.models.test_pretraining import TINY_MULTIWAY
-from tests.support.processes import run_in_processes
+from tests.support.processes import run_in_world
 from vlm.data.config import DataConfig
 from vlm.data.loader import MaskPlan, draw_patches
 from vlm.data.sample import Batch
@@ -278,6 +278,6 @@ def test_ranks_and_micro_batches_give_the_gradients_of_one_batch(world, parts):
     if world == 1:
         found = [_gradients(0, 1, parts)]
     else:
-        found = run_in_processes(_gradients, world, world, parts)
+        found = run_in_world(_gradients, world, world, parts)
     for gradients in found:  # features are float32
         torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-6)

@@ -10,7 +10,7 @@ from torch import nn
 
 from benchmarks.meters import TensorMeter
 from tests.support.dense_loss import matches, softmax_definition
-from tests.support.processes import run_in_processes
+from tests.support.processes import run_in_world
 from tests.support.vectors import batch_of_vectors, image_vectors, rows_of, text_vectors
 from vlm.errors import ConfigError
 from vlm.losses.bilingual import BilingualLoss
@@ -144,7 +144,7 @@ def _steps_under_ddp(rank, world, kind, plan):
 )
 def test_any_number_of_micro_batches_under_ddp_is_one_batch(kind, plan):
     """Identity 7, with uneven last micro-batches."""
-    for results in run_in_processes(_steps_under_ddp, 4, 4, kind, plan):
+    for results in run_in_world(_steps_under_ddp, 4, 4, kind, plan):
         expected, _ = results[0]
         for sizes, (found, encoded) in zip(SPLITS, results, strict=True):
             for one, other in zip(found, expected, strict=True):
@@ -253,7 +253,7 @@ def test_further_heads_and_other_losses_under_ddp_are_those_of_one_process():
     encoded = plain(batch.images, batch.texts)
     heads = sum(definition(head, batch) for head in encoded.heads.values()) / 2
     (heads + encoded.others["distance"]).backward()
-    for results in run_in_processes(_further_steps_under_ddp, 2, 2):
+    for results in run_in_world(_further_steps_under_ddp, 2, 2):
         for gradients in results:
             assert_all_close(gradients, gradients_of(plain))
 
@@ -328,7 +328,7 @@ def _exchanges(rank, sizes):
 def test_features_of_all_micro_batches_travel_at_once():
     # What each brings of texts and of images, two languages, ids, and two merges; gradients home.
     expected = {"_allgather_base_": 7, "_reduce_scatter_base_": 2}
-    for collectives in run_in_processes(_exchanges, 2, (2, 2, 2)):
+    for collectives in run_in_world(_exchanges, 2, (2, 2, 2)):
         assert collectives == expected
 
 
@@ -391,7 +391,7 @@ def test_one_pass_on_a_mesh_is_one_pass_on_one_process(duplicates):
     output = run_step(step, rows_of(global_batch(LOCAL * world), order), (8, 16))
     expected = [output.loss, *gradients_of(model)]
     for mesh in ((2, 2), "text"):
-        for found in run_in_processes(_one_pass_on_ranks, world, world, mesh, duplicates):
+        for found in run_in_world(_one_pass_on_ranks, world, world, mesh, duplicates):
             assert_all_close(found, expected)
 
 

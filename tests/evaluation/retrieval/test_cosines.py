@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.processes import run_in_processes
+from tests.support.processes import run_in_world
 from vlm.distributed.groups import world_group
 from vlm.evaluation.retrieval.comparison import compare
 
@@ -73,5 +73,5 @@ def _statistics(rank):
 @pytest.mark.distributed
 def test_several_processes_find_what_one_finds():
     expected = _statistics(0)
-    for found in run_in_processes(_statistics, 3):
+    for found in run_in_world(_statistics, 3):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.builders import make_sample, make_samples
-from tests.support.processes import run_in_processes
+from tests.support.processes import run_in_world
 from vlm.distributed.groups import world_group
 from vlm.embedding.bulk import BulkEmbedder
 from vlm.embedding.embedder import Embedder
@@ -110,7 +110,7 @@ def _scores_of_a_group(rank):
 @pytest.mark.distributed
 def test_every_rank_of_a_group_gets_the_scores_of_one_process():
     expected = _scores_of_a_group(0)
-    for found in run_in_processes(_scores_of_a_group, 3):
+    for found in run_in_world(_scores_of_a_group, 3):
         assert found.tolist() == expected.tolist()
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.processes import run_in_processes
+from tests.support.processes import run_in_world
 from vlm.distributed.groups import world_group
 from vlm.errors import VlmError
 from vlm.evaluation.retrieval.comparison import compare
@@ -90,5 +90,5 @@ def _on_a_rank(rank):
 @pytest.mark.distributed
 def test_ranks_that_share_the_work_all_get_the_whole_answer():
     expected = brute_force(*levels(5)).tolist()
-    for found in run_in_processes(_on_a_rank, 3):
+    for found in run_in_world(_on_a_rank, 3):
         assert found.tolist() == expected

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.support.processes import run_in_processes
+from tests.support.processes import run_in_world
 from vlm.distributed.groups import world_group
 from vlm.errors import VlmError
 from vlm.evaluation.retrieval.comparison import compare
@@ -185,7 +185,7 @@ def _ranks_of_case(rank, tile):
 def test_several_processes_get_the_ranks_of_one(processes, tile):
     expected = _ranks_of_case(0, None)
     assert len(expected[0].unique()) > 5
-    for found in run_in_processes(_ranks_of_case, processes, tile):
+    for found in run_in_world(_ranks_of_case, processes, tile):
         assert [ranks.tolist() for ranks in found] == [ranks.tolist() for ranks in expected]
 
 

@@ -11,8 +11,6 @@ import torch
 from open_clip.tokenizer import default_bpe
 
 from tests.builders import unique_captions
-from tests.support.commands import ROOT
-from vlm.data.dataset import ShardedSplit
 from vlm.errors import TokenizerError
 from vlm.text.clip_bpe import clip_tokenizer
 
@@ -34,8 +32,8 @@ NASTY = (
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return clip_tokenizer()
+def tokenizer(clip):
+    return clip
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +48,8 @@ def nasty_texts():
 
 
 @pytest.fixture(scope="module")
-def captions():
-    return unique_captions(ShardedSplit(ROOT / "data/emoji", "train"), ["zh", "en"])
+def captions(emoji):
+    return unique_captions(emoji("train"), ["zh", "en"])
 
 
 def differing(tokenizer, open_clips, texts):
@@ -85,6 +83,8 @@ def test_well_known_texts_have_their_published_ids(tokenizer, text, ids):
     assert tokenizer.split([text]) == [ids]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
 def test_captions_are_split_and_padded_as_open_clip_does(tokenizer, open_clips, captions):
     assert len(captions) > 10_000
     expected = open_clips(captions)
@@ -97,6 +97,8 @@ def test_captions_are_split_and_padded_as_open_clip_does(tokenizer, open_clips, 
     assert tokenizer.split(captions) == [ids[1:end] for ids, end in rows]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
 def test_every_character_in_context_is_split_as_open_clip_does(tokenizer, open_clips):
     points = [*range(0xD800), *range(0xE000, 0x10000), *range(0x1F000, 0x1FB00)]
     points += range(0x10000, 0x110000, 61)
@@ -105,6 +107,8 @@ def test_every_character_in_context_is_split_as_open_clip_does(tokenizer, open_c
     assert not differing(tokenizer, open_clips, texts)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
 def test_nasty_texts_are_split_as_open_clip_does(tokenizer, open_clips, nasty_texts):
     assert not differing(tokenizer, open_clips, nasty_texts)
 

@@ -15,7 +15,6 @@ import sentencepiece
 from tokenizers import Tokenizer as RustTokenizer, decoders, models, normalizers, pre_tokenizers
 
 from tests.builders import THING_TEXTS, THINGS, unique_captions
-from vlm.data.dataset import ShardedSplit
 from vlm.data.manifest import read_manifest
 from vlm.errors import TokenizerError
 from vlm.text.cleaning import clean_clip
@@ -57,11 +56,12 @@ def english_words() -> tuple[str, ...]:
 def sentences(count: int, seed: int) -> list[str]:
     """Make texts without Han characters: English words, and among them what is hard."""
     words = english_words()
+    common = words[:20_000]
     draw = random.Random(seed)
     forms = (str, str, str, str, str.upper, str.title, str.swapcase)
     made = []
     for _ in range(count):
-        parts = [draw.choice(forms)(word) for word in draw.choices(words[:20_000], k=3)]
+        parts = [draw.choice(forms)(word) for word in draw.choices(common, k=3)]
         if draw.random() < 0.2:
             parts += [draw.choice(words), str(draw.randrange(10**6))]
         if draw.random() < 0.2:
@@ -72,13 +72,10 @@ def sentences(count: int, seed: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def captions():
+def captions(emoji):
     """Return the captions of every split by language."""
-    splits = [ShardedSplit(EMOJI, name) for name in read_manifest(EMOJI).splits]
-    return {
-        language: sorted({text for split in splits for text in unique_captions(split, [language])})
-        for language in ("zh", "en")
-    }
+    samples = [sample for split in read_manifest(EMOJI).splits for sample in emoji(split)]
+    return {language: sorted(unique_captions(samples, [language])) for language in ("zh", "en")}
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +157,7 @@ def pieces_of(tokenizer: Tokenizer, text: str) -> list[str]:
 # What is old stays
 
 
+@pytest.mark.slow
 def test_old_ids_stay_where_they_are(clip, extended):
     new = extended.tokenizer
     assert new.vocabulary.pieces()[: clip.vocab_size] == clip.vocabulary.pieces()
@@ -169,6 +167,7 @@ def test_old_ids_stay_where_they_are(clip, extended):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
 def test_clip_splits_a_hundred_thousand_texts_without_chinese_as_before(clip, extended, captions):
     texts = [*captions["en"], *OTHERS, *sentences(98_000, seed=0)]
     texts = [text for text in dict.fromkeys(texts) if not HAN.search(text)]
@@ -333,6 +332,7 @@ def test_characters_that_the_base_has_count_as_covered_and_are_not_added_again()
     assert extension.coverage == 1
 
 
+@pytest.mark.slow
 def test_traditional_spellings_get_pieces_by_their_share_of_the_text(letters):
     words = with_traditional({"苹果": 0.5, "猫": 0.25, "人": 0.25}, 0.25)
     # Characters: 果 8, 苹 6, 猫 3, 人 4, 蘋 2, 貓 1, of 24. Words: 苹果 6, 蘋果 2.

@@ -24,7 +24,6 @@ from tokenizers import (
 
 from tests.builders import unique_captions
 from tests.support.commands import ROOT
-from vlm.data.dataset import ShardedSplit
 from vlm.errors import TokenizerError
 from vlm.text.fast_vocabulary import FastVocabulary
 from vlm.text.vocabulary import NewPiece
@@ -91,8 +90,8 @@ def merges_of(pieces, merges) -> RustTokenizer:
 
 
 @pytest.fixture(scope="module")
-def captions():
-    return unique_captions(ShardedSplit(ROOT / "data/emoji", "val"), ["zh", "en"])
+def captions(emoji):
+    return unique_captions(emoji("val"), ["zh", "en"])
 
 
 @pytest.fixture(scope="module", params=KINDS)

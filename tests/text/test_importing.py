@@ -7,7 +7,6 @@ import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
-import jaxtyping
 import pytest
 import sentencepiece
 from tokenizers import (
@@ -21,8 +20,6 @@ from tokenizers import (
 )
 
 from tests.builders import THINGS, unique_captions
-from tests.support.commands import ROOT
-from vlm.data.dataset import ShardedSplit
 from vlm.errors import TokenizerError
 from vlm.text.clip_bpe import clip_tokenizer
 from vlm.text.importing import import_tokenizer
@@ -35,15 +32,9 @@ BERT = (
 TEXTS = [text for pair in THINGS for text in pair]
 
 
-@pytest.fixture
-def unchecked(monkeypatch):
-    """Turn off the checks of annotations, which a user does not have and which answer first."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-
-
 @pytest.fixture(scope="module")
-def captions():
-    return unique_captions(ShardedSplit(ROOT / "data/emoji", "val"), ["zh", "en"])
+def captions(emoji):
+    return unique_captions(emoji("val"), ["zh", "en"])
 
 
 @pytest.fixture

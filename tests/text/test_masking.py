@@ -14,7 +14,6 @@ import torch
 
 from tests.builders import unique_captions
 from tests.support.commands import ROOT
-from vlm.data.dataset import ShardedSplit
 from vlm.errors import ConfigError, TokenizerError
 from vlm.text.cleaning import CLEANING
 from vlm.text.importing import import_tokenizer
@@ -50,8 +49,8 @@ def tokenizer(request):
 
 
 @pytest.fixture(scope="module")
-def texts():
-    captions = unique_captions(ShardedSplit(ROOT / "data/emoji", "val"), ["zh", "en"])
+def texts(emoji):
+    captions = unique_captions(emoji("val"), ["zh", "en"])
     return [*SENTENCES, *captions[::5]]
 
 

@@ -12,7 +12,6 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import Tokenizer as RustTokenizer, decoders, models, normalizers, pre_tokenizers
 
 from tests.builders import unique_captions
-from vlm.data.dataset import ShardedSplit
 from vlm.errors import TokenizerError
 from vlm.text.clip_bpe import clip_tokenizer
 from vlm.text.config import SentencePieceConfig, TokenizerConfig
@@ -29,16 +28,16 @@ UNSEEN = ("An entirely unseen sentence: 1,234 zebras…", "完全没见过的句
 
 
 @pytest.fixture(scope="module")
-def texts():
+def texts(emoji):
     """Return the captions of a split in both languages, and some that are no plain ones."""
-    captions = unique_captions(ShardedSplit(EMOJI, "test_style"), ["zh", "en"])[:400]
+    captions = unique_captions(emoji("test_style"), ["zh", "en"])[:400]
     hard = ["", " ", "T恤 and 𠮷野家 <end_of_text>", "ñandú 🦄 \u200d ① x²", "é" * 20, "ab" * 60]
     return [*captions, *hard]
 
 
 @pytest.fixture(scope="module")
-def train_captions():
-    split = ShardedSplit(EMOJI, "train")
+def train_captions(emoji):
+    split = emoji("train")
     return {language: unique_captions(split, [language])[:1500] for language in ("zh", "en")}
 
 

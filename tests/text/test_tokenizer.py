@@ -5,7 +5,6 @@ import logging
 import pickle
 from dataclasses import replace
 
-import jaxtyping
 import pytest
 import torch
 from tokenizers import Tokenizer as RustTokenizer, models, pre_tokenizers
@@ -37,12 +36,6 @@ def vocabulary_of_words(pieces=PIECES) -> FastVocabulary:
 
 def words(**changes: object) -> Tokenizer:
     return Tokenizer(vocabulary_of_words(), replace(CONFIG, **changes))
-
-
-@pytest.fixture
-def unchecked(monkeypatch):
-    """Turn off the checks of annotations, which a user does not have and which answer first."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import pytest
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from tests.builders import THING_TEXTS, THINGS, unique_captions
-from vlm.data.dataset import ShardedSplit
 from vlm.errors import TokenizerError
 from vlm.text.config import SentencePieceConfig
 from vlm.text.tokenizer import Tokenizer
@@ -48,8 +47,8 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def captions():
-    split = ShardedSplit(EMOJI, "train")
+def captions(emoji):
+    split = emoji("train")
     return {language: unique_captions(split, [language]) for language in ("zh", "en")}
 
 

@@ -1,0 +1,29 @@
+"""Fixtures of the tests of tokenizers."""
+
+from functools import cache
+
+import jaxtyping
+import pytest
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Turn off the checks of annotations, which a user does not have: they answer first, and
+    cost more than the calls of a test with very many texts.
+    """
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture(scope="session")
+def emoji():
+    """Return what reads all samples of a split of data/emoji, once and unchecked."""
+    from tests.support.commands import ROOT
+    from vlm.data.dataset import ShardedSplit
+
+    @cache
+    def samples(split):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+            return list(ShardedSplit(ROOT / "data/emoji", split))
+
+    return samples

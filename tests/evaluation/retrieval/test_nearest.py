@@ -36,7 +36,8 @@ def levels(seed, queries=70, candidates=53, dim=6):
 @pytest.mark.parametrize("tile", [1, 7, 64, None])
 @pytest.mark.parametrize("seed", range(4))
 def test_the_first_of_the_best_is_found_whatever_the_tile(seed, tile):
-    queries, candidates = levels(seed)
+    # Tiles of one pair take a millisecond each: fewer texts, with as many equal images.
+    queries, candidates = levels(seed, queries=12 if tile == 1 else 70)
     assert nearest(queries, candidates, tile=tile).tolist() == (
         brute_force(queries, candidates).tolist()
     )

@@ -146,7 +146,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("same", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_nothing_larger_than_the_features_and_a_tile_is_made(same):
     rng = np.random.default_rng(2)
     texts, images = unit_vectors(rng, 500, 4), unit_vectors(rng, 400, 4)

@@ -76,6 +76,7 @@ def agree(model, bundle):
 
 
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.slow
 def test_every_published_size_at_reduced_depth_gives_equal_features(tmp_path, size):
     model = build(size, SIZES[size], **LAYERS)
     said = convert(save(model, tmp_path / "x.pt"), tmp_path / "bundle", ConversionConfig())

@@ -114,6 +114,7 @@ def test_chinese_clip_gives_equal_ids_and_features(tmp_path, act):
     assert bundle.preprocess_cfg["resize_mode"] == "squash"
 
 
+@pytest.mark.slow
 def test_taiyis_clip_is_pooled_where_a_text_ends(tmp_path):
     sizes = {"vocab_size": 57_475, "max_position_embeddings": 512, "num_hidden_layers": 1}
     model = write_clip(tmp_path / "hf", text=sizes, added=TAIYI)
@@ -133,6 +134,7 @@ def test_taiyis_clip_is_pooled_where_a_text_ends(tmp_path):
     assert load_bundle(tmp_path / "old").model_cfg == bundle.model_cfg
 
 
+@pytest.mark.slow
 def test_what_a_configuration_leaves_out_is_the_default_of_transformers(tmp_path):
     vision = {"num_hidden_layers": 1, "hidden_size": 768, "intermediate_size": 3072,
               "num_attention_heads": 12, "patch_size": 32}  # fmt: skip
@@ -160,7 +162,9 @@ def test_weights_in_other_files_are_read(tmp_path, kind):
     agree(model, load_bundle(tmp_path / "bundle"), BertTokenizer.from_pretrained(tmp_path / "hf"))
 
 
-@pytest.mark.parametrize("write", [write_clip, write_chinese_clip])
+@pytest.mark.parametrize(
+    "write", [pytest.param(write_clip, marks=pytest.mark.slow), write_chinese_clip]
+)
 def test_a_bundle_goes_back_to_a_folder_of_transformers(tmp_path, write):
     model = write(tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "bundle", ConversionConfig())

@@ -284,6 +284,7 @@ TOWERS = {
 
 
 @pytest.mark.parametrize("towers", TOWERS.values(), ids=TOWERS)
+@pytest.mark.slow
 def test_the_packages_encoders_learn_to_tell_what_they_cannot_see(towers):
     torch.manual_seed(0)
     encoder = build_encoder(towers)

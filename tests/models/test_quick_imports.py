@@ -1,6 +1,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from tests.support.commands import ROOT
 from vlm.embedding.parts import SplitImages, write_embeddings
 from vlm.search.search_index import build_search_index
@@ -53,6 +55,7 @@ def run(code, *arguments):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_search_imports_no_library_that_it_can_do_without(
     embedder, bundle, data_folder, tmp_path
 ):
@@ -63,5 +66,6 @@ def test_a_search_imports_no_library_that_it_can_do_without(
     run(SEARCH, str(tmp_path / "index"))
 
 
+@pytest.mark.slow
 def test_what_was_imported_quickly_works_as_ever():
     run(AFTERWARDS)

@@ -132,6 +132,7 @@ def features_of(embedder, emoji, texts):
     return {"text": embedder.encode_text(texts), "image": images}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("language", ["zh", "en"])
 def test_scores_are_chinese_clips_where_a_caption_is_right_for_all_images_that_have_it(
@@ -169,6 +170,7 @@ def test_scores_are_chinese_clips_where_a_caption_is_right_for_its_own_image_onl
     assert_like_chinese_clip(ours["text_to_image"], theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_wrong_answer_with_an_equal_score_is_first_here_and_in_its_place_in_chinese_clips_file(
     tmp_path, embedder, emoji, direction
@@ -324,7 +326,9 @@ def emoji_classes(label):
     }
 
 
-@pytest.mark.parametrize(("label", "classes"), [("class", 59), ("group", 9)])
+@pytest.mark.parametrize(
+    ("label", "classes"), [pytest.param("class", 59, marks=pytest.mark.slow), ("group", 9)]
+)
 def test_classification_is_clip_benchmarks(classification, embedder, label, classes):
     images, names = emoji_classes(label)
     ours = evaluate_classification(

@@ -1,13 +1,13 @@
 """A split is one sequence of samples across its shards, here and in other processes."""
 
 import gzip
-import multiprocessing
 import pickle
 from dataclasses import replace
 
 import pytest
 
 from tests.builders import make_samples, write_split
+from tests.support.processes import PROCESSES
 from vlm.data.dataset import ShardedSplit
 from vlm.data.manifest import Manifest, read_manifest, write_manifest
 from vlm.data.shards import index_folder
@@ -86,7 +86,7 @@ def test_a_worker_process_that_is_sent_a_split_reads_all_of_it(folder, packed):
             path.unlink()
         index_folder(folder)
     split = ShardedSplit(folder, "train")
-    with multiprocessing.get_context("spawn").Pool(1) as workers:
+    with PROCESSES.Pool(1) as workers:  # not forks of this one: the split is pickled
         assert workers.apply(uids_of, (split,)) == uids_of(make_samples(12))
 
 

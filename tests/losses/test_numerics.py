@@ -101,6 +101,7 @@ def _rank_errors(rank, world, wire_dtype):
     return bfloat16_errors(images, texts, world, own, 5, wire_dtype=wire_dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_errors_of_bfloat16_features_do_not_grow_with_ranks_or_tiles():
     """Identity 11: the only roundings are of the features and of their finished gradients."""

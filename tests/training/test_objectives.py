@@ -120,6 +120,7 @@ def test_micro_batches_give_the_losses_of_one_batch(data, tokenizer, tmp_path, m
         assert found[0][name] == pytest.approx(found[1][name], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_and_objectives_resumes_to_the_same_bundle(data, tokenizer, tmp_path):
     settings = {
         "objectives": ObjectivesConfig(masked=BOTH, language_embeddings=True),

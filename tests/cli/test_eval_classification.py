@@ -12,10 +12,6 @@ from tests.support.commands import run_vlm
 from vlm.cli.main import main
 from vlm.embedding.embedder import Embedder
 
-TWO_PROCESSES = (
-    "accelerate.commands.launch", "--config_file", "configs/accelerate/2-cpus.yaml",
-)  # fmt: skip
-
 NAMES = {
     "groups": {"even": {"en": "even", "zh": "双数"}, "odd": {"en": "odd", "zh": "单数；奇数"}},
     "classes": {f"thing-{n}": {"en": en, "zh": zh} for n, (en, zh) in enumerate(THINGS)},
@@ -126,10 +122,10 @@ def test_vectors_are_kept_beside_the_results_or_where_asked(capsys, bundle, data
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_launched_processes_report_what_one_does(bundle, tmp_path):
+def test_two_processes_report_what_one_does(bundle, tmp_path):
     words = ["eval", "classification", bundle, "--label", "group", "--json", "--device", "cpu"]
     one, _ = run_vlm(*words, "--out", tmp_path / "one")
-    two, err = run_vlm(*words, "--out", tmp_path / "two", launcher=TWO_PROCESSES)
+    two, err = run_vlm(*words, "--out", tmp_path / "two", processes=2)
     assert json.loads(two) == json.loads(one)
     names = ["classification.json", "report.md", "confusion_zh.png", "confusion_en.png"]
     for name in [*names, "report.html"]:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import CLIPModel
 
-from tests.end_to_end.test_training import TWO_PROCESSES, losses
+from tests.end_to_end.test_training import losses
 from tests.support.commands import ROOT, run_vlm
 from vlm.bundle import load_bundle
 from vlm.cli.main import main
@@ -77,7 +77,7 @@ def train_arguments(run_folder, **changes):
 @pytest.mark.distributed
 def test_a_multiway_model_with_every_objective_trains_alike_on_one_and_two_processes(tmp_path):
     run_vlm(*train_arguments(tmp_path / "one", **MULTIWAY))
-    run_vlm(*train_arguments(tmp_path / "two", **MULTIWAY), launcher=TWO_PROCESSES)
+    run_vlm(*train_arguments(tmp_path / "two", **MULTIWAY), processes=2)
     one, two = (
         {name: losses(tmp_path / run, f"loss/{name}") for name in PARTS} for run in ("one", "two")
     )
@@ -107,7 +107,7 @@ def test_a_locked_tower_and_adapters_train_on_two_processes(tmp_path):
         "adapt.lora_towers": "[text]",
         "optimizer.learning_rate": 1e-2,
     }
-    run_vlm(*train_arguments(tmp_path / "run", **changes), launcher=TWO_PROCESSES)
+    run_vlm(*train_arguments(tmp_path / "run", **changes), processes=2)
     after = load_bundle(tmp_path / "run" / "bundle").model.state_dict()
     untrained = TrainConfig(tokenizer=ROOT / "tokenizers/emoji-zh-en", model=TWO_TOWERS_CONFIG)
     before = build_start(untrained).model.state_dict()

@@ -8,12 +8,8 @@ import time
 import pytest
 import yaml
 
-from tests.support.commands import ROOT, run_vlm, start_vlm
+from tests.support.commands import ROOT, TWO_PROCESSES, run_vlm, start_vlm
 from vlm.cli.main import main
-
-TWO_PROCESSES = (
-    "accelerate.commands.launch", "--config_file", "configs/accelerate/2-cpus.yaml",
-)  # fmt: skip
 
 
 def train_arguments(run_folder, *, steps, **changes):
@@ -126,7 +122,7 @@ def test_bfloat16_trains_to_nearly_the_same_losses(tmp_path):
 )
 def test_every_kind_of_loss_trains_on_two_processes(tmp_path, changes):
     arguments = train_arguments(tmp_path / "run", steps=20, **changes)
-    run_vlm(*arguments, launcher=TWO_PROCESSES)
+    run_vlm(*arguments, processes=2)
     found = losses(tmp_path / "run")
     assert len(found) == 20
     assert sum(found[-5:]) < 0.99 * sum(found[:5])

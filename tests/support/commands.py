@@ -1,6 +1,7 @@
 """Run the project's commands as a user does, in processes of their own."""
 
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,10 @@ from tests.support.processes import PROCESSES
 ROOT = Path(__file__).parents[2]
 """The checkout; its `data`, `tokenizers` and `configs` are found from here."""
 
+TWO_PROCESSES = (
+    "accelerate.commands.launch", "--config_file", "configs/accelerate/2-cpus.yaml",
+)  # fmt: skip
+"""The launcher of two ranks on this machine; its path is found from the checkout."""
 
 TINY_QUICKSTART = (
     "--schedule.steps", "6", "--schedule.warmup_steps", "2", "--evaluation.every_steps", "3",
@@ -22,12 +27,14 @@ TINY_QUICKSTART = (
 """Options that make the quickstart a matter of seconds."""
 
 
-def start_vlm(*arguments: str | Path, launcher: Sequence[str] = ()) -> subprocess.Popen[str]:
-    """Start `python -m vlm ARGUMENTS` in the checkout, under a launcher module if one is given."""
+def start_vlm(
+    *arguments: str | Path, launcher: Sequence[str] = (), folder: Path = ROOT
+) -> subprocess.Popen[str]:
+    """Start `python -m vlm ARGUMENTS` in `folder`, under a launcher module if one is given."""
     modules = [*launcher, "-m", "vlm"] if launcher else ["vlm"]
     return subprocess.Popen(
         [sys.executable, "-m", *modules, *map(str, arguments)],
-        cwd=ROOT,
+        cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -35,36 +42,68 @@ def start_vlm(*arguments: str | Path, launcher: Sequence[str] = ()) -> subproces
     )
 
 
-def run_vlm(*arguments: str | Path, launcher: Sequence[str] = (), code: int = 0) -> tuple[str, str]:
-    """Run a command to its end; return what it printed to stdout and stderr.
+def run_vlm(
+    *arguments: str | Path,
+    launcher: Sequence[str] = (),
+    processes: int = 1,
+    folder: Path = ROOT,
+    code: int = 0,
+) -> tuple[str, str]:
+    """Run a command in `folder` to its end; return what it printed to stdout and stderr.
 
-    Without a launcher its process is a fork of one that has imported the libraries already.
+    Without a launcher its processes are forks of one that has imported the libraries already;
+    several are ranks that meet as those which `torchrun` and `accelerate launch` start.
     """
     if launcher:
-        process = start_vlm(*arguments, launcher=launcher)
+        process = start_vlm(*arguments, launcher=launcher, folder=folder)
         out, err = process.communicate(timeout=300)
         found = process.returncode
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            printed = Path(folder, "out"), Path(folder, "err")
-            child = PROCESSES.Process(
-                target=_run_main, args=(list(map(str, arguments)), *map(str, printed))
-            )
-            child.start()
-            child.join(timeout=300)
-            found = child.exitcode
-            out, err = (path.read_text(encoding="utf-8") for path in printed)
-            if found is None:
-                child.kill()
+        words = list(map(str, arguments))
+        with tempfile.TemporaryDirectory() as printed:
+            out_file, err_file = Path(printed, "out"), Path(printed, "err")
+            ranks = [
+                PROCESSES.Process(
+                    target=_run_main, args=(words, folder, environment, out_file, err_file)
+                )
+                for environment in _environments(processes)
+            ]
+            for rank in ranks:
+                rank.start()
+            for rank in ranks:
+                rank.join(timeout=300)
+            # A rank that fails has a code above 0, one that hangs has none.
+            found = max((rank.exitcode for rank in ranks), key=lambda code: code != 0)
+            for rank in ranks:
+                rank.kill()
+            out, err = (path.read_text(encoding="utf-8") for path in (out_file, err_file))
     assert found == code, f"exit code {found}\n{out}\n{err[-3000:]}"
     return out, err
 
 
-def _run_main(arguments: list[str], out: str, err: str) -> None:
+def _environments(processes: int) -> list[dict[str, str]]:
+    """Return what tells each of several ranks on this machine where it stands."""
+    if processes == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": processes}
+    return [
+        {key: str(value) for key, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        for rank in range(processes)
+    ]
+
+
+def _run_main(
+    arguments: list[str], folder: Path, environment: dict[str, str], out: Path, err: Path
+) -> None:
     """Be the command, in a process of its own."""
-    for name, number in ((out, 1), (err, 2)):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
-    os.chdir(ROOT)
+    for path, number in ((out, 1), (err, 2)):
+        # Ranks write to the same files.
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.chdir(folder)
+    os.environ.update(environment)
     sys.argv = ["vlm", *arguments]
     torch.set_num_threads(1)  # as OMP_NUM_THREADS=1 does
     from vlm.cli.main import main

@@ -6,6 +6,8 @@ imported before is not checked at all.
 
 import gc
 import os
+import shutil
+import zlib
 
 # Two cores are shared by the test process, its children and the data workers.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.commands import TINY_QUICKSTART, run_vlm
+from tests.support.commands import ROOT, TINY_QUICKSTART, run_vlm
 
 
 def pytest_configure() -> None:
@@ -40,12 +42,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
-    """The folder of a tiny quickstart and what it printed; run twice, as a user may."""
+def small_emoji(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder as the shipped one, with every image of a quarter of its concepts."""
+    from tests.builders import write_split
+    from vlm.data.dataset import ShardedSplit
+
+    shipped = ROOT / "data" / "emoji"
+    folder = tmp_path_factory.mktemp("data") / "emoji"
+    shutil.copytree(shipped, folder, ignore=shutil.ignore_patterns("*.tar.gz", "manifest.json"))
+    for split in ("train", "val", "test_style", "test_novel", "test_novel_style"):
+        samples = [
+            sample
+            for sample in ShardedSplit(shipped, split)
+            if zlib.crc32(sample.concept.encode()) % 4 == 0
+        ]
+        write_split(folder, samples, split=split, samples_per_shard=1000)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def quickstart(
+    tmp_path_factory: pytest.TempPathFactory, small_emoji: Path
+) -> tuple[Path, str, str]:
+    """The folder of a tiny quickstart in place of an older one, and what it printed."""
     folder = tmp_path_factory.mktemp("workspace") / "runs" / "quickstart"
-    run_vlm("quickstart", "--out", folder, *TINY_QUICKSTART, "--seed", "1")
-    (folder / "left over").touch()  # the second run replaces the first
-    out, err = run_vlm("quickstart", "--out", folder, *TINY_QUICKSTART)
+    folder.mkdir(parents=True)
+    for name in ("config.yaml", "left over"):  # what is known as a run is replaced
+        (folder / name).touch()
+    out, err = run_vlm(
+        "quickstart", "--out", folder, "--data.folder", small_emoji, *TINY_QUICKSTART
+    )
     return folder, out, err
 
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import vlm
-from tests.support.commands import ROOT, TINY_QUICKSTART, run_vlm
+from tests.support.commands import TINY_QUICKSTART, run_vlm
 from vlm.data.dataset import ShardedSplit
 
 
@@ -36,14 +36,14 @@ def test_it_leaves_a_run_folder_that_a_person_wants_to_look_at(quickstart):
 
 
 @pytest.mark.slow
-def test_its_scores_are_those_of_the_evaluation_command(quickstart):
+def test_its_scores_are_those_of_the_evaluation_command(quickstart, small_emoji):
     folder, _, _ = quickstart
     benchmarks = json.loads((folder / "retrieval.json").read_text())["benchmarks"]
     assert list(benchmarks) == [
         "test_style", "test_style_no_flags", "test_novel", "test_novel_style"
     ]  # fmt: skip
     out, _ = run_vlm(
-        "eval", "retrieval", folder / "bundle", "--split", "test_style",
+        "eval", "retrieval", folder / "bundle", "--data", small_emoji, "--split", "test_style",
         "--where", "group!=flags", "--json", "--out", folder / "again",
     )  # fmt: skip
     again = json.loads(out)
@@ -51,7 +51,7 @@ def test_its_scores_are_those_of_the_evaluation_command(quickstart):
     asked, expected = again["benchmarks"]["test_style"], benchmarks["test_style_no_flags"]
     assert asked["scores"] == pytest.approx(expected["scores"])
     assert asked["questions"] == expected["questions"]
-    assert asked["questions"]["zh"]["images"] < len(ShardedSplit(ROOT / "data/emoji", "test_style"))
+    assert asked["questions"]["zh"]["images"] < len(ShardedSplit(small_emoji, "test_style"))
     found = {
         (each["direction"], each["language"]): each for each in expected["indexes"]["comparisons"]
     }
@@ -61,9 +61,11 @@ def test_its_scores_are_those_of_the_evaluation_command(quickstart):
 
 
 @pytest.mark.slow
-def test_its_index_answers_texts_and_images_like_the_python_interface(quickstart, tmp_path):
+def test_its_index_answers_texts_and_images_like_the_python_interface(
+    quickstart, small_emoji, tmp_path
+):
     folder, _, _ = quickstart
-    sample = ShardedSplit(ROOT / "data/emoji", "test_style")[7]
+    sample = ShardedSplit(small_emoji, "test_style")[7]
     image = tmp_path / "query.webp"
     image.write_bytes(sample.image)
     out, _ = run_vlm("search", folder / "index", "--image", image, "--k", "3", "--json")
@@ -76,7 +78,7 @@ def test_its_index_answers_texts_and_images_like_the_python_interface(quickstart
     out, _ = run_vlm("search", folder / "index", "--text", "一只猫", "--k", "2", "--json")
     model = vlm.load(folder / "bundle")
     query = model.encode_text(["一只猫"])
-    images = [sample.image for sample in ShardedSplit(ROOT / "data/emoji", "test_style")]
+    images = [sample.image for sample in ShardedSplit(small_emoji, "test_style")]
     cosines = model.similarity(query, model.encode_image(images))[0]
     assert [hit["score"] for hit in json.loads(out)] == pytest.approx(
         np.sort(cosines)[::-1][:2], abs=1e-5
@@ -84,9 +86,9 @@ def test_its_index_answers_texts_and_images_like_the_python_interface(quickstart
 
 
 @pytest.mark.slow
-def test_a_folder_of_images_can_be_embedded_indexed_and_searched(quickstart, tmp_path):
+def test_a_folder_of_images_can_be_embedded_indexed_and_searched(quickstart, small_emoji, tmp_path):
     folder, _, _ = quickstart
-    samples = [ShardedSplit(ROOT / "data/emoji", "val")[index] for index in range(5)]
+    samples = [ShardedSplit(small_emoji, "val")[index] for index in range(5)]
     for number, sample in enumerate(samples):
         path = tmp_path / "images" / f"图 {number}" / "image.webp"
         path.parent.mkdir(parents=True)

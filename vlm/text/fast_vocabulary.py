@@ -54,7 +54,7 @@ class FastVocabulary(Vocabulary):
         self._words: dict[str, list[int]] = {}
         highest = max(self._rust.get_vocab(with_added_tokens=True).values(), default=-1)
         self._size = highest + 1
-        if isinstance(self._rust.model, Unigram):  # which tells neither of its settings itself
+        if isinstance(self._rust.model, Unigram):  # the library shows neither setting
             model = self._record()["model"]
             self._unknown_id = None if model.get("byte_fallback") else model.get("unk_id")
         else:

@@ -15,10 +15,6 @@ from tests.support.processes import PROCESSES
 ROOT = Path(__file__).parents[2]
 """The checkout; its `data`, `tokenizers` and `configs` are found from here."""
 
-TWO_PROCESSES = (
-    "accelerate.commands.launch", "--config_file", "configs/accelerate/2-cpus.yaml",
-)  # fmt: skip
-"""The launcher of two ranks on this machine; its path is found from the checkout."""
 
 TINY_QUICKSTART = (
     "--schedule.steps", "6", "--schedule.warmup_steps", "2", "--evaluation.every_steps", "3",

@@ -43,7 +43,10 @@ def test_two_processes_report_the_losses_of_one_with_the_same_global_batch(tmp_p
     changes = {"optimizer.learning_rate": 1e-4, "evaluation.every_steps": 6}
     run_vlm(*train_arguments(tmp_path / "one", steps=6, **changes))
     changes["loss.plan.group_size"] = 2  # one process would refuse that
-    run_vlm(*train_arguments(tmp_path / "two", steps=6, **changes), processes=2)
+    launcher = (
+        "accelerate.commands.launch", "--config_file", "configs/accelerate/2-cpus.yaml",
+    )  # fmt: skip
+    run_vlm(*train_arguments(tmp_path / "two", steps=6, **changes), launcher=launcher)
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) == 6
     assert two == pytest.approx(one, rel=1e-4)

@@ -38,8 +38,7 @@ def run(options: Options) -> None:
         raise VlmError("vlm search needs either --text TEXT or --image FILE")
     if options.text == "":
         raise VlmError("--text is empty; expected what to look for")
-    # A third of a search was spent looking for garbage in the modules that it imports, at its end
-    # once more.
+    # A quarter of a search was spent looking for garbage in the modules that it imports.
     gc.disable()
     from vlm.search.search_index import SearchIndex
 

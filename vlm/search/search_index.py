@@ -104,8 +104,8 @@ class SearchIndex:
         """Return the `k` images nearest to one vector; an approximate index may find fewer."""
         hits = self.index.search(query, k)
         # Not by `take`, which imports half a second of pyarrow's other functions.
-        found = hits.ids[0][hits.ids[0] >= 0].tolist()
-        rows = [self.metadata.slice(id_, 1).to_pylist()[0] for id_ in found]
+        ids = hits.ids[0].tolist()
+        rows = [self.metadata.slice(id_, 1).to_pylist()[0] for id_ in ids if id_ >= 0]
         return [
             Hit(
                 rank=rank,

@@ -119,7 +119,6 @@ def _byte_pairs(
     return rust
 
 
-@cache
 def _word_pattern() -> str:
     """Return the pattern of CLIP's words for the Rust library's regular expressions.
 

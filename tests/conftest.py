@@ -1,7 +1,6 @@
 """What every test shares: few threads, no test marked for hardware that is not there, fixtures.
 
-`vlm` is imported in the fixtures: a conftest may be read before shapes are checked, and what is
-imported before is not checked at all.
+`vlm` is imported in the fixtures: the hook below checks shapes in what is imported after it.
 """
 
 import gc
@@ -16,8 +15,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
 
 from tests.support.commands import ROOT, TINY_QUICKSTART, run_vlm
+
+# Only modules whose annotations have shapes: mypy checks the others, and beartype takes its time.
+install_import_hook(
+    [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in (ROOT / "vlm").rglob("*.py")
+        if "from jaxtyping import" in path.read_text(encoding="utf-8")
+    ],
+    "beartype.beartype",
+)
 
 
 def pytest_configure() -> None:

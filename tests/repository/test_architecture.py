@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jaxtyping
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +36,14 @@ def test_public_names_are_pinned_and_importable():
         assert getattr(vlm, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         vlm.nothing  # noqa: B018 - reading the attribute is the test
+
+
+def test_shapes_are_checked_while_the_tests_run():
+    from vlm.search.index import cosines_of
+
+    vectors = np.zeros((2, 4), np.float32)
+    with pytest.raises(jaxtyping.TypeCheckError, match="queries dim"):
+        cosines_of(np.zeros((2, 1), np.int64), vectors[:, :3], vectors)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -12,14 +12,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from vlm.errors import ConfigError, VlmError
 
-Options = TypeVar("Options")
-Part = TypeVar("Part")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Options = TypeVar("Options", bound="DataclassInstance")
+Part = TypeVar("Part", bound="DataclassInstance")
 
 _OTHER_NAMES = {
     "gradient_accumulation_steps": "loss.micro_batches",
@@ -60,7 +63,7 @@ def parse(kind: type[Options], words: Sequence[str], *, prog: str, description: 
     if "config" in settings:
         parser.add_argument("--config", action="config", help=_CONFIG_HELP)
     parser.add_class_arguments(kind, as_group=False, as_positional=True, skip={"config"})
-    positional = [field.name for field in fields(kind) if not field.kw_only]  # type: ignore[arg-type]
+    positional = [field.name for field in fields(kind) if not field.kw_only]
     usage = " ".join([prog, *map(str.upper, positional)])
     arguments, raw = _arguments(words, settings, positional, usage)
     try:
@@ -78,12 +81,12 @@ def parse(kind: type[Options], words: Sequence[str], *, prog: str, description: 
         raise VlmError(_explain(error, settings)) from error
     if values.get("config"):
         values["config"] = Path(values["config"][-1])
-    return kind(**{field.name: values[field.name] for field in fields(kind)})  # type: ignore[arg-type]
+    return kind(**{field.name: values[field.name] for field in fields(kind)})
 
 
 def part_of(options: Any, kind: type[Part]) -> Part:
     """Return the configuration whose fields a verb's options have among their own."""
-    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    names = [field.name for field in fields(kind)]
     return kind(**{name: getattr(options, name) for name in names})
 
 

@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from vlm.training.checkpoint import Progress
@@ -23,6 +22,9 @@ class Reporter:
         self._active = active
         if not active:
             return
+        # Here, since reports import this module to read metrics.
+        from torch.utils.tensorboard import SummaryWriter
+
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS_NAME
         kept = [record for record in read_metrics(path) if record["step"] <= progress.step]

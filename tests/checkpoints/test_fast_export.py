@@ -12,6 +12,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 from tokenizers import Tokenizer as RustTokenizer
 
 from tests.builders import THINGS
+from vlm.checkpoints import fast_export
 from vlm.checkpoints.fast_export import fast_files
 from vlm.errors import CheckpointError
 from vlm.text.config import TokenizerConfig
@@ -64,6 +65,22 @@ def random_texts(number: int, seed: int = 0) -> list[str]:
         parts = rng.sample(PARTS, rng.randint(1, 4))
         texts.append("".join(rng.choice(rng.choice(parts)) for _ in range(rng.randint(0, 12))))
     return texts
+
+
+@pytest.fixture(autouse=True, scope="module")
+def normalised_once():
+    """Normalise all characters once by each rule, which would take most of the time."""
+    original, found = fast_export._normalised, {}
+
+    def normalised(proto):
+        rule = proto.normalizer_spec.SerializeToString()
+        if rule not in found:
+            found[rule] = original(proto)
+        return found[rule]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fast_export, "_normalised", normalised)
+        yield
 
 
 @functools.cache

@@ -198,14 +198,15 @@ def test_results_go_to_stdout(capsys, an_empty_folder):
     assert err == ""
 
 
-def test_a_launcher_that_starts_one_process_of_several_is_pointed_out():
+def test_a_launcher_that_starts_one_process_of_several_is_pointed_out(monkeypatch, capsys):
     # What `accelerate launch --num_processes 2` leaves on a machine without a GPU.
-    launched = {"ACCELERATE_USE_CPU": "False", "MASTER_ADDR": "127.0.0.1"}
-    done = run_python("-m", "vlm", "data", "check", "gone", **launched)
-    assert done.returncode == 2
-    warning, error = done.stderr.splitlines()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "False")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert main(["data", "check", "gone"]) == 2
+    warning, error = capsys.readouterr().err.splitlines()
     assert "several processes, but started one" in warning
     assert "configs/accelerate/2-cpus.yaml" in warning
     assert error.startswith("vlm: gone is not a folder; expected a data folder")
-    alone = run_python("-m", "vlm", "data", "check", "gone", **launched, WORLD_SIZE="2")
-    assert alone.stderr.count("\n") == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["data", "check", "gone"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -148,6 +148,7 @@ def test_the_most_frequent_confusions_are_counted(run, document):
             assert row[3] == f"{counted[right, wrong] / of_class[right]:.1%}"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_more_classes_than_a_plot_can_show_have_none(monkeypatch):
     many = made_run(classes=12)
     for most, plots in ((12, 2), (11, 0)):
@@ -177,6 +178,7 @@ def test_the_best_and_the_worst_classes_are_shown(run, document):
     assert last.text == f"{CLASSES - len(expected)} more classes have no images."
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_few_classes_are_shown_in_one_table():
     (table,) = blocks_of(classification_document(made_run(classes=12)), "Classes", Table)
     assert len(table.rows) == 11
@@ -204,11 +206,13 @@ def test_examples_are_correct_where_they_say_and_show_their_own_class(run, docum
                 assert cosines == sorted(cosines, reverse=True)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_one_language_has_correct_and_wrong_images():
     groups = blocks_of(classification_document(made_run(["en"], classes=8)), "Examples", Examples)
     assert [group.title.split(":")[0] for group in groups] == ["Correct", "Wrong"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_model_that_is_always_correct_has_no_confusions_and_no_wrong_examples():
     document = classification_document(made_run(noise=0, classes=8))
     assert blocks_of(document, "Confusions", Table) == []
@@ -217,6 +221,7 @@ def test_a_model_that_is_always_correct_has_no_confusions_and_no_wrong_examples(
     assert group.title == "Correct in every language: 200 of 200 images"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_fewer_than_five_classes_have_no_top_5():
     few = made_run(classes=4)
     assert few.intervals.keys() == {
@@ -276,6 +281,7 @@ def test_the_table_counts_images_and_their_classes(run):
     assert "±" not in lines[4]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_name_that_is_the_same_in_both_languages_stands_once():
     run = made_run(classes=8)
     names = [(en,) for en, _ in THINGS[:8]]
@@ -284,6 +290,7 @@ def test_a_name_that_is_the_same_in_both_languages_stands_once():
     assert {row[0] for row in table.rows} == {en for en, _ in THINGS[:7]}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_backticks_in_names_are_no_mark_up():
     run = made_run(["en"], classes=8)
     names = {"en": [(f"`{number}`",) for number in range(8)]}

@@ -32,6 +32,7 @@ def of_kind(blocks, kind):
     return [block for block in blocks if isinstance(block, kind)]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_table_has_every_comparison(swept):
     (table,) = of_kind(index_blocks(swept, name="emoji", number=2), Table)
     assert [row[:2] for row in table.rows] == [
@@ -41,12 +42,14 @@ def test_the_table_has_every_comparison(swept):
     assert table.caption == "emoji"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_losses_stand_below_the_table(swept):
     (warnings,) = of_kind(index_blocks(swept, name="emoji"), Bullets)
     assert warnings.items == swept.warnings
     assert any("PQ1x1 costs" in warning for warning in warnings.items)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(("number", "name"), [(None, "index.png"), (2, "index_2.png")])
 def test_the_plot_of_a_sweep_is_numbered_where_there_are_several(swept, number, name):
     (plot,) = of_kind(index_blocks(swept, name="emoji", number=number), Figure)

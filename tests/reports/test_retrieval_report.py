@@ -30,6 +30,7 @@ def blocks_of(sections, title, kind):
     return [block for block in section.blocks if isinstance(block, kind)]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_report_has_scores_languages_indexes_examples_and_questions(run):
     titles = [section.title for section in retrieval_document(run).sections]
     assert titles == [
@@ -38,6 +39,7 @@ def test_a_report_has_scores_languages_indexes_examples_and_questions(run):
     ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_tables_hold_what_was_measured(run):
     sections = retrieval_sections(run)
     evaluation = run.benchmarks["both"].evaluation
@@ -81,24 +83,27 @@ def test_the_printed_table_has_a_row_for_each_language_and_direction(run):
     ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_report_says_where_benchmarks_were_read_from(run, data_folder):
     (said,) = blocks_of(retrieval_sections(run), "Protocol", Bullets)
     assert f"both: data folder, {data_folder}; split test; languages zh, en." in said.items
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_examples_can_be_shown_of_some_benchmarks(run):
     sections = retrieval_sections(run, examples_of=["chinese alone"])
     assert sum(section.title.startswith("Examples") for section in sections) == 1
 
 
 def test_a_report_is_written_as_markdown_page_and_images(run, tmp_path):
-    page = write_report(tmp_path, retrieval_document(run))
+    document = retrieval_document(run)
+    page = write_report(tmp_path, document)
     assert page.name == "report.html"
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     for name in ("recall_curves.png", "cosines.png", "index_1.png"):
         assert f"({name})" in text
         assert (tmp_path / name).stat().st_size > 500
-    assert text == as_markdown(retrieval_document(run))
+    assert text == as_markdown(document)
 
 
 def test_the_record_is_json_without_vectors(run):
@@ -183,6 +188,7 @@ def test_examples_stand_in_the_order_of_their_ranks_where_cosines_tie(run):
     assert [image.correct for image in example.answers[0].found[:2]] == [False, True]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_names_with_signs_of_mark_up_stay_names(run, tmp_path):
     names = {"a`b": run.benchmarks["both"], "c`d": run.benchmarks["chinese alone"]}
     text = as_markdown(retrieval_document(RetrievalRun(bundle="x`y", benchmarks=names)))

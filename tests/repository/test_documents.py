@@ -5,6 +5,8 @@ import shlex
 import shutil
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from PIL import Image
 
 from tests.support.commands import ROOT, run_vlm
@@ -72,9 +74,12 @@ def test_commands_run_in_the_order_of_the_page(workspace, page):
         else:
             assert words[:2] == ["accelerate", "launch"], f"nothing runs {command!r}"
             shutil.rmtree(workspace / "runs/emoji", ignore_errors=True)
-            place = words.index("-m")
-            launcher, verb = ["accelerate.commands.launch", *words[2:place]], words[place + 2 :]
-            run_vlm(*verb, *SHORTER.get(verb[0], []), launcher=launcher, folder=workspace)
+            # The launcher itself starts the ranks of a test in tests/end_to_end/test_training.py.
+            launched = launch_command_parser().parse_args(words[2:])
+            assert (launched.module, launched.training_script) == (True, "vlm")
+            processes = load_config_from_file(ROOT / launched.config_file).num_processes
+            verb = launched.training_script_args
+            run_vlm(*verb, *SHORTER.get(verb[0], []), processes=processes, folder=workspace)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

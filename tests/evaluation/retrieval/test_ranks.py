@@ -61,7 +61,7 @@ def check(queries, candidates, matches, tile):
 @pytest.mark.parametrize("seed", range(12))
 def test_ranks_with_many_equal_scores_equal_a_count_over_the_whole_matrix(seed, tile):
     rng = np.random.default_rng(seed)
-    sizes = rng.integers(1, 40, 2)
+    sizes = rng.integers(1, 25, 2)
     queries, candidates = (rng.integers(-1, 2, (size, 3)).astype(np.float32) for size in sizes)
     check(queries, candidates, random_matches(rng, *sizes), tile)
 

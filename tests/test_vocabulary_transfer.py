@@ -127,6 +127,7 @@ def test_open_clip_pools_a_grown_bundle_where_its_texts_end(grown_folder):
     assert config["model_cfg"]["text_cfg"]["eos_id"] == OLD - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["interpolate", "keep-head-stretch-tail"])
 def test_stretched_positions_keep_the_length_and_what_they_promise(bundle, captions, tmp_path, how):
     split = zip(captions, bundle.tokenizer.split(captions), strict=True)
@@ -194,6 +195,7 @@ def test_cc_cedict_translates_most_new_pieces(embedding, clip):
     assert known / len(rows) > 0.9
 
 
+@pytest.mark.slow
 def test_similar_rows_are_averaged_by_the_users_vectors(embedding, clip, tmp_path):
     vectors = tmp_path / "both.vec"
     vectors.write_text("3 2\n猫 1 0\ncat 1 0\ndog 0 1\n")
@@ -226,6 +228,7 @@ def test_similarity_without_vectors_asks_for_them(embedding, clip):
         rows_by_piece(embedding, clip, init="similarity")
 
 
+@pytest.mark.slow
 def test_vectors_of_one_language_alone_are_refused(embedding, clip, tmp_path):
     vectors = tmp_path / "zh.vec"
     vectors.write_text("猫 1 0\n狗 0 1\n")

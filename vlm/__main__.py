@@ -1,8 +1,6 @@
 """`python -m vlm` is the command `vlm`."""
 
-import sys
-
-from vlm.cli.main import main
+from vlm.cli.main import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -192,6 +192,7 @@ def test_a_text_that_spells_a_special_piece_is_its_characters(kind):
         assert rust.token_to_id(name) not in rust.encode(f"{name} x{name}").ids[1:-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_user_defined_pieces_are_found_whole_before_they_are_normalised(kind):
     model = trained(kind, user_defined=("[CLS]", "ＸＹ", "abc", "abcd"), byte_fallback=True)
@@ -210,6 +211,7 @@ def test_of_thousands_of_user_defined_pieces_the_longest_from_the_left_is_taken(
     assert_same_ids(model, texts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_extended_and_reduced_vocabularies_are_kept(kind):
     vocabulary = SentencePieceVocabulary(trained(kind, byte_fallback=True))
@@ -228,6 +230,7 @@ def test_runs_of_one_character_are_merged_from_the_left():
     assert_same_ids(made(pieces, TrainerSpec.BPE), texts)
 
 
+@pytest.mark.slow
 def test_spaces_that_are_not_escaped_are_kept():
     proto = ModelProto.FromString(made(LETTERS | {" ": -2.0, " a": -2.5, "a ": -2.6}))
     proto.normalizer_spec.escape_whitespaces = False
@@ -295,6 +298,7 @@ def test_this_package_reads_the_file_with_the_same_ids():
     assert len(vocabulary) == tokenizer.vocab_size
 
 
+@pytest.mark.slow
 def test_the_files_are_the_same_bytes_each_time():
     tokenizer = tokenizer_of(trained("bpe", user_defined=USER_DEFINED))
     assert fast_files(tokenizer) == fast_files(tokenizer)

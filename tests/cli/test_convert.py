@@ -29,6 +29,7 @@ def english(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_folder_becomes_a_bundle_with_what_was_said(english, tmp_path):
     out, err = run_vlm(
         "convert", english, "--to", tmp_path / "bundle", "--languages", "en", "de",
@@ -43,6 +44,7 @@ def test_a_folder_becomes_a_bundle_with_what_was_said(english, tmp_path):
     assert bundle.tokenizer.context_length == 32
 
 
+@pytest.mark.slow
 def test_one_command_extends_and_writes_another_format(english, tmp_path):
     out, err = run_vlm(
         "convert", english, "--to", tmp_path / "hf", "--format", "hf", "--extend",
@@ -55,6 +57,7 @@ def test_one_command_extends_and_writes_another_format(english, tmp_path):
     assert text["eos_token_id"] == 49_407
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "said"),
     [

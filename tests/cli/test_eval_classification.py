@@ -51,6 +51,7 @@ def run(capsys, *words, code=0):
     return out if code == 0 else err
 
 
+@pytest.mark.slow
 def test_labels_are_scored_in_both_languages(capsys, bundle, data, tmp_path):
     out = run(
         capsys, bundle, "--data", data, "--split", "test", "--out", tmp_path / "out", "--json"
@@ -86,6 +87,7 @@ def test_labels_are_scored_in_both_languages(capsys, bundle, data, tmp_path):
     assert json.loads(names)["scores"]["en"]["top1"] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_a_report_lies_beside_the_record(capsys, bundle, data, tmp_path):
     words = ["--data", data, "--split", "test", "--out", tmp_path / "out"]
     assert main(["eval", "classification", *map(str, [bundle, *words])]) == 0
@@ -103,6 +105,7 @@ def test_a_report_lies_beside_the_record(capsys, bundle, data, tmp_path):
     assert "(confusion_zh.png)" in text
 
 
+@pytest.mark.slow
 def test_vectors_are_kept_beside_the_results_or_where_asked(capsys, bundle, data, tmp_path):
     words = [bundle, "--data", data, "--split", "test", "--json"]
     plain = run(capsys, *words)

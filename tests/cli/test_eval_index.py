@@ -44,6 +44,7 @@ def words(embeddings):
     return ["eval", "index", str(embeddings), "--device", "cpu"]
 
 
+@pytest.mark.slow
 def test_indexes_stand_beside_exact_search(capsys, words, tmp_path):
     words += ["--index", "HNSW8", "IVF2,Flat@nprobe=2", "auto", "--sweep"]
     assert main([*words, "--out", str(tmp_path / "out"), "--json"]) == 0

@@ -31,6 +31,7 @@ def muge(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_scores_of_several_benchmarks_come_with_what_was_asked(bundle, muge, tmp_path, capsys):
     data = write_split(tmp_path / "data", make_samples(24), split="test_style")
     out = tmp_path / "run"
@@ -52,6 +53,7 @@ def test_scores_of_several_benchmarks_come_with_what_was_asked(bundle, muge, tmp
     assert "indexes" not in asked
 
 
+@pytest.mark.slow
 def test_embeddings_are_kept_and_found_again(bundle, muge, tmp_path, capsys):
     out = tmp_path / "run"
     command = ["eval", "retrieval", str(bundle), "--data", str(muge), "--out", str(out), "--json"]

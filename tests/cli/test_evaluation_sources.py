@@ -99,6 +99,7 @@ def test_one_file_asks_all_five_published_benchmarks(five, embedder):
         assert scores[f"{language}/text_to_image/recall@10"] == 1
 
 
+@pytest.mark.slow
 def test_one_command_scores_all_five(five, bundle, tmp_path, capsys):
     words = [
         "eval",

@@ -210,3 +210,15 @@ def test_a_launcher_that_starts_one_process_of_several_is_pointed_out(monkeypatc
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["data", "check", "gone"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the device that is always full")
+def test_output_that_finds_no_space_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "vlm", "--help"], stdout=full, stderr=subprocess.PIPE, text=True,
+            check=False,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("vlm: no space left to write: ")
+    assert done.stderr.count("\n") == 1

@@ -78,6 +78,7 @@ def test_an_unknown_split_is_refused_with_those_there_are(folder):
         ShardedSplit(folder, "test")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [True, False], ids=["tar.gz", "tar"])
 def test_a_worker_process_that_is_sent_a_split_reads_all_of_it(folder, packed):
     if not packed:

@@ -449,6 +449,7 @@ def _embed_slowly(bundle, cache):
     BulkEmbedder(embedder, cache=Path(cache)).encode_image(many_images())
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_what_is_missing(counting, bundle, tmp_path):
     cache = tmp_path / "cache"
     context = multiprocessing.get_context("forkserver")

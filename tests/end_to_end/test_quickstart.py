@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import vlm
-from tests.support.commands import TINY_QUICKSTART, run_vlm
+from tests.support.commands import TINY_QUICKSTART, run_vlm, start_vlm
 from vlm.data.dataset import ShardedSplit
 
 
@@ -75,7 +75,10 @@ def test_its_index_answers_texts_and_images_like_the_python_interface(
     assert hits[0]["score"] == pytest.approx(1, abs=1e-4)
     assert hits[0]["captions"]["zh"] == sample.captions["zh"][0]
 
-    out, _ = run_vlm("search", folder / "index", "--text", "一只猫", "--k", "2", "--json")
+    # Not a fork: this command ends its process in its own way.
+    process = start_vlm("search", folder / "index", "--text", "一只猫", "--k", "2", "--json")
+    out, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
     model = vlm.load(folder / "bundle")
     query = model.encode_text(["一只猫"])
     images = [sample.image for sample in ShardedSplit(small_emoji, "test_style")]

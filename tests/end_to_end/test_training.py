@@ -134,6 +134,7 @@ def test_every_kind_of_loss_trains_on_two_processes(tmp_path, changes):
     assert sum(found[-5:]) < 0.99 * sum(found[:5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -170,6 +171,7 @@ def test_a_wrong_setting_is_one_clear_line_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_stops_the_run_with_its_name(tmp_path, monkeypatch, capsys):
     shutil.copytree(ROOT / "data/emoji", tmp_path / "emoji")
     shard = tmp_path / "emoji" / "train-00002.tar.gz"

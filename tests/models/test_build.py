@@ -48,6 +48,7 @@ def test_a_description_survives_json_and_builds_the_configured_model(config):
     assert again.token_embedding.num_embeddings == tokenizer.vocab_size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["RN50-quickgelu", "coca_ViT-B-32", "ViT-B-16-SigLIP2", "MobileCLIP-S1", "EVA02-B-16"]
 )

@@ -95,6 +95,7 @@ def naive_mean_of_classes(right, labels):
     return np.mean([right[labels == number].mean() for number in set(labels.tolist())])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [6, 100], ids=["many a class", "two a class"])
 def test_the_interval_of_the_mean_per_class_is_of_the_classes_drawn(classes):
     run = made_run(classes=classes)

@@ -33,6 +33,7 @@ def inside(confusion, names):
     return image[:, columns[0] + 3 : right - 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [1, 2, 9, 59, MOST_CLASSES])
 def test_any_number_of_classes_is_drawn(classes):
     confusion = entries(np.random.default_rng(0).integers(0, 9, (classes, classes)))
@@ -71,6 +72,7 @@ def test_rows_are_true_classes_and_columns_predicted_ones():
     assert all_of_a < 60 < most_of_b < 120 < few_of_b < 230 < np.median(drawn[:height, :width])
 
 
+@pytest.mark.slow
 def test_each_of_the_most_classes_has_pixels_of_its_own():
     every_other = np.array([[number, number, 1] for number in range(0, MOST_CLASSES, 2)])
     dark = inside(every_other, [str(number) for number in range(MOST_CLASSES)]) < 70

@@ -28,6 +28,7 @@ def drawn(searches, factories):
         return image
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("searches", "factories"), [(1, 0), (1, 3), (5, 11)])
 def test_any_number_of_searches_is_drawn(searches, factories):
     image = drawn(searches, factories)

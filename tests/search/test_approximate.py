@@ -19,6 +19,7 @@ def share_found(hits, vectors, queries, k):
     return np.mean([len(set(found) & set(right)) / k for found, right in pairs])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("factory", "least"),
     [
@@ -68,6 +69,7 @@ def test_what_decides_between_time_and_recall_is_known(factory, tunable):
     assert VectorIndex.build(unit_vectors(200), factory).tunable == tunable
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("factory", "least", "most"),
     [

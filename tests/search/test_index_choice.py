@@ -47,6 +47,7 @@ def test_sizes_and_recalls_out_of_their_ranges_are_refused(count, dim, recall):
         choose_factory(count, dim, memory_budget_bytes=10**9, target_recall=recall)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bytes_per_vector", "expected"),
     [

@@ -46,6 +46,7 @@ def test_the_short_way_takes_english_and_chinese():
         assert not _PLAIN.fullmatch(character)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_every_character_of_the_short_way_is_cleaned_as_open_clip_does():
     assert not differing(PLAIN)
@@ -58,12 +59,14 @@ def test_mixtures_of_the_short_way_are_cleaned_as_open_clip_does():
     assert not differing("".join(pick.choices(few, k=pick.randrange(24))) for _ in range(8000))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_every_other_character_is_cleaned_as_open_clip_does():
     assigned = [c for c in CHARACTERS if unicodedata.category(c) not in ("Cn", "Co", "Lo")]
     assert not differing(f"a{character}B {character}" for character in assigned)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_what_is_damaged_is_mended_as_open_clip_does():
     pick = random.Random(0)
@@ -144,6 +147,7 @@ def test_a_word_has_a_space_before_it_and_chinese_has_none(text, cleaned):
     assert RESTORING["words"](cleaned) == " ".join(text.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "theirs"), [("whitespace", _clean_whitespace), ("canonicalize", _clean_canonicalize)]
 )

@@ -50,6 +50,7 @@ def pieces_of(tokenizer, text: str) -> list[str]:
     return [pieces[token_id] for token_id in tokenizer.split([text])[0]]
 
 
+@pytest.mark.slow
 def test_clip_is_open_clips_vocabulary():
     own, shorter = clip_tokenizer(), import_tokenizer("clip", context_length=32)
     assert shorter.vocabulary.files() == own.vocabulary.files()

@@ -289,6 +289,7 @@ def test_a_table_has_a_row_a_tokenizer_and_lines_up(clip):
     assert "* 很小: cats 2 x 2, sits 2 x 1" in blocks[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("languages", [("zh", "en"), ("en",)], ids=["two languages", "one"])
 def test_a_plot_is_an_image_whatever_the_names_are(tmp_path, languages):
     tokenizers = {name: word_pieces() for name in ("很小", "_old", "$x$ $y")}

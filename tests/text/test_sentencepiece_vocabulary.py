@@ -314,6 +314,7 @@ def test_a_piece_of_bpe_keeps_what_it_is_merged_from():
     assert [vocabulary.pieces()[i] for i in kept] == ["<unk>", "abc", "bc", "a", "b", "c"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["unigram", "bpe"])
 def test_reduced_random_models_split_texts_as_before(model_type):
     pick = random.Random(0)

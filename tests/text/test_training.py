@@ -228,6 +228,7 @@ def test_languages_count_by_their_bytes_to_the_power_of_one_by_the_temperature(
     assert balanced.fingerprint != train(zh * (times + 1), en, **options).fingerprint
 
 
+@pytest.mark.slow
 def test_a_higher_temperature_gives_the_smaller_language_more_pieces(captions):
     zh = captions["zh"][:300]
     en = of_size(captions["en"], 20 * sum(len(text.encode()) for text in zh))

@@ -232,6 +232,7 @@ def test_spellings_add_to_the_share_that_a_word_has_by_itself():
     assert with_traditional({"猫": 0.5, "貓": 0.5}, 0.5) == pytest.approx({"猫": 0.25, "貓": 0.75})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("read_once")
 def test_traditional_spellings_leave_the_sum_of_shares_as_it_is(published):
     words = with_traditional(published["wordfreq", "zh"], 0.3)

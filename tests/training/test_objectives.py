@@ -102,6 +102,7 @@ def test_every_objective_is_trained_reported_apart_and_left_out_of_the_bundle(
         whole.truncated(9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [TINY_MODEL, TINY_MULTIWAY], ids=["two towers", "multiway"])
 def test_micro_batches_give_the_losses_of_one_batch(data, tokenizer, tmp_path, model):
     """The masks of a sample follow from the seed and the sample, and not from its batch."""

@@ -128,6 +128,7 @@ def test_steps_after_a_gradient_that_is_not_finite_change_nothing(inputs, tmp_pa
         assert torch.equal(parameter, weights[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["exact", "one_pass"])
 def test_micro_batches_train_and_report_the_candidates_they_saw(inputs, tmp_path, mode):
     loss = LossConfig(micro_batches=2, accumulation=mode)

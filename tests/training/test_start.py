@@ -94,6 +94,7 @@ def test_in_its_first_steps_only_the_new_rows_change(grown, data, tmp_path):
     assert not after["text.text_projection"].equal(before["text.text_projection"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [2, 4, 5], ids=lambda step: f"after step {step}")
 def test_resuming_in_or_after_the_first_steps_gives_the_same_weights(grown, data, tmp_path, stop):
     schedule = ScheduleConfig(steps=6, warmup_steps=1, new_rows_steps=4)

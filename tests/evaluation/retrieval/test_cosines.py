@@ -25,6 +25,7 @@ def record(spread):
     return [spread.count, spread.mean, spread.std, spread.min, spread.max]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", [1, 5, 40, None])
 def test_correct_and_wrong_cosines_are_summarised_as_over_the_whole_matrix(tile):
     # Tiles of one pair take a millisecond each.

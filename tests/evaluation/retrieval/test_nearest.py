@@ -33,6 +33,7 @@ def levels(seed, queries=70, candidates=53, dim=6):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", [1, 7, 64, None])
 @pytest.mark.parametrize("seed", range(4))
 def test_the_first_of_the_best_is_found_whatever_the_tile(seed, tile):

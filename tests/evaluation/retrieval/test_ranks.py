@@ -66,6 +66,7 @@ def test_ranks_with_many_equal_scores_equal_a_count_over_the_whole_matrix(seed, 
     check(queries, candidates, random_matches(rng, *sizes), tile)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", [4, 13, 61, None])
 @pytest.mark.parametrize("dim", [1, 3, 64, 515])
 def test_equal_vectors_tie_wherever_they_stand(dim, tile):

@@ -148,6 +148,7 @@ def test_every_class_can_be_tested_in_the_held_out_style(emoji_splits):
     assert {sample.labels.get("class") for sample in tested} >= set(class_table().classes)
 
 
+@pytest.mark.slow
 def test_every_image_is_64_pixels_wide_and_high_and_shows_something(samples):
     for sample in samples:
         with Image.open(io.BytesIO(sample.image)) as image:

@@ -77,7 +77,7 @@ def test_commands_run_in_the_order_of_the_page(workspace, page):
             # The launcher itself starts the ranks of a test in tests/end_to_end/test_training.py.
             launched = launch_command_parser().parse_args(words[2:])
             assert (launched.module, launched.training_script) == (True, "vlm")
-            processes = load_config_from_file(ROOT / launched.config_file).num_processes
+            processes = load_config_from_file(str(ROOT / launched.config_file)).num_processes
             verb = launched.training_script_args
             run_vlm(*verb, *SHORTER.get(verb[0], []), processes=processes, folder=workspace)
 

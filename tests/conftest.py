@@ -13,14 +13,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
-from jaxtyping import install_import_hook
 
 from tests.support.commands import ROOT, TINY_QUICKSTART, run_vlm
 
 # Only modules whose annotations have shapes: mypy checks the others, and beartype takes its time.
-install_import_hook(
+jaxtyping.install_import_hook(
     [
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for path in (ROOT / "vlm").rglob("*.py")
@@ -49,6 +49,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         needed = 2 if item.get_closest_marker("multi_gpu") else 1
         if item.get_closest_marker("gpu") or item.get_closest_marker("multi_gpu"):
             item.add_marker(pytest.mark.skipif(gpus < needed, reason=f"needs {needed} GPUs"))
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Turn off the checks of annotations, which a user does not have: they answer first, and
+    cost more than the calls of a test with very many texts.
+    """
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(scope="session")

@@ -146,6 +146,7 @@ def test_a_grown_bundle_says_where_its_new_ids_begin(bundle, grown_folder):
     assert bundle.first_new_id is None
 
 
+@pytest.mark.slow
 def test_widths_that_features_were_trained_at_are_kept(
     bundle, grown_folder, clip, captions, tmp_path
 ):

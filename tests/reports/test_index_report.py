@@ -62,6 +62,7 @@ def test_exact_indexes_without_a_sweep_give_a_table_alone():
     assert [type(block) for block in blocks] == [Table]
 
 
+@pytest.mark.slow
 def test_the_report_has_the_protocol(swept, tmp_path):
     document = index_document(swept, embeddings="runs/a/embeddings", model="a" * 64)
     page = write_report(tmp_path, document)

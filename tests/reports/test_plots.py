@@ -37,6 +37,7 @@ def figures(monkeypatch):
     return drawn
 
 
+@pytest.mark.slow
 def test_a_recall_curve_goes_through_the_recalls(figures):
     found = {"zh": ranks(0), "en": ranks(1)}
     with Image.open(io.BytesIO(recall_curves_png({"a": found, "中文 $x": found}))) as image:

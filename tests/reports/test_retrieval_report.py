@@ -95,6 +95,7 @@ def test_examples_can_be_shown_of_some_benchmarks(run):
     assert sum(section.title.startswith("Examples") for section in sections) == 1
 
 
+@pytest.mark.slow
 def test_a_report_is_written_as_markdown_page_and_images(run, tmp_path):
     document = retrieval_document(run)
     page = write_report(tmp_path, document)

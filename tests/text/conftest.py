@@ -6,14 +6,6 @@ import jaxtyping
 import pytest
 
 
-@pytest.fixture
-def unchecked(monkeypatch):
-    """Turn off the checks of annotations, which a user does not have: they answer first, and
-    cost more than the calls of a test with very many texts.
-    """
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-
-
 @pytest.fixture(scope="session")
 def emoji():
     """Return what reads all samples of a split of data/emoji, once and unchecked."""

@@ -228,6 +228,7 @@ def test_other_bases_find_a_character_wherever_it_stands(base):
     assert [row.count(shirt) for row in rows] == [1] * len(texts)
 
 
+@pytest.mark.slow
 def test_the_longest_piece_from_the_left_is_taken(clip):
     words = {"中国人民": 0.4, "国人": 0.3, "中国": 0.2, "人民": 0.1}
     new = extend(clip, words, vocab_size=clip.vocab_size + 8, coverage=1.0).tokenizer
@@ -236,6 +237,7 @@ def test_the_longest_piece_from_the_left_is_taken(clip):
     assert pieces_of(new, "国人民") == ["国人", "民"]
 
 
+@pytest.mark.slow
 def test_texts_are_cut_at_the_new_pieces_and_split_as_before_between_them(clip, extended, captions):
     new = extended.tokenizer
     pieces = sorted(new.vocabulary.pieces()[clip.vocab_size :], key=len, reverse=True)

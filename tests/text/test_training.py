@@ -162,6 +162,7 @@ def test_separate_spaces_have_a_piece_even_if_no_text_has_one():
     assert tokenizer.decode(ids_of(tokenizer, "cat sun")) == "cat sun"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("separate_spaces", [True, False], ids=["separate spaces", "words"])
 def test_common_pieces_are_as_probable_as_they_are_used(captions, separate_spaces):
     """SentencePiece itself counts places that no piece may cross as uses of one of the pieces."""

@@ -72,6 +72,7 @@ def records(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [TINY_MODEL, TINY_MULTIWAY], ids=["two towers", "multiway"])
 def test_every_objective_is_trained_reported_apart_and_left_out_of_the_bundle(
     data, tokenizer, tmp_path, model

@@ -45,6 +45,7 @@ def test_a_classs_vector_is_the_direction_of_its_prompts_mean(
         np.testing.assert_allclose(weight, naive_weight(embedder, synonyms, TEMPLATES), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_class_vectors_are_clip_benchmarks(embedder):
     from clip_benchmark.metrics.zeroshot_classification import zero_shot_classifier
 

@@ -124,7 +124,6 @@ def test_an_error_in_the_options_imports_nothing_that_takes_seconds(words):
     [
         (["trian"], "train"),
         (["serach", "--text", "cat"], "search"),
-        (["tokenizer"], "tokenizer train"),
         (["tokeniser", "train"], "tokenizer train"),
         (["data", "chekc"], "data check"),
         (["evla", "retrieval"], "eval retrieval"),
@@ -143,6 +142,8 @@ def test_an_unknown_verb_like_none_is_answered_with_what_may_follow(capsys):
     said = complaint(capsys, "xyzzy")
     assert said.startswith("there is no verb 'xyzzy'; expected one of ")
     assert all(" ".join(verb) in said for verb in VERBS)
+    said = complaint(capsys, "data")
+    assert said == "`vlm data` lacks its second word; expected one of data index, data check"
 
 
 @pytest.mark.parametrize(
@@ -202,13 +203,15 @@ def test_a_launcher_that_starts_one_process_of_several_is_pointed_out(monkeypatc
     # What `accelerate launch --num_processes 2` leaves on a machine without a GPU.
     monkeypatch.setenv("ACCELERATE_USE_CPU", "False")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    assert main(["data", "check", "gone"]) == 2
+    assert main(["eval", "retrieval", "gone"]) == 2
     warning, error = capsys.readouterr().err.splitlines()
     assert "several processes, but started one" in warning
     assert "configs/accelerate/2-cpus.yaml" in warning
-    assert error.startswith("vlm: gone is not a folder; expected a data folder")
+    assert error.startswith("vlm: gone is not a bundle")
+    assert main(["data", "check", "gone"]) == 2  # which no processes share
+    assert capsys.readouterr().err.count("\n") == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["data", "check", "gone"]) == 2
+    assert main(["eval", "retrieval", "gone"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 

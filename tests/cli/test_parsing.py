@@ -133,6 +133,31 @@ def test_paths_in_a_file_start_from_the_current_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ("a: [1\nb: 2\n", ", line 2 is not YAML: expected ',' or ']', but got ':'"),
+        ("", " holds no settings by name; expected YAML such as `a: 1`"),
+        ("- a\n- b\n", " holds no settings by name; expected YAML such as `a: 1`"),
+    ],
+    ids=["not YAML", "empty", "list"],
+)
+def test_a_file_without_settings_is_named(tmp_path, content, found):
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    assert complaint("b", "--config", str(path)) == f"{path}{found}"
+
+
+def test_a_setting_of_another_type_in_a_file_is_named(in_file):
+    assert complaint(*in_file("image: [a, b]\n", "b")).startswith("image is")
+
+
+def test_the_file_of_a_part_that_is_missing_is_said_to_be(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = complaint("b", "--part", "gone.yaml")
+    assert found == f"part is gone.yaml, which is missing; relative paths start from {tmp_path}"
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         ([], "the following arguments are required: bundle"),
@@ -166,8 +191,8 @@ def test_a_mistake_on_the_command_line_is_one_sentence(words, said):
         ("part: {stesp: 3}\n", "there is no option 'stesp'; did you mean 'part.steps'?"),
         ("part: 15\n", "part is 15; expected its settings by name"),
         ("part: [a, b]\n", "part is ['a', 'b']; expected its settings by name"),
-        ("part: gone.yaml\n",
-         "part is gone.yaml; expected its settings by name, or a YAML file with them"),
+        ("part: far\n",
+         "part is far; expected its settings by name, or a YAML file with them"),
         ("part: {steps: many}\n", "part.steps is many; expected integer"),
         ("part: {steps: 0}\n", "steps is 0; expected at least 1"),
         ("text: 3\n", "text is 3; expected text or null"),

@@ -18,7 +18,7 @@ from vlm.embedding.parts import (
     read_embeddings,
     write_embeddings,
 )
-from vlm.errors import DataError, SearchIndexError
+from vlm.errors import ConfigError, DataError, SearchIndexError
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +127,12 @@ def embed(embedder, folder, out, **options):
     images, _ = images_in_folder(folder)
     options = {"bundle": out, "part_size": 4, "allowed_share": 0.2} | options
     return write_embeddings(embedder, images, out, **options)
+
+
+@pytest.mark.parametrize("share", [-0.1, 5.0])
+def test_an_allowed_share_that_is_no_ratio_is_refused(folder_of_images, embedder, tmp_path, share):
+    with pytest.raises(ConfigError, match=rf"allowed_share is {share}; expected a ratio in"):
+        embed(embedder, folder_of_images, tmp_path / "out", allowed_share=share)
 
 
 def test_unreadable_images_are_left_out_and_named(folder_of_images, embedder, tmp_path):

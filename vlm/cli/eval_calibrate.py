@@ -45,7 +45,7 @@ def run(options: Options) -> None:
     )
     pairs = open_source(source, languages=embedder.languages)
     if pairs.findings:
-        print(f"{source.name}: {dict(pairs.findings)}", file=sys.stderr)
+        print(f"{source.name}: {'; '.join(pairs.describe_findings())}", file=sys.stderr)
     data = {
         "data": str(source.path),
         "kind": pairs.kind,

@@ -37,6 +37,10 @@ VERBS = {
 """Every verb with the module that runs it: a dataclass `Options`, and `run(options)`."""
 
 
+_LAUNCHED = {("train",), ("eval", "retrieval"), ("eval", "classification")}
+"""The verbs that several processes can share."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code: 0, or 2 after an error of the user's."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -83,7 +87,8 @@ def _run(words: Sequence[str]) -> None:
     verb = next((v for v in VERBS if tuple(words[: len(v)]) == v), None)
     if verb is None:
         raise VlmError(_unknown_verb(words))
-    _warn_of_one_process()
+    if verb in _LAUNCHED:
+        _warn_of_one_process()
     module, words = import_module(VERBS[verb][0]), list(words[len(verb) :])
     from vlm.cli.parsing import parse
 
@@ -121,6 +126,8 @@ def _overview(verbs: Sequence[tuple[str, ...]]) -> str:
 def _unknown_verb(words: Sequence[str]) -> str:
     known = [" ".join(verb) for verb in VERBS]
     family = [name for name in known if name.startswith(f"{words[0]} ")]
+    if family and len(words) == 1:
+        return f"`vlm {words[0]}` lacks its second word; expected one of {', '.join(family)}"
     asked = " ".join(words[:2]) if family else words[0]
     near = difflib.get_close_matches(" ".join(words[:2]), family or known, n=1)
     near = near or difflib.get_close_matches(words[0], [] if family else known, n=1, cutoff=0.5)

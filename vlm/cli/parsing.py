@@ -14,6 +14,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from vlm.errors import ConfigError, VlmError
@@ -95,6 +96,16 @@ class _Parser(ArgumentParser):
 
     def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Namespace:
         text = Path(cfg_path).read_text(encoding="utf-8")
+        try:
+            settings = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            place = (
+                f", line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
+            )
+            problem = getattr(error, "problem", "") or error
+            raise ConfigError(f"{cfg_path}{place} is not YAML: {problem}") from error
+        if not isinstance(settings, dict):
+            raise ConfigError(f"{cfg_path} holds no settings by name; expected YAML such as `a: 1`")
         found: Namespace = self.parse_string(text, *args, **kwargs)
         return found
 
@@ -207,7 +218,8 @@ def _checked(word: str, name: str, settings: Mapping[str, Any]) -> str:
 
 def _unknown(name: str, settings: Mapping[str, Any]) -> str:
     """Say that there is no such setting, and which one may be meant."""
-    near = [_OTHER_NAMES[name]] if _OTHER_NAMES.get(name) in settings else []
+    other = _OTHER_NAMES.get(name.rsplit(".", 1)[-1])
+    near = [other] if other in settings else []
     near = near or difflib.get_close_matches(name, settings, n=1, cutoff=0.5)
     return f"there is no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 
@@ -226,9 +238,15 @@ def _explain(error: BaseException, settings: Mapping[str, Any]) -> str:
     if missing := _MISSING.search(message) if keys else None:
         return f"{name} lacks {missing[1]}"
     if no_file := _NO_FILE.search(message):
+        if no_file[1].endswith((".yaml", ".yml")):
+            return (
+                f"{name} is {no_file[1]}, which is missing; relative paths start from {Path.cwd()}"
+            )
         return f"{name} is {no_file[1]}; expected its settings by name, or a YAML file with them"
     if (value := _VALUE.search(message)) and name in settings:
         return f"{name} is {value[1]}; expected {_expected(settings[name])}"
+    if "Not of type" in message and name in settings:
+        return f"{name} is of another type; expected {_expected(settings[name])}"
     return _KEY.sub(r"\1", message)
 
 

@@ -193,6 +193,8 @@ def _pack(samples: Iterable[Sample]) -> bytes:
 
 
 def _sample_from_record(key: str, image: bytes, record: Mapping[str, object]) -> Sample:
+    if "captions" not in record:
+        raise ValueError(f"it has no captions, only {', '.join(record)}")
     labels, concept = record.get("labels", {}), record.get("concept")
     if not isinstance(labels, dict) or not all(isinstance(v, str) for v in labels.values()):
         raise ValueError("labels is no mapping to texts")

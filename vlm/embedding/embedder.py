@@ -119,7 +119,7 @@ class Embedder:
         return self.model.device
 
     def encode_text(
-        self, texts: str | Sequence[str], *, batch_size: int = 256, show_progress_bar: bool = False
+        self, texts: str | Iterable[str], *, batch_size: int = 256, show_progress_bar: bool = False
     ) -> Float32[np.ndarray, "*texts dim"]:
         """Embed texts in any language: one unit vector a text, or the vector of one text alone.
 
@@ -130,6 +130,7 @@ class Embedder:
         """
         if isinstance(texts, str):
             return np.asarray(self.encode_text([texts])[0])
+        texts = _listed(texts, "strings")
         check_texts(texts)
         rows = [np.zeros((0, self.embed_dim), np.float32)]
         for _, chunk in _batches(texts, batch_size, show_progress_bar):
@@ -161,7 +162,7 @@ class Embedder:
         if isinstance(images, _LONE) or (isinstance(images, np.ndarray) and images.ndim < 4):
             return np.asarray(self.encode_image([cast(ImageInput, images)])[0])
         rows = [np.zeros((0, self.embed_dim), np.float32)]
-        for start, chunk in _batches(list(images), batch_size, show_progress_bar):
+        for start, chunk in _batches(_listed(images, "images"), batch_size, show_progress_bar):
             numbered = enumerate(chunk, start=start + first_number)
             pixels = [self.pixels(image, name=f"image {number}") for number, image in numbered]
             rows.append(self.encode_pixels(torch.stack(pixels)))
@@ -193,6 +194,7 @@ class Embedder:
 
         Either side may be one vector; its axis is then missing in the result.
         """
+        queries, candidates = np.asarray(queries), np.asarray(candidates)
         if queries.shape[-1] != candidates.shape[-1]:
             raise VlmError(
                 f"cannot compare vectors of {queries.shape[-1]} numbers with vectors of "
@@ -267,7 +269,8 @@ def _source_of(image: ImageInput) -> ImageSource:
             raise VlmError(f"{image} is a URL; expected a path: download it, or pass its bytes")
         return Path(image)
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3):
+        colours = image.shape[2:] in ((), (3,), (4,))
+        if image.dtype != np.uint8 or image.ndim < 2 or not colours or not image.size:
             raise VlmError(
                 f"an array of {image.dtype} and shape {image.shape} is not an image; expected "
                 "uint8 of height x width x 3"
@@ -277,8 +280,17 @@ def _source_of(image: ImageInput) -> ImageSource:
         return image
     content = image.read() if hasattr(image, "read") else None
     if not isinstance(content, bytes):
-        raise VlmError(f"{image!r:.60} is not an image; expected a path, bytes or a PIL image")
+        raise VlmError(
+            f"an object of type {type(image).__name__} is not an image; expected a path, bytes, a "
+            "PIL image or an array of uint8"
+        )
     return content
+
+
+def _listed(items: Iterable[Item], kind: str) -> Sequence[Item]:
+    if not isinstance(items, Iterable):
+        raise VlmError(f"expected {kind}, found an object of type {type(items).__name__}")
+    return items if isinstance(items, Sequence) else list(items)
 
 
 def _move(model: RuntimeEncoder, device: str | torch.device) -> None:

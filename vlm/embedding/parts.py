@@ -27,7 +27,7 @@ from tqdm import tqdm
 from vlm.data.dataset import ShardedSplit
 from vlm.data.image_folder import IMAGE_SUFFIXES, images_below
 from vlm.embedding.embedder import IMAGE_BATCH, Embedder
-from vlm.errors import DataError, SearchIndexError
+from vlm.errors import ConfigError, DataError, SearchIndexError
 from vlm.files import write_file
 from vlm.images.decoding import ImageSource
 
@@ -120,10 +120,13 @@ def write_embeddings(
         part_size: Images in a part, a multiple of the batch.
 
     Raises:
+        ConfigError: `allowed_share` is no ratio.
         DataError: `out` is finished already or holds something else; or too many images cannot be
             read: all others have been embedded then, and are not embedded again.
         VlmError: something cannot be written.
     """
+    if not 0 <= allowed_share <= 1:
+        raise ConfigError(f"allowed_share is {allowed_share}; expected a ratio in [0, 1]")
     if out.exists() and ((out / DESCRIPTION_NAME).exists() or not _is_begun(out)):
         raise DataError(f"{out} exists already; choose another folder for the embeddings")
     model = [embedder.fingerprint, embedder.embed_dim, list(embedder.languages)]

@@ -232,9 +232,4 @@ def _files(scored: ScoredBenchmark) -> str:
         if given and name not in ("name", "kind"):
             shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
             parts.append(f"{name.replace('_', ' ')} {shown}")
-    for name, value in scored.pairs.findings.items():
-        if isinstance(value, int):
-            parts.append(f"{value:,} {name.replace('_', ' ')}")
-        elif name == "notes":
-            parts += list(value)
-    return "; ".join(parts)
+    return "; ".join(parts + scored.pairs.describe_findings())

@@ -63,7 +63,7 @@ def build_run(config: TrainConfig, *, resume: bool = False) -> Run:
     _check_run_folder(config, resume)
     start = build_start(config)
     loader = _build_loader(config, start, accelerator)
-    loss = _build_loss(config, start.model.logit_bias is not None)
+    loss = _build_loss(config, start.model.logit_bias is not None, accelerator.num_processes)
     evaluate = _build_evaluation(config, start)
     # Batch norm is always over the whole batch, so that a run does not depend on its processes.
     model: nn.Module = synchronize_batch_norm(
@@ -231,7 +231,7 @@ def _check_languages(samples: ShardedSplit, languages: Sequence[str]) -> None:
     )
 
 
-def _build_loss(config: TrainConfig, has_bias: bool) -> BilingualLoss:
+def _build_loss(config: TrainConfig, has_bias: bool, ranks: int) -> BilingualLoss:
     """Build the loss; a collective operation."""
     loss, languages = config.loss, config.captions.languages
     if (loss.plan.kind == "sigmoid") != has_bias:
@@ -239,6 +239,14 @@ def _build_loss(config: TrainConfig, has_bias: bool) -> BilingualLoss:
             f"loss.plan.kind is {loss.plan.kind} and the model has {'a' if has_bias else 'no'} "
             "bias; expected model.init_logit_bias for a sigmoid loss, for example -10, and none "
             "for a softmax"
+        )
+    if (
+        loss.plan.kind == "softmax"
+        and config.data.batch_size // ranks * (loss.plan.group_size or ranks) < 2
+    ):
+        raise ConfigError(
+            f"data.batch_size is {config.data.batch_size}, so that an image is compared with one "
+            "caption alone, where a softmax is always 0; expected at least 2 in a loss group"
         )
     if loss.text_text_weight and len(languages) != 2:
         raise ConfigError(

@@ -95,6 +95,9 @@ def test_the_files_of_a_benchmark_are_asked_with_what_was_found(table):
     assert found.findings["images_listed"] == 4
     assert found.findings["duplicate_captions"] == 1
     assert "missing_images" not in found.findings
+    phrases = found.describe_findings()
+    assert {"4 images listed", "1 duplicate captions"} <= set(phrases)
+    assert all(note in phrases for note in found.findings.get("notes", ()))
 
 
 def test_the_settings_of_a_benchmark_are_heeded(table, tmp_path):
@@ -110,6 +113,9 @@ def test_the_settings_of_a_benchmark_are_heeded(table, tmp_path):
     assert found.texts["zh"].matches.tolist() == expected
     assert found.duplicates == "by string"
     assert found.findings["missing_images"] == 1
+    (example,) = [each for each in found.describe_findings() if "such as" in each]
+    assert example.startswith("missing images such as ")
+    assert "missing.png" in example
     for share, counts in ((0.0, "1 of 5"), (None, "1 of 5")):
         strict = RetrievalSource(path=moved, images=table.parent, allowed_share=share)
         with pytest.raises(DataError, match=f"{counts} images are not on the disk"):

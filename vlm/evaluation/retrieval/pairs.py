@@ -66,6 +66,17 @@ class RetrievalPairs:
     The first language is English if there is English, else the first of all; empty if no two
     languages have such texts."""
 
+    def describe_findings(self) -> list[str]:
+        """Return a phrase for everything that was found in a benchmark's files."""
+        phrases = [
+            f"{number:,} {name.replace('_', ' ')}"
+            for name, number in self.findings.items()
+            if isinstance(number, int)
+        ]
+        examples = self.findings.get("examples", {})
+        first = [f"{name.replace('_', ' ')} such as {case}" for name, case in examples.items()]
+        return [*phrases, *first, *self.findings.get("notes", ())]
+
 
 def pairs_of_split(
     folder: Path, split: str, *, languages: Sequence[str], where: Sequence[str] = ()

@@ -116,7 +116,7 @@ def evaluate(
     scored = {}
     for source, pairs in opened:
         if pairs.findings and bulk.show_progress_bar:
-            tqdm.write(f"{source.name}: {dict(pairs.findings)}", file=sys.stderr)
+            tqdm.write(f"{source.name}: {'; '.join(pairs.describe_findings())}", file=sys.stderr)
         evaluation = evaluate_pairs(bulk, pairs, cutoffs=cutoffs)
         scored[source.name] = ScoredBenchmark(source=source, pairs=pairs, evaluation=evaluation)
     return RetrievalRun(bundle=str(bundle), benchmarks=scored)

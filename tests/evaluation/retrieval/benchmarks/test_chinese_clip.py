@@ -2,7 +2,6 @@
 
 import base64
 import json
-import multiprocessing
 import pickle
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import torch
 
 from tests.builders import THINGS, encoded, make_image
 from tests.evaluation.retrieval.benchmarks.opened import opened
+from tests.support.processes import PROCESSES
 from vlm.errors import DataError
 from vlm.evaluation.config import RetrievalSource
 from vlm.evaluation.retrieval.benchmarks.chinese_clip import list_chinese_clip
@@ -86,7 +86,7 @@ def test_an_lmdb_holds_the_same(tmp_path):
     for text, place in found.texts["zh"].matches.tolist():
         assert int(found.image_names[place]) in TEXTS[text]["image_ids"]
     assert found.texts["zh"].texts == from_lines.texts["zh"].texts
-    with multiprocessing.get_context("spawn").Pool(1) as workers:
+    with PROCESSES.Pool(1) as workers:
         assert workers.apply(list, (found.images,)) == list(found.images)
 
 

@@ -1,13 +1,13 @@
 """A path is recognised by what it holds; languages are told; images reach a model and workers."""
 
 import json
-import multiprocessing
 
 import numpy as np
 import pytest
 
 from tests.builders import THINGS, encoded, make_image, tiny_bundle
 from tests.evaluation.retrieval.benchmarks.opened import opened
+from tests.support.processes import PROCESSES
 from vlm.embedding.embedder import Embedder
 from vlm.errors import DataError
 from vlm.evaluation.retrieval.benchmarks.opening import kind_of
@@ -100,7 +100,7 @@ def test_images_can_be_embedded_and_sent_to_workers(tmp_path):
     vectors = embedder.encode_image(found.images, batch_size=2)
     expected = embedder.encode_image([make_image(number) for number in range(5)])
     np.testing.assert_allclose(vectors, expected, atol=1e-6)
-    with multiprocessing.get_context("spawn").Pool(1) as workers:
+    with PROCESSES.Pool(1) as workers:
         assert workers.apply(list, (found.images,)) == list(found.images)
 
 

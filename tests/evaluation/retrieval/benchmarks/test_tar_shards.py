@@ -1,7 +1,6 @@
 """WebDatasets are read as CLIP_benchmark's own exporter writes them, and damage is refused."""
 
 import io
-import multiprocessing
 import tarfile
 
 import pytest
@@ -9,6 +8,7 @@ import webdataset
 
 from tests.builders import THINGS, encoded, make_image
 from tests.evaluation.retrieval.benchmarks.opened import opened
+from tests.support.processes import PROCESSES
 from vlm.errors import DataError
 
 ZH = [zh for _, zh in THINGS]
@@ -47,7 +47,7 @@ def test_what_clip_benchmark_exports_is_read(tmp_path):
     assert list(found.images) == IMAGES
     assert found.texts["en"].texts == [text for _, texts in dataset for text in texts]
     assert found.texts["en"].matches.tolist() == [[n, n // 2] for n in range(24)]
-    with multiprocessing.get_context("spawn").Pool(1) as workers:
+    with PROCESSES.Pool(1) as workers:
         assert workers.apply(list, (found.images,)) == IMAGES
     assert opened(tmp_path / "test").texts["en"].texts == found.texts["en"].texts
 
@@ -107,3 +107,10 @@ def test_half_a_character_is_named_with_its_sample(tmp_path):
     members = sample(0, json=b'{"caption": "a cat \\ud83d"}')
     with pytest.raises(DataError, match=r"0.tar, 's0': '\\ud83d' is half a character"):
         opened(write_tar(tmp_path / "0.tar", members))
+
+
+def test_a_split_of_shards_without_a_manifest_is_answered_with_how_to_write_one(tmp_path):
+    with webdataset.TarWriter(str(tmp_path / "train-00000.tar")) as writer:
+        writer.write({"__key__": "a", "webp": IMAGES[0], "txt": EN[0]})
+    with pytest.raises(DataError, match=rf"no split 'train'; .* `vlm data index {tmp_path}`"):
+        opened(tmp_path, split="train")

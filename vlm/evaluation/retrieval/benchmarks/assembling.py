@@ -86,6 +86,8 @@ def choose_split(splits: Iterable[str], asked: str | None, path: Path) -> str:
         raise DataError(f"{path} has the splits {', '.join(known)}; choose one of them")
     if asked not in known:
         has = f"its splits are {', '.join(known)}" if known else "it has no splits, so leave it out"
+        if not known and path.is_dir() and any(path.glob("*-*.tar*")):
+            has += f", or let `vlm data index {path}` write a manifest of its shards"
         raise DataError(f"{path} has no split {asked!r}; {has}")
     return asked
 

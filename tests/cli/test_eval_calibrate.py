@@ -64,7 +64,7 @@ def test_the_files_of_a_benchmark_calibrate_as_well(capsys, bundle, tmp_path):
     assert (fitted_on["data"], fitted_on["kind"]) == (str(path), "table")
     assert (fitted_on["duplicates"], fitted_on["languages"]) == ("by id", ["en"])
     assert "lower case" in fitted_on["cleaning"]
-    assert "held_out: {'images_listed': 12, 'captions_listed': 24" in err
+    assert "held_out: 12 images listed; 24 captions listed" in err
 
 
 def test_a_setting_that_would_be_ignored_leaves_the_bundle_alone(capsys, bundle, data):

@@ -76,6 +76,7 @@ def test_a_folder_is_read_as_it_was_written(tmp_path, encode):
     assert found.findings.get("images_without_caption", 0) == 0
 
 
+@pytest.mark.slow
 def test_an_lmdb_holds_the_same(tmp_path):
     folder = write(tmp_path / "muge")
     from_lines = opened(folder)

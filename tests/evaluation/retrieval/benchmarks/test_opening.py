@@ -94,6 +94,7 @@ def test_every_count_beyond_the_allowed_share_is_named_with_its_first_case(tmp_p
     assert opened(path, allowed_share=0.5).texts["en"].texts == ["a dog"]
 
 
+@pytest.mark.slow
 def test_images_can_be_embedded_and_sent_to_workers(tmp_path):
     found = opened(write_lines(tmp_path / "a.jsonl", ZH[:5]))
     embedder = Embedder.load(tiny_bundle(tmp_path / "bundle"), device="cpu")

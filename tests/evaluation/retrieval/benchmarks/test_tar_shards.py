@@ -33,6 +33,7 @@ def sample(number, **parts):
     ]
 
 
+@pytest.mark.slow
 def test_what_clip_benchmark_exports_is_read(tmp_path):
     (tmp_path / "test").mkdir()
     (tmp_path / "dataset_type.txt").write_text("retrieval\n")

@@ -27,7 +27,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist lo
 test: install  ## run the whole test suite
 	$(PYTEST)
 
-test-fast: install  ## run the tests of one process that are quick (minutes)
+test-fast: install  ## run the quick tests of one process (under 3 minutes on two quiet cores)
 	$(PYTEST) -m "not slow and not distributed and not peer"
 
 check: install  ## formatting, lint, types and layers

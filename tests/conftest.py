@@ -41,6 +41,7 @@ def pytest_collection_finish() -> None:
     # What was imported and collected lives to the end: no collection of garbage looks at it again.
     gc.freeze()
     gc.enable()
+    gc.set_threshold(20_000)  # tests leave little garbage, and it is looked for less often
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -27,6 +27,19 @@ sys.exit(code)
 """
 
 
+WATCHED_HELP = """
+import sys
+from vlm.cli.main import VERBS, main
+for verb in VERBS:
+    try:
+        main([*verb, "--help"])
+    except SystemExit as stopped:
+        assert stopped.code == 0, verb
+    imported = [name for name in sys.argv[1].split() if name in sys.modules]
+    assert not imported, (verb, imported)
+"""
+
+
 @pytest.fixture(autouse=True)
 def an_empty_folder(tmp_path, monkeypatch):
     """Run every test where no configuration, data or tokenizer of the project lies."""
@@ -96,9 +109,8 @@ def test_every_verb_explains_itself_in_words(capsys, verb):
         assert name not in words
 
 
-@pytest.mark.parametrize("verb", VERBS, ids=" ".join)
-def test_help_imports_nothing_that_takes_seconds(verb):
-    done = run_python("-c", WATCHED, " ".join(HEAVY), *verb, "--help")
+def test_help_of_no_verb_imports_what_takes_seconds():
+    done = run_python("-c", WATCHED_HELP, " ".join(HEAVY))
     assert (done.returncode, done.stderr) == (0, "")
 
 

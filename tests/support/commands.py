@@ -1,5 +1,6 @@
 """Run the project's commands as a user does, in processes of their own."""
 
+import gc
 import os
 import socket
 import subprocess
@@ -95,6 +96,7 @@ def _run_main(
     arguments: list[str], folder: Path, environment: dict[str, str], out: Path, err: Path
 ) -> None:
     """Be the command, in a process of its own."""
+    gc.freeze()  # what was imported before the fork is no garbage
     for path, number in ((out, 1), (err, 2)):
         # Ranks write to the same files.
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)

@@ -1,6 +1,7 @@
 """Real processes with real collectives (gloo on the CPU), for tests."""
 
 import atexit
+import gc
 import multiprocessing
 import tempfile
 from collections.abc import Callable
@@ -104,6 +105,7 @@ def _close_worlds() -> None:
 
 
 def _serve(calls: Connection, rank: int, world_size: int, folder: str) -> None:
+    gc.freeze()  # what was imported before the fork is no garbage
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size

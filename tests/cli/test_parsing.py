@@ -136,10 +136,15 @@ def test_paths_in_a_file_start_from_the_current_folder(tmp_path, monkeypatch):
     ("content", "found"),
     [
         ("a: [1\nb: 2\n", ", line 2 is not YAML: expected ',' or ']', but got ':'"),
+        (
+            'a: "\a"\n',
+            " is not YAML: unacceptable character #x0007: special characters are not allowed in "
+            '"<unicode string>", position 4',
+        ),
         ("", " holds no settings by name; expected YAML such as `a: 1`"),
         ("- a\n- b\n", " holds no settings by name; expected YAML such as `a: 1`"),
     ],
-    ids=["not YAML", "empty", "list"],
+    ids=["not YAML", "character", "empty", "list"],
 )
 def test_a_file_without_settings_is_named(tmp_path, content, found):
     path = tmp_path / "run.yaml"

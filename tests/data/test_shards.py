@@ -233,9 +233,8 @@ def test_languages_with_a_region_are_read_as_the_language(tmp_path):
 
 def test_shards_of_another_project_without_captions_are_not_indexed(tmp_path):
     write_record(tmp_path / "train-00000.tar", {"caption": "a cat", "url": "x"})
-    with pytest.raises(
-        DataError, match=r"the record of .* \(it has no captions, only caption, url"
-    ):
+    found = r"train-00000.tar: the record of .* not valid \(it has no captions, only caption, url"
+    with pytest.raises(DataError, match=found):
         index_folder(tmp_path)
     assert not (tmp_path / "manifest.json").exists()
 

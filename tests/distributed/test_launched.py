@@ -19,30 +19,32 @@ import torch.distributed as dist
 from vlm.distributed.gather import gather_numbers
 from vlm.distributed.groups import launched_group
 
-def run(folder):
+def run(folder, ending):
     try:
         with launched_group("cpu") as group:
             [[first], [second]] = gather_numbers([group.rank + 5], group, torch.device("cpu"))
-            raise LookupError
+            if ending == "error":
+                raise LookupError
     except LookupError:
         pass
     found = f"{group.rank} of {group.size}: {first} {second}, {dist.is_initialized()}"
     (folder / f"{group.rank}.txt").write_text(found)
 
 # A global would keep gloo's threads beyond the end of the interpreter, which aborts then.
-run(Path(sys.argv[1]))
+run(Path(sys.argv[1]), sys.argv[2])
 """
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_launched_ranks_find_each_other_and_part_even_after_an_error(tmp_path):
+@pytest.mark.parametrize("ending", ["well", "error"])
+def test_launched_ranks_find_each_other_and_part(tmp_path, ending):
     script = tmp_path / "rank.py"
     script.write_text(RANK)
     subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-            "--standalone", script, tmp_path,
+            "--standalone", script, tmp_path, ending,
         ],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         check=True,

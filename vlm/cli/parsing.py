@@ -99,11 +99,11 @@ class _Parser(ArgumentParser):
         try:
             settings = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            place = (
-                f", line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
-            )
-            problem = getattr(error, "problem", "") or error
-            raise ConfigError(f"{cfg_path}{place} is not YAML: {problem}") from error
+            # The error of a character that YAML does not allow has neither, and two lines.
+            mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", error)
+            place = f", line {mark.line + 1}" if mark else ""
+            reason = " ".join(str(problem).split())
+            raise ConfigError(f"{cfg_path}{place} is not YAML: {reason}") from error
         if not isinstance(settings, dict):
             raise ConfigError(f"{cfg_path} holds no settings by name; expected YAML such as `a: 1`")
         found: Namespace = self.parse_string(text, *args, **kwargs)

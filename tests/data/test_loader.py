@@ -8,17 +8,12 @@ import pytest
 import torch
 
 from tests.builders import make_sample, make_samples, tiny_tokenizer, write_split
+from vlm.data.collate import MaskPlan, collate
 from vlm.data.config import CaptionConfig
 from vlm.data.dataset import ShardedSplit
-from vlm.data.loader import (
-    BatchOrder,
-    ExampleKey,
-    MaskPlan,
-    TrainingExamples,
-    TrainingLoader,
-    choose_caption,
-    collate,
-)
+from vlm.data.examples import TrainingExamples, choose_caption
+from vlm.data.loader import TrainingLoader
+from vlm.data.order import BatchOrder, ExampleKey
 from vlm.errors import ConfigError, DataError
 from vlm.images.config import AugmentationConfig, PreprocessConfig
 from vlm.images.transforms import TrainingTransform

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vlm.data.loader import epoch_order
+from vlm.data.order import epoch_order
 
 WORD = (1 << 64) - 1
 GAMMA = 0x9E3779B97F4A7C15

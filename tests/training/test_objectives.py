@@ -17,8 +17,8 @@ from tests.builders import (
 )
 from tests.models.test_pretraining import TINY_MULTIWAY
 from tests.support.processes import run_in_world
+from vlm.data.collate import MaskPlan, draw_patches
 from vlm.data.config import DataConfig
-from vlm.data.loader import MaskPlan, draw_patches
 from vlm.data.sample import Batch
 from vlm.embedding.embedder import Embedder
 from vlm.errors import ConfigError, VlmError

@@ -36,10 +36,18 @@ class ShardedSplit:
     def __len__(self) -> int:
         return self._ends[-1]
 
+    @property
+    def sizes(self) -> list[int]:
+        """The number of samples in each shard."""
+        return [len(shard) for shard in self._shards]
+
+    def at(self, shard: int, row: int) -> Sample:
+        """Return the sample in a row of a shard; a `DataError` if its record is not valid."""
+        return self._shards[shard][row]
+
     def __getitem__(self, index: int) -> Sample:
         """Return the sample at `index` in [0, len); a `DataError` if its record is not valid."""
-        shard, row = self._place(index)
-        return self._shards[shard][row]
+        return self.at(*self._place(index))
 
     def address(self, index: int) -> str:
         """Return where a sample lies, as `FOLDER/SHARD#ROW`; rows count from 0."""

@@ -12,7 +12,9 @@ from torch import nn
 
 from vlm.bundle import Bundle, load_bundle
 from vlm.data.dataset import ShardedSplit
-from vlm.data.loader import BatchOrder, TrainingExamples, TrainingLoader, second_of
+from vlm.data.examples import TrainingExamples, second_of
+from vlm.data.loader import TrainingLoader
+from vlm.data.order import BatchOrder
 from vlm.distributed.groups import world_group
 from vlm.embedding.embedder import Embedder
 from vlm.errors import ConfigError

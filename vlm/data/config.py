@@ -18,6 +18,9 @@ class DataConfig:
     """Samples in one step, summed over all processes."""
     workers: int = 2
     """Processes that decode images, for each training process; 0 decodes in that process."""
+    streams: int = 0
+    """Canonical streams that read the data, which fix its order for the whole run; 0 for one a
+    node."""
     keep_decoded: bool = False
     """Keep decoded images in memory: for many epochs over few small images."""
 

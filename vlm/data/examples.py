@@ -1,7 +1,7 @@
 """One sample as a training step sees it: its captions chosen and its image augmented."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from jaxtyping import Float
@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from vlm.data.config import CaptionConfig
 from vlm.data.dataset import ShardedSplit
-from vlm.data.order import ExampleKey
+from vlm.data.order import SampleKey
 from vlm.data.sample import Sample
 from vlm.images.decoding import decode_image
 from vlm.images.transforms import TrainingTransform
@@ -40,19 +40,16 @@ class TrainingExamples(Dataset[Example]):
     Caption choice, augmentation and what is hidden are a function of (seed, epoch, uid).
     """
 
-    samples: ShardedSplit
+    sources: Sequence[ShardedSplit]
     transform: TrainingTransform
     captions: CaptionConfig
     seed: int
     keep_decoded: bool = False
     """Whether each process keeps the images it has decoded."""
-    _decoded: dict[int, Image.Image] = field(default_factory=dict, init=False)
+    _decoded: dict[tuple[int, int, int], Image.Image] = field(default_factory=dict, init=False)
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, key: ExampleKey) -> Example:
-        sample = self.samples[key.place]
+    def __getitem__(self, key: SampleKey) -> Example:
+        sample = self.sources[key.source].at(key.shard, key.row)
         rng = random.Random(f"{self.seed}/{key.epoch}/{sample.uid}")
         captions = {
             language: choose_caption(sample, language, self.captions.main_ratio, rng)
@@ -63,15 +60,16 @@ class TrainingExamples(Dataset[Example]):
                 second_of(language): choose_caption(sample, language, 0.0, rng)
                 for language in self.captions.languages
             }
-        image = self.transform(self._image(key.place, sample), rng)
+        image = self.transform(self._image(key, sample), rng)
         return Example(
             sample.uid, image, text_id(sample.concept), captions, seed=rng.getrandbits(63)
         )
 
-    def _image(self, place: int, sample: Sample) -> Image.Image:
+    def _image(self, key: SampleKey, sample: Sample) -> Image.Image:
+        place = (key.source, key.shard, key.row)
         if place in self._decoded:
             return self._decoded[place]
-        image = decode_image(sample.image, name=f"{sample.uid} ({self.samples.address(place)})")
+        image = decode_image(sample.image, name=f"{sample.uid} ({sample.address})")
         if self.keep_decoded:
             self._decoded[place] = image
         return image

@@ -1,10 +1,11 @@
 """Build the parts of a run that a configuration names."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
@@ -14,8 +15,10 @@ from vlm.bundle import Bundle, load_bundle
 from vlm.data.dataset import ShardedSplit
 from vlm.data.examples import TrainingExamples, second_of
 from vlm.data.loader import TrainingLoader
-from vlm.data.order import BatchOrder
+from vlm.data.mixture import BatchOrder, Mixture
+from vlm.data.order import SourceOrder
 from vlm.distributed.groups import world_group
+from vlm.distributed.mesh import ranks_per_node
 from vlm.embedding.embedder import Embedder
 from vlm.errors import ConfigError
 from vlm.evaluation.retrieval.evaluation import evaluate_retrieval
@@ -87,6 +90,7 @@ def build_run(config: TrainConfig, *, resume: bool = False) -> Run:
             no_sync=lambda: accelerator.no_sync(model),
         ),
         loader=loader,
+        data=loader.order.start(),
         checkpoints=Checkpoints(
             config.run_folder / CHECKPOINTS_NAME,
             keep=config.checkpoint.keep,
@@ -94,8 +98,9 @@ def build_run(config: TrainConfig, *, resume: bool = False) -> Run:
         ),
         evaluate=evaluate,
     )
-    if resume:
-        run.checkpoints.load_latest(run.state)
+    if resume and run.checkpoints.load_latest(run.state):
+        order = loader.order.with_streams(run.data.streams)  # whatever the nodes are now
+        run = replace(run, loader=replace(loader, order=order))
     return run
 
 
@@ -184,17 +189,22 @@ def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _build_loader(config: TrainConfig, start: Bundle, accelerator: Accelerator) -> TrainingLoader:
-    samples = ShardedSplit(config.data.folder, config.data.split)
-    _check_languages(samples, config.captions.languages)
+    sources = {"data": ShardedSplit(config.data.folder, config.data.split)}
+    for source in sources.values():
+        _check_languages(source, config.captions.languages)
     order = BatchOrder(
-        size=len(samples),
-        global_batch_size=config.data.batch_size,
+        [
+            SourceOrder(name, np.array(source.sizes), _streams(config, accelerator), config.seed)
+            for name, source in sources.items()
+        ],
+        Mixture(phases=[(None, [1.0])]),
+        config.data.batch_size,
         seed=config.seed,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
     examples = TrainingExamples(
-        samples,
+        list(sources.values()),
         _training_transform(config, start),
         config.captions,
         seed=config.seed,
@@ -207,6 +217,11 @@ def _build_loader(config: TrainConfig, start: Bundle, accelerator: Accelerator) 
         workers=config.data.workers,
         masks=mask_plan(config.objectives.masked, start.model),
     )
+
+
+def _streams(config: TrainConfig, accelerator: Accelerator) -> int:
+    """Return the number of streams of a new run: its nodes, so that each reads its own shards."""
+    return config.data.streams or accelerator.num_processes // ranks_per_node()
 
 
 def _training_transform(config: TrainConfig, start: Bundle) -> TrainingTransform:

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from vlm.bundle import Bundle, save_bundle
 from vlm.data.loader import TrainingLoader
+from vlm.data.mixture import DataState
 from vlm.data.sample import Batch
 from vlm.errors import TrainingError
 from vlm.files import write_file
@@ -67,6 +68,8 @@ class Run:
     step: Callable[[Sequence[Batch]], StepOutput]
     """The forward and backward passes of a step over its micro-batches."""
     loader: TrainingLoader
+    data: DataState
+    """How far the data has been read."""
     checkpoints: Checkpoints
     evaluate: Callable[[Encoder], dict[str, float]]
     """Scores the encoder; the ranks share the work."""
@@ -80,7 +83,10 @@ class Run:
         sizes = [p.numel() for p in self._unwrapped.parameters()]
         trained = [p.numel() for p in self._unwrapped.parameters() if p.requires_grad]
         ranks = self.accelerator.num_processes
-        group, samples = plan.group_size or ranks, len(self.loader.examples)
+        group, samples = (
+            plan.group_size or ranks,
+            sum(each.size for each in self.loader.order.sources),
+        )
         candidates = data.batch_size // ranks * group
         lines = {
             "model": f"{type(encoder).__name__}, {sum(sizes):,} parameters ({sum(trained):,} "
@@ -136,12 +142,13 @@ class Run:
             "model": self._unwrapped,
             "optimizer": OptimizerState(self._unwrapped, self.optimizer),
             "progress": self.progress,
+            "data": self.data,
         }
 
     def _train(self, reporter: Reporter) -> None:
         config, progress, batch_size = self.config, self.progress, self.config.data.batch_size
         last = config.schedule.steps
-        batches = self.loader.read(first_sample=progress.samples, last_sample=last * batch_size)
+        batches = self.loader.read(self.data, last - progress.step)
         unchecked: list[StepResult] = []
         reported, since = progress.step, time.perf_counter()
         for batch in batches:
@@ -149,6 +156,7 @@ class Run:
             unchecked.append(result)
             progress.step += 1
             progress.samples += batch_size
+            self.loader.order.advance(self.data)
             reporter.advance(batch_size)
             step = progress.step
             # Each happens every n steps and at the end; 0 is never.

@@ -38,8 +38,11 @@ def samples(tmp_path_factory):
     return ShardedSplit(write_split(folder, make_samples(SIZE)), "train")
 
 
-def examples_of(samples, *, seed=0, **captions):
-    return TrainingExamples([samples], TRANSFORM, CaptionConfig(**captions), seed=seed)
+def examples_of(samples, *, seed=0, keep_decoded=False, **captions):
+    return TrainingExamples(
+        [samples], order_of(samples, 1).sources, TRANSFORM, CaptionConfig(**captions), seed,
+        keep_decoded,
+    )  # fmt: skip
 
 
 def order_of(samples, batch=6, *, seed=0, **ranks):
@@ -157,7 +160,7 @@ def test_worker_processes_change_nothing(samples, tokenizer):
 
 def test_keeping_decoded_images_changes_nothing(samples):
     fresh = examples_of(samples)
-    kept = TrainingExamples([samples], TRANSFORM, CaptionConfig(), seed=0, keep_decoded=True)
+    kept = examples_of(samples, keep_decoded=True)
     for epoch in range(3):
         for place in range(SIZE):
             first, second = (e[key_of(samples, place, epoch)] for e in (fresh, kept))
@@ -281,11 +284,78 @@ def test_equal_concepts_and_captions_share_their_ids(samples, tokenizer):
         assert (ids[:, None] == ids[None, :]).tolist() == expected
 
 
-def test_a_damaged_image_is_named_by_its_sample(tmp_path):
-    broken = make_sample(5, image=b"\x89PNG\r\n\x1a\n and no image")
-    split = ShardedSplit(write_split(tmp_path, [broken]), "train")
-    with pytest.raises(DataError, match="sample-0005"):
-        examples_of(split)[key_of(split, 0, 0)]
+BROKEN = b"\x89PNG\r\n\x1a\n and no image"
+
+
+def damaged_split(folder, damaged=(1, 4)):
+    """Write 20 samples: of two the image is damaged, of one there is no caption in zh or en."""
+    samples = make_samples(20)
+    for number in damaged:
+        samples[number] = make_sample(number, image=BROKEN)
+    samples[9] = make_sample(9, captions={"fr": ["un chat"]})
+    return ShardedSplit(write_split(folder, samples), "train")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_sample_that_cannot_be_used_is_replaced_named_and_said_why(tmp_path, tokenizer, workers):
+    split = damaged_split(tmp_path)
+    order = order_of(split, 5)
+    loader = TrainingLoader(examples_of(split), order, tokenizer, workers=workers)
+    batches = list(loader.read(order.start(), 4))  # one epoch
+    expected = [key for keys in order.batches(order.start(), 4) for key in keys]
+    skipped = [each for batch in batches for each in batch.skipped]
+    assert {each.uid for each in skipped} == {"sample-0001", "sample-0004", "sample-0009"}
+    for each in skipped:
+        assert each.address.startswith(str(tmp_path / "train-0000"))
+        assert each.uid in each.reason
+    assert {each.reason.partition(" has ")[2] for each in skipped} >= {
+        "no caption in zh or en, only in fr"
+    }
+    changed = 0
+    for uid, key in zip(uids_in(batches), expected, strict=True):
+        sample = split.at(key.shard, key.row)
+        changed += uid != sample.uid
+        assert (uid != sample.uid) == (sample.uid in {each.uid for each in skipped})
+    assert changed == 3
+
+
+def test_substitutes_are_the_same_on_every_rank_and_after_a_restart(tmp_path, tokenizer):
+    split = damaged_split(tmp_path, damaged=range(0, 20, 3))
+    whole = TrainingLoader(examples_of(split), order_of(split, 4), tokenizer, workers=0)
+    state = whole.order.start()
+    expected = [(batch.uids, batch.skipped) for batch in whole.read(state, 10)]
+    for _ in range(3):
+        whole.order.advance(state)
+    parts = [
+        TrainingLoader(
+            examples_of(split), order_of(split, 4, rank=rank, world_size=2), tokenizer, workers=0
+        ).read(state, 7)
+        for rank in (0, 1)
+    ]
+    steps = [
+        (one.uids + two.uids, one.skipped + two.skipped) for one, two in zip(*parts, strict=True)
+    ]
+    assert steps == expected[3:]
+
+
+def test_a_shard_without_a_usable_sample_ends_in_an_error_with_both_ends(tmp_path, tokenizer):
+    samples = [make_sample(number, image=BROKEN) for number in range(4)]
+    split = ShardedSplit(write_split(tmp_path, samples), "train")
+    loader = TrainingLoader(examples_of(split), order_of(split, 2), tokenizer, workers=0)
+    message = r"#\d and 15 samples in its place cannot be used; .*is not one of JPEG"
+    with pytest.raises(DataError, match=message):
+        list(loader.read(loader.order.start(), 1))
+
+
+def test_a_fault_that_is_not_the_samples_is_never_replaced(samples, monkeypatch):
+    examples = examples_of(samples)
+
+    def exhausted(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("vlm.data.examples.decode_image", lambda *_, **__: exhausted())
+    with pytest.raises(MemoryError):
+        examples[key_of(samples, 0)]
 
 
 def test_nothing_is_read_between_equal_positions(samples, tokenizer):

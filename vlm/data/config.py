@@ -21,8 +21,15 @@ class DataConfig:
     streams: int = 0
     """Canonical streams that read the data, which fix its order for the whole run; 0 for one a
     node."""
+    allowed_share: float = 0.001
+    """Ratio of the last 100,000 samples that may be unusable, and replaced by others; beyond it
+    the run ends."""
     keep_decoded: bool = False
     """Keep decoded images in memory: for many epochs over few small images."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.allowed_share <= 1:
+            raise ConfigError(f"allowed_share is {self.allowed_share}; expected a ratio in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)

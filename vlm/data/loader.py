@@ -1,7 +1,7 @@
 """Training batches in an order fixed by a seed and a state, whatever the number of processes."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -25,6 +25,11 @@ class TrainingLoader:
     """Processes that decode and augment; 0 does it in this process."""
     masks: MaskPlan | None = None
     """What masked modelling hides."""
+
+    def with_streams(self, streams: int) -> "TrainingLoader":
+        """Return the same loader over another number of streams: another order."""
+        order = self.order.with_streams(streams)
+        return replace(self, order=order, examples=replace(self.examples, orders=order.sources))
 
     def read(self, state: DataState, batches: int) -> Iterator[Batch]:
         """Give the next batches after a state, which stays as it is."""

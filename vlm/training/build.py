@@ -36,12 +36,13 @@ from vlm.training.checkpoint import Checkpoints
 from vlm.training.config import TrainConfig, config_as_yaml
 from vlm.training.objectives import build_pretraining_model, loss_weights, mask_plan
 from vlm.training.optimizer import build_optimizer
-from vlm.training.reporter import METRICS_NAME, read_metrics
+from vlm.training.reporter import METRICS_NAME, read_records
 from vlm.training.run import BUNDLE_NAME, CHECKPOINTS_NAME, CONFIG_NAME, Run
 from vlm.training.step import ContrastiveStep
 
 _FREE_ON_RESUME = (
     "run_folder", "cpu_threads", "report_every", "data.workers", "data.keep_decoded", "evaluation",
+    "data.allowed_share",
     "checkpoint", "loss.plan.tile", "loss.plan.keep_logits", "loss.plan.keep_logits_mib",
     "loss.plan.overlap", "loss.plan.check_finite",
 )  # fmt: skip
@@ -99,8 +100,8 @@ def build_run(config: TrainConfig, *, resume: bool = False) -> Run:
         evaluate=evaluate,
     )
     if resume and run.checkpoints.load_latest(run.state):
-        order = loader.order.with_streams(run.data.streams)  # whatever the nodes are now
-        run = replace(run, loader=replace(loader, order=order))
+        # Whatever the nodes are now.
+        run = replace(run, loader=loader.with_streams(run.data.streams))
     return run
 
 
@@ -153,7 +154,7 @@ def _check_run_folder(config: TrainConfig, resume: bool) -> None:
     kept = (folder / CONFIG_NAME).exists() and (
         (folder / CHECKPOINTS_NAME).exists()
         or (folder / BUNDLE_NAME).exists()
-        or bool(read_metrics(folder / METRICS_NAME))
+        or bool(read_records(folder / METRICS_NAME))
     )
     if not kept:  # a start that failed before it left anything does not take the folder
         return
@@ -205,6 +206,7 @@ def _build_loader(config: TrainConfig, start: Bundle, accelerator: Accelerator) 
     )
     examples = TrainingExamples(
         list(sources.values()),
+        order.sources,
         _training_transform(config, start),
         config.captions,
         seed=config.seed,

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vlm.data.config import CaptionConfig
-from vlm.data.dataset import ShardedSplit
 from vlm.data.order import SampleKey, SourceOrder
 from vlm.data.sample import Sample, SkippedSample
+from vlm.data.source import Source
 from vlm.errors import DataError
 from vlm.images.decoding import decode_image
 from vlm.images.transforms import TrainingTransform
@@ -46,7 +46,7 @@ class TrainingExamples(Dataset[Example]):
     the order: every run, and a resumed one, takes the same.
     """
 
-    sources: Sequence[ShardedSplit]
+    sources: Sequence[Source]
     orders: Sequence[SourceOrder]
     """Find substitutes; one a source."""
     transform: TrainingTransform
@@ -65,7 +65,7 @@ class TrainingExamples(Dataset[Example]):
                 sample = source.at(substitute.shard, substitute.row)
                 return replace(self._example(substitute, sample), skipped=tuple(skipped))
             except DataError as error:  # not MemoryError and the like, which are not the sample's
-                address = source.address(substitute.shard, substitute.row)
+                address = source.place_name(substitute.shard, substitute.row)
                 uid = "" if sample is None else sample.uid
                 skipped.append(SkippedSample(uid, address, str(error)))
                 substitute = self.orders[key.source].substitute(key, attempt)

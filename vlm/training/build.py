@@ -12,11 +12,12 @@ from accelerate import Accelerator
 from torch import nn
 
 from vlm.bundle import Bundle, load_bundle
-from vlm.data.dataset import ShardedSplit
 from vlm.data.examples import TrainingExamples, second_of
 from vlm.data.loader import TrainingLoader
-from vlm.data.mixture import BatchOrder, Mixture
+from vlm.data.manifest import is_data_folder
+from vlm.data.mixture import BatchOrder, mixture_of
 from vlm.data.order import SourceOrder
+from vlm.data.source import Source, open_source
 from vlm.distributed.groups import world_group
 from vlm.distributed.mesh import ranks_per_node
 from vlm.embedding.embedder import Embedder
@@ -47,6 +48,8 @@ _FREE_ON_RESUME = (
     "loss.plan.overlap", "loss.plan.check_finite",
 )  # fmt: skip
 """Settings, and sections of them, that do not change what a run learns."""
+
+_LOOKED_AT = 100  # shards, for their languages: a start reads little, whatever the size of the data
 
 
 def build_run(config: TrainConfig, *, resume: bool = False) -> Run:
@@ -190,16 +193,16 @@ def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _build_loader(config: TrainConfig, start: Bundle, accelerator: Accelerator) -> TrainingLoader:
-    sources = {"data": ShardedSplit(config.data.folder, config.data.split)}
-    for source in sources.values():
-        _check_languages(source, config.captions.languages)
+    data = config.data
+    sources = {name: open_source(each) for name, each in data.by_name.items()}
+    _check_languages(list(sources.values()), config.captions.languages)
     order = BatchOrder(
         [
             SourceOrder(name, np.array(source.sizes), _streams(config, accelerator), config.seed)
             for name, source in sources.items()
         ],
-        Mixture(phases=[(None, [1.0])]),
-        config.data.batch_size,
+        mixture_of(data, {name: len(source) for name, source in sources.items()}),
+        data.batch_size,
         seed=config.seed,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
@@ -236,17 +239,22 @@ def _training_transform(config: TrainConfig, start: Bundle) -> TrainingTransform
     return TrainingTransform(PreprocessConfig(**settings), config.augmentation, side)
 
 
-def _check_languages(samples: ShardedSplit, languages: Sequence[str]) -> None:
+def _check_languages(sources: Sequence[Source], languages: Sequence[str]) -> None:
     """Refuse languages that no sample has: their terms of the loss would be 0 all the way."""
     found: set[str] = set()
-    for sample in samples:  # up to the first sample with each: all of them only before an error
-        found |= {language for language, texts in sample.captions.items() if texts}
+    shards = [(source, shard) for source in sources for shard in range(len(source.sizes))]
+    for source, shard in shards[:_LOOKED_AT]:
+        for row in source.rows(shard, ["captions"]):
+            found |= {language for language, texts in row["captions"] or () if texts}
         if found.issuperset(languages):
             return
+    if len(shards) > _LOOKED_AT:
+        return
     missing = [language for language in languages if language not in found]
     raise ConfigError(
-        f"captions.languages has {', '.join(missing)}, but the split {samples.split!r} of "
-        f"{samples.folder} has captions in {', '.join(sorted(found)) or 'no language'} only"
+        f"captions.languages has {', '.join(missing)}, but "
+        f"{' and '.join(source.name for source in sources)} have captions in "
+        f"{', '.join(sorted(found)) or 'no language'} only"
     )
 
 
@@ -305,7 +313,13 @@ def _build_evaluation(config: TrainConfig, start: Bundle) -> Callable[[Encoder],
     if config.evaluation.every_steps == 0:
         return lambda encoder: {}
     # Read before the first step, so that a missing split does not end a run half way.
-    pairs = pairs_of_split(config.data.folder, split, languages=languages)
+    folder = config.evaluation.folder or Path(config.data.folder)
+    if config.evaluation.folder is None and (config.data.sources or not is_data_folder(folder)):
+        raise ConfigError(
+            f"evaluation.every_steps is {config.evaluation.every_steps}, but the run reads no data "
+            "folder with splits; expected evaluation.folder, one to score"
+        )
+    pairs = pairs_of_split(folder, split, languages=languages)
 
     def evaluate(encoder: Encoder) -> dict[str, float]:
         embedder = Embedder(start, model=encoder)

@@ -94,7 +94,7 @@ class Run:
             "model": f"{type(encoder).__name__}, {sum(sizes):,} parameters ({sum(trained):,} "
             f"trained), images of {self.start.preprocess_cfg['size']} pixels, "
             f"{encoder.embed_dim} dimensions",
-            "data": f"split {data.split} of {data.folder}: {samples:,} samples, captions in "
+            "data": f"{'; '.join(self._sources())}; captions in "
             f"{', '.join(config.captions.languages)}",
             "loss": f"{plan.kind} over {candidates:,} candidates (group size {group}, "
             f"micro-batches {config.loss.micro_batches})",
@@ -103,6 +103,18 @@ class Run:
             f"({steps * data.batch_size / samples:.1f} epochs)",
         }
         return "\n".join(f"{name}: {line}" for name, line in lines.items())
+
+    def _sources(self) -> list[str]:
+        """Say how much each source has, and its share where there are several."""
+        examples, order = self.loader.examples, self.loader.order
+        found = [
+            f"{source.name}: {len(source):,} samples in {len(source.sizes):,} shards"
+            for source in examples.sources
+        ]
+        if len(found) == 1:
+            return found
+        shares = order.mixture.shares(self.data.batch)
+        return [f"{each} ({share:.1%})" for each, share in zip(found, shares, strict=True)]
 
     def fit(self) -> Path:
         """Train to the end of the schedule; return the folder of the bundle that this leaves.

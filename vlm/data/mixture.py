@@ -92,7 +92,7 @@ def mixture_of(data: DataConfig, sizes: Mapping[str, int]) -> Mixture:
         sizes: The number of samples in each source, by name.
     """
     given = {name: source.weight for name, source in data.by_name.items()}
-    weights = [float(sizes[name] if given[name] is None else given[name]) for name in sizes]
+    weights = [float(given[name] or size) for name, size in sizes.items()]
     phases = [
         (phase.until, [phase.weights.get(name, 0.0) for name in sizes])
         for phase in data.mixture.schedule

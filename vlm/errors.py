@@ -13,6 +13,10 @@ class DataError(VlmError):
     """A shard, manifest, caption or image is missing, damaged or not what it claims to be."""
 
 
+class ShardError(DataError):
+    """A shard is missing, damaged or changed: none of its samples can be trusted."""
+
+
 class TokenizerError(VlmError):
     """A tokenizer cannot be trained, read or used as asked."""
 

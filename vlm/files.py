@@ -5,8 +5,9 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError
 
@@ -46,16 +47,31 @@ def write_file(path: Path, content: bytes) -> None:
     Raises:
         VlmError: the disk is full or the file cannot be written there.
     """
-    temporary = path.with_name(f".{path.name}.partial")
-    with _clear_disk_errors(path, *_CANNOT_WRITE):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+    with open_whole(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def open_whole(path: Path) -> Iterator[BinaryIO]:
+    """Give a file to write to, which takes its place at `path` once the block ends well.
+
+    Raises:
+        VlmError: the disk is full or the file cannot be written there.
+    """
+    # Of this process alone: another one may write the same file.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with _clear_disk_errors(path, *_CANNOT_WRITE):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = temporary.open("wb")
+        with _clear_disk_errors(path), file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        with _clear_disk_errors(path, *_CANNOT_WRITE):
             temporary.replace(path)
-        finally:
+    finally:
+        with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-from vlm.data.dataset import ShardedSplit
+from vlm.data.config import SourceConfig
 from vlm.data.sample import Sample
+from vlm.data.source import Source, open_source
 from vlm.embedding.embedder import Embedder
 from vlm.embedding.parts import SplitImages, read_embeddings, write_embeddings
 from vlm.errors import ConfigError
@@ -122,7 +123,7 @@ def next_commands(folder: Path) -> list[str]:
 
 def _worked_examples(config: TrainConfig, embedder: Embedder) -> Examples:
     """Return names of concepts, one of each group, and free-form queries, with what they find."""
-    samples = list(ShardedSplit(config.data.folder, SEARCHED_SPLIT))
+    samples = list(_split_of(config, SEARCHED_SPLIT))
     _, vectors, _ = read_embeddings(config.run_folder / "embeddings")
     index = VectorIndex.build(vectors)
     chosen: dict[str, Sample] = {}  # the first of each group by its hash: the choice is not ours
@@ -199,11 +200,15 @@ def _document(
     )
 
 
+def _split_of(config: TrainConfig, split: str) -> Source:
+    return open_source(SourceConfig(path=str(config.data.folder), split=split))
+
+
 def _summary(config: TrainConfig, embedder: Embedder, seconds: float) -> list[Paragraph | Bullets]:
     parameters = sum(parameter.numel() for parameter in embedder.bundle.model.parameters())
-    samples = len(ShardedSplit(config.data.folder, config.data.split))
+    samples = len(_split_of(config, config.data.split))
     epochs = config.schedule.steps * config.data.batch_size / samples
-    gallery = len(ShardedSplit(config.data.folder, SEARCHED_SPLIT))
+    gallery = len(_split_of(config, SEARCHED_SPLIT))
     image_tower = config.model.vision_cfg
     hardware = f"{os.cpu_count()} cores ({platform.machine()})"
     if torch.cuda.is_available():

@@ -1,20 +1,27 @@
-"""Write the manifest of your own shards, named like train-00000.tar or val-00000.tar.gz."""
+"""Write the index of your own data: of a folder of tars with a manifest in it, else in the cache."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlm.cli.options import SourceOptions, refuse_several_processes
+
 
 @dataclass(frozen=True)
-class Options:
+class Options(SourceOptions):
     """What `vlm data index` is given."""
-
-    folder: Path
-    """Folder with WebDataset shards."""
 
 
 def run(options: Options) -> None:
-    """Write the manifest; print what each split holds."""
-    from vlm.data.shards import index_folder
+    """Index what is not indexed yet; print what each split holds."""
+    refuse_several_processes("data index")
+    from vlm.data.indexing import index_folder
+    from vlm.data.layout import tars_in
+    from vlm.data.source import open_source
 
-    for split, entries in index_folder(options.folder).splits.items():
-        print(f"{split}: {sum(e.samples for e in entries)} samples in {len(entries)} shards")
+    path = Path(options.path)
+    if path.is_dir() and "" in tars_in(path):
+        for split, entries in index_folder(options.source()).splits.items():
+            print(f"{split}: {sum(e.samples for e in entries)} samples in {len(entries)} shards")
+    else:
+        source = open_source(options.source())
+        print(f"{options.split}: {len(source)} samples in {len(source.sizes)} shards")

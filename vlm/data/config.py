@@ -1,9 +1,55 @@
-"""What a training run reads: a data folder, and which captions of its samples."""
+"""What a training run reads: sources of images with captions, and which captions of a sample."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from vlm.errors import ConfigError
+
+Verify = Literal["once", "each_open", "size"]
+DEFAULT_SPLIT = "train"
+"""Also what is asked of a source without splits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """Where images with captions lie, and what their parts are called there."""
+
+    path: str
+    """A data folder; tars, named by braces (`{00000..00299}.tar`), `*` or their folder; a csv,
+    tsv, jsonl or parquet file with images or their paths; or a folder of images, each with a
+    `.txt` or `.json` of the same name."""
+    split: str = DEFAULT_SPLIT
+    """The split to read: of a data folder, of files named `SPLIT-NUMBER`, or of a table with a
+    column `split`."""
+    captions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """By language, the fields with its captions, the main one first: columns of a table, `txt` or
+    `json.KEY` otherwise, dots lead further in. By default found by their names."""
+    language_of: tuple[str, ...] = ()
+    """Fields whose captions are in either language, Chinese or English, as their script says."""
+    image: str = ""
+    """Of a table, the column with images or their paths; by default found by its name."""
+    concept: str = ""
+    """The field with what an image shows: samples of one concept are never negatives of each other.
+    By default `concept`, else the image's path, else the sample's name."""
+    images: Path | None = None
+    """The folder that relative paths in a table start from; null is the folder of the table."""
+    where: tuple[str, ...] = ()
+    """Conditions on samples, such as `source=noto`, `group!=flags` or `languages=en+zh`."""
+    weight: float | None = None
+    """Share of the samples of a step, relative to the other sources; null is the size."""
+    verify: Verify = "once"
+    """When the SHA-256 of a data folder's shards is compared with its manifest: once on a machine,
+    at each opening, or never (size). Sizes always are."""
+    keep_open: int = 200
+    """Shards that each process keeps open; packed ones are in memory."""
+
+    def __post_init__(self) -> None:
+        if self.weight is not None and not self.weight > 0:
+            raise ConfigError(f"weight is {self.weight}; expected more than 0")
+        if self.keep_open < 1:
+            raise ConfigError(f"keep_open is {self.keep_open}; expected at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

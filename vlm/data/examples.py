@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vlm.data.config import CaptionConfig
-from vlm.data.dataset import ShardedSplit
 from vlm.data.order import ExampleKey
 from vlm.data.sample import Sample
+from vlm.data.source import Source
 from vlm.images.decoding import decode_image
 from vlm.images.transforms import TrainingTransform
 from vlm.text.caption_ids import text_id
@@ -40,7 +40,7 @@ class TrainingExamples(Dataset[Example]):
     Caption choice, augmentation and what is hidden are a function of (seed, epoch, uid).
     """
 
-    samples: ShardedSplit
+    samples: Source
     transform: TrainingTransform
     captions: CaptionConfig
     seed: int

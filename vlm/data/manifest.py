@@ -1,11 +1,15 @@
 """`manifest.json`: what each split of a data folder holds, down to the bytes of every shard."""
 
+import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vlm.errors import DataError
+from vlm.data.cache import locked
+from vlm.data.config import Verify
+from vlm.errors import DataError, ShardError
 from vlm.files import sha256_of, write_file
 
 MANIFEST_NAME = "manifest.json"
@@ -22,25 +26,41 @@ class ShardEntry:
     sha256: str
 
     def path_in(self, folder: Path) -> Path:
-        """Return the shard's path; a `DataError` if it is missing or has another size."""
+        """Return the shard's path; a `ShardError` if it is missing or has another size."""
         path = folder / self.name
         if not path.is_file():
-            raise DataError(f"shard {path} is missing; the manifest lists it")
+            raise ShardError(f"shard {path} is missing; the manifest lists it")
         size = path.stat().st_size
         if size != self.bytes:
-            raise DataError(
+            raise ShardError(
                 f"shard {path} is damaged: {size} bytes, the manifest says {self.bytes}"
             )
         return path
 
-    def verify(self, path: Path) -> None:
-        """Compare a file's hash with the shard's; a `DataError` if they differ."""
+    def verify(self, path: Path, how: Verify = "once") -> None:
+        """Compare a file's hash with the shard's; a `ShardError` if they differ.
+
+        Once on a machine: that the file as it is now has the hash is remembered in the cache
+        folder.
+        """
         try:
-            found = sha256_of(path)
+            if how == "each_open":
+                self._compare(path)
+            elif how == "once":
+                found = path.stat()
+                state = f"{path.absolute()}\0{found.st_size}\0{found.st_mtime_ns}\0{self.sha256}"
+                name = hashlib.sha256(os.fsencode(state)).hexdigest()
+                with locked(f"verified/{name}") as file:
+                    if not file.read():
+                        self._compare(path)
+                        file.write(b"verified")
         except OSError as error:
-            raise DataError(f"shard {path} cannot be read: {error}") from error
+            raise ShardError(f"shard {path} cannot be read: {error}") from error
+
+    def _compare(self, path: Path) -> None:
+        found = sha256_of(path)
         if found != self.sha256:
-            raise DataError(
+            raise ShardError(
                 f"shard {path} is damaged: sha256 {found[:12]}, "
                 f"the manifest says {self.sha256[:12]}"
             )

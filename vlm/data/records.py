@@ -8,6 +8,7 @@ carriage return before it, and with nothing else; text is UTF-8, and a byte orde
 import gzip
 import io
 import json
+import os
 import re
 import tarfile
 import zlib
@@ -178,6 +179,11 @@ def whole_characters(text: str, name: str) -> str:
         half = error.object[error.start]
         raise DataError(f"{name}: {half!a} is half a character; expected whole ones") from error
     return text
+
+
+def as_text(path: str | Path) -> str:
+    r"""Return a path that may be written as UTF-8: other bytes are escaped, as `\xba`."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def languages_of(tags: Iterable[str]) -> dict[str, str]:

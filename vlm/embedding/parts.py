@@ -24,8 +24,10 @@ from jaxtyping import Float32
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from vlm.data.dataset import ShardedSplit
+from vlm.data.config import SourceConfig
 from vlm.data.image_folder import IMAGE_SUFFIXES, images_below
+from vlm.data.records import as_text
+from vlm.data.source import open_source
 from vlm.embedding.embedder import IMAGE_BATCH, Embedder
 from vlm.errors import ConfigError, DataError, SearchIndexError
 from vlm.files import write_file
@@ -73,16 +75,15 @@ class SplitImages:
     """Every image of a data folder's split, in the order of the shards."""
 
     def __init__(self, folder: Path, split: str) -> None:
-        self._samples = ShardedSplit(folder, split)
+        self._samples = open_source(SourceConfig(path=str(folder), split=split))
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def __iter__(self) -> Iterator[ListedImage]:
-        for index, sample in enumerate(self._samples):
+        for sample in self._samples:
             captions = {language: texts[0] for language, texts in sample.captions.items()}
-            address = self._samples.address(index)
-            yield ListedImage(sample.uid, sample.image, address, captions)
+            yield ListedImage(sample.uid, sample.image, sample.address, captions)
 
 
 def images_in_folder(folder: Path) -> tuple[list[ListedImage], Counter[str]]:
@@ -93,7 +94,7 @@ def images_in_folder(folder: Path) -> tuple[list[ListedImage], Counter[str]]:
     if not found.paths:
         raise DataError(f"{folder} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
     images = [
-        ListedImage(_as_text(path.relative_to(folder)), path, _as_text(path.resolve()), {})
+        ListedImage(as_text(path.relative_to(folder)), path, as_text(path.resolve()), {})
         for path in found.paths
     ]
     return images, found.left_out
@@ -303,8 +304,3 @@ def _check_bound(
 
 def _parts(folder: Path, suffix: str) -> Sequence[Path]:
     return sorted(folder.glob(f"*.{suffix}"), key=lambda path: int(path.stem.rsplit("_", 1)[1]))
-
-
-def _as_text(path: Path) -> str:
-    r"""Return a path that may be written as UTF-8: other bytes are escaped, as `\xba`."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")

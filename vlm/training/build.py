@@ -11,10 +11,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from vlm.bundle import Bundle, load_bundle
-from vlm.data.dataset import ShardedSplit
+from vlm.data.config import SourceConfig
 from vlm.data.examples import TrainingExamples, second_of
 from vlm.data.loader import TrainingLoader
 from vlm.data.order import BatchOrder
+from vlm.data.source import Source, open_source
 from vlm.distributed.groups import world_group
 from vlm.embedding.embedder import Embedder
 from vlm.errors import ConfigError
@@ -184,7 +185,7 @@ def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _build_loader(config: TrainConfig, start: Bundle, accelerator: Accelerator) -> TrainingLoader:
-    samples = ShardedSplit(config.data.folder, config.data.split)
+    samples = open_source(SourceConfig(path=str(config.data.folder), split=config.data.split))
     _check_languages(samples, config.captions.languages)
     order = BatchOrder(
         size=len(samples),
@@ -219,7 +220,7 @@ def _training_transform(config: TrainConfig, start: Bundle) -> TrainingTransform
     return TrainingTransform(PreprocessConfig(**settings), config.augmentation, side)
 
 
-def _check_languages(samples: ShardedSplit, languages: Sequence[str]) -> None:
+def _check_languages(samples: Source, languages: Sequence[str]) -> None:
     """Refuse languages that no sample has: their terms of the loss would be 0 all the way."""
     found: set[str] = set()
     for sample in samples:  # up to the first sample with each: all of them only before an error
@@ -228,8 +229,8 @@ def _check_languages(samples: ShardedSplit, languages: Sequence[str]) -> None:
             return
     missing = [language for language in languages if language not in found]
     raise ConfigError(
-        f"captions.languages has {', '.join(missing)}, but the split {samples.split!r} of "
-        f"{samples.folder} has captions in {', '.join(sorted(found)) or 'no language'} only"
+        f"captions.languages has {', '.join(missing)}, but {samples.name} has "
+        f"captions in {', '.join(sorted(found)) or 'no language'} only"
     )
 
 

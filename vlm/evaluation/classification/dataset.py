@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from vlm.data.conditions import samples_where
-from vlm.data.dataset import ShardedSplit
+from vlm.data.config import SourceConfig
 from vlm.data.image_folder import IMAGE_SUFFIXES, images_below
 from vlm.data.sample import Sample
+from vlm.data.source import open_source
 from vlm.errors import DataError
 
 
@@ -56,7 +56,7 @@ def images_of_split(
     number_of = {class_id: number for number, class_id in enumerate(class_ids)}
     kept: list[Sample] = []
     left_out = 0
-    for sample in samples_where(ShardedSplit(folder, split), where, name=name):
+    for sample in open_source(SourceConfig(path=str(folder), split=split, where=tuple(where))):
         value = sample.labels.get(label)
         if value is None:
             left_out += 1

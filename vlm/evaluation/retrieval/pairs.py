@@ -15,9 +15,9 @@ from jaxtyping import Int, Int64
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from vlm.data.conditions import samples_where
-from vlm.data.dataset import ShardedSplit
+from vlm.data.config import SourceConfig
 from vlm.data.sample import Sample
+from vlm.data.source import open_source
 from vlm.embedding.bulk import digest_of_image
 from vlm.errors import DataError
 from vlm.evaluation.config import DuplicatePolicy
@@ -97,7 +97,7 @@ def pairs_of_split(
             has, or nothing is left.
     """
     name = f"the split {split!r} of {folder}"
-    samples = list(samples_where(ShardedSplit(folder, split), where, name=name))
+    samples = list(open_source(SourceConfig(path=str(folder), split=split, where=tuple(where))))
     asked: dict[str, dict[str, str]] = {}  # by language and concept, its first main caption
     for language in languages:
         for sample in samples:

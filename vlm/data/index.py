@@ -1,0 +1,107 @@
+"""The index of a shard: an Arrow table of its samples, with everything but the pixels.
+
+A file of it is mapped into memory, so that the workers of a machine share it.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+
+from vlm.data.records import as_text
+from vlm.data.scanning import Row
+from vlm.files import open_whole
+
+VERSION = 1
+ROWS = 10_000
+"""Rows in one batch of an index file, at most; also those of one shard of a table."""
+
+_BATCH_BYTES = 1 << 26  # of images, which a table may hold
+_TEXTS = pyarrow.map_(pyarrow.string(), pyarrow.string())
+SCHEMA = pyarrow.schema({
+    "uid": pyarrow.string(),
+    "captions": pyarrow.map_(pyarrow.string(), pyarrow.list_(pyarrow.string())),
+    "concept": pyarrow.string(),
+    "source": pyarrow.string(),
+    "licence": pyarrow.string(),
+    "labels": _TEXTS,
+    "split": pyarrow.string(),  # of a table that has such a column
+    "start": pyarrow.int64(),  # where the image begins in the unpacked tar
+    "size": pyarrow.int64(),
+    "path": pyarrow.binary(),  # of an image file, whose name may be no UTF-8
+    "image": pyarrow.large_binary(),  # of a table that holds its images
+    "error": pyarrow.string(),  # null, or why the sample cannot be used
+})  # fmt: skip
+
+
+def table_of(rows: Iterable[Row]) -> pyarrow.Table:
+    """Return rows as a table."""
+    return pyarrow.Table.from_batches([_batch(list(rows))])
+
+
+def write_index(path: Path, rows: Iterable[Row], about: Mapping[str, Any]) -> None:
+    """Write an index file, whole or not at all.
+
+    Args:
+        path: The file.
+        rows: The samples, in the order of their shard; only a batch of them is in memory.
+        about: What it is the index of, as JSON has it.
+
+    Raises:
+        VlmError: it cannot be written.
+    """
+    schema = SCHEMA.with_metadata({"vlm": json.dumps({"version": VERSION, **about})})
+    # The rows come first, because what is wrong with them is no error of writing.
+    batches = _batches(rows)
+    first = list(islice(batches, 1))
+    with open_whole(path) as file, pyarrow.ipc.new_file(file, schema) as writer:
+        for batch in chain(first, batches):
+            writer.write_batch(batch)
+
+
+def read_index(path: Path, about: Mapping[str, Any]) -> pyarrow.Table | None:
+    """Map an index file into memory; None unless it is there, whole, and the index of that."""
+    try:
+        table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
+        found = json.loads(table.schema.metadata[b"vlm"])
+    except (OSError, pyarrow.ArrowException, LookupError, TypeError, ValueError):
+        return None
+    expected = {"version": VERSION, **about}
+    return table if all(found.get(key) == value for key, value in expected.items()) else None
+
+
+def about_index(table: pyarrow.Table) -> dict[str, Any]:
+    """Return what an index says that it is the index of."""
+    found: dict[str, Any] = json.loads(table.schema.metadata[b"vlm"])
+    return found
+
+
+def _batches(rows: Iterable[Row]) -> Iterator[pyarrow.RecordBatch]:
+    batch: list[Row] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += len(row.get("image", b""))
+        if len(batch) == ROWS or size > _BATCH_BYTES:
+            yield _batch(batch)
+            batch, size = [], 0
+    yield _batch(batch)
+
+
+def _batch(rows: list[Row]) -> pyarrow.RecordBatch:
+    """Return rows in Arrow's form: mappings are pairs there, and messages UTF-8."""
+    changes: dict[str, Callable[[Any], Any]] = {
+        "captions": _pairs, "labels": _pairs, "error": as_text,
+    }  # fmt: skip
+    changed = [
+        row | {name: change(row[name]) for name, change in changes.items() if name in row}
+        for row in rows
+    ]
+    return pyarrow.RecordBatch.from_pylist(changed, SCHEMA)
+
+
+def _pairs(mapping: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return list(mapping.items())

@@ -1,0 +1,247 @@
+"""What the path of a source names: a data folder, tars, tables, or a folder of images."""
+
+import glob
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from braceexpand import braceexpand
+
+from vlm.data.config import DEFAULT_SPLIT, SourceConfig
+from vlm.data.image_folder import images_below
+from vlm.data.index import ROWS
+from vlm.data.manifest import MANIFEST_NAME, ShardEntry, is_data_folder, read_manifest
+from vlm.data.records import first_object, listed
+from vlm.data.scanning import SIDE_SUFFIXES, image_column, is_json_lines
+from vlm.data.tables import columns_of
+from vlm.errors import DataError
+
+Kind = Literal["data folder", "tars", "tables", "images"]
+TAR_SUFFIXES = (".tar", ".tar.gz")
+TABLE_SUFFIXES = (
+    ".parquet", *(f".{name}{packed}" for name in ("csv", "tsv", "jsonl") for packed in ("", ".gz"))
+)  # fmt: skip
+_NUMBERED = re.compile(r"(.+)-\d+(?:-of-\d+.*)?")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardFile:
+    """A file with samples, or a part of a folder with images, before it is opened."""
+
+    path: Path
+    """The tar or table; of images, their folder."""
+    prefix: str = ""
+    """What stands before a key or a row to make it a uid."""
+    entry: ShardEntry | None = None
+    """What a manifest says of it."""
+    images: Sequence[Path] = ()
+    size: int
+    """Bytes that are looked through for an index."""
+    state: Mapping[str, Any] = field(default_factory=dict)
+    """What changes when the file is changed."""
+
+    @property
+    def is_tar(self) -> bool:
+        """Whether its samples are members of a tar."""
+        return self.path.name.lower().endswith(TAR_SUFFIXES)
+
+
+class Layout(NamedTuple):
+    """What a path holds."""
+
+    kind: Kind
+    files: Sequence[ShardFile]
+    left_out: Mapping[str, int] = {}
+    """How many entries of a folder are not taken, by the reason."""
+
+
+def layout_of(config: SourceConfig) -> Layout:
+    """Find what a source's path holds; only names and sizes are looked at.
+
+    Raises:
+        DataError: there is nothing, nothing of a known kind, or no such split.
+    """
+    path = Path(config.path)
+    try:
+        if path.is_dir():
+            return _layout_of_folder(path, config)
+        paths = [path] if path.exists() else _expanded(config.path)
+        kind = _kind_of(paths)
+        if kind == "tars" and config.split != DEFAULT_SPLIT:
+            raise DataError(f"{path} has no splits; found split {config.split!r}")
+        return Layout(kind, _files(paths))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def tars_in(folder: Path) -> dict[str, list[Path]]:
+    """Return the tars of a folder under '', or else those of its folders by their names.
+
+    Those of a folder are in the order of their numbers; hidden ones are left out.
+    """
+    own = _visible(folder, "*", TAR_SUFFIXES)
+    if own:
+        return {"": own}
+    found: dict[str, list[Path]] = {}
+    for path in _visible(folder, "*/*", TAR_SUFFIXES):
+        found.setdefault(path.parent.name, []).append(path)
+    return found
+
+
+def split_of(path: Path) -> str:
+    """Return the split that a file's name says: `train` of `train-00000.tar` and of `00000.tar`.
+
+    Raises:
+        DataError: the name is not like one of these.
+    """
+    stem = path.name.partition(".")[0]
+    if found := _NUMBERED.fullmatch(stem):
+        return found[1]
+    if stem.isdecimal():
+        return "train"
+    raise DataError(f"{path} belongs to no split; expected a name like train-00000.tar")
+
+
+def _layout_of_folder(folder: Path, config: SourceConfig) -> Layout:
+    if is_data_folder(folder):
+        entries = read_manifest(folder).shards_of(config.split, folder)
+        return Layout("data folder", [shard_of_entry(folder, entry) for entry in entries])
+    if tars := tars_in(folder):
+        splits = tars if "" not in tars else _by_split(tars[""])
+        return Layout("tars", _files(_chosen(splits, config, folder)))
+    tables = _visible(folder, "*", TABLE_SUFFIXES)
+    if not config.image:
+        tables = [table for table in tables if _has_images(table)]
+    if len(tables) == 1:
+        return Layout("tables", _files(tables))
+    if tables:
+        return Layout("tables", _files(_chosen(_by_split(tables), config, folder)))
+    found = images_below(folder)
+    if not found.paths:
+        raise DataError(
+            f"{folder} holds no samples; expected a {MANIFEST_NAME}, tars, tables of images, or "
+            "images with a .txt or .json of the same name"
+        )
+    return Layout("images", list(_parts_of(folder, found.paths)), found.left_out)
+
+
+def shard_of_entry(folder: Path, entry: ShardEntry) -> ShardFile:
+    """Return a shard as the manifest of its folder lists it."""
+    state = {"bytes": entry.bytes, "sha256": entry.sha256}
+    return ShardFile(path=folder / entry.name, entry=entry, size=entry.bytes, state=state)
+
+
+def _files(paths: Sequence[Path]) -> list[ShardFile]:
+    """Return files with the state that they are in, and with prefixes that differ."""
+    folder = os.path.commonpath([path.absolute().parent for path in paths])
+    files = []
+    for path in paths:
+        found, name = path.stat(), os.path.relpath(path.absolute(), folder)
+        tar = path.name.lower().endswith(TAR_SUFFIXES)
+        files.append(
+            ShardFile(
+                path=path,
+                prefix=f"{name.removesuffix('.gz').removesuffix('.tar')}/" if tar else f"{name}#",
+                size=found.st_size,
+                state={"bytes": found.st_size, "mtime_ns": found.st_mtime_ns},
+            )
+        )
+    return files
+
+
+def _parts_of(folder: Path, images: Sequence[Path]) -> Iterator[ShardFile]:
+    """Cut the images of a folder into shards, each with the state of the captions next to them."""
+    captioned = False
+    for start in range(0, len(images), ROWS):
+        part, digest, size = images[start : start + ROWS], hashlib.sha256(), 0
+        for path in part:
+            digest.update(os.fsencode(path))
+            for suffix in SIDE_SUFFIXES:
+                with suppress(OSError):
+                    found = os.stat(path.with_suffix(suffix))
+                    digest.update(f"{suffix} {found.st_size} {found.st_mtime_ns}".encode())
+                    size += found.st_size
+        captioned = captioned or size > 0
+        yield ShardFile(path=folder, images=part, size=size, state={"files": digest.hexdigest()})
+    if not captioned:
+        raise DataError(
+            f"{folder} holds images without captions, such as {images[0].name}; expected "
+            f"{images[0].with_suffix('.txt').name} or {images[0].with_suffix('.json').name}"
+        )
+
+
+def _expanded(pattern: str) -> list[Path]:
+    """Return the files that braces and stars name."""
+    if not set(pattern) & set("{*?["):
+        raise DataError(f"{pattern} is missing; expected a data folder, tars, tables or images")
+    paths: list[Path] = []
+    try:
+        expanded = list(braceexpand(pattern))
+    except ValueError as error:
+        raise DataError(f"{pattern} has braces that do not match: {error}") from error
+    for each in expanded:
+        starred = bool(set(each) & set("*?["))
+        paths += sorted(map(Path, glob.glob(each)), key=_by_number) if starred else [Path(each)]
+    if not paths:
+        raise DataError(f"{pattern} names no file")
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise DataError(
+            f"{pattern} names {len(paths)} files, {len(missing)} are missing, such as {missing[0]}"
+        )
+    return paths
+
+
+def _kind_of(paths: Sequence[Path]) -> Kind:
+    kinds: Mapping[Kind, tuple[str, ...]] = {"tars": TAR_SUFFIXES, "tables": TABLE_SUFFIXES}
+    for kind, suffixes in kinds.items():
+        others = [path for path in paths if not path.name.lower().endswith(suffixes)]
+        if not others:
+            return kind
+    known = ", ".join((*TAR_SUFFIXES, *TABLE_SUFFIXES))
+    raise DataError(f"{others[0]} is no known kind of file; expected files of one of {known}")
+
+
+def _visible(folder: Path, pattern: str, suffixes: tuple[str, ...]) -> list[Path]:
+    found = (
+        path
+        for path in folder.glob(pattern)
+        if path.name.lower().endswith(suffixes) and not path.name.startswith(".")
+    )
+    return sorted((path for path in found if path.is_file()), key=_by_number)
+
+
+def _by_number(path: Path) -> tuple[str, int, str]:
+    stem = path.name.partition(".")[0]
+    return (str(path.parent), int(stem) if stem.isdecimal() else -1, path.name)
+
+
+def _has_images(table: Path) -> bool:
+    columns = first_object(table) if is_json_lines(table) else columns_of(table)
+    return bool(image_column(columns))
+
+
+def _by_split(paths: Iterable[Path]) -> dict[str, list[Path]]:
+    splits: dict[str, list[Path]] = {}
+    for path in paths:
+        try:
+            split = split_of(path)
+        except DataError:
+            if not path.name.lower().endswith(TABLE_SUFFIXES):
+                raise
+            split = path.name.partition(".")[0]  # as in train.csv
+        splits.setdefault(split, []).append(path)
+    return splits
+
+
+def _chosen(splits: Mapping[str, list[Path]], config: SourceConfig, folder: Path) -> list[Path]:
+    if config.split not in splits:
+        raise DataError(
+            f"{folder} has no split {config.split!r}; its splits are {listed(sorted(splits))}"
+        )
+    return splits[config.split]

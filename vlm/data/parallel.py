@@ -1,0 +1,36 @@
+"""A function over many files: in processes where there is much to read, with a bar."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import TypeVar
+
+from tqdm import tqdm
+
+LITTLE = 1 << 26  # bytes that are read sooner than processes start
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+def over(
+    function: Callable[[_Item], _Result], items: Sequence[_Item], *, size: int, title: str
+) -> Iterator[_Result]:
+    """Give the results of a function in the order of the items, and show how far it is on stderr.
+
+    Args:
+        function: One that can be sent to a process.
+        items: What to call it with.
+        size: Bytes of all items together.
+        title: What the bar is called.
+    """
+    processes = min(len(items), len(os.sched_getaffinity(0))) if size > LITTLE else 1
+    if processes < 2:
+        yield from tqdm(map(function, items), title, len(items), unit="shard")
+        return
+    with ProcessPoolExecutor(processes) as executor:
+        try:
+            yield from tqdm(executor.map(function, items), title, len(items), unit="shard")
+        except BaseException:
+            executor.shutdown(cancel_futures=True)  # an error is told at once
+            raise

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.builders import make_sample, make_samples, tiny_tokenizer, write_split
+from tests.builders import make_sample, make_samples, open_split, tiny_tokenizer, write_split
 from vlm.data.collate import MaskPlan, collate
 from vlm.data.config import CaptionConfig
-from vlm.data.dataset import ShardedSplit
 from vlm.data.examples import TrainingExamples, choose_caption
 from vlm.data.loader import TrainingLoader
 from vlm.data.order import BatchOrder, ExampleKey
@@ -33,7 +32,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    return ShardedSplit(write_split(folder, make_samples(SIZE)), "train")
+    return open_split(write_split(folder, make_samples(SIZE)), "train")
 
 
 def examples_of(samples, *, seed=0, **captions):
@@ -189,7 +188,7 @@ def test_global_generators_have_no_influence(samples, tokenizer):
 
 def test_an_example_follows_from_seed_epoch_and_uid_wherever_it_lies(samples, tmp_path):
     moved = [samples[7], *make_samples(3, prefix="other"), samples[2]]
-    elsewhere = ShardedSplit(write_split(tmp_path, moved, samples_per_shard=2), "train")
+    elsewhere = open_split(write_split(tmp_path, moved, samples_per_shard=2), "train")
     for place, other_place in ((7, 0), (2, 4)):
         for epoch in range(4):
             first = examples_of(samples)[ExampleKey(epoch, place)]
@@ -237,7 +236,7 @@ def test_a_sample_with_one_caption_always_gives_it():
 
 def test_a_missing_language_is_an_empty_text_without_caption_id(tmp_path, tokenizer):
     samples = [make_sample(0), make_sample(1, captions={"en": ["grey cat"]})]
-    split = ShardedSplit(write_split(tmp_path, samples), "train")
+    split = open_split(write_split(tmp_path, samples), "train")
     examples = examples_of(split)
     batch = collate([examples[ExampleKey(0, place)] for place in (0, 1)], tokenizer=tokenizer)
     assert batch.caption_ids["zh"].tolist() == [
@@ -250,7 +249,7 @@ def test_a_missing_language_is_an_empty_text_without_caption_id(tmp_path, tokeni
 
 def test_a_second_caption_is_one_of_the_others_and_has_a_term_of_its_own(tmp_path, tokenizer):
     samples = [make_sample(0), make_sample(1, captions={"en": ["grey cat"]})]
-    split = ShardedSplit(write_split(tmp_path, samples), "train")
+    split = open_split(write_split(tmp_path, samples), "train")
     examples = examples_of(split, main_ratio=1.0, second=True)
     batch = collate([examples[ExampleKey(0, place)] for place in (0, 1)], tokenizer=tokenizer)
     assert set(batch.texts) == set(batch.caption_ids) == {"zh", "en", "zh second", "en second"}
@@ -291,7 +290,7 @@ def test_equal_concepts_and_captions_share_their_ids(samples, tokenizer):
 
 def test_a_damaged_image_is_named_by_its_sample(tmp_path):
     broken = make_sample(5, image=b"\x89PNG\r\n\x1a\n and no image")
-    split = ShardedSplit(write_split(tmp_path, [broken]), "train")
+    split = open_split(write_split(tmp_path, [broken]), "train")
     with pytest.raises(DataError, match="sample-0005"):
         examples_of(split)[ExampleKey(0, 0)]
 

@@ -99,12 +99,13 @@ def train_vlm(folder: Path, *, seed: int, steps: int | None, threads: int) -> di
 
 def write_images(folder: Path) -> list[list[str]]:
     """Write the training images as PNG files; return a row (file, caption) for each pair."""
-    from vlm.data.dataset import ShardedSplit
+    from vlm.data.config import SourceConfig
+    from vlm.data.source import open_source
     from vlm.images.decoding import decode_image
 
     (folder / "images").mkdir()
     rows = []
-    for i, sample in enumerate(ShardedSplit(DATA, "train")):
+    for i, sample in enumerate(open_source(SourceConfig(path=str(DATA), split="train"))):
         path = folder / "images" / f"{i:05}.png"
         decode_image(sample.image).save(path)
         rows += [[str(path), sample.captions[language][0]] for language in LANGUAGES]
@@ -115,11 +116,16 @@ def smallest_context() -> int:
     """Return the context length that cuts no main caption, in training or in the benchmarks."""
     from open_clip.tokenizer import SimpleTokenizer
 
-    from vlm.data.dataset import ShardedSplit
+    from vlm.data.config import SourceConfig
+    from vlm.data.source import open_source
     from vlm.quickstart import BENCHMARKS
 
     splits = {"train", *(split for split, _ in BENCHMARKS.values())}
-    samples = (sample for split in splits for sample in ShardedSplit(DATA, split))
+    samples = (
+        sample
+        for split in splits
+        for sample in open_source(SourceConfig(path=str(DATA), split=split))
+    )
     texts = {sample.captions[language][0] for sample in samples for language in LANGUAGES}
     tokenizer = SimpleTokenizer()
     return max(len(tokenizer.encode(text)) for text in texts) + 2  # start and end of text

@@ -12,9 +12,11 @@ import torch
 from PIL import Image, ImageDraw
 
 from vlm.bundle import save_bundle
+from vlm.data.config import SourceConfig
 from vlm.data.manifest import Manifest, read_manifest, write_manifest
 from vlm.data.sample import Sample
 from vlm.data.shards import write_shards
+from vlm.data.source import Source, open_source
 from vlm.images.config import PreprocessConfig
 from vlm.images.transforms import preprocess_cfg
 from vlm.models.build import build_from_config, encoder_model_cfg
@@ -107,6 +109,11 @@ def write_split(
     splits = dict(read_manifest(folder).splits) if has_manifest else {}
     write_manifest(folder, Manifest(splits=splits | {split: entries}))
     return folder
+
+
+def open_split(folder: Path, split: str) -> Source:
+    """Open one split of a data folder."""
+    return open_source(SourceConfig(path=str(folder), split=split))
 
 
 def tiny_tokenizer(*, context_length: int = 16, vocab_size: int = 320) -> Tokenizer:

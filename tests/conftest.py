@@ -3,13 +3,18 @@
 `vlm` is imported in the fixtures: the hook below checks shapes in what is imported after it.
 """
 
+import atexit
 import gc
 import os
 import shutil
+import tempfile
 import zlib
 
 # Two cores are shared by the test process, its children and the data workers.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nothing of the user's is read or written.
+os.environ["VLM_CACHE"] = tempfile.mkdtemp(prefix="vlm-cache-")
+atexit.register(shutil.rmtree, os.environ["VLM_CACHE"], ignore_errors=True)
 
 from pathlib import Path
 
@@ -63,8 +68,7 @@ def unchecked(monkeypatch):
 @pytest.fixture(scope="session")
 def small_emoji(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder as the shipped one, with every image of a quarter of its concepts."""
-    from tests.builders import write_split
-    from vlm.data.dataset import ShardedSplit
+    from tests.builders import open_split, write_split
 
     shipped = ROOT / "data" / "emoji"
     folder = tmp_path_factory.mktemp("data") / "emoji"
@@ -72,7 +76,7 @@ def small_emoji(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split in ("train", "val", "test_style", "test_novel", "test_novel_style"):
         samples = [
             sample
-            for sample in ShardedSplit(shipped, split)
+            for sample in open_split(shipped, split)
             if zlib.crc32(sample.concept.encode()) % 4 == 0
         ]
         write_split(folder, samples, split=split, samples_per_shard=1000)

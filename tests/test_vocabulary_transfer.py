@@ -12,10 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.builders import IMAGE_SIZE, tiny_bundle, unique_captions
+from tests.builders import IMAGE_SIZE, open_split, tiny_bundle, unique_captions
 from tests.support.commands import ROOT
 from vlm.bundle import load_bundle, save_bundle
-from vlm.data.dataset import ShardedSplit
 from vlm.errors import ConfigError, TokenizerError
 from vlm.images.config import PreprocessConfig
 from vlm.images.transforms import preprocess_cfg
@@ -43,7 +42,7 @@ def clip_zh():
 
 @pytest.fixture(scope="module")
 def captions():
-    samples = islice(ShardedSplit(ROOT / "data/emoji", "test_style"), 100)
+    samples = islice(open_split(ROOT / "data/emoji", "test_style"), 100)
     return unique_captions(samples, ["en"])[:300]
 
 

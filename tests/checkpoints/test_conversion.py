@@ -8,13 +8,12 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer, CLIPModel
 
-from tests.builders import tiny_bundle, unique_captions
+from tests.builders import open_split, tiny_bundle, unique_captions
 from tests.checkpoints.sources import disturb, pixels
 from tests.support.commands import ROOT
 from vlm.bundle import load_bundle
 from vlm.checkpoints.config import ConversionConfig, Extension
 from vlm.checkpoints.conversion import convert
-from vlm.data.dataset import ShardedSplit
 from vlm.errors import CheckpointError
 from vlm.models.build import build_encoder
 from vlm.models.config import GrowthConfig
@@ -36,7 +35,7 @@ EXTENSION = Extension(tokenizer=CLIP_ZH, growth=GrowthConfig(init="mean", positi
 
 @pytest.fixture(scope="module")
 def captions():
-    samples = islice(ShardedSplit(ROOT / "data/emoji", "test_style"), 100)
+    samples = islice(open_split(ROOT / "data/emoji", "test_style"), 100)
     return unique_captions(samples, ["en"])[:300]
 
 

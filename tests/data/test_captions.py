@@ -23,11 +23,11 @@ from tests.builders import (
     make_image,
     make_sample,
     make_samples,
+    open_split,
     unique_captions,
     write_split,
 )
 from vlm.data.captions import read_captions
-from vlm.data.dataset import ShardedSplit
 from vlm.data.manifest import read_manifest
 from vlm.errors import DataError
 
@@ -519,7 +519,7 @@ def test_a_file_that_is_no_tar_is_refused(tmp_path, content):
 
 @pytest.mark.parametrize("split", ["val", pytest.param("test_style", marks=pytest.mark.slow)])
 def test_a_data_folder_gives_what_its_split_holds(split):
-    samples = list(ShardedSplit(EMOJI, split))  # read once for both languages
+    samples = list(open_split(EMOJI, split))  # read once for both languages
     for language in ("zh", "en"):
         captions = read(EMOJI, language=language, split=split)
         assert captions == [text for sample in samples for text in sample.captions[language]]

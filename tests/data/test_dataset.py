@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from tests.builders import make_samples, write_split
+from tests.builders import make_samples, open_split, write_split
 from tests.support.processes import PROCESSES
-from vlm.data.dataset import ShardedSplit
 from vlm.data.manifest import Manifest, read_manifest, write_manifest
 from vlm.data.shards import index_folder
 from vlm.errors import DataError
@@ -24,7 +23,7 @@ def folder(tmp_path):
 
 
 def test_an_index_counts_across_shards(folder):
-    samples = ShardedSplit(folder, "train")
+    samples = open_split(folder, "train")
     assert len(samples) == 12
     assert [samples[index] for index in range(12)] == make_samples(12)
     assert [samples[index].uid for index in (11, 4, 5, 0)] == [
@@ -33,26 +32,26 @@ def test_an_index_counts_across_shards(folder):
 
 
 def test_iteration_gives_every_sample_in_order_each_time(folder):
-    samples = ShardedSplit(folder, "train")
+    samples = open_split(folder, "train")
     assert list(samples) == list(samples) == make_samples(12)
 
 
 @pytest.mark.parametrize("index", [-1, -12, 12, 13, 1000])
 def test_an_index_outside_of_the_split_is_an_index_error(folder, index):
     with pytest.raises(IndexError, match=str(index)):
-        ShardedSplit(folder, "train")[index]
+        open_split(folder, "train")[index]
 
 
 def test_splits_of_one_folder_are_kept_apart(folder):
     write_split(folder, make_samples(2), split="val")
-    assert len(ShardedSplit(folder, "train")) == 12
-    assert len(ShardedSplit(folder, "val")) == 2
+    assert len(open_split(folder, "train")) == 12
+    assert len(open_split(folder, "val")) == 2
 
 
 def test_shards_are_read_in_the_order_of_the_manifest(folder):
     entries = index_folder(folder).splits["train"]
     write_manifest(folder, Manifest(splits={"train": entries[::-1]}))
-    uids = [sample.uid for sample in ShardedSplit(folder, "train")]
+    uids = [sample.uid for sample in open_split(folder, "train")]
     assert uids[:3] == ["sample-0010", "sample-0011", "sample-0005"]
 
 
@@ -64,18 +63,18 @@ def test_damage_in_the_last_shard_is_found_before_the_first_sample(folder, damag
     if damage == "changed":
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(DataError, match=f"shard {path} is"):
-        ShardedSplit(folder, "train")
+        open_split(folder, "train")
 
 
 def test_an_empty_split_is_refused(folder):
     write_manifest(folder, Manifest(splits={"train": ()}))
     with pytest.raises(DataError, match=f"the split 'train' of {folder} is empty"):
-        ShardedSplit(folder, "train")
+        open_split(folder, "train")
 
 
 def test_an_unknown_split_is_refused_with_those_there_are(folder):
     with pytest.raises(DataError, match="has no split 'test'; its splits are train"):
-        ShardedSplit(folder, "test")
+        open_split(folder, "test")
 
 
 @pytest.mark.slow
@@ -86,17 +85,17 @@ def test_a_worker_process_that_is_sent_a_split_reads_all_of_it(folder, packed):
             path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
             path.unlink()
         index_folder(folder)
-    split = ShardedSplit(folder, "train")
+    split = open_split(folder, "train")
     with PROCESSES.Pool(1) as workers:  # not forks of this one: the split is pickled
         assert workers.apply(uids_of, (split,)) == uids_of(make_samples(12))
 
 
 def test_a_sent_split_is_small(folder):
-    assert len(pickle.dumps(ShardedSplit(folder, "train"))) < 1000  # a path, not the shards
+    assert len(pickle.dumps(open_split(folder, "train"))) < 1000  # a path, not the shards
 
 
 def test_an_address_names_the_shard_and_the_row(folder):
-    samples = ShardedSplit(folder, "train")
+    samples = open_split(folder, "train")
     assert [samples[index].address for index in (0, 4, 5, 11)] == [
         f"{folder}/train-0000{shard}.tar.gz#{row}"
         for shard, row in ((0, 0), (0, 4), (1, 0), (2, 1))
@@ -118,14 +117,14 @@ def test_a_manifest_whose_shards_share_a_key_is_refused(tmp_path):
         )
     write_manifest(tmp_path, manifest)
     with pytest.raises(DataError, match=r"key 'sample-0000' is in .*train.* and in .*again"):
-        ShardedSplit(tmp_path, "train")
+        open_split(tmp_path, "train")
 
 
 def test_damaged_samples_are_all_named_with_their_addresses(tmp_path):
     samples = make_samples(6)
     cut = {number: replace(samples[number], image=samples[number].image[:60]) for number in (1, 4)}
     folder = write_split(tmp_path, [cut.get(n, sample) for n, sample in enumerate(samples)])
-    found = list(ShardedSplit(folder, "train").damaged())
+    found = list(open_split(folder, "train").damaged())
     assert [sentence.split(")")[0] for sentence in found] == [
         f"sample-000{number} ({folder}/train-00000.tar.gz#{number}" for number in (1, 4)
     ]

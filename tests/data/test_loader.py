@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.builders import make_sample, make_samples, tiny_tokenizer, write_split
+from tests.builders import make_sample, make_samples, open_split, tiny_tokenizer, write_split
 from vlm.data.collate import MaskPlan, collate
 from vlm.data.config import CaptionConfig
-from vlm.data.dataset import ShardedSplit
 from vlm.data.examples import TrainingExamples, choose_caption
 from vlm.data.loader import TrainingLoader
 from vlm.data.mixture import BatchOrder, Mixture
@@ -35,7 +34,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    return ShardedSplit(write_split(folder, make_samples(SIZE)), "train")
+    return open_split(write_split(folder, make_samples(SIZE)), "train")
 
 
 def examples_of(samples, *, seed=0, keep_decoded=False, **captions):
@@ -181,7 +180,7 @@ def test_global_generators_have_no_influence(samples, tokenizer):
 
 def test_an_example_follows_from_seed_epoch_and_uid_wherever_it_lies(samples, tmp_path):
     moved = [samples[7], *make_samples(3, prefix="other"), samples[2]]
-    elsewhere = ShardedSplit(write_split(tmp_path, moved, samples_per_shard=2), "train")
+    elsewhere = open_split(write_split(tmp_path, moved, samples_per_shard=2), "train")
     for place, other_place in ((7, 0), (2, 4)):
         for epoch in range(4):
             first = examples_of(samples)[key_of(samples, place, epoch)]
@@ -232,7 +231,7 @@ def test_a_sample_with_one_caption_always_gives_it():
 
 def test_a_missing_language_is_an_empty_text_without_caption_id(tmp_path, tokenizer):
     samples = [make_sample(0), make_sample(1, captions={"en": ["grey cat"]})]
-    split = ShardedSplit(write_split(tmp_path, samples), "train")
+    split = open_split(write_split(tmp_path, samples), "train")
     examples = examples_of(split)
     batch = collate([examples[key_of(split, place)] for place in (0, 1)], tokenizer=tokenizer)
     assert batch.caption_ids["zh"].tolist() == [
@@ -245,7 +244,7 @@ def test_a_missing_language_is_an_empty_text_without_caption_id(tmp_path, tokeni
 
 def test_a_second_caption_is_one_of_the_others_and_has_a_term_of_its_own(tmp_path, tokenizer):
     samples = [make_sample(0), make_sample(1, captions={"en": ["grey cat"]})]
-    split = ShardedSplit(write_split(tmp_path, samples), "train")
+    split = open_split(write_split(tmp_path, samples), "train")
     examples = examples_of(split, main_ratio=1.0, second=True)
     batch = collate([examples[key_of(split, place)] for place in (0, 1)], tokenizer=tokenizer)
     assert set(batch.texts) == set(batch.caption_ids) == {"zh", "en", "zh second", "en second"}
@@ -293,7 +292,7 @@ def damaged_split(folder, damaged=(1, 4)):
     for number in damaged:
         samples[number] = make_sample(number, image=BROKEN)
     samples[9] = make_sample(9, captions={"fr": ["un chat"]})
-    return ShardedSplit(write_split(folder, samples), "train")
+    return open_split(write_split(folder, samples), "train")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -340,7 +339,7 @@ def test_substitutes_are_the_same_on_every_rank_and_after_a_restart(tmp_path, to
 
 def test_a_shard_without_a_usable_sample_ends_in_an_error_with_both_ends(tmp_path, tokenizer):
     samples = [make_sample(number, image=BROKEN) for number in range(4)]
-    split = ShardedSplit(write_split(tmp_path, samples), "train")
+    split = open_split(write_split(tmp_path, samples), "train")
     loader = TrainingLoader(examples_of(split), order_of(split, 2), tokenizer, workers=0)
     message = r"#\d and 15 samples in its place cannot be used; .*is not one of JPEG"
     with pytest.raises(DataError, match=message):

@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from tests.builders import IMAGE_SIZE, tiny_model
+from tests.builders import IMAGE_SIZE, open_split, tiny_model
 from tests.support.commands import ROOT
 from tests.support.peers import chinese_clip_scores
 from vlm.bundle import Bundle
-from vlm.data.dataset import ShardedSplit
 from vlm.embedding.bulk import BulkEmbedder
 from vlm.embedding.embedder import Embedder
 from vlm.evaluation.classification.dataset import images_of_split
@@ -60,13 +59,13 @@ class Emoji:
 @pytest.fixture(scope="module")
 def emoji():
     """The 365 images of the validation split: 332 things, some in several styles."""
-    return [Emoji(sample.image, dict(sample.captions)) for sample in ShardedSplit(DATA, "val")]
+    return [Emoji(sample.image, dict(sample.captions)) for sample in open_split(DATA, "val")]
 
 
 @pytest.fixture(scope="module")
 def silent():
     """20 images of other things, whose captions nobody is told."""
-    split = ShardedSplit(DATA, "test_novel_style")
+    split = open_split(DATA, "test_novel_style")
     return [Emoji(split[number].image, {}) for number in range(20)]
 
 

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 import vlm
+from tests.builders import open_split
 from tests.support.commands import TINY_QUICKSTART, run_vlm, start_vlm
 from vlm.cli.main import main
-from vlm.data.dataset import ShardedSplit
 
 
 @pytest.mark.slow
@@ -52,7 +52,7 @@ def test_its_scores_are_those_of_the_evaluation_command(quickstart, small_emoji)
     asked, expected = again["benchmarks"]["test_style"], benchmarks["test_style_no_flags"]
     assert asked["scores"] == pytest.approx(expected["scores"])
     assert asked["questions"] == expected["questions"]
-    assert asked["questions"]["zh"]["images"] < len(ShardedSplit(small_emoji, "test_style"))
+    assert asked["questions"]["zh"]["images"] < len(open_split(small_emoji, "test_style"))
     found = {
         (each["direction"], each["language"]): each for each in expected["indexes"]["comparisons"]
     }
@@ -66,7 +66,7 @@ def test_its_index_answers_texts_and_images_like_the_python_interface(
     quickstart, small_emoji, tmp_path
 ):
     folder, _, _ = quickstart
-    sample = ShardedSplit(small_emoji, "test_style")[7]
+    sample = open_split(small_emoji, "test_style")[7]
     image = tmp_path / "query.webp"
     image.write_bytes(sample.image)
     out, _ = run_vlm("search", folder / "index", "--image", image, "--k", "3", "--json")
@@ -82,7 +82,7 @@ def test_its_index_answers_texts_and_images_like_the_python_interface(
     assert (process.returncode, err) == (0, "")
     model = vlm.load(folder / "bundle")
     query = model.encode_text(["一只猫"])
-    images = [sample.image for sample in ShardedSplit(small_emoji, "test_style")]
+    images = [sample.image for sample in open_split(small_emoji, "test_style")]
     cosines = model.similarity(query, model.encode_image(images))[0]
     assert [hit["score"] for hit in json.loads(out)] == pytest.approx(
         np.sort(cosines)[::-1][:2], abs=1e-5
@@ -92,7 +92,7 @@ def test_its_index_answers_texts_and_images_like_the_python_interface(
 @pytest.mark.slow
 def test_a_folder_of_images_can_be_embedded_indexed_and_searched(quickstart, small_emoji, tmp_path):
     folder, _, _ = quickstart
-    samples = [ShardedSplit(small_emoji, "val")[index] for index in range(5)]
+    samples = [open_split(small_emoji, "val")[index] for index in range(5)]
     for number, sample in enumerate(samples):
         path = tmp_path / "images" / f"图 {number}" / "image.webp"
         path.parent.mkdir(parents=True)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from vlm.data.dataset import ShardedSplit
+from tests.builders import open_split
 from vlm.evaluation.config import IndexPlan, RetrievalSource
 from vlm.evaluation.retrieval.comparison import compare
 from vlm.evaluation.retrieval.run import RetrievalRun, evaluate
@@ -120,7 +120,7 @@ def test_the_record_is_json_without_vectors(run):
 
 
 def test_found_questions_were_found_and_missed_ones_were_missed(run, data_folder):
-    split = ShardedSplit(data_folder, "test")
+    split = open_split(data_folder, "test")
     addresses = [sample.address for sample in split]
     scored = run.benchmarks["both"]
     groups = drawn_examples(scored.pairs, scored.evaluation, of_each=4)

@@ -9,13 +9,13 @@ import pytest
 @pytest.fixture(scope="session")
 def emoji():
     """Return what reads all samples of a split of data/emoji, once and unchecked."""
+    from tests.builders import open_split
     from tests.support.commands import ROOT
-    from vlm.data.dataset import ShardedSplit
 
     @cache
     def samples(split):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-            return list(ShardedSplit(ROOT / "data/emoji", split))
+            return list(open_split(ROOT / "data/emoji", split))
 
     return samples

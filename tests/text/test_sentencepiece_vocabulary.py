@@ -15,9 +15,8 @@ import pytest
 import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from tests.builders import THINGS, unique_captions
+from tests.builders import THINGS, open_split, unique_captions
 from tests.support.commands import ROOT
-from vlm.data.dataset import ShardedSplit
 from vlm.errors import TokenizerError
 from vlm.text.config import TokenizerConfig
 from vlm.text.sentencepiece_vocabulary import SentencePieceVocabulary
@@ -37,7 +36,7 @@ KINDS = {
 
 @cache
 def captions() -> list[str]:
-    return unique_captions(ShardedSplit(ROOT / "data/emoji", "val"), ["zh", "en"])
+    return unique_captions(open_split(ROOT / "data/emoji", "val"), ["zh", "en"])
 
 
 @cache

@@ -4,8 +4,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vlm.cli.options import SourceOptions, refuse_several_processes
+from vlm.errors import DataError
 
 _NAMED = 10  # an error stays one line that a person can read
+_IMAGE_BYTES = 1 << 14  # about; it decides whether processes are started
 
 
 @dataclass(frozen=True)
@@ -17,8 +19,23 @@ def run(options: Options) -> None:
     """Read everything once, all splits of a data folder; print what each split holds."""
     refuse_several_processes("data check")
     from vlm.data.manifest import is_data_folder, read_manifest
+    from vlm.data.parallel import over
     from vlm.data.source import open_source
 
-    config, folder = replace(options.source(), verify="each_open"), Path(options.path)
+    folder = Path(options.path)
     for split in read_manifest(folder).splits if is_data_folder(folder) else [options.split]:
-        source = open_source(replace(config, split=split))
+        source = open_source(replace(options.source(), split=split), verify="each_open")
+        of_shards = over(
+            source.damaged_in,
+            range(len(source.sizes)),
+            size=len(source) * _IMAGE_BYTES,
+            title=f"checking {split}",
+        )
+        if found := [sentence for of_shard in of_shards for sentence in of_shard]:
+            more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+            raise DataError(
+                f"{split}: {len(found)} of {len(source)} samples cannot be read: "
+                + "; ".join(found[:_NAMED]) + more
+            )  # fmt: skip
+        source.check_uids()
+        print(f"{split}: {len(source)} samples, all readable")

@@ -1,4 +1,4 @@
-"""Write the index of your own data: of a folder of tars with a manifest in it, else in the cache."""
+"""Index your own data: a folder of tars in itself, with a manifest; all else in the cache."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ def run(options: Options) -> None:
 
     path = Path(options.path)
     if path.is_dir() and "" in tars_in(path):
-        for split, entries in index_folder(options.source()).splits.items():
+        for split, entries in index_folder(path, options.source()).splits.items():
             print(f"{split}: {sum(e.samples for e in entries)} samples in {len(entries)} shards")
     else:
         source = open_source(options.source())

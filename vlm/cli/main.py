@@ -31,8 +31,9 @@ VERBS = {
     ("tokenizer", "prune"): ("vlm.cli.tokenizer_prune", "keep only the pieces that texts use"),
     ("convert",): ("vlm.cli.convert", "read or write other projects' checkpoints"),
     ("grow",): ("vlm.cli.grow", "let a model read an extended tokenizer and longer texts"),
-    ("data", "index"): ("vlm.cli.data_index", "write the manifest of your own shards"),
-    ("data", "check"): ("vlm.cli.data_check", "verify every shard of a data folder"),
+    ("data", "show"): ("vlm.cli.data_show", "show how your own data is understood"),
+    ("data", "index"): ("vlm.cli.data_index", "index your own data, with a manifest of tars"),
+    ("data", "check"): ("vlm.cli.data_check", "read and verify every sample of a source"),
 }
 """Every verb with the module that runs it: a dataclass `Options`, and `run(options)`."""
 

@@ -4,10 +4,11 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlm.data.config import SourceConfig
 from vlm.errors import ConfigError, DistributedError
 from vlm.evaluation.config import IndexPlan, RetrievalSource, SourceSettings
 
@@ -15,6 +16,21 @@ if TYPE_CHECKING:
     from vlm.distributed.groups import RankGroup
     from vlm.embedding.bulk import BulkEmbedder
     from vlm.reports.document import Document
+
+
+@dataclass(frozen=True)
+class SourceOptions(SourceConfig):
+    """A source of images with captions."""
+
+    path: str
+    _: KW_ONLY
+    config: Path | None = None
+    """YAML file with these options."""
+
+    def source(self) -> SourceConfig:
+        """Return the source that the options describe."""
+        names = [field.name for field in fields(SourceConfig)]
+        return SourceConfig(**{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True, kw_only=True)

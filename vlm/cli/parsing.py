@@ -170,17 +170,18 @@ def _arguments(
         word = rest.pop(0)
         option, sign, value = word.partition("=")
         name = option.lstrip("-")
-        kind = settings.get(name)
+        kind = settings.get(name, _kind_of_entry(name, settings))
+        many = _is_list(kind) and ("." not in name or name not in settings)
         if not word.startswith("-"):
             free.append(word)
             continue
         if kind is None:
             arguments.append(_checked(word, name, settings))
             continue
-        values = [value] if sign else _values_of(kind, name, rest)
+        values = [value] if sign else _values_of(kind, rest, many=many)
         if not values:
             raise VlmError(f"{option} lacks its value; expected {_expected(kind)}")
-        if _is_many(kind, name):
+        if many:
             if name in seen:
                 raise VlmError(f"{option} is given twice; expected once, with all its values")
             seen.add(name)
@@ -198,12 +199,19 @@ def _arguments(
     return arguments + free, raw
 
 
-def _values_of(kind: Any, name: str, rest: list[str]) -> list[str]:
-    """Take the values of an option from the words after it."""
+def _kind_of_entry(name: str, settings: Mapping[str, Any]) -> Any:
+    """Return the type of an entry of a mapping, as `--captions.zh` is; None of anything else."""
+    part, dot, _ = name.partition(".")
+    kind = settings.get(part)
+    return get_args(kind)[1] if dot and get_origin(kind) is Mapping else None
+
+
+def _values_of(kind: Any, rest: list[str], *, many: bool) -> list[str]:
+    """Take the values of an option from the words after it; a part's list is one word of YAML."""
     if _is_flag(kind):
         return [rest.pop(0)] if rest[:1] in (["true"], ["false"]) else ["true"]
     following = next((n for n, word in enumerate(rest) if word.startswith("--")), len(rest))
-    taken = following if _is_many(kind, name) else min(1, following)
+    taken = following if many else min(1, following)
     values, rest[:] = rest[:taken], rest[taken:]
     return values
 
@@ -261,11 +269,6 @@ def _is_flag(kind: Any) -> bool:
     return kind is bool or set(get_args(kind)) == {bool, NoneType}
 
 
-def _is_many(kind: Any, name: str) -> bool:
-    """Tell whether an option takes several words; a setting of a part is a list in YAML instead."""
-    return _is_list(kind) and "." not in name
-
-
 def _expected(kind: Any) -> str:
     return _in_words(kind).replace(" | ", " or ")
 
@@ -281,6 +284,8 @@ def _in_words(kind: Any) -> str:
         number = "" if _is_list(kind) else f"{len(arguments)} "
         inner = _in_words(arguments[0])
         return f"list of {number}{inner}s" if inner in _NAMES.values() else f"list of ({inner})"
+    if get_origin(kind) is Mapping:
+        return f"{_in_words(arguments[1])} by name"
     if kind is NoneType:
         return "null"
     return _NAMES.get(kind, "settings" if is_dataclass(kind) else str(kind))

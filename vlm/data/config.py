@@ -8,6 +8,8 @@ from typing import Literal
 from vlm.errors import ConfigError
 
 Verify = Literal["once", "each_open", "size"]
+"""When a shard's SHA-256 is compared with its manifest: once on a machine, whenever it is opened,
+or never; its size always is."""
 DEFAULT_SPLIT = "train"
 """Also what is asked of a source without splits."""
 
@@ -42,17 +44,10 @@ class SourceConfig:
     weight: float | None = None
     """Share of the samples of a step, relative to the other sources; null, for all of them, is the
     size."""
-    verify: Verify = "once"
-    """When the SHA-256 of a data folder's shards is compared with its manifest: once on a machine,
-    at each opening, or never (size). Sizes always are."""
-    keep_open: int = 200
-    """Shards that each process keeps open; packed ones are in memory."""
 
     def __post_init__(self) -> None:
         if self.weight is not None and not self.weight > 0:
             raise ConfigError(f"weight is {self.weight}; expected more than 0")
-        if self.keep_open < 1:
-            raise ConfigError(f"keep_open is {self.keep_open}; expected at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +102,9 @@ class DataConfig:
     """Samples in one step, summed over all processes."""
     workers: int = 2
     """Processes that decode images, for each training process; 0 decodes in that process."""
+    verify: Verify = "once"
+    """When the SHA-256 of a data folder's shards is compared with its manifest: `once` on a
+    machine, at `each_open`, or never (`size`). Sizes always are."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     skip_batches: tuple[tuple[int, int], ...] = ()
     """First and last numbers of batches to pass over, counted from 0: such as those that a loss has

@@ -65,7 +65,7 @@ class TrainingExamples(Dataset[Example]):
                 sample = source.at(substitute.shard, substitute.row)
                 return replace(self._example(substitute, sample), skipped=tuple(skipped))
             except DataError as error:  # not MemoryError and the like, which are not the sample's
-                address = source.place_name(substitute.shard, substitute.row)
+                address = source.address(substitute.shard, substitute.row)
                 uid = "" if sample is None else sample.uid
                 skipped.append(SkippedSample(uid, address, str(error)))
                 substitute = self.orders[key.source].substitute(key, attempt)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 from vlm.data.config import SourceConfig
@@ -13,6 +14,7 @@ from vlm.text.scripts import language_by_script
 UNKNOWN_LANGUAGE = "und"
 """The code of captions whose language is not recognised (ISO 639-2: undetermined)."""
 
+_BY_SCRIPT = "zh or en by script"
 CAPTION_FIELDS = ("caption", "text", "title")
 # A column `id` or `no` is more often a number than Indonesian or Norwegian.
 _OF_LANGUAGE = re.compile(
@@ -46,7 +48,9 @@ def parts_of(
     else:
         captions = _captions_by_name(own, record, where)
     if not captions:
-        raise DataError(f"{where}: found no caption among {quoted(own)}; expected at least one")
+        named = quoted(chain(*config.captions.values(), config.language_of))
+        expected = "at least one" if named == "none" else f"some in {named}"
+        raise DataError(f"{where}: found no caption in {quoted(own)}; expected {expected}")
     concept = value_at(record, config.concept) if config.concept else own.get("concept")
     return {
         "captions": captions,
@@ -101,6 +105,20 @@ def caption_fields(names: tuple[str, ...]) -> Mapping[str, str]:
         for name in names
         if name in tags or name == best
     }
+
+
+def understood(record: Mapping[str, Any], config: SourceConfig) -> dict[str, str]:
+    """Return which fields of a record are read, and the language of each, for people to check."""
+    if config.captions or config.language_of:
+        named = {field: language for language, of in config.captions.items() for field in of}
+        return named | dict.fromkeys(config.language_of, _BY_SCRIPT)
+    inner = isinstance(record.get("json"), Mapping)
+    own = record["json"] if inner else record
+    found = {"captions": "by name"} if "captions" in own else caption_fields(tuple(own))
+    if not found and "txt" in record:
+        return {"txt": _BY_SCRIPT}
+    prefix = "json." if inner else ""
+    return {f"{prefix}{field}": language or _BY_SCRIPT for field, language in found.items()}
 
 
 def _captions_by_config(

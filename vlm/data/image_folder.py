@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 IMAGE_SUFFIXES = frozenset({".gif", ".jpeg", ".jpg", ".png", ".webp"})
+OTHER_SUFFIX = "with another suffix"
 
 
 class FolderImages(NamedTuple):
@@ -32,7 +33,7 @@ def images_below(folder: Path) -> FolderImages:
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(place, name) for name in files if not name.startswith(".")):
             if path.suffix.lower() not in IMAGE_SUFFIXES:
-                left_out["with another suffix"] += 1
+                left_out[OTHER_SUFFIX] += 1
             elif path.is_file() or not path.exists():
                 paths.append(path)
             else:  # a pipe, which would block its reader, or a socket

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,9 @@ def index_folder(folder: Path, config: SourceConfig | None = None) -> Manifest:
     for split, entry in zip(of_paths, entries, strict=True):
         splits.setdefault(split, []).append(entry)
     for of_split in splits.values():
-        check_keys([index_path(folder, entry.name) for entry in of_split])
+        check_uids(
+            [(folder / e.name, partial(_uids_in, index_path(folder, e.name))) for e in of_split]
+        )
     manifest = Manifest(splits={split: tuple(found) for split, found in splits.items()})
     write_manifest(folder, manifest)
     return manifest
@@ -156,21 +158,26 @@ def _indexed(path: Path, *, config: SourceConfig) -> ShardEntry:
     return ShardEntry(name=path.name, samples=number, bytes=found.st_size, sha256=digest)
 
 
-def check_keys(indexes: Sequence[Path]) -> None:
-    """Refuse, by a `DataError`, indexes with a uid twice: the two samples would count as one.
+def check_uids(shards: Sequence[tuple[Path, Callable[[], list[str]]]]) -> None:
+    """Refuse uids that occur twice: their samples would count as one.
 
-    Only hashes of uids are in memory for all of them, 8 bytes each.
+    Args:
+        shards: The path of each, and what gives its uids. They are asked for twice at most, and
+            only their hashes are in memory for all shards, 8 bytes each.
+
+    Raises:
+        DataError: a uid occurs twice.
     """
-    hashes = [np.fromiter(map(hash, _uids_in(path)), np.int64) for path in indexes]
+    hashes = [np.fromiter(map(hash, uids_of()), np.int64) for _, uids_of in shards]
     ordered = np.sort(np.concatenate(hashes))
     twice = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
     seen: dict[str, Path] = {}
-    for path in indexes if twice else ():
-        for uid in _uids_in(path):
+    for path, uids_of in shards if twice else ():
+        for uid in uids_of():
             if uid in seen:
                 raise DataError(
-                    f"the key {uid!r} is in {seen[uid].stem} and in {path.stem}; expected every "
-                    "key of a split once, for example with the shard's name in front: 00001/00000"
+                    f"the key {uid!r} is in {seen[uid]} and in {path}; expected every key of a "
+                    "split once, for example with the shard's name in front: 00001/00000"
                 )
             if hash(uid) in twice:
                 seen[uid] = path

@@ -4,7 +4,8 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,16 +14,15 @@ from typing import Any, Literal, NamedTuple
 from braceexpand import braceexpand
 
 from vlm.data.config import DEFAULT_SPLIT, SourceConfig
-from vlm.data.image_folder import images_below
+from vlm.data.image_folder import OTHER_SUFFIX, images_below
 from vlm.data.index import ROWS
 from vlm.data.manifest import MANIFEST_NAME, ShardEntry, is_data_folder, read_manifest
 from vlm.data.records import first_object, listed
-from vlm.data.scanning import SIDE_SUFFIXES, image_column, is_json_lines
+from vlm.data.scanning import SIDE_SUFFIXES, TAR_SUFFIXES, image_column, is_json_lines
 from vlm.data.tables import columns_of
 from vlm.errors import DataError
 
 Kind = Literal["data folder", "tars", "tables", "images"]
-TAR_SUFFIXES = (".tar", ".tar.gz")
 TABLE_SUFFIXES = (
     ".parquet", *(f".{name}{packed}" for name in ("csv", "tsv", "jsonl") for packed in ("", ".gz"))
 )  # fmt: skip
@@ -127,7 +127,9 @@ def _layout_of_folder(folder: Path, config: SourceConfig) -> Layout:
             f"{folder} holds no samples; expected a {MANIFEST_NAME}, tars, tables of images, or "
             "images with a .txt or .json of the same name"
         )
-    return Layout("images", list(_parts_of(folder, found.paths)), found.left_out)
+    files, captions = _parts_of(folder, found.paths)
+    left_out = found.left_out - Counter({OTHER_SUFFIX: captions})
+    return Layout("images", files, left_out)
 
 
 def shard_of_entry(folder: Path, entry: ShardEntry) -> ShardFile:
@@ -154,9 +156,12 @@ def _files(paths: Sequence[Path]) -> list[ShardFile]:
     return files
 
 
-def _parts_of(folder: Path, images: Sequence[Path]) -> Iterator[ShardFile]:
-    """Cut the images of a folder into shards, each with the state of the captions next to them."""
-    captioned = False
+def _parts_of(folder: Path, images: Sequence[Path]) -> tuple[list[ShardFile], int]:
+    """Cut the images of a folder into shards, with the state of the captions next to them.
+
+    Returns the shards, and how many files with captions there are.
+    """
+    files, number = [], 0
     for start in range(0, len(images), ROWS):
         part, digest, size = images[start : start + ROWS], hashlib.sha256(), 0
         for path in part:
@@ -166,13 +171,15 @@ def _parts_of(folder: Path, images: Sequence[Path]) -> Iterator[ShardFile]:
                     found = os.stat(path.with_suffix(suffix))
                     digest.update(f"{suffix} {found.st_size} {found.st_mtime_ns}".encode())
                     size += found.st_size
-        captioned = captioned or size > 0
-        yield ShardFile(path=folder, images=part, size=size, state={"files": digest.hexdigest()})
-    if not captioned:
+                    number += 1
+        state = {"files": digest.hexdigest()}
+        files.append(ShardFile(path=folder, images=part, size=size, state=state))
+    if not number:
         raise DataError(
             f"{folder} holds images without captions, such as {images[0].name}; expected "
             f"{images[0].with_suffix('.txt').name} or {images[0].with_suffix('.json').name}"
         )
+    return files, number
 
 
 def _expanded(pattern: str) -> list[Path]:

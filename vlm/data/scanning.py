@@ -23,6 +23,7 @@ from vlm.data.records import (
     object_in,
     objects_of,
     quoted,
+    samples_of,
     whole_characters,
 )
 from vlm.data.tables import IMAGE_COLUMNS, columns_of, rows_of
@@ -32,6 +33,7 @@ from vlm.files import lines_in
 Row = dict[str, Any]
 """One sample but for the bytes of an image that lies elsewhere, by the columns of an index."""
 
+TAR_SUFFIXES = (".tar", ".tar.gz")
 SIDE_SUFFIXES = (".txt", ".json")
 _IMAGES = frozenset(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
 _OWN_COLUMNS = ("captions", "concept", "source", "licence", "labels", "split")
@@ -108,8 +110,7 @@ def scan_images(paths: Iterable[Path], folder: Path, config: SourceConfig) -> It
         uid, where = as_text(os.fspath(path.relative_to(folder))), os.fspath(path)
         row: Row = {"uid": uid, "path": os.fsencode(path.absolute())}
         try:
-            files = [path.with_suffix(suffix) for suffix in SIDE_SUFFIXES]
-            texts = {file.suffix[1:]: file.read_bytes() for file in files if file.exists()}
+            texts = _side_texts(path)
         except OSError as error:
             yield row | {"error": f"{error.filename} cannot be read: {error.strerror}"}
             continue
@@ -119,18 +120,45 @@ def scan_images(paths: Iterable[Path], folder: Path, config: SourceConfig) -> It
             yield row | {"error": f"{where} has no caption: found no .txt or .json of its name"}
 
 
+def _side_texts(path: Path) -> dict[str, bytes]:
+    files = [path.with_suffix(suffix) for suffix in SIDE_SUFFIXES]
+    return {file.suffix[1:]: file.read_bytes() for file in files if file.exists()}
+
+
+def first_record(path: Path, images: Iterable[Path], config: SourceConfig) -> Mapping[str, Any]:
+    """Return the record of the first sample: of a tar, a table, or some images of a folder."""
+    where = str(path)
+    if images:
+        texts = next((found for image in images if (found := _side_texts(image))), {})
+        return record_of(texts, where)
+    if path.name.lower().endswith(TAR_SUFFIXES):
+        for _, (_, members) in samples_of(path):
+            return record_of({name: member.content for name, member in members.items()}, where)
+        return {}
+    return next((record for _, record in _records_of(path, config)), {})
+
+
 def _parts(texts: Mapping[str, bytes], config: SourceConfig, *, name: str, where: str) -> Row:
     """Read what stands next to an image, in a tar or a folder."""
-    record: dict[str, Any] = {}
     try:
-        if "json" in texts:
-            place = f"{where}, its .json"
-            record["json"] = object_in(decoded(texts["json"], place), place)
-        if "txt" in texts:
-            record["txt"] = lines_in(decoded(texts["txt"], f"{where}, its .txt"))
-        return parts_of(record, config, name=name, where=where)
+        return parts_of(record_of(texts, where), config, name=name, where=where)
     except DataError as error:
         return {"error": str(error)}
+
+
+def record_of(texts: Mapping[str, bytes], where: str) -> dict[str, Any]:
+    """Return the object in a `.json` as `json`, and the lines of a `.txt` as `txt`.
+
+    Raises:
+        DataError: one is not UTF-8 or no object; the message begins with `where`.
+    """
+    record: dict[str, Any] = {}
+    if "json" in texts:
+        place = f"{where}, its .json"
+        record["json"] = object_in(decoded(texts["json"], place), place)
+    if "txt" in texts:
+        record["txt"] = lines_in(decoded(texts["txt"], f"{where}, its .txt"))
+    return record
 
 
 def scan_table(path: Path, config: SourceConfig, *, prefix: str = "") -> Iterator[Row]:
@@ -159,11 +187,7 @@ def scan_table(path: Path, config: SourceConfig, *, prefix: str = "") -> Iterato
 
 
 def _table_rows(path: Path, config: SourceConfig, folder: Path, prefix: str) -> Iterator[Row]:
-    if is_json_lines(path):
-        records = objects_of(path)
-    else:
-        records = rows_of(path, lambda columns: _columns(columns, config, path))
-    for number, (place, record) in enumerate(records):
+    for number, (place, record) in enumerate(_records_of(path, config)):
         where, uid = f"{path}, {place}", f"{prefix}{number}"
         row: Row = {"uid": uid}
         try:
@@ -174,6 +198,12 @@ def _table_rows(path: Path, config: SourceConfig, folder: Path, prefix: str) -> 
         except DataError as error:
             row["error"] = str(error)
         yield row
+
+
+def _records_of(path: Path, config: SourceConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    if is_json_lines(path):
+        return objects_of(path)
+    return rows_of(path, lambda columns: _columns(columns, config, path))
 
 
 def _table_image(record: Mapping[str, Any], config: SourceConfig, folder: Path, where: str) -> Row:

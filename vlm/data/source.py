@@ -5,7 +5,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ import pyarrow
 from numpy.typing import NDArray
 
 from vlm.data.conditions import Conditions
-from vlm.data.config import DEFAULT_SPLIT, SourceConfig
+from vlm.data.config import DEFAULT_SPLIT, SourceConfig, Verify
 from vlm.data.index import ROWS, read_index, table_of
-from vlm.data.indexing import about, cached_indexes, index_path
+from vlm.data.indexing import about, cached_indexes, check_uids, index_path
 from vlm.data.layout import Layout, ShardFile, layout_of
 from vlm.data.records import as_text, listed
 from vlm.data.sample import Sample
@@ -49,11 +49,14 @@ class Source:
     Shards are opened when a sample of theirs is read. It can be sent to another process.
     """
 
-    def __init__(self, config: SourceConfig, shards: Sequence[_Shard]) -> None:
+    def __init__(
+        self, config: SourceConfig, shards: Sequence[_Shard], verify: Verify, keep_open: int
+    ) -> None:
         self.config = config
         self._shards = shards
+        self._settings = (verify, keep_open)
         self._ends = list(accumulate(map(len, shards)))
-        self._opened = lru_cache(config.keep_open)(self._open)
+        self._opened = lru_cache(keep_open)(self._open)
 
     @property
     def name(self) -> str:
@@ -67,6 +70,11 @@ class Source:
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
+
+    @property
+    def bytes(self) -> int:
+        """The size of all files that are looked through for an index."""
+        return sum({shard.file.path: shard.file.size for shard in self._shards}.values())
 
     def at(self, shard: int, row: int) -> Sample:
         """Return the sample in a row of a shard.
@@ -91,10 +99,17 @@ class Source:
         shard = bisect_right(self._ends, index)
         return shard, index - self._ends[shard] + len(self._shards[shard])
 
-    def address(self, index: int) -> str:
-        """Return where a sample lies: the file of its image, or `SHARD#ROW`, rows from 0."""
-        shard, row = self.place(index)
-        return self._opened(shard).address(self._row(shard, row))
+    def address(self, shard: int, row: int) -> str:
+        """Return `SHARD#ROW`, rows from 0, also where neither can be read."""
+        found = self._shards[shard]
+        return f"{found.file.path}#{found.start + self._row(shard, row)}"
+
+    def rows(self, shard: int, columns: Sequence[str]) -> list[dict[str, Any]]:
+        """Return some columns of the index of a shard, a row a sample."""
+        kept = self._shards[shard].kept
+        table = self._opened(shard).table.select(list(columns))
+        rows: list[dict[str, Any]] = (table if kept is None else table.take(kept)).to_pylist()
+        return rows
 
     def damaged(self) -> Iterator[str]:
         """Give a sentence for every sample that cannot be read, and one for a damaged shard."""
@@ -114,9 +129,18 @@ class Source:
                 found.append(str(error))
         return found
 
-    def __reduce__(self) -> tuple[type["Source"], tuple[SourceConfig, Sequence[_Shard]]]:
+    def check_uids(self) -> None:
+        """Refuse, by a `DataError`, uids that occur twice; the index of every shard is read."""
+        check_uids(
+            [(shard.file.path, partial(self._uids, n)) for n, shard in enumerate(self._shards)]
+        )
+
+    def _uids(self, shard: int) -> list[str]:
+        return [row["uid"] for row in self.rows(shard, ["uid"])]
+
+    def __reduce__(self) -> tuple[type["Source"], tuple[Any, ...]]:
         """Open the shards anew in another process: a memory map cannot be sent to one."""
-        return type(self), (self.config, self._shards)
+        return type(self), (self.config, self._shards, *self._settings)
 
     def where(self, where: Sequence[str]) -> "Source":
         """Return the samples that meet all conditions; the index of every shard is read.
@@ -151,15 +175,11 @@ class Source:
 
     def _with(self, rows: Sequence[NDArray[np.int64]]) -> "Source":
         """Return the samples in some rows of the shards."""
-        return Source(
-            self.config,
-            [
-                replace(
-                    shard, kept=kept if shard.kept is None else np.intersect1d(kept, shard.kept)
-                )
-                for shard, kept in zip(self._shards, rows, strict=True)
-            ],
-        )
+        shards = [
+            replace(shard, kept=kept if shard.kept is None else np.intersect1d(kept, shard.kept))
+            for shard, kept in zip(self._shards, rows, strict=True)
+        ]
+        return Source(self.config, shards, *self._settings)
 
     def _row(self, shard: int, row: int) -> int:
         """Return the row in the index's part of a shard; those before 0 and after it are errors."""
@@ -175,7 +195,7 @@ class Source:
         if file.is_tar:
             path = local_path(file)
             if file.entry:
-                file.entry.verify(path, self.config.verify)
+                file.entry.verify(path, self._settings[0])
             if table is None:
                 content, rows = scan_tar(path, self.config, prefix=file.prefix)
                 table = table_of(rows)
@@ -190,18 +210,23 @@ class Source:
         return _OpenShard(file.path, shard.start, table.slice(shard.start, shard.rows), content)
 
 
-def open_source(config: SourceConfig) -> Source:
+def open_source(config: SourceConfig, *, verify: Verify = "once", keep_open: int = 200) -> Source:
     """Open what a source names: manifests and counts are read, and no samples.
 
     What has no manifest is looked through when it is first opened, in several processes and with a
     bar on stderr; what was found is kept in the cache folder, as long as nothing changes.
+
+    Args:
+        config: The source.
+        verify: When the hashes of a data folder's shards are compared with its manifest.
+        keep_open: Shards that each process keeps open; packed ones are in memory then.
 
     Raises:
         DataError: nothing is there, it is of no known kind or damaged, or no sample is left.
         VlmError: the cache folder cannot be written to.
     """
     layout = layout_of(config)
-    source = Source(config, _listed(layout, config))
+    source = Source(config, _listed(layout, config), verify, keep_open)
     if layout.kind == "tables":
         source = source.of_split()
     if config.where:
@@ -252,9 +277,6 @@ class _OpenShard:
             labels=dict(found["labels"]),
             address=self._address(found, row),
         )
-
-    def address(self, row: int) -> str:
-        return self._address(self._row(row), row)
 
     def _row(self, row: int) -> dict[str, Any]:
         found: dict[str, Any] = self.table.slice(row, 1).to_pylist()[0]

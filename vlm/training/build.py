@@ -194,7 +194,9 @@ def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
 
 def _build_loader(config: TrainConfig, start: Bundle, accelerator: Accelerator) -> TrainingLoader:
     data = config.data
-    sources = {name: open_source(each) for name, each in data.by_name.items()}
+    sources = {
+        name: open_source(each, verify=data.verify) for name, each in data.by_name.items()
+    }
     _check_languages(list(sources.values()), config.captions.languages)
     order = BatchOrder(
         [

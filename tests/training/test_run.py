@@ -86,7 +86,7 @@ def test_a_description_names_model_data_loss_ranks_and_steps(inputs, tmp_path):
     assert [line.split(":")[0] for line in text.splitlines()] == [
         "model", "data", "loss", "ranks", "steps",
     ]  # fmt: skip
-    assert "12 samples, captions in zh, en" in text
+    assert "12 samples in 3 shards; captions in zh, en" in text
     assert "0 to 7 of 4 samples" in text
     assert not list(tmp_path.iterdir())
 

@@ -67,8 +67,9 @@ class MixtureConfig:
 
     schedule: tuple[PhaseConfig, ...] = ()
     """Weights that change with the step, instead of those of the sources."""
-    batch_by: Literal["sample", "source"] = "sample"
-    """What the weights are shares of: the samples of each batch, or batches of one source each."""
+    batch_by: str = ""
+    """What a batch has one of or few, so that its samples are hard to tell apart: `source`, one a
+    batch, or a label of the samples, such as a cluster. Empty for random samples."""
 
     def __post_init__(self) -> None:
         ends = [phase.until for phase in self.schedule]

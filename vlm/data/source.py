@@ -24,6 +24,7 @@ from vlm.data.sample import Sample
 from vlm.data.scanning import scan_tar, tar_content
 from vlm.errors import DataError, ShardError
 from vlm.images.decoding import decode_image
+from vlm.text.caption_ids import text_id
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,6 +111,12 @@ class Source:
         table = self._opened(shard).table.select(list(columns))
         rows: list[dict[str, Any]] = (table if kept is None else table.take(kept)).to_pylist()
         return rows
+
+    def label_ids(self, key: str, shard: int) -> NDArray[np.int64]:
+        """Return a number for a label of each sample of a shard, equal where that is equal."""
+        labels = [dict(row["labels"] or ()).get(key, "") for row in self.rows(shard, ["labels"])]
+        ids = {label: text_id(label) for label in set(labels)}
+        return np.array([ids[label] for label in labels], np.int64)
 
     def damaged(self) -> Iterator[str]:
         """Give a sentence for every sample that cannot be read, and one for a damaged shard."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,13 +195,20 @@ def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
 
 def _build_loader(config: TrainConfig, start: Bundle, accelerator: Accelerator) -> TrainingLoader:
     data = config.data
-    sources = {
-        name: open_source(each, verify=data.verify) for name, each in data.by_name.items()
-    }
+    sources = {name: open_source(each, verify=data.verify) for name, each in data.by_name.items()}
     _check_languages(list(sources.values()), config.captions.languages)
+    streams = data.streams or accelerator.num_processes // ranks_per_node()
+    label = data.mixture.batch_by if data.mixture.batch_by != "source" else ""
     order = BatchOrder(
         [
-            SourceOrder(name, np.array(source.sizes), _streams(config, accelerator), config.seed)
+            SourceOrder(
+                name,
+                np.array(source.sizes),
+                streams,  # of a new run: its nodes, so that each reads its own shards
+                config.seed,
+                groups=partial(source.label_ids, label) if label else None,
+                run=max(data.batch_size // streams, 1),
+            )
             for name, source in sources.items()
         ],
         mixture_of(data, {name: len(source) for name, source in sources.items()}),
@@ -224,11 +232,6 @@ def _build_loader(config: TrainConfig, start: Bundle, accelerator: Accelerator) 
         workers=config.data.workers,
         masks=mask_plan(config.objectives.masked, start.model),
     )
-
-
-def _streams(config: TrainConfig, accelerator: Accelerator) -> int:
-    """Return the number of streams of a new run: its nodes, so that each reads its own shards."""
-    return config.data.streams or accelerator.num_processes // ranks_per_node()
 
 
 def _training_transform(config: TrainConfig, start: Bundle) -> TrainingTransform:

@@ -4,6 +4,7 @@ import json
 import random
 from collections import Counter
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -303,7 +304,7 @@ def test_neighbours_of_one_group_come_together_and_every_sample_once():
         assert len({tuple(run) for run in runs}) > 3
         # Runs are in a random order, not cluster by cluster.
         firsts = [next(iter(run)) for run in runs]
-        assert sum(a != b for a, b in zip(firsts, firsts[1:], strict=False)) > 5
+        assert sum(a != b for a, b in pairwise(firsts)) > 5
 
 
 @pytest.mark.parametrize(

@@ -44,11 +44,11 @@ from vlm.training.step import ContrastiveStep
 
 _FREE_ON_RESUME = (
     "run_folder", "cpu_threads", "report_every", "data.workers", "data.keep_decoded", "evaluation",
-    "data.allowed_share",
+    "data.allowed_share", "data.verify", "data.sources", "data.mixture", "data.skip_batches",
     "checkpoint", "loss.plan.tile", "loss.plan.keep_logits", "loss.plan.keep_logits_mib",
     "loss.plan.overlap", "loss.plan.check_finite",
 )  # fmt: skip
-"""Settings, and sections of them, that do not change what a run learns."""
+"""Settings, and sections of them, that may change: what a run has learnt and read stays exact."""
 
 _LOOKED_AT = 100  # shards, for their languages: a start reads little, whatever the size of the data
 

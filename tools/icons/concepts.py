@@ -30,7 +30,7 @@ class Concept:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """A group of concepts, as its table in the folder `concepts` has it."""
+    """A group of concepts, as its table in the folder `groups` has it."""
 
     key: str
     names: Mapping[str, str]
@@ -42,7 +42,7 @@ class Group:
 @cache
 def read_groups() -> tuple[Group, ...]:
     """Read the tables of all groups, in the order of their keys."""
-    folder = resources.files("tools.icons").joinpath("concepts")
+    folder = resources.files("tools.icons").joinpath("groups")
     tables = {
         file.name.removesuffix(".yaml"): yaml.safe_load(file.read_text(encoding="utf-8"))
         for file in folder.iterdir()
@@ -104,7 +104,7 @@ def _require_decided(icons: Mapping[str, Mapping[str, Any]], selection: Mapping[
     for name, icon in icons.items():
         if icon["category"] in selection["categories"] and name not in decided:
             raise DataError(
-                f"the icon {name!r} is in no table of tools/icons; expected it in concepts/ or "
+                f"the icon {name!r} is in no table of tools/icons; expected it in groups/ or "
                 "among those left out"
             )
 

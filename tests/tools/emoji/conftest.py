@@ -1,12 +1,8 @@
-"""Small concepts made by hand, and the shipped data folder read once."""
-
-from pathlib import Path
+"""Small concepts made by hand."""
 
 import pytest
 
 from tools.emoji.concepts import Concept
-from vlm.data.manifest import read_manifest
-from vlm.data.shards import open_shard
 
 
 @pytest.fixture
@@ -25,19 +21,3 @@ def make_concept():
         )
 
     return make
-
-
-@pytest.fixture(scope="session")
-def emoji_folder():
-    """Return the data folder that ships with the project."""
-    return Path(__file__).parents[3] / "data" / "emoji"
-
-
-@pytest.fixture(scope="session")
-def emoji_splits(emoji_folder):
-    """Return the shipped samples by split; reading them checks every shard's hash."""
-    samples = {}
-    for split, entries in read_manifest(emoji_folder).splits.items():
-        shards = [open_shard(emoji_folder, entry) for entry in entries]
-        samples[split] = [shard[position] for shard in shards for position in range(len(shard))]
-    return samples

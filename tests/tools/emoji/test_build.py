@@ -5,9 +5,9 @@ import json
 import pytest
 from PIL import Image
 
+from tools.drawings import encode
 from tools.emoji import build
 from tools.emoji.build import build_emoji
-from tools.emoji.drawings import encode
 from tools.emoji.packages import PACKAGES
 from tools.emoji.styles import Drawing
 from vlm.data.manifest import read_manifest
@@ -29,8 +29,8 @@ def sources(monkeypatch, make_concept, tmp_path):
         for style in ("fluent_flat", "noto")
         for index, concept in enumerate(concepts)
     ]
-    monkeypatch.setattr(build.packages, "fetch", lambda package, cache: tmp_path)
-    monkeypatch.setattr(build.packages, "read_archive", lambda path, pattern: {})
+    monkeypatch.setattr(build, "fetch", lambda package, cache: tmp_path)
+    monkeypatch.setattr(build, "read_archive", lambda path, pattern: {})
     monkeypatch.setattr(build, "read_concepts", lambda files: concepts)
     monkeypatch.setattr(build, "open_drawing_sets", lambda concepts, cache: ())
     monkeypatch.setattr(build, "distinct_drawings", lambda sets: iter(drawings))

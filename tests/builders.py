@@ -111,7 +111,7 @@ def write_split(
     return folder
 
 
-def open_split(folder: Path, split: str) -> Source:
+def open_split(folder: Path, split: str = "train") -> Source:
     """Open one split of a data folder."""
     return open_source(SourceConfig(path=str(folder), split=split))
 

@@ -26,7 +26,7 @@ Kind = Literal["data folder", "tars", "tables", "images"]
 TABLE_SUFFIXES = (
     ".parquet", *(f".{name}{packed}" for name in ("csv", "tsv", "jsonl") for packed in ("", ".gz"))
 )  # fmt: skip
-_NUMBERED = re.compile(r"(.+)-\d+(?:-of-\d+.*)?")
+_NUMBERED = re.compile(r"(.+?)-\d+(?:-of-\d+.*)?")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,6 +207,7 @@ def _expanded(pattern: str) -> list[Path]:
         paths += sorted(map(Path, glob.glob(each)), key=_by_number) if starred else [Path(each)]
     if not paths:
         raise DataError(f"{pattern} names no file")
+    paths = list(dict.fromkeys(paths))
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise DataError(

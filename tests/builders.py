@@ -5,7 +5,9 @@ Everything here is a function of its arguments: two calls give the same bytes.
 
 import colorsys
 import io
-from collections.abc import Iterable
+import json
+import tarfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -111,7 +113,35 @@ def write_split(
     return folder
 
 
-def open_split(folder: Path, split: str) -> Source:
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
+    """Write names and contents as a tar by Python's own writer; return the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def write_img2dataset(folder: Path, captions: Sequence[str], *, samples_per_shard: int) -> Path:
+    """Write captions and images as img2dataset lays them out: `00000.tar`, `00000_stats.json`."""
+    for shard, start in enumerate(range(0, len(captions), samples_per_shard)):
+        members = []
+        texts = captions[start : start + samples_per_shard]
+        for number, caption in enumerate(texts):
+            key = f"{shard:05d}{number:04d}"
+            record = {"caption": caption, "url": f"x/{key}", "key": key, "status": "success"}
+            image = encoded(make_image(start + number), "JPEG")
+            texts_of = {"jpg": image, "txt": caption.encode(), "json": json.dumps(record).encode()}
+            members += [(f"{key}.{extension}", content) for extension, content in texts_of.items()]
+        write_tar(folder / f"{shard:05d}.tar", members)
+        stats = {"count": len(texts) + 3, "successes": len(texts)}
+        (folder / f"{shard:05d}_stats.json").write_text(json.dumps(stats))
+    return folder
+
+
+def open_split(folder: Path, split: str = "train") -> Source:
     """Open one split of a data folder."""
     return open_source(SourceConfig(path=str(folder), split=split))
 

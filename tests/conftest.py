@@ -14,7 +14,6 @@ import zlib
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing of the user's is read or written.
 os.environ["VLM_CACHE"] = tempfile.mkdtemp(prefix="vlm-cache-")
-atexit.register(shutil.rmtree, os.environ["VLM_CACHE"], ignore_errors=True)
 
 from pathlib import Path
 
@@ -23,6 +22,8 @@ import pytest
 import torch
 
 from tests.support.commands import ROOT, TINY_QUICKSTART, run_vlm
+
+atexit.register(shutil.rmtree, os.environ["VLM_CACHE"], ignore_errors=True)
 
 # Only modules whose annotations have shapes: mypy checks the others, and beartype takes its time.
 jaxtyping.install_import_hook(

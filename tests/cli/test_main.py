@@ -150,12 +150,17 @@ def test_an_unknown_verb_is_answered_with_the_nearest(capsys, words, nearest):
 
 def test_an_unknown_verb_like_none_is_answered_with_what_may_follow(capsys):
     said = complaint(capsys, "data", "###")
-    assert said == ("there is no verb 'data ###'; expected one of data index, data check")
+    assert said == (
+        "there is no verb 'data ###'; expected one of data show, data index, data check"
+    )
     said = complaint(capsys, "xyzzy")
     assert said.startswith("there is no verb 'xyzzy'; expected one of ")
     assert all(" ".join(verb) in said for verb in VERBS)
     said = complaint(capsys, "data")
-    assert said == "`vlm data` lacks its second word; expected one of data index, data check"
+    assert (
+        said
+        == "`vlm data` lacks its second word; expected one of data show, data index, data check"
+    )
 
 
 @pytest.mark.parametrize(
@@ -172,8 +177,9 @@ def test_an_unknown_verb_like_none_is_answered_with_what_may_follow(capsys):
         (["tokenizer", "report", "gone", "--zh", "x"], ["gone"]),
         (["tokenizer", "report", "--zh", "x"], ["no folders of tokenizers"]),
         (["grow", "gone", "--tokenizer", "x", "--out", "y"], ["gone is not a bundle"]),
-        (["data", "check", "gone"], ["gone is not a folder"]),
-        (["data", "index", "gone"], ["gone is not a folder"]),
+        (["data", "show", "gone"], ["gone is missing"]),
+        (["data", "check", "gone"], ["gone is missing"]),
+        (["data", "index", "gone"], ["gone is missing"]),
         (["eval", "retrieval", "gone"], ["gone is not a bundle"]),
         (["embed", "gone", "--images", "x", "--out", "y"], ["x is not a folder"]),
         (["index", "gone", "--out", "y"], ["gone holds no embeddings"]),

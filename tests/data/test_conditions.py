@@ -3,7 +3,8 @@
 import pytest
 
 from tests.builders import make_sample
-from vlm.data.conditions import parse_condition, samples_where
+from vlm.data.conditions import Conditions, parse_condition
+from vlm.data.index import table_of
 from vlm.errors import DataError
 
 SAMPLES = [
@@ -13,9 +14,17 @@ SAMPLES = [
 ]
 
 
+INDEX = table_of(
+    {name: getattr(sample, name) for name in ("uid", "captions", "concept", "source", "labels")}
+    for sample in SAMPLES
+)
+
+
 def numbers_where(*where):
-    chosen = list(samples_where(SAMPLES, where, name="the split"))
-    return [number for number, sample in enumerate(SAMPLES) if sample in chosen]
+    conditions = Conditions(where)
+    rows = conditions.rows_of(INDEX)
+    conditions.check_keys("the split")
+    return rows.tolist()
 
 
 @pytest.mark.parametrize(
@@ -27,6 +36,9 @@ def numbers_where(*where):
         (("concept=b", "group=odd"), [1]),
         (("tone!=dark",), [0, 2]),  # a label that only some have
         (("tone=light",), []),
+        (("languages=en+zh",), [0, 1, 2]),
+        (("languages!=en+zh",), []),
+        (("languages=zh",), []),
     ],
     ids=str,
 )
@@ -40,17 +52,24 @@ def test_a_key_that_no_sample_has_is_refused_with_those_there_are(condition):
         numbers_where("group=even", condition)
     assert str(caught.value) == (
         f"no sample of the split has 'grop', which {condition!r} asks for; expected one of source, "
-        "concept, group, tone"
+        "concept, languages, group, tone"
     )
 
 
 def test_the_values_of_conditions_may_hold_signs():
-    holds = parse_condition("formula=a=b!")
-    assert holds(make_sample(0, labels={"formula": "a=b!"}))
-    assert not holds(make_sample(0, labels={"formula": "a"}))
+    condition = parse_condition("formula=a=b!")
+    assert condition.holds({"formula": "a=b!"})
+    assert not condition.holds({"formula": "a"})
 
 
 @pytest.mark.parametrize("text", ["", "source", "=photo", "source=", "!=photo", "source!="])
 def test_a_text_that_is_no_condition_is_refused(text):
     with pytest.raises(DataError, match="is not a condition; expected KEY=VALUE or KEY!=VALUE"):
         parse_condition(text)
+
+
+def test_a_sample_that_cannot_be_used_stays_so_that_its_reader_says_why():
+    rows = [{"uid": "a", "error": "it is damaged"}, {"uid": "b", "source": "photo", "captions": {}}]
+    index = table_of([row | {"concept": "", "labels": {}} for row in rows])
+    assert Conditions(["source=photo"]).rows_of(index).tolist() == [0, 1]
+    assert Conditions(["source=drawing"]).rows_of(index).tolist() == [0]

@@ -14,6 +14,9 @@ TRAIN = {"config", "run_folder", "seed", "precision", "cpu_threads", "start_from
 SOURCES = {"data", "split", "language", "languages", "where", "images", "duplicates"} | {
     "lower_case", "allowed_share",
 }  # fmt: skip
+SOURCE = {"path", "config", "split", "captions", "language_of", "image", "concept", "images"} | {
+    "where", "weight",
+}  # fmt: skip
 INDEXES = {"index", "target_recall", "memory", "sweep"}
 EMBEDDER = {"device", "truncate_dim"}
 TEXTS = {"zh", "en", "column", "split"}
@@ -53,8 +56,9 @@ PINNED = {
     | {"source", "to", "format", "extend", "model", "tokenizer", "preprocess", "hf_config"}
     | {"image_size", "heads", "context_length", "languages"},
     "grow": GROWTH | {"bundle", "tokenizer", "out"},
-    "data index": {"folder"},
-    "data check": {"folder"},
+    "data show": SOURCE,
+    "data index": SOURCE,
+    "data check": SOURCE,
 }
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,29 +28,39 @@ def index_path(folder: Path, name: str) -> Path:
     return folder / INDEX_FOLDER / f"{name}.arrow"
 
 
-def cached_indexes(layout: Layout, config: SourceConfig) -> list[Path]:
-    """Return the index files of what has no manifest; what is missing is made, and shown on stderr.
+def cached_indexes(layout: Layout, config: SourceConfig) -> list[tuple[Path, int]]:
+    """Return the index files of what has no manifest, and the rows in each.
+
+    What is missing, damaged or of another state of a file is made, with a bar on a terminal.
 
     Raises:
         DataError: a file cannot be read, or none of its samples can be used.
         VlmError: the cache folder cannot be written to.
     """
     paths = [_cached_path(file, config) for file in layout.files]
-    if all(path.is_file() for path in paths):
-        return paths
-    name = hashlib.sha256("".join(path.name for path in paths).encode()).hexdigest()
-    with locked(f"index/{name}.lock"):  # one of a node's ranks makes them
-        missing = [
-            file for file, path in zip(layout.files, paths, strict=True) if not path.is_file()
-        ]
-        for _ in over(
-            partial(_write_cached, kind=layout.kind, config=config),
-            missing,
-            size=sum(file.size for file in missing),
-            title=f"indexing {config.path}",
-        ):
-            pass
-    return paths
+    rows = {path: _rows_in(path) for path in paths}
+    if None in rows.values():
+        name = hashlib.sha256("".join(path.name for path in paths).encode()).hexdigest()
+        with locked(f"index/{name}.lock"):  # one of a node's ranks makes them
+            missing = [
+                file
+                for file, path in zip(layout.files, paths, strict=True)
+                if rows[path] is None and _rows_in(path) is None
+            ]
+            made = over(
+                partial(_write_cached, kind=layout.kind, config=config),
+                missing,
+                size=sum(file.size for file in missing),
+                title=f"indexing {config.path}",
+            )
+            deque(made, maxlen=0)
+        rows |= {path: _rows_in(path) for path, number in rows.items() if number is None}
+    return [(path, number) for path, number in rows.items() if number is not None]
+
+
+def _rows_in(path: Path) -> int | None:
+    table = read_index(path, {})
+    return None if table is None else len(table)
 
 
 def about(file: ShardFile, config: SourceConfig) -> dict[str, Any]:

@@ -20,13 +20,13 @@ from vlm.data.manifest import MANIFEST_NAME, ShardEntry, is_data_folder, read_ma
 from vlm.data.records import first_object, listed
 from vlm.data.scanning import SIDE_SUFFIXES, TAR_SUFFIXES, image_column, is_json_lines
 from vlm.data.tables import columns_of
-from vlm.errors import DataError
+from vlm.errors import ConfigError, DataError
 
 Kind = Literal["data folder", "tars", "tables", "images"]
 TABLE_SUFFIXES = (
     ".parquet", *(f".{name}{packed}" for name in ("csv", "tsv", "jsonl") for packed in ("", ".gz"))
 )  # fmt: skip
-_NUMBERED = re.compile(r"(.+)-\d+(?:-of-\d+.*)?")
+_NUMBERED = re.compile(r"(.+?)-\d+(?:-of-\d+.*)?")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,18 +65,20 @@ def layout_of(config: SourceConfig) -> Layout:
 
     Raises:
         DataError: there is nothing, nothing of a known kind, or no such split.
+        ConfigError: a setting is not for what is there.
     """
     path = Path(config.path)
     try:
-        if path.is_dir():
-            return _layout_of_folder(path, config)
-        paths = [path] if path.exists() else _expanded(config.path)
-        kind = _kind_of(paths)
-        if kind == "tars" and config.split != DEFAULT_SPLIT:
-            raise DataError(f"{path} has no splits; found split {config.split!r}")
-        return Layout(kind, _files(paths))
+        layout = _layout_of_folder(path, config) if path.is_dir() else _layout_of_files(config)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    given = [name for name in ("image", "images") if getattr(config, name)]
+    if given and layout.kind != "tables":
+        raise ConfigError(
+            f"{path} is no table ({layout.kind}); found {' and '.join(given)}, which only tables "
+            "have"
+        )
+    return layout
 
 
 def tars_in(folder: Path) -> dict[str, list[Path]]:
@@ -105,6 +107,15 @@ def split_of(path: Path) -> str:
     if stem.isdecimal():
         return "train"
     raise DataError(f"{path} belongs to no split; expected a name like train-00000.tar")
+
+
+def _layout_of_files(config: SourceConfig) -> Layout:
+    path = Path(config.path)
+    paths = [path] if path.exists() else _expanded(config.path)
+    kind = _kind_of(paths)
+    if kind == "tars" and config.split != DEFAULT_SPLIT:
+        raise DataError(f"{path} has no splits; found the split {config.split!r}")
+    return Layout(kind, _files(paths))
 
 
 def _layout_of_folder(folder: Path, config: SourceConfig) -> Layout:
@@ -196,6 +207,7 @@ def _expanded(pattern: str) -> list[Path]:
         paths += sorted(map(Path, glob.glob(each)), key=_by_number) if starred else [Path(each)]
     if not paths:
         raise DataError(f"{pattern} names no file")
+    paths = list(dict.fromkeys(paths))
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise DataError(

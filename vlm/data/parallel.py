@@ -1,9 +1,10 @@
-"""A function over many files: in processes where there is much to read, with a bar."""
+"""A function over many files: in processes where there is much to read."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -16,7 +17,7 @@ _Result = TypeVar("_Result")
 def over(
     function: Callable[[_Item], _Result], items: Sequence[_Item], *, size: int, title: str
 ) -> Iterator[_Result]:
-    """Give the results of a function in the order of the items, and show how far it is on stderr.
+    """Give the results of a function in the order of the items, with a bar on a terminal.
 
     Args:
         function: One that can be sent to a process.
@@ -25,12 +26,14 @@ def over(
         title: What the bar is called.
     """
     processes = min(len(items), len(os.sched_getaffinity(0))) if size > LITTLE else 1
+    shown: dict[str, Any] = {"total": len(items), "desc": title, "unit": "shard"}
+    shown["disable"] = not sys.stderr.isatty()
     if processes < 2:
-        yield from tqdm(map(function, items), title, len(items), unit="shard")
+        yield from tqdm(map(function, items), **shown)
         return
     with ProcessPoolExecutor(processes) as executor:
         try:
-            yield from tqdm(executor.map(function, items), title, len(items), unit="shard")
+            yield from tqdm(executor.map(function, items), **shown)
         except BaseException:
             executor.shutdown(cancel_futures=True)  # an error is told at once
             raise

@@ -203,17 +203,17 @@ class Source:
             path = local_path(file)
             if file.entry:
                 file.entry.verify(path, self._settings[0])
-            if table is None:
+            if file.entry and table is None:
                 content, rows = scan_tar(path, self.config, prefix=file.prefix)
                 table = table_of(rows)
             else:
                 content = tar_content(path)
-        if table is None or len(table) < shard.start + shard.rows:
-            raise ShardError(f"{shard.index} is no index of {file.path} any more; start anew")
-        if file.entry and len(table) != shard.rows:
+        if file.entry and table is not None and len(table) != shard.rows:
             raise ShardError(
                 f"shard {file.path} holds {len(table)} samples, the manifest says {shard.rows}"
             )
+        if table is None or len(table) < shard.start + shard.rows:
+            raise ShardError(f"{shard.index}, the index of {file.path}, is gone; open it anew")
         return _OpenShard(file.path, shard.start, table.slice(shard.start, shard.rows), content)
 
 
@@ -239,7 +239,8 @@ def open_source(config: SourceConfig, *, verify: Verify = "once", keep_open: int
     if config.where:
         source = source.where(config.where)
     if not len(source):
-        raise DataError(f"{source.name} is empty")
+        reason = f"has no sample where {' and '.join(config.where)}" if config.where else "is empty"
+        raise DataError(f"{source.name} {reason}")
     return source
 
 
@@ -321,16 +322,13 @@ def _listed(layout: Layout, config: SourceConfig) -> list[_Shard]:
         return shards
     return [
         shard
-        for file, index in zip(layout.files, cached_indexes(layout, config), strict=True)
-        for shard in _cut(replace(file, images=()), index, config)
+        for file, found in zip(layout.files, cached_indexes(layout, config), strict=True)
+        for shard in _cut(replace(file, images=()), *found)
     ]
 
 
-def _cut(file: ShardFile, index: Path, config: SourceConfig) -> Iterator[_Shard]:
+def _cut(file: ShardFile, index: Path, rows: int) -> Iterator[_Shard]:
     """Give a tar as one shard, and a table in shards of so many rows."""
-    table = read_index(index, about(file, config))
-    if table is None:
-        raise DataError(f"{index} is damaged; remove it")
-    size = len(table) if file.is_tar else ROWS
-    for start in range(0, len(table), size or 1):
-        yield _Shard(file=file, index=index, start=start, rows=min(size, len(table) - start))
+    size = rows if file.is_tar else ROWS
+    for start in range(0, rows, size or 1):
+        yield _Shard(file=file, index=index, start=start, rows=min(size, rows - start))

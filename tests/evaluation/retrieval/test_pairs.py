@@ -77,7 +77,7 @@ def test_a_condition_on_what_no_sample_has_is_refused(data_folder):
 
 
 def test_conditions_that_leave_nothing_are_named(data_folder):
-    with pytest.raises(DataError, match=r"'test' .* in zh or en where source=oil and group=even"):
+    with pytest.raises(DataError, match=r"'test' .* has no sample where source=oil and group=even"):
         pairs_of_split(
             data_folder, "test", languages=["zh", "en"], where=["source=oil", "group=even"]
         )

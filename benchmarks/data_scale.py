@@ -153,7 +153,9 @@ def local_start(options: argparse.Namespace) -> dict[str, Any]:
             sparse_shard(path, samples=options.samples, size=size)
         claimed = sum(path.stat().st_size for path in folder.glob("*.tar"))
         before = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "vlm", "data", "index", folder], check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, "-m", "vlm", "data", "index", folder], check=True, capture_output=True
+        )
         indexed = time.perf_counter() - before
         os.sync()
         for path in folder.glob("*.tar"):
@@ -187,7 +189,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1000, help="in each of these shards")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--folder", type=Path, help="where to make them; needs a sparse file system")
+    parser.add_argument(
+        "--folder", type=Path, help="where to make them; needs a sparse file system"
+    )
     options = parser.parse_args()
     plans = [(1, 1, 4096), (64, 1, 65536), (64, 64, 65536)]
     result = {

@@ -69,7 +69,7 @@ def test_img2datasets_tars_need_no_settings(tars, name):
     ]
     sample = source[4]
     assert sample.uid == sample.concept == "00001/000010001"
-    assert sample.address == source.address(4) == f"{tars}/00001.tar#1"
+    assert sample.address == source[4].address == f"{tars}/00001.tar#1"
 
 
 def test_a_sample_by_shard_and_row_is_that_of_the_sequence(tars):
@@ -333,7 +333,7 @@ def test_conditions_choose_samples_of_any_kind(tars):
     source = source_of(tars, where=("languages!=en", "concept!=00000/000000001"))
     assert source.sizes == [2, 1, 0]
     assert [sample.uid[-4:] for sample in source] == ["0000", "0002", "0000"]
-    assert source.address(2).endswith("00001.tar#0")
+    assert source[2].address.endswith("00001.tar#0")
     assert "has no sample where languages=fr" in refusal_of(tars, where=("languages=fr",))
 
 

@@ -4,19 +4,20 @@ from pathlib import Path
 
 import pytest
 
+from vlm.data.config import SourceConfig
 from vlm.data.manifest import read_manifest
-from vlm.data.shards import open_shard
+from vlm.data.source import open_source
 
 DATA = Path(__file__).parents[2] / "data"
 
 
 def read_splits(folder):
     """Return the samples of a folder by split; reading them checks every shard's hash."""
-    samples = {}
-    for split, entries in read_manifest(folder).splits.items():
-        shards = [open_shard(folder, entry) for entry in entries]
-        samples[split] = [shard[position] for shard in shards for position in range(len(shard))]
-    return samples
+    splits = read_manifest(folder).splits
+    return {
+        split: list(open_source(SourceConfig(path=str(folder), split=split), verify="each_open"))
+        for split in splits
+    }
 
 
 @pytest.fixture(scope="session")

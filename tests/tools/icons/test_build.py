@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.builders import open_split
 from tools.iconify import IconSet
 from tools.icons import build
 from tools.icons.build import build_icons
@@ -11,7 +12,6 @@ from tools.icons.concepts import Concept
 from tools.icons.packages import PACKAGES
 from tools.icons.styles import HELD_OUT_STYLE, OUTLINE
 from vlm.data.manifest import read_manifest
-from vlm.data.shards import open_shard
 from vlm.errors import DataError
 
 
@@ -58,8 +58,7 @@ def test_a_build_writes_shards_manifest_groups_and_licences(tmp_path):
     assert counts["test_style"] == 7
     assert counts["test_novel"] == counts["test_novel_style"] == 1
     assert counts["train"] + counts["val"] == 7
-    (entry,) = splits["test_novel_style"]
-    sample = open_shard(out, entry)[0]
+    sample = open_split(out, "test_novel_style")[0]
     assert sample.uid == f"{HELD_OUT_STYLE}/bar-8"
     assert (sample.source, sample.licence) == (HELD_OUT_STYLE, "Apache-2.0")
     assert (sample.concept, sample.labels) == ("bar-8", {"group": "shapes"})

@@ -199,6 +199,7 @@ def test_a_batch_is_split_into_parts_of_about_one_size():
     batch = Batch(
         images=torch.zeros(7, 3, 2, 2),
         texts={"en": TokenBatch(samples[:, None], torch.ones(7, 1, dtype=torch.bool))},
+        text_rows={"en": samples},
         image_ids=samples,
         caption_ids={"en": samples + 10},
         uids=tuple("abcdefg"),
@@ -210,5 +211,6 @@ def test_a_batch_is_split_into_parts_of_about_one_size():
         assert torch.equal(joined, getattr(batch, field))
     assert torch.equal(torch.cat([part.texts["en"].ids for part in parts]), samples[:, None])
     assert torch.equal(torch.cat([part.caption_ids["en"] for part in parts]), samples + 10)
+    assert [part.text_rows["en"].tolist() for part in parts] == [[0, 1, 2], [0, 1, 2], [0]]
     assert [len(part.uids) for part in batch.split(1)] == [7]
     assert [len(part.uids) for part in batch.split(9)] == [1] * 7

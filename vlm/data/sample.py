@@ -78,11 +78,10 @@ class Batch:
         choose, text_rows = {}, {}
         for language, rows in self.text_rows.items():
             inside = (rows >= first) & (rows < last)
-            rows = torch.where(inside, rows - first, len(uids))
             # Where none is inside, any text stands for the language, past the last sample.
             chosen = inside.nonzero()[:, 0] if inside.any() else torch.zeros_like(rows[:1])
             choose[language] = itemgetter(chosen)
-            text_rows[language] = rows[chosen]
+            text_rows[language] = torch.where(inside, rows - first, len(uids))[chosen]
         part = self._with(itemgetter(slice(first, last)), choose, uids)
         hidden_words = {
             language: mask & (text_rows[language] < len(uids))[:, None]

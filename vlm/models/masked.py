@@ -171,7 +171,7 @@ def by_sample(
     rows: Int64[Tensor, " texts"],
     samples: int,
     *,
-    missing: float = 0,
+    missing: int = 0,
 ) -> Shaped[Tensor, "samples ..."]:
     """Return what texts have at the rows of their samples, and `missing` at the other rows.
 

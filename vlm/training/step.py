@@ -214,13 +214,11 @@ class ContrastiveStep:
                 for language, each in features.items()
             }
 
-        def announce(head: str, features: Mapping[str, Tensor]) -> None:
-            if on_texts is not None:
-                on_texts(head, placed(features))
-
-        hidden = Hidden(part.text_rows, part.hidden_words, part.hidden_patches)
         encoded: Encoded = self.model(
-            part.images if images else None, part.texts if texts else {}, hidden, announce
+            part.images if images else None,
+            part.texts if texts else {},
+            Hidden(part.text_rows, part.hidden_words, part.hidden_patches),
+            on_texts and (lambda head, features: on_texts(head, placed(features))),
         )
         heads = {
             name: head._replace(text=placed(head.text)) for name, head in encoded.heads.items()

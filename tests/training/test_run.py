@@ -10,6 +10,7 @@ from vlm.data.config import CaptionConfig, DataConfig
 from vlm.data.sample import Batch
 from vlm.errors import ConfigError, DataError, TrainingError
 from vlm.losses.plan import LossConfig
+from vlm.models.dual_encoder import DualEncoder
 from vlm.text.tokenizer import TokenBatch
 from vlm.training.build import build_run
 from vlm.training.checkpoint import Progress
@@ -192,6 +193,28 @@ def test_languages_that_no_sample_has_are_refused_with_those_found(inputs, tmp_p
     settings = config(inputs, tmp_path, captions=CaptionConfig(languages=languages))
     with pytest.raises(ConfigError, match=rf"has {languages[-1]}, but .* captions in en, zh only"):
         build_run(settings)
+
+
+def test_a_run_on_one_language_pairs_encodes_the_captions_that_are_there(
+    inputs, tmp_path, monkeypatch
+):
+    languages = ("zh", "en")
+    samples = [
+        replace(each, captions={languages[k % 2]: each.captions[languages[k % 2]]})
+        for k, each in enumerate(make_samples(12))
+    ]
+    folder, encoded = write_split(tmp_path / "data", samples), []
+    text_features = DualEncoder.text_features
+
+    def counted(self, tokens):
+        encoded.append(len(tokens.ids))
+        return text_features(self, tokens)
+
+    monkeypatch.setattr(DualEncoder, "text_features", counted)
+    data = DataConfig(folder=folder, batch_size=12, workers=0)
+    build_run(config(inputs, tmp_path / "run", data=data, evaluation=EvaluationConfig())).fit()
+    assert encoded == [6, 6] * STEPS
+    assert set(losses(tmp_path / "run", "candidates").values()) == {6}
 
 
 def test_a_batch_is_split_into_parts_of_about_one_size():

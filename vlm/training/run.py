@@ -177,7 +177,7 @@ class Run:
             batch = next(batches)
             waited += time.perf_counter() - asked
             skipped += [(progress.step + 1, each) for each in batch.skipped]
-            result = self.train_step(batch.to(self.accelerator.device), progress.step)
+            result = self.train_step(batch, progress.step)
             unchecked.append(result)
             progress.step += 1
             progress.samples += batch_size
@@ -221,7 +221,8 @@ class Run:
         rate *= learning_rate_factor(step, self.config.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        output = self.step(batch.split(self.config.loss.micro_batches))
+        parts = batch.split(self.config.loss.micro_batches)
+        output = self.step([part.to(self.accelerator.device) for part in parts])
         with self._trained_at(step):
             norm: Tensor = self.accelerator.clip_grad_norm_(
                 self.model.parameters(), self.config.optimizer.max_gradient_norm

@@ -20,9 +20,10 @@ import torch
 from setting import ROOT, describe_setting
 
 from vlm.data.collate import collate
-from vlm.data.dataset import ShardedSplit
+from vlm.data.config import SourceConfig
 from vlm.data.examples import Example
 from vlm.data.sample import Batch
+from vlm.data.source import open_source
 from vlm.losses.bilingual import BilingualLoss
 from vlm.markdown import markdown_table
 from vlm.models.build import build_from_config
@@ -38,7 +39,7 @@ IMAGE_SIZE = 48
 
 def examples_of(count: int) -> list[Example]:
     """Return the first emoji with one caption each, in one language and the other in turn."""
-    samples = ShardedSplit(ROOT / "data" / "emoji", "train")
+    samples = open_source(SourceConfig(path=str(ROOT / "data/emoji")))
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
     examples = []

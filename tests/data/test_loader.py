@@ -246,14 +246,14 @@ def test_a_batch_has_the_captions_that_are_there_with_the_rows_of_their_samples(
     tmp_path, tokenizer
 ):
     batch = batch_of(
-        tmp_path, tokenizer, {"zh": ["红苹果"]}, {"en": ["grey cat"]}, {"fr": ["thé"]},
+        tmp_path, tokenizer, {"zh": ["红苹果"]}, {"en": ["grey cat"]}, {"zh": ["茶"]},
         {"zh": ["小狗"], "en": ["small dog"]},
     )  # fmt: skip
-    assert texts_in(batch, tokenizer, "zh") == ["红苹果", "小狗"]
+    assert texts_in(batch, tokenizer, "zh") == ["红苹果", "茶", "小狗"]
     assert texts_in(batch, tokenizer, "en") == ["grey cat", "small dog"]
-    assert batch.text_rows["zh"].tolist() == [0, 3]
+    assert batch.text_rows["zh"].tolist() == [0, 2, 3]
     assert batch.text_rows["en"].tolist() == [1, 3]
-    assert batch.caption_ids["zh"].tolist() == [text_id("红苹果"), text_id("小狗")]
+    assert batch.caption_ids["zh"].tolist() == [text_id(text) for text in ("红苹果", "茶", "小狗")]
     assert batch.caption_ids["en"].tolist() == [text_id("grey cat"), text_id("small dog")]
     assert len(batch.images) == len(batch.image_ids) == len(batch.uids) == 4
 

@@ -71,10 +71,13 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Return the same batch with its tensors on `device`."""
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
+    def pin_memory(self) -> "Batch":
+        """Return the same batch where a GPU copies from while it computes; torch's loader asks."""
+        return self._moved(Tensor.pin_memory)
 
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> "Batch":
         return self._with(move, dict.fromkeys(self.texts, move), self.uids)
 
     def split(self, number: int) -> list["Batch"]:
@@ -125,4 +128,5 @@ class Batch:
             uids=uids,
             hidden_words=change(self.hidden_words),
             hidden_patches=None if patches is None else of_samples(patches),
+            skipped=self.skipped,
         )

@@ -35,7 +35,7 @@ Row = dict[str, Any]
 
 TAR_SUFFIXES = (".tar", ".tar.gz")
 SIDE_SUFFIXES = (".txt", ".json")
-_IMAGES = frozenset(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
+IMAGE_EXTENSIONS = frozenset(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
 _OWN_COLUMNS = ("captions", "concept", "source", "licence", "labels", "split")
 _FIRST = 100  # rows of a table: where none of their images is there, the folder is wrong
 
@@ -59,6 +59,19 @@ def scan_tar(path: Path, config: SourceConfig, *, prefix: str = "") -> ScannedTa
     Raises:
         ShardError: the tar cannot be read to its end, or a member is there twice.
     """
+    content, samples = members_by_key(path)
+    rows = [
+        _tar_row(key, members, config, where=f"{path}, sample {key!r}", prefix=prefix)
+        for key, members in samples.items()
+    ]
+    return ScannedTar(content, rows)
+
+
+def members_by_key(path: Path) -> tuple[bytes | mmap.mmap, dict[str, dict[str, Member]]]:
+    """Return the bytes of a tar, unpacked, and its members by key and extension.
+
+    Members of one key need not be neighbours. Errors as in `scan_tar`.
+    """
     samples: dict[str, dict[str, Member]] = {}
     try:
         content = tar_content(path)
@@ -71,11 +84,7 @@ def scan_tar(path: Path, config: SourceConfig, *, prefix: str = "") -> ScannedTa
             check_end(archive)
     except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
         raise ShardError(f"shard {path} cannot be read: {error}") from error
-    rows = [
-        _tar_row(key, members, config, where=f"{path}, sample {key!r}", prefix=prefix)
-        for key, members in samples.items()
-    ]
-    return ScannedTar(content, rows)
+    return content, samples
 
 
 def tar_content(path: Path) -> bytes | mmap.mmap:
@@ -95,7 +104,7 @@ def _tar_row(
     key: str, members: Mapping[str, Member], config: SourceConfig, *, where: str, prefix: str
 ) -> Row:
     row: Row = {"uid": as_text(f"{prefix}{key}")}
-    images = [member for extension, member in members.items() if extension in _IMAGES]
+    images = [member for extension, member in members.items() if extension in IMAGE_EXTENSIONS]
     texts = {name: members[name].content for name in ("json", "txt") if name in members}
     if len(images) != 1 or not texts:
         has = ", ".join(sorted(members))

@@ -58,8 +58,8 @@ def test_show_counts_what_cannot_be_used_and_what_is_left_out(tmp_path, table, c
     assert run(capsys, "show", table).splitlines()[1:4] == [
         "field zh: zh",
         "zh: 2 captions of 2 samples",
-        f"cannot be used: 1 samples; the first: {table}, line 4: found no caption in 'image', 'zh'; "
-        "expected at least one",
+        f"cannot be used: 1 samples; the first: {table}, line 4: found no caption in 'image', "
+        "'zh'; expected at least one",
     ]
     table.unlink()
     (tmp_path / "0.txt").write_text(ZH[0])

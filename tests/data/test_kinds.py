@@ -69,7 +69,7 @@ def test_img2datasets_tars_need_no_settings(tars, name):
     ]
     sample = source[4]
     assert sample.uid == sample.concept == "00001/000010001"
-    assert sample.address == source.address(4) == f"{tars}/00001.tar#1"
+    assert sample.address == source.address(1, 1) == f"{tars}/00001.tar#1"
 
 
 def test_a_sample_by_shard_and_row_is_that_of_the_sequence(tars):
@@ -331,9 +331,9 @@ def test_a_caption_in_neither_language_is_kept_under_no_known_one(tmp_path):
 def test_conditions_choose_samples_of_any_kind(tars):
     assert captions_of(source_of(tars, where=("languages=en",))) == [{"en": [en]} for en in EN[4:7]]
     source = source_of(tars, where=("languages!=en", "concept!=00000/000000001"))
-    assert source.sizes == [2, 1, 0]
+    assert source.sizes == [2, 1]  # no shard is empty
     assert [sample.uid[-4:] for sample in source] == ["0000", "0002", "0000"]
-    assert source.address(2).endswith("00001.tar#0")
+    assert source.address(1, 0) == f"{tars}/00001.tar#0"
     assert "has no sample where languages=fr" in refusal_of(tars, where=("languages=fr",))
 
 

@@ -116,7 +116,7 @@ def test_a_sent_source_holds_no_samples(folder):
 
 def test_an_address_names_the_shard_and_the_row(folder):
     samples = open_split(folder)
-    assert [samples.address(index) for index in (0, 4, 5, 11)] == [
+    assert [samples[index].address for index in (0, 4, 5, 11)] == [
         f"{folder}/train-0000{shard}.tar.gz#{row}"
         for shard, row in ((0, 0), (0, 4), (1, 0), (2, 1))
     ]

@@ -87,21 +87,20 @@ class Source:
 
     def __getitem__(self, index: int) -> Sample:
         """Return the sample at `index` in [0, len); errors as in `at`."""
-        return self.at(*self.place(index))
+        return self.at(*self._place(index))
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
 
-    def place(self, index: int) -> tuple[int, int]:
+    def _place(self, index: int) -> tuple[int, int]:
         """Return the number of a sample's shard, and its row there."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         shard = bisect_right(self._ends, index)
         return shard, index - self._ends[shard] + len(self._shards[shard])
 
-    def address(self, index: int) -> str:
+    def address(self, shard: int, row: int) -> str:
         """Return where a sample lies: the file of its image, or `SHARD#ROW`, rows from 0."""
-        shard, row = self.place(index)
         return self._opened(shard).address(self._row(shard, row))
 
     def rows(self, shard: int, columns: Sequence[str]) -> list[dict[str, Any]]:
@@ -174,12 +173,12 @@ class Source:
         return self._with([np.flatnonzero(of_shard == self.config.split) for of_shard in splits])
 
     def _with(self, rows: Sequence[NDArray[np.int64]]) -> "Source":
-        """Return the samples in some rows of the shards."""
+        """Return the samples in some rows of the shards; what has none left is no shard."""
         shards = [
             replace(shard, kept=kept if shard.kept is None else np.intersect1d(kept, shard.kept))
             for shard, kept in zip(self._shards, rows, strict=True)
         ]
-        return Source(self.config, shards, *self._settings)
+        return Source(self.config, [shard for shard in shards if len(shard)], *self._settings)
 
     def _row(self, shard: int, row: int) -> int:
         """Return the row in the index's part of a shard; those before 0 and after it are errors."""

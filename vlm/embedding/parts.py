@@ -83,13 +83,15 @@ class SplitImages:
         return len(self._samples)
 
     def __iter__(self) -> Iterator[ListedImage]:
-        for index in range(len(self)):
+        places = ((s, row) for s, size in enumerate(self._samples.sizes) for row in range(size))
+        for shard, row in places:
             try:
-                sample = self._samples[index]
+                sample = self._samples.at(shard, row)
             except ShardError:
                 raise
             except DataError as error:
-                yield ListedImage("", b"", self._samples.address(index), {}, str(error))
+                address = self._samples.address(shard, row)
+                yield ListedImage("", b"", address, {}, str(error))
                 continue
             captions = {language: texts[0] for language, texts in sample.captions.items()}
             yield ListedImage(sample.uid, sample.image, sample.address, captions)

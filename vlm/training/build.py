@@ -1,10 +1,11 @@
 """Build the parts of a run that a configuration names."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
@@ -14,9 +15,11 @@ from vlm.bundle import Bundle, load_bundle
 from vlm.data.config import SourceConfig
 from vlm.data.examples import TrainingExamples, second_of
 from vlm.data.loader import TrainingLoader
-from vlm.data.order import BatchOrder
+from vlm.data.mixture import BatchOrder, Mixture
+from vlm.data.order import SourceOrder
 from vlm.data.source import Source, open_source
 from vlm.distributed.groups import world_group
+from vlm.distributed.mesh import ranks_per_node
 from vlm.embedding.embedder import Embedder
 from vlm.errors import ConfigError
 from vlm.evaluation.retrieval.evaluation import evaluate_retrieval
@@ -34,12 +37,13 @@ from vlm.training.checkpoint import Checkpoints
 from vlm.training.config import TrainConfig, config_as_yaml
 from vlm.training.objectives import build_pretraining_model, loss_weights, mask_plan
 from vlm.training.optimizer import build_optimizer
-from vlm.training.reporter import METRICS_NAME, read_metrics
+from vlm.training.reporter import METRICS_NAME, read_records
 from vlm.training.run import BUNDLE_NAME, CHECKPOINTS_NAME, CONFIG_NAME, Run
 from vlm.training.step import ContrastiveStep
 
 _FREE_ON_RESUME = (
     "run_folder", "cpu_threads", "report_every", "data.workers", "data.keep_decoded", "evaluation",
+    "data.allowed_share",
     "checkpoint", "loss.plan.tile", "loss.plan.keep_logits", "loss.plan.keep_logits_mib",
     "loss.plan.overlap", "loss.plan.check_finite",
 )  # fmt: skip
@@ -88,6 +92,7 @@ def build_run(config: TrainConfig, *, resume: bool = False) -> Run:
             no_sync=lambda: accelerator.no_sync(model),
         ),
         loader=loader,
+        data=loader.order.start(),
         checkpoints=Checkpoints(
             config.run_folder / CHECKPOINTS_NAME,
             keep=config.checkpoint.keep,
@@ -95,8 +100,9 @@ def build_run(config: TrainConfig, *, resume: bool = False) -> Run:
         ),
         evaluate=evaluate,
     )
-    if resume:
-        run.checkpoints.load_latest(run.state)
+    if resume and run.checkpoints.load_latest(run.state):
+        # Whatever the nodes are now.
+        run = replace(run, loader=loader.with_streams(run.data.streams))
     return run
 
 
@@ -149,7 +155,7 @@ def _check_run_folder(config: TrainConfig, resume: bool) -> None:
     kept = (folder / CONFIG_NAME).exists() and (
         (folder / CHECKPOINTS_NAME).exists()
         or (folder / BUNDLE_NAME).exists()
-        or bool(read_metrics(folder / METRICS_NAME))
+        or bool(read_records(folder / METRICS_NAME))
     )
     if not kept:  # a start that failed before it left anything does not take the folder
         return
@@ -185,17 +191,24 @@ def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _build_loader(config: TrainConfig, start: Bundle, accelerator: Accelerator) -> TrainingLoader:
-    samples = open_source(SourceConfig(path=str(config.data.folder), split=config.data.split))
-    _check_languages(samples, config.captions.languages)
+    data = SourceConfig(path=str(config.data.folder), split=config.data.split)
+    sources = {"data": open_source(data)}
+    for source in sources.values():
+        _check_languages(source, config.captions.languages)
     order = BatchOrder(
-        size=len(samples),
-        global_batch_size=config.data.batch_size,
+        [
+            SourceOrder(name, np.array(source.sizes), _streams(config, accelerator), config.seed)
+            for name, source in sources.items()
+        ],
+        Mixture(phases=[(None, [1.0])]),
+        config.data.batch_size,
         seed=config.seed,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
     examples = TrainingExamples(
-        samples,
+        list(sources.values()),
+        order.sources,
         _training_transform(config, start),
         config.captions,
         seed=config.seed,
@@ -208,6 +221,11 @@ def _build_loader(config: TrainConfig, start: Bundle, accelerator: Accelerator) 
         workers=config.data.workers,
         masks=mask_plan(config.objectives.masked, start.model),
     )
+
+
+def _streams(config: TrainConfig, accelerator: Accelerator) -> int:
+    """Return the number of streams of a new run: its nodes, so that each reads its own shards."""
+    return config.data.streams or accelerator.num_processes // ranks_per_node()
 
 
 def _training_transform(config: TrainConfig, start: Bundle) -> TrainingTransform:
@@ -223,14 +241,15 @@ def _training_transform(config: TrainConfig, start: Bundle) -> TrainingTransform
 def _check_languages(samples: Source, languages: Sequence[str]) -> None:
     """Refuse languages that no sample has: their terms of the loss would be 0 all the way."""
     found: set[str] = set()
-    for sample in samples:  # up to the first sample with each: all of them only before an error
-        found |= {language for language, texts in sample.captions.items() if texts}
+    for shard in range(len(samples.sizes)):  # to the first with all; all of them before an error
+        for row in samples.rows(shard, ["languages"]):
+            found |= set(filter(None, row["languages"].split("+")))
         if found.issuperset(languages):
             return
     missing = [language for language in languages if language not in found]
     raise ConfigError(
-        f"captions.languages has {', '.join(missing)}, but {samples.name} has "
-        f"captions in {', '.join(sorted(found)) or 'no language'} only"
+        f"captions.languages has {', '.join(missing)}, but {samples.name} has captions "
+        f"in {', '.join(sorted(found)) or 'no language'} only"
     )
 
 

@@ -337,6 +337,13 @@ def test_conditions_choose_samples_of_any_kind(tars):
     assert "has no sample where languages=fr" in refusal_of(tars, where=("languages=fr",))
 
 
+def test_fields_that_are_no_list_and_weights_that_are_none_are_refused():
+    with pytest.raises(ConfigError, match=r"captions\.zh is 'txt'; expected a list of fields"):
+        SourceConfig(path="x", captions={"zh": "txt"})
+    with pytest.raises(ConfigError, match="weight is 0; expected more than 0"):
+        SourceConfig(path="x", weight=0)
+
+
 @pytest.mark.parametrize("setting", [{"image": "x"}, {"images": "x"}])
 def test_what_only_tables_have_is_refused_for_others(tars, setting):
     with pytest.raises(ConfigError, match=r"is no table \(tars\); found image"):
@@ -350,6 +357,7 @@ def test_what_only_tables_have_is_refused_for_others(tars, setting):
         ("pipe:touch /tmp/canary", "is missing"),
         ("*.tar", "names no file"),
         ("{0..2}.tar", "names 3 files, 2 are missing, such as"),
+        ("{1,1}.tar", "names 1 files, 1 are missing, such as"),
         ("{0..2", "has braces that do not match"),
         ("a.docx", "a.docx is no known kind of file; expected files of one of .tar"),
         ("{0.tar,a.docx}", "is no known kind of file"),

@@ -73,16 +73,16 @@ def members_by_key(path: Path) -> tuple[bytes | mmap.mmap, dict[str, dict[str, M
     Members of one key need not be neighbours. Errors as in `scan_tar`.
     """
     samples: dict[str, dict[str, Member]] = {}
+    content = tar_content(path)
+    file = io.BytesIO(content) if isinstance(content, bytes) else content
     try:
-        content = tar_content(path)
-        file = io.BytesIO(content) if isinstance(content, bytes) else content
         with tarfile.open(fileobj=file, mode="r:") as archive:
             for key, extension, member in members_of(archive, path):
                 if extension in samples.setdefault(key, {}):
                     raise tarfile.ReadError(f"{key}.{extension} occurs twice")
                 samples[key][extension] = member
             check_end(archive)
-    except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         raise ShardError(f"shard {path} cannot be read: {error}") from error
     return content, samples
 
@@ -91,13 +91,16 @@ def tar_content(path: Path) -> bytes | mmap.mmap:
     """Return a tar's bytes, unpacked; those of a plain one are not read before they are asked for.
 
     Raises:
-        OSError, EOFError, zlib.error: they cannot be read.
+        ShardError: they cannot be read.
     """
-    if path.name.lower().endswith(".gz"):
-        return gzip.decompress(path.read_bytes())
-    with path.open("rb") as file:
-        empty = path.stat().st_size == 0  # an empty file cannot be mapped
-        return b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    try:
+        if path.name.lower().endswith(".gz"):
+            return gzip.decompress(path.read_bytes())
+        with path.open("rb") as file:
+            empty = path.stat().st_size == 0  # an empty file cannot be mapped
+            return b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ShardError(f"shard {path} cannot be read: {error}") from error
 
 
 def _tar_row(

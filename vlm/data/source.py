@@ -181,7 +181,7 @@ class Source:
         return Source(self.config, [shard for shard in shards if len(shard)], *self._settings)
 
     def _row(self, shard: int, row: int) -> int:
-        """Return the row in the index's part of a shard; those before 0 and after it are errors."""
+        """Return where a row lies in the shard's part of the index."""
         if not 0 <= row < len(self._shards[shard]):
             raise IndexError(row)
         kept = self._shards[shard].kept
@@ -213,7 +213,7 @@ def open_source(config: SourceConfig, *, verify: Verify = "once", keep_open: int
     """Open what a source names: manifests and counts are read, and no samples.
 
     What has no manifest is looked through when it is first opened, in several processes and with a
-    bar on stderr; what was found is kept in the cache folder, as long as nothing changes.
+    bar on a terminal; what was found is kept in the cache folder as long as nothing changes.
 
     Args:
         config: The source.

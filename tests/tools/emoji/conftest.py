@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.builders import open_split
 from tools.emoji.concepts import Concept
 from vlm.data.manifest import read_manifest
-from vlm.data.shards import open_shard
 
 
 @pytest.fixture
@@ -36,8 +36,6 @@ def emoji_folder():
 @pytest.fixture(scope="session")
 def emoji_splits(emoji_folder):
     """Return the shipped samples by split; reading them checks every shard's hash."""
-    samples = {}
-    for split, entries in read_manifest(emoji_folder).splits.items():
-        shards = [open_shard(emoji_folder, entry) for entry in entries]
-        samples[split] = [shard[position] for shard in shards for position in range(len(shard))]
-    return samples
+    return {
+        split: list(open_split(emoji_folder, split)) for split in read_manifest(emoji_folder).splits
+    }

@@ -5,13 +5,13 @@ import json
 import pytest
 from PIL import Image
 
+from tests.builders import open_split
 from tools.emoji import build
 from tools.emoji.build import build_emoji
 from tools.emoji.drawings import encode
 from tools.emoji.packages import PACKAGES
 from tools.emoji.styles import Drawing
 from vlm.data.manifest import read_manifest
-from vlm.data.shards import open_shard
 from vlm.errors import DataError
 
 
@@ -50,8 +50,7 @@ def test_a_build_writes_shards_manifest_classes_and_licences(tmp_path):
         "test_novel": 1,
         "test_novel_style": 1,
     }
-    (entry,) = splits["train"]
-    sample = open_shard(out, entry)[0]
+    sample = open_split(out)[0]
     assert sample.uid == f"fluent_flat/{sample.concept}"
     assert (sample.source, sample.licence) == ("fluent_flat", "MIT")
     assert sample.captions == {"en": ["thing"], "zh": ["thing"], "zh-Hant": ["thing"]}

@@ -1,5 +1,6 @@
 """A dataclass of options is filled from a shell and a file, or refused in one line."""
 
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -49,6 +50,7 @@ class Options:
     where: tuple[str, ...] = ()
     data: tuple[str | Source, ...] = ("data/emoji",)
     part: Part = field(default_factory=Part)
+    fields: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,18 @@ def test_what_the_shell_says_goes_before_a_file(in_file):
 def test_entries_of_a_list_may_have_settings_of_their_own(in_file):
     options = read(*in_file("data: [a=b, {path: x, languages: [zh]}]\n", "b"))
     assert options.data == ("a=b", Source(path=Path("x"), languages=("zh",)))
+
+
+def test_a_mapping_has_an_option_for_each_name_with_all_its_values(in_file):
+    found = read("bundle", "--fields.zh", "a", "b: c", "--fields.en=d", "--where", "e")
+    assert found.fields == {"zh": ("a", "b: c"), "en": ("d",)}
+    assert read(*in_file("fields: {zh: [a]}", "bundle")).fields == {"zh": ("a",)}
+    for words, said in (
+        (["--fields.zh"], "--fields.zh lacks its value; expected list of texts"),
+        (["--fields", "a"], "fields is a; expected list of texts by name"),
+        (["--fields.zh", "a", "--fields.zh", "b"], "--fields.zh is given twice"),
+    ):
+        assert complaint("bundle", *words).startswith(said)
 
 
 def test_a_flag_needs_no_value():

@@ -57,9 +57,13 @@ def test_a_key_that_no_sample_has_is_refused_with_those_there_are(condition):
 
 
 def test_the_values_of_conditions_may_hold_signs():
-    condition = parse_condition("formula=a=b!")
-    assert condition.holds({"formula": "a=b!"})
-    assert not condition.holds({"formula": "a"})
+    rows = [{"uid": "a", "labels": {"formula": value}} for value in ("a=b!", "a")]
+    assert Conditions(["formula=a=b!"]).rows_of(table_of(rows)).tolist() == [0]
+
+
+def test_a_label_goes_before_a_field_of_its_name():
+    rows = [{"uid": "a", "source": "photo", "labels": labels} for labels in ({"source": "x"}, {})]
+    assert Conditions(["source=photo"]).rows_of(table_of(rows)).tolist() == [1]
 
 
 @pytest.mark.parametrize("text", ["", "source", "=photo", "source=", "!=photo", "source!="])

@@ -98,6 +98,20 @@ def test_images_of_a_split_carry_their_main_captions(data_folder):
     assert found[7].address == f"{data_folder}/test-00001.tar.gz#2"
 
 
+def test_what_cannot_be_used_of_a_table_is_left_out_and_named(tmp_path, embedder):
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(encoded(make_image(number)))
+    path = tmp_path / "caps.csv"
+    path.write_text("image,en\n0.png,a cat\n1.png,\n2.png,a dog\n")
+    images = SplitImages(path, "train")
+    out = tmp_path / "out"
+    written = write_embeddings(embedder, images, out, bundle=out)
+    assert written.description.count == len(images) - 1 == 2
+    (reason,) = written.unreadable.values()
+    assert reason.startswith(f"{path}, line 3: found no caption")
+    assert read_embeddings(out)[2]["caption_en"].to_pylist() == ["a cat", "a dog"]
+
+
 @pytest.mark.parametrize("there", [True, False], ids=["no image", "no folder"])
 def test_a_folder_without_images_is_named(tmp_path, there):
     folder = tmp_path if there else tmp_path / "gone"

@@ -9,6 +9,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from PIL import Image
 
+from tests.builders import THINGS, make_image, write_img2dataset
 from tests.support.commands import ROOT, run_vlm
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "tokenizers/README.md"]
@@ -43,6 +44,14 @@ def workspace(quickstart, small_emoji):
     Image.new("RGB", (40, 30), "orange").save(folder / "IMAGES" / "one.jpg")
     shutil.copytree(small_emoji, folder / "FOLDER", ignore=shutil.ignore_patterns("train*"))
     (folder / "FOLDER" / "manifest.json").unlink()
+    write_img2dataset(
+        folder / "TARS", [text for pair in THINGS for text in pair], samples_per_shard=8
+    )
+    rows = ["image,caption_zh,caption_en"]
+    for number, (en, zh) in enumerate(THINGS * 2):
+        make_image(number).save(folder / f"{number}.png")
+        rows.append(f"{number}.png,{zh},{en}")
+    (folder / "captions.csv").write_text("\n".join(rows), encoding="utf-8")
     return folder
 
 

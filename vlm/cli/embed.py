@@ -1,4 +1,4 @@
-"""Turn a folder of images, or a split of a data folder, into an embeddings folder."""
+"""Turn a folder of images, or a source of images with captions, into an embeddings folder."""
 
 import sys
 from collections.abc import Iterable
@@ -19,9 +19,9 @@ class Options(ModelOptions):
     images: Path | None = None
     """Folder of images."""
     data: Path | None = None
-    """Data folder (instead of --images)."""
-    split: str = "test_style"
-    """Split of the data folder."""
+    """Data folder, tars, or a table of images (instead of --images)."""
+    split: str | None = None
+    """Split of the data; null is test_style of a data folder, and train of others."""
     out: Path
     """Folder for the embeddings; an unfinished one is continued."""
     allowed_share: float = 0.01
@@ -33,6 +33,8 @@ def run(options: Options) -> None:
     if (options.images is None) == (options.data is None):
         raise VlmError("vlm embed needs either --images FOLDER or --data FOLDER")
     refuse_several_processes("embed")
+    from vlm.data.config import DEFAULT_SPLIT
+    from vlm.data.manifest import is_data_folder
     from vlm.embedding.embedder import Embedder
     from vlm.embedding.parts import ListedImage, SplitImages, images_in_folder, write_embeddings
 
@@ -42,7 +44,8 @@ def run(options: Options) -> None:
         for reason, count in left_out.items():
             print(f"left out of {options.images}: {count} {reason}", file=sys.stderr)
     elif options.data is not None:
-        images = SplitImages(options.data, options.split)
+        default = "test_style" if is_data_folder(options.data) else DEFAULT_SPLIT
+        images = SplitImages(options.data, options.split or default)
     embedder = Embedder.load(
         options.bundle, device=options.device, truncate_dim=options.truncate_dim
     )

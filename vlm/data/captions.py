@@ -13,25 +13,22 @@ from vlm.data.manifest import MANIFEST_NAME, ShardEntry, read_manifest
 from vlm.data.records import (
     Advance,
     Member,
-    decoded,
     languages_of,
     lines_of,
     listed,
-    object_in,
     objects_of,
     paragraphs_of,
     quoted,
     samples_of,
     texts_in,
 )
+from vlm.data.scanning import TAR_SUFFIXES, record_of
 from vlm.data.tables import rows_of
 from vlm.errors import DataError
-from vlm.files import lines_in
 
 _ANY_LANGUAGE = ("caption", "text")
 _PACKABLE = (".txt", ".csv", ".tsv", ".jsonl", ".html", ".tar")
 SUFFIXES = (*_PACKABLE, *(f"{suffix}.gz" for suffix in _PACKABLE), ".parquet")
-_SHARD_SUFFIXES = (".tar", ".tar.gz")
 
 
 def read_captions(
@@ -103,14 +100,9 @@ class _Wanted:
 
     def texts_of_sample(self, sample: Mapping[str, Member], place: str) -> list[str] | None:
         """Return the captions of a shard's sample, from its record or else from its text."""
-        if "json" in sample:
-            where = f"{place}, its .json"
-            texts = self.texts_of(object_in(decoded(sample["json"].content, where), where), place)
-            if texts is not None:
-                return texts
-        if "txt" in sample:
-            return lines_in(decoded(sample["txt"].content, f"{place}, its .txt"))
-        return None
+        record = record_of({name: member.content for name, member in sample.items()}, place)
+        texts = self.texts_of(record["json"], place) if "json" in record else None
+        return record.get("txt") if texts is None else texts
 
     def _texts_in(self, value: object, place: str) -> list[str]:
         if not isinstance(value, dict):
@@ -243,8 +235,8 @@ def _files_in(folder: Path, split: str) -> Iterator[_File]:
     if (folder / MANIFEST_NAME).is_file():
         for entry in read_manifest(folder).shards_of(split, folder):
             path = entry.path_in(folder)
-            if suffix_of(path) not in _SHARD_SUFFIXES:
-                raise DataError(f"{path} is no shard; expected one of {', '.join(_SHARD_SUFFIXES)}")
+            if suffix_of(path) not in TAR_SUFFIXES:
+                raise DataError(f"{path} is no shard; expected one of {', '.join(TAR_SUFFIXES)}")
             yield _File(path, entry.bytes, entry)
         return
     for path in sorted(folder.iterdir()):

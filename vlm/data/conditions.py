@@ -1,13 +1,16 @@
 """Which samples are meant: conditions on their source, concept, labels and languages."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow
+import pyarrow.compute
 from numpy.typing import NDArray
 
 from vlm.errors import DataError
+
+_COLUMNS = ("source", "concept", "languages")
 
 
 class Condition(NamedTuple):
@@ -18,9 +21,13 @@ class Condition(NamedTuple):
     equal: bool
     """Whether the sample's must be this value, or any other."""
 
-    def holds(self, values: Mapping[str, str]) -> bool:
-        """Say whether a sample with these values meets it."""
-        return (values.get(self.key, "") == self.value) == self.equal
+    def holds(self, index: pyarrow.Table) -> pyarrow.Array:
+        """Return which rows of an index meet it."""
+        values = pyarrow.compute.map_lookup(index["labels"], pyarrow.scalar(self.key), "first")
+        if self.key in _COLUMNS:
+            values = pyarrow.compute.coalesce(values, index[self.key])
+        compare = pyarrow.compute.equal if self.equal else pyarrow.compute.not_equal
+        return compare(pyarrow.compute.fill_null(values, ""), self.value)
 
 
 def parse_condition(text: str) -> Condition:
@@ -43,29 +50,20 @@ class Conditions:
 
     def __init__(self, where: Sequence[str]) -> None:
         self.where = {text: parse_condition(text) for text in where}
-        self._keys: dict[str, None] = {}
+        self._keys = dict.fromkeys(_COLUMNS)
 
     def rows_of(self, index: pyarrow.Table) -> NDArray[np.int64]:
         """Return the rows of an index that meet all of them, and those that cannot be used.
 
-        The latter are no reader's loss in silence: reading one says what is wrong with it.
+        The latter are not lost in silence so: reading one says what is wrong with it.
         """
-        columns = index.select(["source", "concept", "captions", "labels", "error"]).to_pylist()
-        rows = []
-        for row, found in enumerate(columns):
-            if found["error"] is not None:
-                rows.append(row)
-                continue
-            values = {
-                "source": found["source"],
-                "concept": found["concept"],
-                "languages": "+".join(sorted(language for language, _ in found["captions"])),
-                **dict(found["labels"]),
-            }
-            self._keys |= dict.fromkeys(values)
-            if all(condition.holds(values) for condition in self.where.values()):
-                rows.append(row)
-        return np.array(rows, np.int64)
+        met = np.ones(len(index), bool)
+        for condition in self.where.values():
+            met &= condition.holds(index).to_numpy()
+        for labels in index["labels"].chunks:
+            self._keys |= dict.fromkeys(labels.keys.unique().to_pylist())
+        rows: NDArray[np.int64] = np.flatnonzero(met | index["error"].is_valid().to_numpy())
+        return rows
 
     def check_keys(self, name: str) -> None:
         """Refuse, by a `DataError`, a key that no sample of the indexes read so far has."""

@@ -46,6 +46,9 @@ class SourceConfig:
     size."""
 
     def __post_init__(self) -> None:
+        for language, fields in self.captions.items():
+            if isinstance(fields, str):
+                raise ConfigError(f"captions.{language} is {fields!r}; expected a list of fields")
         if self.weight is not None and not self.weight > 0:
             raise ConfigError(f"weight is {self.weight}; expected more than 0")
 

@@ -73,18 +73,16 @@ def value_at(record: Mapping[str, Any], name: str) -> Any:
 def texts_by_tag(record: Mapping[str, Any], name: str) -> dict[str, list[str]] | None:
     """Return the captions of a known layout, blank ones too, by the language tag they have there.
 
-    They are in `captions`, by tag or without; or in fields by `caption_fields`. Those without a
-    language are under ''. The result is None where the record names no captions. Errors begin with
-    `name`.
+    They are in `captions`, else in the fields of `caption_fields`; where a value is a mapping, by
+    its keys. Those without a language are under ''. The result is None where the record names no
+    captions. Errors begin with `name`.
     """
-    if "captions" in record:
-        value = record["captions"]
-        tagged = value if isinstance(value, Mapping) else {"": value}
-        return {tag: texts_in(texts, name) for tag, texts in tagged.items()}
-    fields = caption_fields(tuple(record))
+    fields = {"captions": ""} if "captions" in record else caption_fields(tuple(record))
     found: dict[str, list[str]] = {}
     for field, language in fields.items():
-        found.setdefault(language, []).extend(texts_in(record[field], f"{name}, {field!r}"))
+        value = record[field]
+        for tag, texts in (value if isinstance(value, Mapping) else {language: value}).items():
+            found.setdefault(tag, []).extend(texts_in(texts, name))
     return found if fields else None
 
 

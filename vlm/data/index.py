@@ -24,6 +24,7 @@ _TEXTS = pyarrow.map_(pyarrow.string(), pyarrow.string())
 SCHEMA = pyarrow.schema({
     "uid": pyarrow.string(),
     "captions": pyarrow.map_(pyarrow.string(), pyarrow.list_(pyarrow.string())),
+    "languages": pyarrow.string(),  # of the captions, sorted and joined: en+zh
     "concept": pyarrow.string(),
     "source": pyarrow.string(),
     "licence": pyarrow.string(),
@@ -97,7 +98,9 @@ def _batch(rows: list[Row]) -> pyarrow.RecordBatch:
         "captions": _pairs, "labels": _pairs, "error": as_text,
     }  # fmt: skip
     changed = [
-        row | {name: change(row[name]) for name, change in changes.items() if name in row}
+        row
+        | {name: change(row[name]) for name, change in changes.items() if name in row}
+        | {"languages": "+".join(sorted(row.get("captions", ())))}
         for row in rows
     ]
     return pyarrow.RecordBatch.from_pylist(changed, SCHEMA)

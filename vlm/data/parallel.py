@@ -35,5 +35,5 @@ def over(
         try:
             yield from tqdm(executor.map(function, items), **shown)
         except BaseException:
-            executor.shutdown(cancel_futures=True)  # an error is told at once
+            executor.shutdown(cancel_futures=True)  # an error is not kept waiting
             raise

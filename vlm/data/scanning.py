@@ -35,7 +35,7 @@ Row = dict[str, Any]
 
 TAR_SUFFIXES = (".tar", ".tar.gz")
 SIDE_SUFFIXES = (".txt", ".json")
-_IMAGES = frozenset(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
+IMAGE_EXTENSIONS = frozenset(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
 _OWN_COLUMNS = ("captions", "concept", "source", "licence", "labels", "split")
 _FIRST = 100  # rows of a table: where none of their images is there, the folder is wrong
 
@@ -59,18 +59,7 @@ def scan_tar(path: Path, config: SourceConfig, *, prefix: str = "") -> ScannedTa
     Raises:
         ShardError: the tar cannot be read to its end, or a member is there twice.
     """
-    samples: dict[str, dict[str, Member]] = {}
-    try:
-        content = tar_content(path)
-        file = io.BytesIO(content) if isinstance(content, bytes) else content
-        with tarfile.open(fileobj=file, mode="r:") as archive:
-            for key, extension, member in members_of(archive, path):
-                if extension in samples.setdefault(key, {}):
-                    raise tarfile.ReadError(f"{key}.{extension} occurs twice")
-                samples[key][extension] = member
-            check_end(archive)
-    except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
-        raise ShardError(f"shard {path} cannot be read: {error}") from error
+    content, samples = members_by_key(path)
     rows = [
         _tar_row(key, members, config, where=f"{path}, sample {key!r}", prefix=prefix)
         for key, members in samples.items()
@@ -78,24 +67,47 @@ def scan_tar(path: Path, config: SourceConfig, *, prefix: str = "") -> ScannedTa
     return ScannedTar(content, rows)
 
 
+def members_by_key(path: Path) -> tuple[bytes | mmap.mmap, dict[str, dict[str, Member]]]:
+    """Return the bytes of a tar, unpacked, and its members by key and extension.
+
+    Members of one key need not be neighbours. Errors as in `scan_tar`.
+    """
+    samples: dict[str, dict[str, Member]] = {}
+    content = tar_content(path)
+    file = io.BytesIO(content) if isinstance(content, bytes) else content
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            for key, extension, member in members_of(archive, path):
+                if extension in samples.setdefault(key, {}):
+                    raise tarfile.ReadError(f"{key}.{extension} occurs twice")
+                samples[key][extension] = member
+            check_end(archive)
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        raise ShardError(f"shard {path} cannot be read: {error}") from error
+    return content, samples
+
+
 def tar_content(path: Path) -> bytes | mmap.mmap:
     """Return a tar's bytes, unpacked; those of a plain one are not read before they are asked for.
 
     Raises:
-        OSError, EOFError, zlib.error: they cannot be read.
+        ShardError: they cannot be read.
     """
-    if path.name.lower().endswith(".gz"):
-        return gzip.decompress(path.read_bytes())
-    with path.open("rb") as file:
-        empty = path.stat().st_size == 0  # an empty file cannot be mapped
-        return b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    try:
+        if path.name.lower().endswith(".gz"):
+            return gzip.decompress(path.read_bytes())
+        with path.open("rb") as file:
+            empty = path.stat().st_size == 0  # an empty file cannot be mapped
+            return b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ShardError(f"shard {path} cannot be read: {error}") from error
 
 
 def _tar_row(
     key: str, members: Mapping[str, Member], config: SourceConfig, *, where: str, prefix: str
 ) -> Row:
     row: Row = {"uid": as_text(f"{prefix}{key}")}
-    images = [member for extension, member in members.items() if extension in _IMAGES]
+    images = [member for extension, member in members.items() if extension in IMAGE_EXTENSIONS]
     texts = {name: members[name].content for name in ("json", "txt") if name in members}
     if len(images) != 1 or not texts:
         has = ", ".join(sorted(members))

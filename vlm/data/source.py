@@ -4,6 +4,7 @@ import mmap
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import accumulate
@@ -57,7 +58,7 @@ class Source:
         self._shards = shards
         self._settings = (verify, keep_open)
         self._ends = list(accumulate(map(len, shards)))
-        self._opened = lru_cache(keep_open)(self._open)
+        self._tried = lru_cache(keep_open)(self._try_to_open)
 
     @property
     def name(self) -> str:
@@ -88,12 +89,12 @@ class Source:
 
     def __getitem__(self, index: int) -> Sample:
         """Return the sample at `index` in [0, len); errors as in `at`."""
-        return self.at(*self.place(index))
+        return self.at(*self._place(index))
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
 
-    def place(self, index: int) -> tuple[int, int]:
+    def _place(self, index: int) -> tuple[int, int]:
         """Return the number of a sample's shard, and its row there."""
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -101,9 +102,11 @@ class Source:
         return shard, index - self._ends[shard] + len(self._shards[shard])
 
     def address(self, shard: int, row: int) -> str:
-        """Return `SHARD#ROW`, rows from 0, also where neither can be read."""
-        found = self._shards[shard]
-        return f"{found.file.path}#{found.start + self._row(shard, row)}"
+        """Return where a sample lies: the file of its image, or `SHARD#ROW`, rows from 0."""
+        found, row = self._shards[shard], self._row(shard, row)
+        with suppress(ShardError):
+            return self._opened(shard).address(row)
+        return f"{found.file.path}#{found.start + row}"
 
     def rows(self, shard: int, columns: Sequence[str]) -> list[dict[str, Any]]:
         """Return some columns of the index of a shard, a row a sample."""
@@ -181,19 +184,31 @@ class Source:
         return self._with([np.flatnonzero(of_shard == self.config.split) for of_shard in splits])
 
     def _with(self, rows: Sequence[NDArray[np.int64]]) -> "Source":
-        """Return the samples in some rows of the shards."""
+        """Return the samples in some rows of the shards; what has none left is no shard."""
         shards = [
             replace(shard, kept=kept if shard.kept is None else np.intersect1d(kept, shard.kept))
             for shard, kept in zip(self._shards, rows, strict=True)
         ]
-        return Source(self.config, shards, *self._settings)
+        return Source(self.config, [shard for shard in shards if len(shard)], *self._settings)
 
     def _row(self, shard: int, row: int) -> int:
-        """Return the row in the index's part of a shard; those before 0 and after it are errors."""
+        """Return where a row lies in the shard's part of the index."""
         if not 0 <= row < len(self._shards[shard]):
             raise IndexError(row)
         kept = self._shards[shard].kept
         return row if kept is None else int(kept[row])
+
+    def _opened(self, number: int) -> "_OpenShard":
+        found = self._tried(number)
+        if isinstance(found, ShardError):
+            raise ShardError(str(found))
+        return found
+
+    def _try_to_open(self, number: int) -> "_OpenShard | ShardError":
+        try:
+            return self._open(number)
+        except ShardError as error:  # kept, so that a damaged shard is looked through once
+            return error
 
     def _open(self, number: int) -> "_OpenShard":
         shard = self._shards[number]
@@ -221,7 +236,7 @@ def open_source(config: SourceConfig, *, verify: Verify = "once", keep_open: int
     """Open what a source names: manifests and counts are read, and no samples.
 
     What has no manifest is looked through when it is first opened, in several processes and with a
-    bar on stderr; what was found is kept in the cache folder, as long as nothing changes.
+    bar on a terminal; what was found is kept in the cache folder as long as nothing changes.
 
     Args:
         config: The source.
@@ -285,6 +300,9 @@ class _OpenShard:
             labels=dict(found["labels"]),
             address=self._address(found, row),
         )
+
+    def address(self, row: int) -> str:
+        return self._address(self._row(row), row)
 
     def _row(self, row: int) -> dict[str, Any]:
         found: dict[str, Any] = self.table.slice(row, 1).to_pylist()[0]

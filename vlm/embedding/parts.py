@@ -29,7 +29,7 @@ from vlm.data.image_folder import IMAGE_SUFFIXES, images_below
 from vlm.data.records import as_text
 from vlm.data.source import open_source
 from vlm.embedding.embedder import IMAGE_BATCH, Embedder
-from vlm.errors import ConfigError, DataError, SearchIndexError
+from vlm.errors import ConfigError, DataError, SearchIndexError, ShardError
 from vlm.files import write_file
 from vlm.images.decoding import ImageSource
 
@@ -50,6 +50,8 @@ class ListedImage(NamedTuple):
     """Its file, or FOLDER/SHARD#ROW."""
     captions: Mapping[str, str]
     """The main caption by language."""
+    error: str = ""
+    """Why it cannot be used, if it cannot."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,16 +74,25 @@ class Written(NamedTuple):
 
 
 class SplitImages:
-    """Every image of a data folder's split, in the order of the shards."""
+    """Every image of a source, in the order of its shards."""
 
-    def __init__(self, folder: Path, split: str) -> None:
-        self._samples = open_source(SourceConfig(path=str(folder), split=split))
+    def __init__(self, path: Path, split: str) -> None:
+        self._samples = open_source(SourceConfig(path=str(path), split=split))
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def __iter__(self) -> Iterator[ListedImage]:
-        for sample in self._samples:
+        places = ((s, row) for s, size in enumerate(self._samples.sizes) for row in range(size))
+        for shard, row in places:
+            try:
+                sample = self._samples.at(shard, row)
+            except ShardError:
+                raise
+            except DataError as error:
+                address = self._samples.address(shard, row)
+                yield ListedImage("", b"", address, {}, str(error))
+                continue
             captions = {language: texts[0] for language, texts in sample.captions.items()}
             yield ListedImage(sample.uid, sample.image, sample.address, captions)
 
@@ -255,6 +266,9 @@ def _embed(
     for start in range(0, len(images), IMAGE_BATCH):
         pixels = []
         for image in images[start : start + IMAGE_BATCH]:
+            if image.error:
+                unreadable[image.address] = image.error
+                continue
             try:
                 pixels.append(embedder.pixels(image.source, name=image.address))
                 kept.append(image)

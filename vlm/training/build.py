@@ -249,8 +249,8 @@ def _check_languages(sources: Sequence[Source], languages: Sequence[str]) -> Non
     found: set[str] = set()
     shards = [(source, shard) for source in sources for shard in range(len(source.sizes))]
     for source, shard in shards[:_LOOKED_AT]:
-        for row in source.rows(shard, ["captions"]):
-            found |= {language for language, texts in row["captions"] or () if texts}
+        for row in source.rows(shard, ["languages"]):
+            found |= set(filter(None, row["languages"].split("+")))
         if found.issuperset(languages):
             return
     if len(shards) > _LOOKED_AT:

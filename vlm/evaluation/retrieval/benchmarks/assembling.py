@@ -15,14 +15,13 @@ from vlm.errors import DataError
 from vlm.evaluation.config import RetrievalSource
 from vlm.evaluation.retrieval.benchmarks.images import ImageFolder, Images
 from vlm.evaluation.retrieval.pairs import RetrievalPairs, Texts, correct_pairs, translations_of
-from vlm.text.words import HAN
+from vlm.text.scripts import language_by_script
 
 _ALLOWED_SHARE = 0.01
 _TAG = re.compile(r"(?<=\S)[:#/][A-Za-z]{1,4}$")
 _TAGGED = 0.9  # of all words; untagged texts have next to none that look so
 _PLAIN_QUOTES = str.maketrans("“”", '""')
-_KANA_OR_HANGUL = re.compile("[\u3040-\u30ff\uac00-\ud7af]")
-_LATIN = re.compile("[A-Za-z\u00c0-\u024f]")
+_CLEAR = 0.8  # of the captions; the others are quotations, numbers and the like
 
 
 class Row(NamedTuple):
@@ -238,15 +237,13 @@ def _languages(
 
 
 def recognised_language(texts: Iterable[str], name: str) -> tuple[str, str]:
-    """Return `zh` or `en` by the letters that texts are written in, and a note that says so."""
-    joined = "".join(texts)
-    han, latin = len(HAN.findall(joined)), len(_LATIN.findall(joined))
-    letters = max(1, sum(map(str.isalpha, joined)))
-    other = len(_KANA_OR_HANGUL.findall(joined)) / letters
-    note = f"{name}: {han / letters:.0%} of the letters are Han, {latin / letters:.0%} Latin"
-    if han >= letters / 2 and other < 0.05:
+    """Return `zh` or `en` by the script that most texts are in, and a note that says so."""
+    counts = Counter(language_by_script(text) for text in texts if text.strip())
+    zh, en = (counts[language] / max(1, counts.total()) for language in ("zh", "en"))
+    note = f"{name}: {zh:.0%} of the captions are in Han characters, {en:.0%} in Latin letters"
+    if zh >= _CLEAR:
         return "zh", f"{note}; taken for Chinese"
-    if latin >= 0.8 * letters:
+    if en >= _CLEAR:
         return "en", f"{note}; taken for English"
     raise DataError(
         f"{note}, which is clearly neither zh nor en; give the language of its captions: "

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import get_args
 
+from vlm.data.scanning import not_understood
 from vlm.data.tables import columns_of
 from vlm.errors import DataError
 from vlm.evaluation.config import Kind, RetrievalSource
@@ -65,6 +66,6 @@ def kind_of(path: Path) -> Kind:
     if found:
         raise DataError(f"{path} may be {' or '.join(found)}; set kind to one of them")
     if path.suffix.lower() in (".csv", ".tsv", ".parquet") and columns_of(path):
-        raise tables.not_understood(path)
+        raise not_understood(path)
     known = "; ".join(f"{kind} ({look})" for kind, (_, _, look) in _FORMATS.items())
     raise DataError(f"{path} is no benchmark of a known kind; known are {known}")

@@ -4,12 +4,13 @@ The image is in a column `image`, `path` or the like. Captions are in `caption`,
 or by language in `zh`, `en`, `caption_zh`, `text_de`, `caption_zh-CN` and so on, or in both.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vlm.data.records import LANGUAGE_TAG, languages_of, quoted, texts_in
-from vlm.data.tables import IMAGE_COLUMNS, columns_of, rows_of
+from vlm.data.fields import CAPTION_FIELDS, caption_fields
+from vlm.data.records import quoted, texts_in
+from vlm.data.scanning import image_column, not_understood
+from vlm.data.tables import columns_of, rows_of
 from vlm.errors import DataError
 from vlm.evaluation.config import RetrievalSource
 from vlm.evaluation.retrieval.benchmarks.assembling import (
@@ -22,11 +23,7 @@ from vlm.evaluation.retrieval.benchmarks.assembling import (
 from vlm.evaluation.retrieval.benchmarks.images import ImageFolder
 
 SUFFIXES = (".csv", ".tsv", ".txt", ".parquet")
-_TEXTS = ("caption", "text", "title")
-_STEMS = tuple(f"{text}_" for text in _TEXTS)
-_STEM = f"(?P<stem>{'|'.join(_TEXTS)})_"
-# A column `id` or `no` is more often a number than Indonesian or Norwegian.
-_OF_LANGUAGE = re.compile(rf"(?:{_STEM}|(?=zh|en))(?P<tag>{LANGUAGE_TAG})")
+_STEMS = tuple(f"{name}_" for name in CAPTION_FIELDS)
 
 
 def is_table(path: Path) -> bool:
@@ -47,7 +44,7 @@ def list_table(source: RetrievalSource) -> Listing:
         raise not_understood(source.path)
     path = tables[0]
     columns = columns_of(path)
-    image, texts = _roles(columns)
+    image, texts = image_column(columns), caption_fields(tuple(columns))
     wanted = [image, *texts, *({"split"} & set(columns))]
     records = list(rows_of(path, lambda _: wanted))
     splits = {str(record["split"]) for _, record in records} if "split" in columns else set()
@@ -76,15 +73,6 @@ def list_table(source: RetrievalSource) -> Listing:
     )
 
 
-def not_understood(path: Path) -> DataError:
-    """Say which columns a table has, and which it needs."""
-    return DataError(
-        f"{path} has the columns {quoted(columns_of(path))}; expected one of images, such as "
-        f"{' or '.join(IMAGE_COLUMNS[:3])}, and one of captions, such as {' or '.join(_TEXTS)} or, "
-        "by language, caption_zh"
-    )
-
-
 def _repeated_column(
     rows: Sequence[tuple[str, Row]], texts: Mapping[str, str], source: RetrievalSource
 ) -> tuple[str | None, list[str]]:
@@ -106,17 +94,5 @@ def _tables_in(path: Path) -> Sequence[Path]:
     files = [path]
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-    return [file for file in files if all(_roles(columns_of(file)))]
-
-
-def _roles(columns: Sequence[str]) -> tuple[str, Mapping[str, str]]:
-    """Return the column of images, and those of captions with their languages, '' if unnamed."""
-    image = next((name for name in IMAGE_COLUMNS if name in columns), "")
-    found = {column: match for column in columns if (match := _OF_LANGUAGE.fullmatch(column))}
-    tags = {column: match["tag"] for column, match in found.items()}
-    of_tags = languages_of(tags.values())
-    texts = {column: of_tags[tag] for column, tag in tags.items()}
-    # Of the columns without a language one is read: a title next to captions is no caption.
-    stems = {match["stem"] for match in found.values()} | set(_TEXTS) & set(columns)
-    best = next((stem for stem in _TEXTS if stem in stems), "")
-    return image, {column: texts.get(column, "") for column in columns if column in {best, *texts}}
+    columns = {file: columns_of(file) for file in files}
+    return [file for file, of in columns.items() if image_column(of) and caption_fields(tuple(of))]

@@ -97,7 +97,7 @@ def test_a_sent_split_is_small(folder):
 
 def test_an_address_names_the_shard_and_the_row(folder):
     samples = ShardedSplit(folder, "train")
-    assert [samples.address(index) for index in (0, 4, 5, 11)] == [
+    assert [samples[index].address for index in (0, 4, 5, 11)] == [
         f"{folder}/train-0000{shard}.tar.gz#{row}"
         for shard, row in ((0, 0), (0, 4), (1, 0), (2, 1))
     ]

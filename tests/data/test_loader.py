@@ -13,13 +13,15 @@ from vlm.data.config import CaptionConfig
 from vlm.data.dataset import ShardedSplit
 from vlm.data.examples import TrainingExamples, choose_caption
 from vlm.data.loader import TrainingLoader
-from vlm.data.order import BatchOrder, ExampleKey
+from vlm.data.mixture import BatchOrder, Mixture
+from vlm.data.order import SampleKey, SourceOrder
 from vlm.errors import ConfigError, DataError
 from vlm.images.config import AugmentationConfig, PreprocessConfig
 from vlm.images.transforms import TrainingTransform
 from vlm.text.caption_ids import text_id
 
 SIZE = 18
+ALONE = Mixture(phases=[(None, [1.0])])
 TRANSFORM = TrainingTransform(
     PreprocessConfig(), AugmentationConfig(rotation=20.0, brightness=0.3, flip=0.5), 16
 )
@@ -36,15 +38,35 @@ def samples(tmp_path_factory):
     return ShardedSplit(write_split(folder, make_samples(SIZE)), "train")
 
 
-def examples_of(samples, *, seed=0, **captions):
-    return TrainingExamples(samples, TRANSFORM, CaptionConfig(**captions), seed=seed)
+def examples_of(samples, *, seed=0, keep_decoded=False, **captions):
+    return TrainingExamples(
+        [samples], order_of(samples, 1).sources, TRANSFORM, CaptionConfig(**captions), seed,
+        keep_decoded,
+    )  # fmt: skip
+
+
+def order_of(samples, batch=6, *, seed=0, **ranks):
+    source = SourceOrder("data", np.array(samples.sizes), seed=seed)
+    return BatchOrder([source], ALONE, batch, seed=seed, **ranks)
 
 
 def read(samples, tokenizer, *, first=0, last, workers=0, seed=0, **ranks):
     """Read batches of 6 between two positions."""
-    order = BatchOrder(size=len(samples), global_batch_size=6, seed=seed, **ranks)
+    order = order_of(samples, seed=seed, **ranks)
     loader = TrainingLoader(examples_of(samples, seed=seed), order, tokenizer, workers=workers)
-    return list(loader.read(first_sample=first, last_sample=last))
+    state = order.start()
+    for _ in range(first // 6):
+        order.advance(state)
+    return list(loader.read(state, (last - first) // 6))
+
+
+def key_of(samples, place, epoch=0):
+    """Name the sample at a place of a split."""
+    shard = 0
+    while place >= samples.sizes[shard]:
+        place -= samples.sizes[shard]
+        shard += 1
+    return SampleKey(0, shard, place, epoch, stream=0, place=0)
 
 
 MASKS = MaskPlan(text_ratio=0.5, image_ratio=0.25, grid=(2, 4))
@@ -66,10 +88,6 @@ def everything_in(batch):
 def texts_in(batch, tokenizer, language):
     tokens = batch.texts[language]
     return [tokenizer.decode(row.tolist()) for row in tokens.ids]
-
-
-def keys_of(order, first, last):
-    return [key for keys in order.batches(first_sample=first, last_sample=last) for key in keys]
 
 
 def uids_in(batches):
@@ -110,20 +128,6 @@ def test_the_batches_of_all_ranks_together_are_those_of_one(samples, tokenizer, 
             assert texts == texts_in(expected, tokenizer, language)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize(("size", "batch"), [(10, 4), (12, 4), (7, 4), (4, 4)], ids=str)
-def test_ranks_read_consecutive_parts_of_one_sequence(size, batch, world_size):
-    orders = [
-        BatchOrder(size=size, global_batch_size=batch, rank=rank, world_size=world_size)
-        for rank in range(world_size)
-    ]
-    steps = zip(*(o.batches(first_sample=0, last_sample=5 * batch) for o in orders), strict=True)
-    found = [key for step in steps for part in step for key in part]
-    single = BatchOrder(size=size, global_batch_size=batch)
-    assert found == keys_of(single, 0, 5 * batch)
-    assert len(found) == 5 * batch
-
-
 @pytest.mark.parametrize("first", [6, 12, 18, 24])
 def test_reading_from_a_position_is_the_tail_of_reading_from_the_start(samples, tokenizer, first):
     whole = read(samples, tokenizer, last=36)
@@ -143,18 +147,6 @@ def test_a_position_between_batches_is_continued_by_another_number_of_ranks(samp
     assert first + rest == whole
 
 
-@pytest.mark.parametrize(("size", "batch"), [(18, 6), (10, 4), (7, 5), (5, 5)], ids=str)
-def test_every_epoch_holds_every_sample_once_even_where_batches_straddle(size, batch):
-    epochs = 6
-    last = -(-epochs * size // batch) * batch
-    keys = keys_of(BatchOrder(size=size, global_batch_size=batch, seed=1), 0, last)
-    assert len(keys) == last
-    for epoch in range(epochs):
-        places = [key.place for key in keys if key.epoch == epoch]
-        assert sorted(places) == list(range(size))
-        assert [key.epoch for key in keys] == sorted(key.epoch for key in keys)
-
-
 def test_epochs_and_seeds_have_their_own_orders(samples, tokenizer):
     batches = read(samples, tokenizer, last=2 * SIZE)
     first, second = uids_in(batches[:3]), uids_in(batches[3:])
@@ -172,10 +164,10 @@ def test_worker_processes_change_nothing(samples, tokenizer):
 
 def test_keeping_decoded_images_changes_nothing(samples):
     fresh = examples_of(samples)
-    kept = TrainingExamples(samples, TRANSFORM, CaptionConfig(), seed=0, keep_decoded=True)
+    kept = examples_of(samples, keep_decoded=True)
     for epoch in range(3):
         for place in range(SIZE):
-            first, second = (e[ExampleKey(epoch, place)] for e in (fresh, kept))
+            first, second = (e[key_of(samples, place, epoch)] for e in (fresh, kept))
             assert first.image.equal(second.image)
             assert first.captions == second.captions
 
@@ -196,19 +188,22 @@ def test_an_example_follows_from_seed_epoch_and_uid_wherever_it_lies(samples, tm
     elsewhere = ShardedSplit(write_split(tmp_path, moved, samples_per_shard=2), "train")
     for place, other_place in ((7, 0), (2, 4)):
         for epoch in range(4):
-            first = examples_of(samples)[ExampleKey(epoch, place)]
-            second = examples_of(elsewhere)[ExampleKey(epoch, other_place)]
+            first = examples_of(samples)[key_of(samples, place, epoch)]
+            second = examples_of(elsewhere)[key_of(elsewhere, other_place, epoch)]
             assert first.uid == second.uid
             assert first.captions == second.captions
             assert first.image.equal(second.image)
 
 
 def test_epochs_seeds_and_samples_draw_apart(samples):
-    image = examples_of(samples)[ExampleKey(0, 0)].image
-    assert not image.equal(examples_of(samples)[ExampleKey(1, 0)].image)
-    assert not image.equal(examples_of(samples, seed=1)[ExampleKey(0, 0)].image)
+    image = examples_of(samples)[key_of(samples, 0, 0)].image
+    assert not image.equal(examples_of(samples)[key_of(samples, 0, 1)].image)
+    assert not image.equal(examples_of(samples, seed=1)[key_of(samples, 0, 0)].image)
     choices = [
-        tuple(examples_of(samples)[ExampleKey(epoch, place)].captions["en"] for epoch in range(12))
+        tuple(
+            examples_of(samples)[key_of(samples, place, epoch)].captions["en"]
+            for epoch in range(12)
+        )
         for place in (0, 12)  # two samples of one concept, so with the same captions
     ]
     assert samples[0].captions == samples[12].captions
@@ -220,7 +215,7 @@ def test_the_main_caption_is_always_or_never_chosen(samples, main_ratio, main):
     examples = examples_of(samples, main_ratio=main_ratio)
     for place in range(SIZE):
         for epoch in range(4):
-            for language, text in examples[ExampleKey(epoch, place)].captions.items():
+            for language, text in examples[key_of(samples, place, epoch)].captions.items():
                 assert (text == samples[place].captions[language][0]) == main
 
 
@@ -244,7 +239,7 @@ def batch_of(folder, tokenizer, *captions, masks=None, **options):
     samples = [make_sample(number, captions=each) for number, each in enumerate(captions)]
     split = ShardedSplit(write_split(folder, samples), "train")
     examples = examples_of(split, **options)
-    keys = [ExampleKey(0, place) for place in range(len(samples))]
+    keys = [key_of(split, place) for place in range(len(samples))]
     return collate([examples[key] for key in keys], tokenizer=tokenizer, masks=masks)
 
 
@@ -252,16 +247,16 @@ def test_a_batch_has_the_captions_that_are_there_with_the_rows_of_their_samples(
     tmp_path, tokenizer
 ):
     batch = batch_of(
-        tmp_path, tokenizer, {"zh": ["红苹果"]}, {"en": ["grey cat"]}, {"fr": ["thé"]},
+        tmp_path, tokenizer, {"zh": ["红苹果"]}, {"en": ["grey cat"]},
         {"zh": ["小狗"], "en": ["small dog"]},
     )  # fmt: skip
     assert texts_in(batch, tokenizer, "zh") == ["红苹果", "小狗"]
     assert texts_in(batch, tokenizer, "en") == ["grey cat", "small dog"]
-    assert batch.text_rows["zh"].tolist() == [0, 3]
-    assert batch.text_rows["en"].tolist() == [1, 3]
+    assert batch.text_rows["zh"].tolist() == [0, 2]
+    assert batch.text_rows["en"].tolist() == [1, 2]
     assert batch.caption_ids["zh"].tolist() == [text_id("红苹果"), text_id("小狗")]
     assert batch.caption_ids["en"].tolist() == [text_id("grey cat"), text_id("small dog")]
-    assert len(batch.images) == len(batch.image_ids) == len(batch.uids) == 4
+    assert len(batch.images) == len(batch.image_ids) == len(batch.uids) == 3
 
 
 def test_a_language_that_no_sample_has_is_an_empty_text_past_the_last(tmp_path, tokenizer):
@@ -300,43 +295,98 @@ def test_each_language_is_padded_to_its_own_longest_text(samples, tokenizer):
 
 
 def test_only_the_languages_asked_for_are_read(samples, tokenizer):
-    order = BatchOrder(size=SIZE, global_batch_size=2)
+    order = order_of(samples, 2)
     loader = TrainingLoader(examples_of(samples, languages=("en",)), order, tokenizer, workers=0)
-    batch = next(loader.read(first_sample=0, last_sample=2))
+    batch = next(loader.read(order.start(), 1))
     assert set(batch.texts) == set(batch.caption_ids) == {"en"}
 
 
 def test_equal_concepts_and_captions_share_their_ids(samples, tokenizer):
-    order = BatchOrder(size=SIZE, global_batch_size=SIZE)
+    order = order_of(samples, SIZE)
     loader = TrainingLoader(examples_of(samples, main_ratio=1.0), order, tokenizer, workers=0)
-    batch = next(loader.read(first_sample=0, last_sample=SIZE))
+    batch = next(loader.read(order.start(), 1))
     concepts = [samples[int(uid.rsplit("-", 1)[1])].concept for uid in batch.uids]
     expected = [[a == b for b in concepts] for a in concepts]
     for ids in (batch.image_ids, batch.caption_ids["en"], batch.caption_ids["zh"]):
         assert (ids[:, None] == ids[None, :]).tolist() == expected
 
 
-def test_a_damaged_image_is_named_by_its_sample(tmp_path):
-    broken = make_sample(5, image=b"\x89PNG\r\n\x1a\n and no image")
-    split = ShardedSplit(write_split(tmp_path, [broken]), "train")
-    with pytest.raises(DataError, match="sample-0005"):
-        examples_of(split)[ExampleKey(0, 0)]
+BROKEN = b"\x89PNG\r\n\x1a\n and no image"
+
+
+def damaged_split(folder, damaged=(1, 4)):
+    """Write 20 samples: of two the image is damaged, of one there is no caption in zh or en."""
+    samples = make_samples(20)
+    for number in damaged:
+        samples[number] = make_sample(number, image=BROKEN)
+    samples[9] = make_sample(9, captions={"fr": ["un chat"]})
+    return ShardedSplit(write_split(folder, samples), "train")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_sample_that_cannot_be_used_is_replaced_named_and_said_why(tmp_path, tokenizer, workers):
+    split = damaged_split(tmp_path)
+    order = order_of(split, 5)
+    loader = TrainingLoader(examples_of(split), order, tokenizer, workers=workers)
+    batches = list(loader.read(order.start(), 4))  # one epoch
+    expected = [key for keys in order.batches(order.start(), 4) for key in keys]
+    skipped = [each for batch in batches for each in batch.skipped]
+    assert {each.uid for each in skipped} == {"sample-0001", "sample-0004", "sample-0009"}
+    for each in skipped:
+        assert each.address.startswith(str(tmp_path / "train-0000"))
+        assert each.uid in each.reason
+    assert {each.reason.partition(" has ")[2] for each in skipped} >= {
+        "no caption in zh or en, only in fr"
+    }
+    changed = 0
+    for uid, key in zip(uids_in(batches), expected, strict=True):
+        sample = split.at(key.shard, key.row)
+        changed += uid != sample.uid
+        assert (uid != sample.uid) == (sample.uid in {each.uid for each in skipped})
+    assert changed == 3
+
+
+def test_substitutes_are_the_same_on_every_rank_and_after_a_restart(tmp_path, tokenizer):
+    split = damaged_split(tmp_path, damaged=range(0, 20, 3))
+    whole = TrainingLoader(examples_of(split), order_of(split, 4), tokenizer, workers=0)
+    state = whole.order.start()
+    expected = [(batch.uids, batch.skipped) for batch in whole.read(state, 10)]
+    for _ in range(3):
+        whole.order.advance(state)
+    parts = [
+        TrainingLoader(
+            examples_of(split), order_of(split, 4, rank=rank, world_size=2), tokenizer, workers=0
+        ).read(state, 7)
+        for rank in (0, 1)
+    ]
+    steps = [
+        (one.uids + two.uids, one.skipped + two.skipped) for one, two in zip(*parts, strict=True)
+    ]
+    assert steps == expected[3:]
+
+
+def test_a_shard_without_a_usable_sample_ends_in_an_error_with_both_ends(tmp_path, tokenizer):
+    samples = [make_sample(number, image=BROKEN) for number in range(4)]
+    split = ShardedSplit(write_split(tmp_path, samples), "train")
+    loader = TrainingLoader(examples_of(split), order_of(split, 2), tokenizer, workers=0)
+    message = r"#\d and 15 samples in its place cannot be used; .*is not one of JPEG"
+    with pytest.raises(DataError, match=message):
+        list(loader.read(loader.order.start(), 1))
+
+
+def test_a_fault_that_is_not_the_samples_is_never_replaced(samples, monkeypatch):
+    examples = examples_of(samples)
+
+    def exhausted(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("vlm.data.examples.decode_image", lambda *_, **__: exhausted())
+    with pytest.raises(MemoryError):
+        examples[key_of(samples, 0)]
 
 
 def test_nothing_is_read_between_equal_positions(samples, tokenizer):
     assert read(samples, tokenizer, first=12, last=12) == []
-
-
-@pytest.mark.parametrize("batch", [0, -1, 11, 1000])
-def test_a_batch_that_does_not_fit_the_data_is_refused_with_both_numbers(batch):
-    with pytest.raises(ConfigError, match=f"the batch has {batch} samples; expected 1 to 10,"):
-        BatchOrder(size=10, global_batch_size=batch)
-
-
-@pytest.mark.parametrize(("batch", "world_size"), [(10, 3), (2, 4)], ids=["uneven", "too few"])
-def test_a_batch_that_ranks_cannot_share_is_refused_with_both_numbers(batch, world_size):
-    with pytest.raises(ConfigError, match=rf"has {batch} samples; .* multiple of {world_size},"):
-        BatchOrder(size=10, global_batch_size=batch, world_size=world_size)
 
 
 @pytest.mark.parametrize(
@@ -351,7 +401,7 @@ def test_captions_that_cannot_be_chosen_are_refused(fields):
 
 def masked(samples, tokenizer, masks=MASKS, *, seed=0, second=False):
     examples = examples_of(samples, seed=seed, second=second)
-    keys = [ExampleKey(0, place) for place in range(6)]
+    keys = [key_of(samples, place) for place in range(6)]
     return [
         collate([examples[key] for key in part], tokenizer=tokenizer, masks=masks)
         for part in (keys, keys[:2], keys[2:])

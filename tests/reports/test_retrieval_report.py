@@ -121,7 +121,7 @@ def test_the_record_is_json_without_vectors(run):
 
 def test_found_questions_were_found_and_missed_ones_were_missed(run, data_folder):
     split = ShardedSplit(data_folder, "test")
-    addresses = [split.address(index) for index in range(len(split))]
+    addresses = [sample.address for sample in split]
     scored = run.benchmarks["both"]
     groups = drawn_examples(scored.pairs, scored.evaluation, of_each=4)
     assert list(groups)[-1] == "Images and the captions they find"

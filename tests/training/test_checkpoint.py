@@ -144,7 +144,10 @@ def test_nothing_in_a_checkpoint_is_pickled(tmp_path):
     save(tmp_path, *build(), step=1)
     names = sorted(path.name for path in (tmp_path / "step-00000001").iterdir())
     assert names == ["model.safetensors", "optimizer.safetensors", "state.json"]
-    assert json.loads((tmp_path / "step-00000001" / "state.json").read_text())["samples"] == 8
+    assert (
+        json.loads((tmp_path / "step-00000001" / "state.json").read_text())["progress"]["samples"]
+        == 8
+    )
 
 
 def test_other_ranks_take_part_and_write_nothing(tmp_path):

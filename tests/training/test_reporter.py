@@ -1,7 +1,7 @@
 import json
 
 from vlm.training.checkpoint import Progress
-from vlm.training.reporter import METRICS_NAME, Reporter, read_metrics
+from vlm.training.reporter import METRICS_NAME, Reporter, read_records
 
 
 def report(folder, progress, steps):
@@ -21,7 +21,7 @@ def test_records_are_json_lines_and_tensorboard_events(tmp_path):
 def test_resuming_drops_the_records_of_steps_that_are_taken_again(tmp_path):
     report(tmp_path, Progress(0, 0), range(1, 6))
     report(tmp_path, Progress(3, 24), range(4, 6))
-    assert [record["step"] for record in read_metrics(tmp_path / METRICS_NAME)] == [1, 2, 3, 4, 5]
+    assert [record["step"] for record in read_records(tmp_path / METRICS_NAME)] == [1, 2, 3, 4, 5]
 
 
 def test_a_line_that_was_cut_off_does_not_stop_a_resume(tmp_path):
@@ -29,7 +29,7 @@ def test_a_line_that_was_cut_off_does_not_stop_a_resume(tmp_path):
     path = tmp_path / METRICS_NAME
     path.write_text(path.read_text()[:-7])
     report(tmp_path, Progress(2, 16), [3])
-    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
+    assert [record["step"] for record in read_records(path)] == [1, 2, 3]
 
 
 def test_other_ranks_write_nothing(tmp_path):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.builders import TINY_MODEL, make_samples, tiny_tokenizer, write_split
+from tests.builders import TINY_MODEL, make_sample, make_samples, tiny_tokenizer, write_split
 from vlm.data.config import CaptionConfig, DataConfig
 from vlm.data.sample import Batch
 from vlm.errors import ConfigError, DataError, TrainingError
@@ -21,7 +21,8 @@ from vlm.training.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from vlm.training.reporter import METRICS_NAME, read_metrics
+from vlm.training.reporter import METRICS_NAME, read_records
+from vlm.training.skipped import SKIPPED_NAME
 
 STEPS, BATCH = 7, 4
 
@@ -51,7 +52,7 @@ def config(inputs, run_folder, **changes):
 
 
 def losses(run_folder, key="loss"):
-    records = read_metrics(run_folder / METRICS_NAME)
+    records = read_records(run_folder / METRICS_NAME)
     return {record["step"]: record[key] for record in records if key in record}
 
 
@@ -118,7 +119,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_leaves_the_weights(
 def test_steps_after_a_gradient_that_is_not_finite_change_nothing(inputs, tmp_path):
     """Nobody looks before the next report, and the next gradients may be finite again."""
     run = build_run(config(inputs, tmp_path, report_every=100))
-    batch = next(run.loader.read(first_sample=0, last_sample=BATCH))
+    batch = next(run.loader.read(run.data, 1))
     run.train_step(batch, 0)
     weights = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     for wrong in (True, False):
@@ -127,6 +128,67 @@ def test_steps_after_a_gradient_that_is_not_finite_change_nothing(inputs, tmp_pa
     del result
     for name, parameter in run.model.named_parameters():
         assert torch.equal(parameter, weights[name]), name
+
+
+@pytest.fixture(scope="module")
+def damaged(inputs, tmp_path_factory):
+    """The same inputs, with images that cannot be decoded: two of twelve."""
+    folder = tmp_path_factory.mktemp("damaged")
+    samples = make_samples(12)
+    for number in (3, 8):
+        samples[number] = make_sample(number, image=b"\x89PNG\r\n\x1a\n and no image")
+    write_split(folder / "data", samples)
+    (folder / "tokenizer").symlink_to(inputs / "tokenizer")
+    return folder
+
+
+def damaged_config(damaged, run_folder, **changes):
+    data = DataConfig(
+        folder=damaged / "data", batch_size=BATCH, workers=0, **{"allowed_share": 0.01} | changes
+    )
+    return config(damaged, run_folder, data=data, evaluation=EvaluationConfig())
+
+
+@pytest.mark.parametrize("saved", [5, 100], ids=["from a checkpoint", "from the start"])
+def test_skipped_samples_are_listed_and_resuming_lists_the_same(damaged, tmp_path, saved):
+    settings = damaged_config(damaged, tmp_path / "whole")
+    build_run(settings).fit()
+    records = read_records(tmp_path / "whole" / SKIPPED_NAME)
+    # Two epochs of three steps, and the first step of the third.
+    assert len([record for record in records if record["step"] <= 6]) >= 4
+    assert {record["uid"] for record in records} == {"sample-0003", "sample-0008"}
+    for record in records:
+        assert record["uid"] in record["reason"]
+        assert record["address"].startswith(str(damaged / "data" / "train-0000"))
+
+    def end(encoder):
+        raise KeyboardInterrupt
+
+    halved = replace(
+        settings,
+        run_folder=tmp_path / "halved",
+        report_every=1,
+        checkpoint=CheckpointConfig(every_steps=saved),
+    )
+    run = build_run(replace(halved, evaluation=EvaluationConfig(every_steps=6, split="train")))
+    with pytest.raises(KeyboardInterrupt):
+        replace(run, evaluate=end).fit()
+    kept = read_records(tmp_path / "halved" / SKIPPED_NAME)
+    assert kept == [record for record in records if record["step"] <= 6]
+    build_run(halved, resume=True).fit()
+    assert read_records(tmp_path / "halved" / SKIPPED_NAME) == records
+
+
+def test_more_skipped_samples_than_allowed_end_the_run_with_the_commonest_reason(damaged, tmp_path):
+    run = build_run(damaged_config(damaged, tmp_path, allowed_share=0.00001))
+    message = (
+        r"^2 of the last \d+ samples could not be used, more than data.allowed_share 1e-05 permits "
+        r"\(1 of 100,000\); 2 of them like this one: sample-000[38] \(.*is not one of JPEG, .*"
+        r"skipped.jsonl lists all$"
+    )
+    with pytest.raises(TrainingError, match=message):
+        run.fit()
+    assert len(read_records(tmp_path / SKIPPED_NAME)) == 2
 
 
 @pytest.mark.slow

@@ -79,6 +79,7 @@ def collate(
         )
         if masks.image_ratio
         else None,
+        skipped=tuple(each for example in examples for each in example.skipped),
     )
 
 

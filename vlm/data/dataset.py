@@ -49,9 +49,8 @@ class ShardedSplit:
         """Return the sample at `index` in [0, len); a `DataError` if its record is not valid."""
         return self.at(*self._place(index))
 
-    def address(self, index: int) -> str:
-        """Return where a sample lies, as `FOLDER/SHARD#ROW`; rows count from 0."""
-        shard, row = self._place(index)
+    def address(self, shard: int, row: int) -> str:
+        """Return where a sample lies, as `FOLDER/SHARD#ROW`; shards and rows count from 0."""
         return f"{self._shards[shard].path}#{row}"
 
     def _place(self, index: int) -> tuple[int, int]:
@@ -69,7 +68,7 @@ class ShardedSplit:
         for index in range(len(self)):
             try:
                 sample = self[index]
-                decode_image(sample.image, name=f"{sample.uid} ({self.address(index)})")
+                decode_image(sample.image, name=f"{sample.uid} ({sample.address})")
             except DataError as error:
                 yield str(error)
 

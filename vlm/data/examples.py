@@ -1,8 +1,8 @@
 """One sample as a training step sees it: its captions chosen and its image augmented."""
 
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from jaxtyping import Float
 from PIL import Image
@@ -11,13 +11,15 @@ from torch.utils.data import Dataset
 
 from vlm.data.config import CaptionConfig
 from vlm.data.dataset import ShardedSplit
-from vlm.data.order import ExampleKey
-from vlm.data.sample import Sample
+from vlm.data.order import SampleKey, SourceOrder
+from vlm.data.sample import Sample, SkippedSample
+from vlm.errors import DataError
 from vlm.images.decoding import decode_image
 from vlm.images.transforms import TrainingTransform
 from vlm.text.caption_ids import text_id
 
 SECOND = " second"
+_ATTEMPTS = 16  # each finds a usable sample but where most of a block is damaged
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,47 +33,74 @@ class Example:
     """By language, and by `second_of` it where a second caption is read."""
     seed: int
     """Decides what of it is hidden."""
+    skipped: tuple[SkippedSample, ...] = ()
+    """What it came in the place of."""
 
 
 @dataclass(eq=False)
 class TrainingExamples(Dataset[Example]):
     """Samples with a caption chosen for each language and their image augmented.
 
-    Caption choice, augmentation and what is hidden are a function of (seed, epoch, uid).
+    Caption choice, augmentation and what is hidden are a function of (seed, epoch, uid). In the
+    place of a sample that cannot be used comes another one of its block, by a hash of its place in
+    the order: every run, and a resumed one, takes the same.
     """
 
-    samples: ShardedSplit
+    sources: Sequence[ShardedSplit]
+    orders: Sequence[SourceOrder]
+    """Find substitutes; one a source."""
     transform: TrainingTransform
     captions: CaptionConfig
     seed: int
     keep_decoded: bool = False
     """Whether each process keeps the images it has decoded."""
-    _decoded: dict[int, Image.Image] = field(default_factory=dict, init=False)
+    _decoded: dict[tuple[int, int, int], Image.Image] = field(default_factory=dict, init=False)
 
-    def __len__(self) -> int:
-        return len(self.samples)
+    def __getitem__(self, key: SampleKey) -> Example:
+        skipped: list[SkippedSample] = []
+        substitute = key
+        for attempt in range(1, _ATTEMPTS + 1):
+            source, sample = self.sources[key.source], None
+            try:
+                sample = source.at(substitute.shard, substitute.row)
+                return replace(self._example(substitute, sample), skipped=tuple(skipped))
+            except DataError as error:  # not MemoryError and the like, which are not the sample's
+                address = source.address(substitute.shard, substitute.row)
+                uid = "" if sample is None else sample.uid
+                skipped.append(SkippedSample(uid, address, str(error)))
+                substitute = self.orders[key.source].substitute(key, attempt)
+        raise DataError(
+            f"{skipped[0].address} and {_ATTEMPTS - 1} samples in its place cannot be used; the "
+            f"last: {skipped[-1].reason}"
+        )
 
-    def __getitem__(self, key: ExampleKey) -> Example:
-        sample = self.samples[key.place]
+    def _example(self, key: SampleKey, sample: Sample) -> Example:
         rng = random.Random(f"{self.seed}/{key.epoch}/{sample.uid}")
+        languages = self.captions.languages
+        if not any(sample.captions.get(language) for language in languages):
+            raise DataError(
+                f"{sample.uid} ({sample.address}) has no caption in {' or '.join(languages)}, only "
+                f"in {', '.join(sample.captions) or 'no language'}"
+            )
         captions = {
             language: choose_caption(sample, language, self.captions.main_ratio, rng)
-            for language in self.captions.languages
+            for language in languages
         }
         if self.captions.second:
             captions |= {
                 second_of(language): choose_caption(sample, language, 0.0, rng)
-                for language in self.captions.languages
+                for language in languages
             }
-        image = self.transform(self._image(key.place, sample), rng)
+        image = self.transform(self._image(key, sample), rng)
         return Example(
             sample.uid, image, text_id(sample.concept), captions, seed=rng.getrandbits(63)
         )
 
-    def _image(self, place: int, sample: Sample) -> Image.Image:
+    def _image(self, key: SampleKey, sample: Sample) -> Image.Image:
+        place = (key.source, key.shard, key.row)
         if place in self._decoded:
             return self._decoded[place]
-        image = decode_image(sample.image, name=f"{sample.uid} ({self.samples.address(place)})")
+        image = decode_image(sample.image, name=f"{sample.uid} ({sample.address})")
         if self.keep_decoded:
             self._decoded[place] = image
         return image

@@ -1,7 +1,7 @@
-"""Training batches in an order fixed by (seed, position), whatever the number of processes."""
+"""Training batches in an order fixed by a seed and a state, whatever the number of processes."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -9,14 +9,14 @@ from torch.utils.data import DataLoader
 
 from vlm.data.collate import MaskPlan, collate
 from vlm.data.examples import Example, TrainingExamples
-from vlm.data.order import BatchOrder
+from vlm.data.mixture import BatchOrder, DataState
 from vlm.data.sample import Batch
 from vlm.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class TrainingLoader:
-    """Gives one rank's batches from any position on."""
+    """Gives one rank's batches from any state of the data on."""
 
     examples: TrainingExamples
     order: BatchOrder
@@ -26,11 +26,16 @@ class TrainingLoader:
     masks: MaskPlan | None = None
     """What masked modelling hides."""
 
-    def read(self, *, first_sample: int, last_sample: int) -> Iterator[Batch]:
-        """Give the batches between two positions of the endless sequence of samples."""
+    def with_streams(self, streams: int) -> "TrainingLoader":
+        """Return the same loader over another number of streams: another order."""
+        order = self.order.with_streams(streams)
+        return replace(self, order=order, examples=replace(self.examples, orders=order.sources))
+
+    def read(self, state: DataState, batches: int) -> Iterator[Batch]:
+        """Give the next batches after a state, which stays as it is."""
         loader: DataLoader[Example] = DataLoader(
             self.examples,
-            batch_sampler=self.order.batches(first_sample=first_sample, last_sample=last_sample),
+            batch_sampler=self.order.batches(state, batches),
             num_workers=self.workers,
             collate_fn=partial(collate, tokenizer=self.tokenizer, masks=self.masks),
             pin_memory=torch.cuda.is_available(),

@@ -1,81 +1,182 @@
-"""Which samples each rank reads: a pure function of (seed, position)."""
+"""The order in which one source is read: a pure function of shard sizes, streams and a seed.
+
+Memory is that of a block of each stream, whatever the size of the data.
+"""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlm.errors import ConfigError
+from vlm.text.caption_ids import text_id
+
+BLOCK = 1 << 18
+"""Samples that are shuffled together, at least: about 27 shards of 10,000."""
 
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _GAMMA = np.array([0x9E3779B97F4A7C15], np.uint64)  # an array, whose products wrap in silence
 
 
-class ExampleKey(NamedTuple):
-    """Names one example: everything random about it follows from the key and the seed."""
+class SampleKey(NamedTuple):
+    """Names one sample that is read: where it lies, and where in the order it comes."""
+
+    source: int
+    shard: int
+    row: int
+    epoch: int
+    """How often its stream has read all that it reads of the source."""
+    stream: int
+    place: int
+    """How many samples its stream has read of the source in this epoch."""
+
+
+class _Block(NamedTuple):
+    """Neighbouring shards, or parts of them, whose samples are read in a random order."""
 
     epoch: int
-    place: int
-    """The sample's index in the split."""
+    first: int
+    """The place in the epoch of its stream where it begins."""
+    shards: NDArray[np.int32]
+    rows: NDArray[np.int64]
+    """The first row of each shard's part."""
+    starts: NDArray[np.int64]
+    """Where each part begins in the block."""
+    order: NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True)
-class BatchOrder:
-    """Which examples one rank reads, batch by batch.
+@dataclass(frozen=True, eq=False)
+class SourceOrder:
+    """The endless order in which streams read one source.
 
-    The samples of all epochs form one endless sequence; global batch `k` is its positions
-    `[k * B, (k + 1) * B)`, of which rank `r` of `n` reads the `r`-th part. The state of the data
-    is therefore one integer, the number of samples read, and does not depend on `n`.
+    In every epoch the shards are permuted whole, and stream `c` of `C` reads the `c`-th part of
+    that sequence: every sample is read once an epoch, and a node that reads some streams touches
+    the shards of those alone. Within a block of neighbouring shards samples are permuted.
+
+    Args:
+        name: Names the source: its order stays where others join or leave.
+        sizes: Samples of each shard.
+        streams: Number of streams, which determines the order.
+        seed: Modulo 2**64.
+        block: Samples that are shuffled together, at least.
 
     Raises:
-        ConfigError: the batch is larger than the data, or no multiple of the process count.
+        ConfigError: there are fewer samples than streams.
     """
 
-    size: int
-    """Number of samples in an epoch."""
-    global_batch_size: int
-    """Samples that all ranks together read in one step."""
+    name: str
+    sizes: NDArray[np.int64]
+    streams: int = 1
     seed: int = 0
-    rank: int = 0
-    world_size: int = 1
+    block: int = BLOCK
+    _blocks: dict[int, _Block] = field(default_factory=dict, init=False, repr=False)
+    """The block that each stream read last."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.global_batch_size <= self.size:
+        if not 0 < self.streams <= self.size:
             raise ConfigError(
-                f"the batch has {self.global_batch_size} samples; expected 1 to {self.size}, "
-                "the number of samples in the data"
-            )
-        if self.global_batch_size % self.world_size:
-            raise ConfigError(
-                f"the batch has {self.global_batch_size} samples; expected a multiple of "
-                f"{self.world_size}, the number of processes"
+                f"the source {self.name!r} has {self.size} samples for {self.streams} streams; "
+                "expected at least one for each"
             )
 
-    def batches(self, *, first_sample: int, last_sample: int) -> Iterator[list[ExampleKey]]:
-        """Give this rank's batches between two positions of the endless sequence."""
-        local = self.global_batch_size // self.world_size
-        for start in range(first_sample, last_sample, self.global_batch_size):
-            first = start + self.rank * local
-            places = (divmod(position, self.size) for position in range(first, first + local))
-            yield [
-                ExampleKey(epoch, int(epoch_order(self.size, seed=self.seed, epoch=epoch)[rest]))
-                for epoch, rest in places
-            ]
+    @property
+    def size(self) -> int:
+        """The number of samples in an epoch."""
+        return int(self.sizes.sum())
+
+    def span(self, stream: int) -> tuple[int, int]:
+        """Return where a stream's part of an epoch begins and ends, in samples."""
+        return stream * self.size // self.streams, (stream + 1) * self.size // self.streams
+
+    def read(self, source: int, stream: int, first: int, count: int) -> Iterator[SampleKey]:
+        """Give `count` samples of a stream after its first `first`; `source` goes into the keys."""
+        start, end = self.span(stream)
+        while count > 0:
+            epoch, place = divmod(first, end - start)
+            block = self._block_at(stream, epoch, place)
+            inside = place - block.first
+            positions = block.order[inside : inside + count]
+            parts = np.searchsorted(block.starts, positions, side="right") - 1
+            rows = positions - block.starts[parts] + block.rows[parts]
+            for shard, row in zip(block.shards[parts].tolist(), rows.tolist(), strict=True):
+                yield SampleKey(source, shard, row, epoch, stream, place)
+                place += 1
+            first, count = first + len(positions), count - len(positions)
+
+    def substitute(self, key: SampleKey, attempt: int) -> SampleKey:
+        """Return another sample of a sample's block, chosen by the key and the attempt."""
+        block = self._block_at(key.stream, key.epoch, key.place)
+        names = (self.seed, text_id(self.name), key.epoch, key.stream, key.place, attempt)
+        place = block.first + int(_hash(np.zeros(1, np.uint64), *names)[0]) % len(block.order)
+        first = key.epoch * (self.span(key.stream)[1] - self.span(key.stream)[0]) + place
+        return next(self.read(key.source, key.stream, first, 1))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Send no blocks to worker processes, which need them only where a sample is damaged."""
+        return type(self), (self.name, self.sizes, self.streams, self.seed, self.block)
+
+    def _block_at(self, stream: int, epoch: int, place: int) -> _Block:
+        known = self._blocks.get(stream)
+        if known and known.epoch == epoch and 0 <= place - known.first < len(known.order):
+            return known
+        start, end = self.span(stream)
+        shards, ends = _shard_order(self, epoch)
+        # The shards that lie in this stream's part, the outer two perhaps in part only.
+        inside = slice(np.searchsorted(ends, start, "right"), np.searchsorted(ends, end) + 1)
+        shards, ends = shards[inside], ends[inside]
+        begins = np.maximum(ends - self.sizes[shards], start)
+        stops = np.minimum(ends, end) - start
+        number, left, first = 0, 0, 0
+        while True:  # the shards of block after block, up to the one with the place
+            right = min(int(np.searchsorted(stops, first + self.block)) + 1, len(stops))
+            if place < stops[right - 1]:
+                break
+            number, left, first = number + 1, right, int(stops[right - 1])
+        of = slice(left, right)
+        block = _Block(
+            epoch=epoch,
+            first=first,
+            shards=shards[of],
+            rows=(begins - (ends - self.sizes[shards]))[of],
+            starts=begins[of] - start - first,
+            order=permutation(
+                int(stops[right - 1]) - first,
+                self.seed, text_id(self.name), epoch, stream, number,
+            ),
+        )  # fmt: skip
+        self._blocks[stream] = block
+        return block
 
 
-@lru_cache(maxsize=2)  # a batch may straddle two epochs
-def epoch_order(size: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Return a permutation of range(size) that depends on its arguments alone; seeds modulo 2**64.
+@lru_cache(maxsize=16)  # of a few sources; streams of different lengths may be an epoch apart
+def _shard_order(order: SourceOrder, epoch: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Return an epoch's sequence of shards, and the samples up to the end of each."""
+    shards = permutation(len(order.sizes), order.seed, text_id(order.name), epoch)
+    return shards, np.cumsum(order.sizes[shards])
 
-    Every index is given a SplitMix64 hash (Steele, Lea and Flood 2014) of itself and of (seed,
-    epoch), and the hashes are sorted: the same order in every process, numpy and torch version.
+
+def permutation(size: int, *names: int) -> NDArray[np.int32]:
+    """Return a permutation of range(size), below 2**31, that depends on its arguments alone.
+
+    Every index is given a SplitMix64 hash (Steele, Lea and Flood 2014) of itself and of the names,
+    and the hashes are sorted: the same order in every process, numpy and torch version.
     """
-    stream = _mix(_mix(np.array([seed % 2**64], np.uint64) + _GAMMA) + np.uint64(epoch) * _GAMMA)
-    keys = _mix(np.arange(size, dtype=np.uint64) * _GAMMA + stream)
-    return np.argsort(keys, kind="stable").astype(np.int64)
+    indices = np.arange(size, dtype=np.uint64)
+    # The low bits give way to the index, so that sorting the hashes sorts the indices as well.
+    low = np.uint64((1 << max(size - 1, 1).bit_length()) - 1)
+    keys = _hash(indices, *names) & ~low | indices
+    keys.sort()
+    return (keys & low).astype(np.int32)
+
+
+def _hash(values: NDArray[np.uint64], *names: int) -> NDArray[np.uint64]:
+    stream = np.zeros(1, np.uint64)
+    for name in names:
+        stream = _mix(stream + np.uint64(name % 2**64) + _GAMMA)
+    return _mix(values * _GAMMA + stream)
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

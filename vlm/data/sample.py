@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -33,6 +34,15 @@ class Sample:
     """Where it was read from, `FOLDER/SHARD#ROW`; empty for a sample that is in no shard yet."""
 
 
+class SkippedSample(NamedTuple):
+    """A sample that could not be used; another one of its block took its place."""
+
+    uid: str
+    """Empty where not even its record could be read."""
+    address: str
+    reason: str
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
     """What one training step reads; row `i` of images and their ids belongs to sample `i`.
@@ -56,6 +66,8 @@ class Batch:
     """Per language, true at tokens that masked modelling hides; empty where it hides none."""
     hidden_patches: Bool[Tensor, "batch patches"] | None = None
     """True at patches, row by row, that masked modelling hides; None where it hides none."""
+    skipped: tuple[SkippedSample, ...] = ()
+    """What could not be used, and is replaced in this batch."""
 
     def to(self, device: torch.device) -> "Batch":
         """Return the same batch with its tensors on `device`."""

@@ -79,10 +79,9 @@ class SplitImages:
         return len(self._samples)
 
     def __iter__(self) -> Iterator[ListedImage]:
-        for index, sample in enumerate(self._samples):
+        for sample in self._samples:
             captions = {language: texts[0] for language, texts in sample.captions.items()}
-            address = self._samples.address(index)
-            yield ListedImage(sample.uid, sample.image, address, captions)
+            yield ListedImage(sample.uid, sample.image, sample.address, captions)
 
 
 def images_in_folder(folder: Path) -> tuple[list[ListedImage], Counter[str]]:

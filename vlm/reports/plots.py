@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from vlm.errors import DataError
 from vlm.evaluation.retrieval.comparison import CosineStatistics, Spread
 from vlm.evaluation.retrieval.metrics import DIRECTIONS, NOT_FOUND, Ranks
-from vlm.training.reporter import METRICS_NAME, read_metrics
+from vlm.training.reporter import METRICS_NAME, read_records
 
 MOST_CLASSES = 1000
 """With more, a class would be narrower than two pixels of the plot of their confusion."""
@@ -163,7 +163,7 @@ def confusion_png(
 
 def _records_with(run_folder: Path, name: str) -> list[Mapping[str, float | int]]:
     file = run_folder / METRICS_NAME
-    records: list[Mapping[str, float | int]] = [each for each in read_metrics(file) if name in each]
+    records: list[Mapping[str, float | int]] = [each for each in read_records(file) if name in each]
     if not records:
         raise DataError(f"{file} has no record of {name}")
     return records

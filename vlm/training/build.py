@@ -1,10 +1,11 @@
 """Build the parts of a run that a configuration names."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
@@ -14,8 +15,10 @@ from vlm.bundle import Bundle, load_bundle
 from vlm.data.dataset import ShardedSplit
 from vlm.data.examples import TrainingExamples, second_of
 from vlm.data.loader import TrainingLoader
-from vlm.data.order import BatchOrder
+from vlm.data.mixture import BatchOrder, Mixture
+from vlm.data.order import SourceOrder
 from vlm.distributed.groups import world_group
+from vlm.distributed.mesh import ranks_per_node
 from vlm.embedding.embedder import Embedder
 from vlm.errors import ConfigError
 from vlm.evaluation.retrieval.evaluation import evaluate_retrieval
@@ -33,12 +36,13 @@ from vlm.training.checkpoint import Checkpoints
 from vlm.training.config import TrainConfig, config_as_yaml
 from vlm.training.objectives import build_pretraining_model, loss_weights, mask_plan
 from vlm.training.optimizer import build_optimizer
-from vlm.training.reporter import METRICS_NAME, read_metrics
+from vlm.training.reporter import METRICS_NAME, read_records
 from vlm.training.run import BUNDLE_NAME, CHECKPOINTS_NAME, CONFIG_NAME, Run
 from vlm.training.step import ContrastiveStep
 
 _FREE_ON_RESUME = (
     "run_folder", "cpu_threads", "report_every", "data.workers", "data.keep_decoded", "evaluation",
+    "data.allowed_share",
     "checkpoint", "loss.plan.tile", "loss.plan.keep_logits", "loss.plan.keep_logits_mib",
     "loss.plan.overlap", "loss.plan.check_finite",
 )  # fmt: skip
@@ -87,6 +91,7 @@ def build_run(config: TrainConfig, *, resume: bool = False) -> Run:
             no_sync=lambda: accelerator.no_sync(model),
         ),
         loader=loader,
+        data=loader.order.start(),
         checkpoints=Checkpoints(
             config.run_folder / CHECKPOINTS_NAME,
             keep=config.checkpoint.keep,
@@ -94,8 +99,9 @@ def build_run(config: TrainConfig, *, resume: bool = False) -> Run:
         ),
         evaluate=evaluate,
     )
-    if resume:
-        run.checkpoints.load_latest(run.state)
+    if resume and run.checkpoints.load_latest(run.state):
+        # Whatever the nodes are now.
+        run = replace(run, loader=loader.with_streams(run.data.streams))
     return run
 
 
@@ -148,7 +154,7 @@ def _check_run_folder(config: TrainConfig, resume: bool) -> None:
     kept = (folder / CONFIG_NAME).exists() and (
         (folder / CHECKPOINTS_NAME).exists()
         or (folder / BUNDLE_NAME).exists()
-        or bool(read_metrics(folder / METRICS_NAME))
+        or bool(read_records(folder / METRICS_NAME))
     )
     if not kept:  # a start that failed before it left anything does not take the folder
         return
@@ -184,17 +190,23 @@ def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _build_loader(config: TrainConfig, start: Bundle, accelerator: Accelerator) -> TrainingLoader:
-    samples = ShardedSplit(config.data.folder, config.data.split)
-    _check_languages(samples, config.captions.languages)
+    sources = {"data": ShardedSplit(config.data.folder, config.data.split)}
+    for source in sources.values():
+        _check_languages(source, config.captions.languages)
     order = BatchOrder(
-        size=len(samples),
-        global_batch_size=config.data.batch_size,
+        [
+            SourceOrder(name, np.array(source.sizes), _streams(config, accelerator), config.seed)
+            for name, source in sources.items()
+        ],
+        Mixture(phases=[(None, [1.0])]),
+        config.data.batch_size,
         seed=config.seed,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
     examples = TrainingExamples(
-        samples,
+        list(sources.values()),
+        order.sources,
         _training_transform(config, start),
         config.captions,
         seed=config.seed,
@@ -207,6 +219,11 @@ def _build_loader(config: TrainConfig, start: Bundle, accelerator: Accelerator) 
         workers=config.data.workers,
         masks=mask_plan(config.objectives.masked, start.model),
     )
+
+
+def _streams(config: TrainConfig, accelerator: Accelerator) -> int:
+    """Return the number of streams of a new run: its nodes, so that each reads its own shards."""
+    return config.data.streams or accelerator.num_processes // ranks_per_node()
 
 
 def _training_transform(config: TrainConfig, start: Bundle) -> TrainingTransform:

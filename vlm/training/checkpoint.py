@@ -27,7 +27,7 @@ _FOLDER_NAME = re.compile(r"step-(\d{8})")
 
 @dataclass(slots=True)
 class Progress:
-    """How far a run has come; together with its configuration this is the state of its data."""
+    """How far a run has come."""
 
     step: int = 0
     """Optimizer steps taken."""
@@ -112,7 +112,7 @@ class Checkpoints:
             hashes: dict[str, str] = {}
             for name, state in states.items():
                 if not all(isinstance(value, Tensor) for value in state.values()):
-                    numbers |= state
+                    numbers[name] = state
                     continue
                 file = temporary / f"{name}.safetensors"
                 save_file(
@@ -138,9 +138,10 @@ class Checkpoints:
         try:
             for name, part in parts.items():
                 file = folder / f"{name}.safetensors"
-                part.load_state_dict(load_file(file) if file.exists() else numbers)
+                part.load_state_dict(load_file(file) if file.exists() else numbers[name])
         except (RuntimeError, KeyError, ValueError) as error:
-            reason = shorten(str(error), width=200, placeholder=" ...")  # on one line
+            reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+            reason = shorten(reason, width=200, placeholder=" ...")  # on one line
             raise CheckpointError(f"{folder} belongs to another configuration: {reason}") from error
         return True
 

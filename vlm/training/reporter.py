@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -27,7 +28,7 @@ class Reporter:
 
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS_NAME
-        kept = [record for record in read_metrics(path) if record["step"] <= progress.step]
+        kept = [record for record in read_records(path) if record["step"] <= progress.step]
         path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=progress.step + 1)
@@ -61,8 +62,8 @@ class Reporter:
             self._board.add_scalar(name, value, step)
 
 
-def read_metrics(path: Path) -> list[dict[str, float | int]]:
-    """Read the records of a run; a last line that was cut off is left out."""
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Read the lines of JSON that a run wrote; a last line that was cut off is left out."""
     if not path.exists():
         return []
     records = []

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 
 from vlm.bundle import Bundle, save_bundle
 from vlm.data.loader import TrainingLoader
-from vlm.data.sample import Batch
+from vlm.data.mixture import DataState
+from vlm.data.sample import Batch, SkippedSample
 from vlm.errors import TrainingError
 from vlm.files import write_file
 from vlm.models.encoder import MAIN, Encoder
@@ -27,6 +29,7 @@ from vlm.training.checkpoint import Checkpoints, OptimizerState, Progress
 from vlm.training.config import TrainConfig, config_as_yaml
 from vlm.training.optimizer import learning_rate_factor, skip_when_not_finite
 from vlm.training.reporter import Reporter
+from vlm.training.skipped import SkippedLog
 from vlm.training.step import StepOutput
 
 BUNDLE_NAME, CONFIG_NAME, CHECKPOINTS_NAME = "bundle", "config.yaml", "checkpoints"
@@ -67,6 +70,8 @@ class Run:
     step: Callable[[Sequence[Batch]], StepOutput]
     """The forward and backward passes of a step over its micro-batches."""
     loader: TrainingLoader
+    data: DataState
+    """How far the data has been read."""
     checkpoints: Checkpoints
     evaluate: Callable[[Encoder], dict[str, float]]
     """Scores the encoder; the ranks share the work."""
@@ -80,7 +85,10 @@ class Run:
         sizes = [p.numel() for p in self._unwrapped.parameters()]
         trained = [p.numel() for p in self._unwrapped.parameters() if p.requires_grad]
         ranks = self.accelerator.num_processes
-        group, samples = plan.group_size or ranks, len(self.loader.examples)
+        group, samples = (
+            plan.group_size or ranks,
+            sum(each.size for each in self.loader.order.sources),
+        )
         candidates = data.batch_size // ranks * group
         lines = {
             "model": f"{type(encoder).__name__}, {sum(sizes):,} parameters ({sum(trained):,} "
@@ -101,7 +109,7 @@ class Run:
 
         Raises:
             TrainingError: the gradient is no longer finite; the weights are those before it.
-            VlmError: a sample cannot be read, or a file not written.
+            VlmError: too many samples cannot be used, or a file not written.
         """
         config, is_main = self.config, self.accelerator.is_main_process
         self.accelerator.wait_for_everyone()  # all ranks have checked the folder before one writes
@@ -136,19 +144,32 @@ class Run:
             "model": self._unwrapped,
             "optimizer": OptimizerState(self._unwrapped, self.optimizer),
             "progress": self.progress,
+            "data": self.data,
         }
 
     def _train(self, reporter: Reporter) -> None:
         config, progress, batch_size = self.config, self.progress, self.config.data.batch_size
         last = config.schedule.steps
-        batches = self.loader.read(first_sample=progress.samples, last_sample=last * batch_size)
+        batches = self.loader.read(self.data, last - progress.step)
+        log = SkippedLog(
+            config.run_folder,
+            progress=progress,
+            allowed_share=config.data.allowed_share,
+            writes=self.accelerator.is_main_process,
+        )
         unchecked: list[StepResult] = []
-        reported, since = progress.step, time.perf_counter()
-        for batch in batches:
+        skipped: list[tuple[int, SkippedSample]] = []
+        reported, since, waited = progress.step, time.perf_counter(), 0.0
+        while progress.step < last:
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            skipped += [(progress.step + 1, each) for each in batch.skipped]
             result = self.train_step(batch, progress.step)
             unchecked.append(result)
             progress.step += 1
             progress.samples += batch_size
+            self.loader.order.advance(self.data)
             reporter.advance(batch_size)
             step = progress.step
             # Each happens every n steps and at the end; 0 is never.
@@ -162,10 +183,16 @@ class Run:
             if reports or evaluates or saves or step == last:
                 _check_finite(unchecked)  # waits for the device, so that the rate below is true
                 unchecked.clear()
+                log.record(progress, gather_object(skipped))
+                skipped = []
             if reports:
-                rate = (step - reported) * batch_size / (time.perf_counter() - since)
-                reporter.record(step, self._averaged(result) | {"samples_per_s": rate})
-                reported, since = step, time.perf_counter()
+                elapsed = time.perf_counter() - since
+                rates = {
+                    "samples_per_s": (step - reported) * batch_size / elapsed,
+                    "data_wait_ratio": waited / elapsed,
+                }
+                reporter.record(step, self._averaged(result) | rates)
+                reported, since, waited = step, time.perf_counter(), 0.0
             pause = time.perf_counter()
             if evaluates:
                 reporter.record(step, self.evaluate(self._encoder))

@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import Thread, local
 from time import monotonic, sleep
 from typing import Self
+from weakref import WeakSet
 
 from vlm.data.places import PATIENCE, read_blocks, shown, size_of
 from vlm.errors import DataError
@@ -91,7 +92,7 @@ class NodeCache:
             while (held := copy.find(size, sha256)) is None:
                 if size is None:
                     size = size_of(url, patience=self.patience)
-                if unfinished := self._reserve(copy, size, deadline):
+                if unfinished := self._reserve(copy, size, sha256, deadline):
                     with unfinished:
                         self._fill(unfinished, copy, size, sha256)
                 else:
@@ -102,9 +103,13 @@ class NodeCache:
             ) from error
         return held
 
-    def _reserve(self, copy: "_Copy", size: int, deadline: float) -> "_Locked | None":
+    def _reserve(
+        self, copy: "_Copy", size: int, sha256: str | None, deadline: float
+    ) -> "_Locked | None":
         """Make room for a copy and return its unfinished file; None while that cannot be."""
         with self._alone():
+            if copy.find(size, sha256):
+                return None  # another thread or process finished it just now
             held = _lock(copy.unfinished(size), fcntl.LOCK_EX, "a+b")
             if held is None:
                 return None  # another thread or process fetches it
@@ -123,13 +128,13 @@ class NodeCache:
                 held.path.unlink()
         if size > self.max_bytes or monotonic() > deadline:
             raise DataError(
-                f"{shown(copy.url)} has {size} bytes, for which {self.folder} has no room: expected "
-                f"more than {self.max_bytes} bytes, or fewer shards in use at a time"
+                f"{shown(copy.url)} has {size} bytes, for which {self.folder} has no room; expected "
+                f"a larger cache than {self.max_bytes} bytes, or fewer shards in use at a time"
             )
         return None
 
     def _others(self, own: Path) -> list[tuple[float, int, Path]]:
-        """List when each other copy was last fetched, the bytes that it has or will have, and it."""
+        """List of each other copy when it was last fetched, its final bytes, and where it is."""
         return [
             (status.st_mtime, int(name["bytes"] or status.st_size), Path(entry.path))
             for entry in os.scandir(self.folder)
@@ -178,8 +183,8 @@ class NodeCache:
 
     def _alone(self) -> "_Locked":
         """Wait until no other thread or process of the node changes what the folder holds."""
-        held = _lock(self.folder / ".lock", fcntl.LOCK_EX, "a+b", wait=True)
-        assert held is not None
+        while (held := _lock(self.folder / ".lock", fcntl.LOCK_EX, "a+b", wait=True)) is None:
+            pass  # somebody removed it
         return held
 
 
@@ -211,25 +216,35 @@ class _Locked:
     """An open file and the lock on it, which the kernel drops with the process."""
 
     def __init__(self, path: Path, file: FileIO) -> None:
-        self.path, self.file, self._process = path, file, os.getpid()
+        self.path, self.file = path, file
+        _locked.add(self)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        # A forked child has the lock as well. Closing the file would leave it with the child, and
-        # what the child does not know of is not its own to unlock.
-        if not self.file.closed and self._process == os.getpid():
+        if not self.file.closed:
             fcntl.flock(self.file, fcntl.LOCK_UN)
-        self.file.close()
+            self.file.close()
 
     __del__ = __exit__
+
+
+_locked: WeakSet[_Locked] = WeakSet()
+
+
+def _leave_locks_to_parent() -> None:
+    for held in list(_locked):  # a child that kept them open would keep them locked
+        held.file.close()
+
+
+os.register_at_fork(after_in_child=_leave_locks_to_parent)
 
 
 def _lock(path: Path, kind: int, mode: str = "rb", *, wait: bool = False) -> _Locked | None:
     """Open and lock a file; None if it is not there, or locked by another thread or process."""
     try:
-        held = _Locked(path, path.open(mode, buffering=0))
+        held = _Locked(path, FileIO(path, mode))
     except FileNotFoundError:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Where data lies: local paths, and places that fsspec reaches, with patience for their failures."""
+"""Where data lies: local paths, and places that fsspec reaches, whose failures may pass."""
 
 import errno
 import glob
@@ -10,7 +10,7 @@ from random import Random
 from time import monotonic, sleep
 from typing import Any, TypeVar
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from vlm.errors import DataError
 
@@ -70,7 +70,7 @@ def expand(path: str, *, patience: float = PATIENCE) -> list[str]:
             return [path]
     try:
         patterns = list(braceexpand(path))
-    except UnbalancedBracesError as error:
+    except ValueError as error:
         raise DataError(f"{path}: unbalanced braces; expected a range like {{000..299}}") from error
     found = set()
     for pattern in patterns:

@@ -81,18 +81,18 @@ def test_a_shard_that_another_manifest_describes_is_fetched_anew(web, tmp_path):
     cache.fetch(web.url("0.tar"))
     with pytest.raises(DataError, match=r"has 400000 bytes, expected 7; it has changed"):
         cache.fetch(web.url("0.tar"), size=7)
-    with pytest.raises(DataError, match="was fetched twice and is damaged"):
+    with pytest.raises(DataError, match="is damaged"):
         cache.fetch(web.url("0.tar"), sha256="0" * 64)
     assert cache.fetch(web.url("0.tar")).read_bytes() == content_of(0)
 
 
 def test_damage_is_fetched_once_more_and_then_named(web, tmp_path):
     cache = NodeCache(tmp_path / "cache", ROOMY)
-    message = rf"0\.tar was fetched twice and is damaged: its SHA-256 is {sha256_of(0)}, expected {'1' * 64}"
+    message = rf"0\.tar was fetched twice and is damaged: its SHA-256 is {sha256_of(0)}, expected 1"
     with pytest.raises(DataError, match=message):
         cache.fetch(web.url("0.tar"), size=SIZE, sha256="1" * 64)
     assert len(web.log("GET")) == 2
-    assert [path.name for path in cache.folder.iterdir()] == [".lock"]
+    assert partial_size(cache.folder) == 0
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["good", "damaged"])
@@ -159,10 +159,13 @@ def test_what_a_process_has_just_fetched_is_not_removed(web, tmp_path):
 
 
 def test_a_shard_larger_than_the_cache_is_refused_at_once(web, tmp_path):
+    (web.folder / "small.tar").write_bytes(b"small")
     cache = NodeCache(tmp_path / "cache", SIZE - 1)
+    small = cache.fetch(web.url("small.tar"))
     with pytest.raises(DataError, match="no room; expected a larger cache than 399999 bytes"):
         cache.fetch(web.url("0.tar"))
-    assert not web.log("GET")
+    assert not web.log("GET", "0.tar")
+    assert small.exists()
 
 
 def test_other_files_in_the_folder_are_left_alone(web, tmp_path):
@@ -255,13 +258,15 @@ def test_a_full_disk_is_one_sentence_and_gets_its_space_back(web, tmp_path):
         pytest.raises(DataError, match=r"0\.tar cannot be kept in .*/cache: File too large$"),
     ):
         fetch(cache, web.url("0.tar"), 0)
-    assert [path.name for path in cache.folder.iterdir()] == [".lock"]
+    assert partial_size(cache.folder) == 0
     assert fetch(cache, web.url("0.tar"), 0).read_bytes() == content_of(0)
 
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(web, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"0\.tar cannot be kept in .*/file/cache: Not a directory$"):
+    with pytest.raises(
+        DataError, match=r"0\.tar cannot be kept in .*/file/cache: Not a directory$"
+    ):
         fetch(NodeCache(tmp_path / "file" / "cache", ROOMY), web.url("0.tar"), 0)
 
 
@@ -301,7 +306,7 @@ def test_a_program_ends_while_shards_are_prefetched(web, tmp_path):
         "while not list(folder.glob('*.partial')): time.sleep(0.01)\n"
     )
     command = [sys.executable, "-c", program, tmp_path / "cache", web.url("0.tar")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=5, text=True)
+    done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, timeout=5, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -28,12 +28,15 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def client():
     """Return a client of the store, in which a bucket has two shards and a manifest."""
-    url = f"http://127.0.0.1:{free_port()}"
+    port = free_port()
     settings = {
-        "AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
-    }  # fmt: skip
-    command = [sys.executable, "-m", "moto.server", "-p", url.rsplit(":")[-1]]
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    command = [sys.executable, "-m", "moto.server", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
@@ -42,7 +45,7 @@ def client():
             client = boto3.client("s3")
             for _ in range(300):
                 with socket.socket() as connection:
-                    if connection.connect_ex(("127.0.0.1", int(url.rsplit(":")[-1]))) == 0:
+                    if connection.connect_ex(("127.0.0.1", port)) == 0:
                         break
                 sleep(0.1)
             client.create_bucket(Bucket="pairs")
@@ -80,9 +83,11 @@ def test_shards_of_a_bucket_come_through_the_cache_and_are_resumed(tmp_path):
     assert read_small("s3://pairs/zh/manifest.json") == b"{}"
 
 
-def test_what_a_bucket_lacks_refuses_or_has_changed_is_named(client, tmp_path, monkeypatch):
+def test_what_a_bucket_lacks_or_what_has_changed_in_it_is_named(client, tmp_path):
     with pytest.raises(MissingFileError, match=r"s3://pairs/zh/9\.tar is not there"):
         size_of("s3://pairs/zh/9.tar")
+    with pytest.raises(MissingFileError, match=r"s3://pairs/zh is not there"):
+        NodeCache(tmp_path, SIZE).fetch("s3://pairs/zh")
     with pytest.raises(MissingFileError, match=r"s3://nothing/9\.tar is not there"):
         read_small("s3://nothing/9.tar")
     expand("s3://pairs/zh/*.tar")  # what was listed must not be taken for what is there

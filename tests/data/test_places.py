@@ -1,4 +1,4 @@
-"""Paths are told apart, patterns expanded, and a place's failures waited for or named."""
+"""Patterns are expanded, remote bytes are read, and failures of a place are waited for or named."""
 
 import gzip
 import sys
@@ -33,7 +33,7 @@ def read(url: str, size: int, **settings: float) -> bytes:
         ("hf://datasets/owner/name/0.tar", True), ("https://host/0.tar?signature=a", True),
     ],
 )  # fmt: skip
-def test_places_are_told_by_their_scheme(path, remote):
+def test_the_scheme_decides_whether_a_path_is_remote(path, remote):
     assert is_remote(path) is remote
 
 
@@ -93,6 +93,13 @@ def test_small_files_are_read_whole(web):
     assert read_small(web.url("manifest.json")) == b"{}"
 
 
+def test_nothing_is_packed_on_the_way(web):
+    (web.folder / "manifest.json").write_bytes(b"{}")
+    web.restart(packs=1)
+    assert read_small(web.url("manifest.json")) == b"{}"
+    assert read(web.url("manifest.json"), 2) == b"{}"
+
+
 def test_packed_files_are_not_unpacked_on_the_way(web):
     packed = gzip.compress(b"0123456789" * 1000)
     (web.folder / "0.tar.gz").write_bytes(packed)
@@ -144,7 +151,9 @@ def test_a_server_that_stays_busy_ends_with_what_it_said(web, caplog):
 
 def test_a_server_that_is_not_there_is_waited_for(web):
     web.kill()
-    with pytest.raises(DataError, match=r"stayed away for 0\.3 s, in \d tries; .*Connect call fail"):
+    with pytest.raises(
+        DataError, match=r"stayed away for 0\.3 s, in \d tries; .*Connect call fail"
+    ):
         read_small(web.url("0.tar"), patience=0.3)
 
 
@@ -174,5 +183,7 @@ def test_a_file_of_another_size_is_refused(web):
 
 def test_a_missing_library_is_named(web, monkeypatch):
     monkeypatch.setitem(sys.modules, "aiohttp", None)
-    with pytest.raises(DataError, match=r"aiohttp.*; pip install 'vlm\[remote\]' brings what reads"):
+    with pytest.raises(
+        DataError, match=r"aiohttp.*; pip install 'vlm\[remote\]' brings what reads"
+    ):
         read_small(web.url("0.tar"))

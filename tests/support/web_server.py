@@ -1,5 +1,6 @@
-"""A web server in a process of its own, which serves ranges of a folder's files and can misbehave."""
+"""A web server in a process of its own that serves ranges of files, and can misbehave."""
 
+import gzip
 import os
 import re
 import signal
@@ -18,12 +19,13 @@ class WebServer:
     """Serves a folder on a free port of the loopback; `log` has a line for every request.
 
     Args:
-        folder: The files; `served` is what is in front of their names.
+        folder: The files to serve.
         seconds: To wait after every block of 64 KiB.
-        fail_every: Answer each so-many-th request with `status`, 503 by default.
+        fail_every: Every how many requests one is answered with `status`, 503 by default.
         cut_after: Bytes after which each answer breaks off.
         ranges: Whether ranges are served.
         encoding: A `Content-Encoding` that every answer claims.
+        packs: Pack answers for clients that accept it.
     """
 
     def __init__(self, folder: Path, **options: Any) -> None:
@@ -44,7 +46,10 @@ class WebServer:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.kill()
 
@@ -92,6 +97,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif not path.exists():
             status = 404
         content = path.read_bytes() if status == 200 else b"no"
+        if self.options.get("packs") and "gzip" in self.headers.get("Accept-Encoding", ""):
+            content = gzip.compress(content)
         total = len(content)
         if status == 200 and asked and self.options.get("ranges", 1):
             status, end = 206, int(asked[2] or total - 1)
@@ -115,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(self.options.get("seconds", 0.0))
         self.close_connection = cut < len(content)
 
-    def log_message(self, format: str, *arguments: object) -> None:
+    def log_message(self, *arguments: object) -> None:
         pass
 
 

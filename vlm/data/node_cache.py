@@ -27,16 +27,16 @@ _POLL = 0.05
 class NodeCache:
     """Local copies of remote shards, shared by all processes of a node that name the same folder.
 
-    A copy has its final name once it is whole, on the disk, and has the size and SHA-256 that were
-    asked for. What a process was fetching when it died is resumed by the next. May be sent to other
-    processes, and used by several threads.
+    A copy gets its final name once it is whole and on the disk, with the size and SHA-256 that were
+    asked for. What a process was fetching when it died is resumed by the next. A cache may be used
+    by several threads and sent to other processes.
 
     Args:
-        folder: On a disk of this machine; other files in it are left alone.
-        max_bytes: Bound of the copies, finished or not, each counted whole from its beginning. The
-            one that was fetched longest ago makes room first. A removed copy that a reader still
-            has open or mapped stays readable, and takes its space on the disk until it is closed:
-            what readers keep open is the most that can come on top.
+        folder: On a disk of this machine; files of others in it are left alone.
+        max_bytes: Bound of the copies in the folder, where an unfinished one counts as a whole. The
+            one whose last `fetch` is longest ago is removed first. A reader that has it open or
+            mapped can still read it, and until it is closed it takes its space on the disk: that
+            comes on top of the bound, at most what all readers keep open.
         patience: Seconds without a byte, or without room, after which fetching ends in an error.
         ahead: Shards of a process that are fetched in the background at a time.
     """
@@ -107,6 +107,12 @@ class NodeCache:
         self, copy: "_Copy", size: int, sha256: str | None, deadline: float
     ) -> "_Locked | None":
         """Make room for a copy and return its unfinished file; None while that cannot be."""
+        no_room = (
+            f"{shown(copy.url)} has {size} bytes, for which {self.folder} has no room; expected a "
+            f"larger cache than {self.max_bytes} bytes, or fewer shards in use at a time"
+        )
+        if size > self.max_bytes:
+            raise DataError(no_room)
         with self._alone():
             if copy.find(size, sha256):
                 return None  # another thread or process finished it just now
@@ -118,7 +124,7 @@ class NodeCache:
             for _, bytes_, path in others:
                 if room >= 0:
                     break
-                if unused := _lock(path, fcntl.LOCK_EX):
+                if unused := _lock(path, fcntl.LOCK_EX, "r+b"):
                     with unused:
                         path.unlink()
                     room += bytes_
@@ -126,15 +132,12 @@ class NodeCache:
                 return held
             with held:
                 held.path.unlink()
-        if size > self.max_bytes or monotonic() > deadline:
-            raise DataError(
-                f"{shown(copy.url)} has {size} bytes, for which {self.folder} has no room; expected "
-                f"a larger cache than {self.max_bytes} bytes, or fewer shards in use at a time"
-            )
+        if monotonic() > deadline:
+            raise DataError(no_room)
         return None
 
     def _others(self, own: Path) -> list[tuple[float, int, Path]]:
-        """List of each other copy when it was last fetched, its final bytes, and where it is."""
+        """Return of every other copy the time of its last fetch, its final size and its path."""
         return [
             (status.st_mtime, int(name["bytes"] or status.st_size), Path(entry.path))
             for entry in os.scandir(self.folder)
@@ -147,22 +150,21 @@ class NodeCache:
         try:
             if sha256 is None or os.fstat(held.file.fileno()).st_size > size:
                 held.file.truncate(0)  # nothing would show that its bytes are not of this file
-            found = self._append(held, copy.url, size)
-            if sha256 not in (None, found):
-                held.file.truncate(0)
+            for _ in range(2):  # damage on the way, or in what was resumed, may not come again
                 found = self._append(held, copy.url, size)
-            if sha256 not in (None, found):
-                held.path.unlink()
-                raise DataError(
-                    f"{shown(copy.url)} was fetched twice and is damaged: its SHA-256 is {found}, "
-                    f"expected {sha256}"
-                )
-            os.fsync(held.file.fileno())
-            with self._alone():
-                held.path.rename(copy.finished(found))
+                if sha256 in (None, found):
+                    os.fsync(held.file.fileno())
+                    with self._alone():
+                        held.path.rename(copy.finished(found))
+                    return
+                held.file.truncate(0)
         except OSError:
-            held.path.unlink(missing_ok=True)  # a full disk gets its space back
+            held.file.truncate(0)  # a full disk gets its space back
             raise
+        raise DataError(
+            f"{shown(copy.url)} was fetched twice and is damaged: its SHA-256 is {found}, "
+            f"expected {sha256}"
+        )
 
     def _append(self, held: "_Locked", url: str, size: int) -> str:
         """Append the bytes that are missing and return the SHA-256 of all."""

@@ -150,8 +150,6 @@ def read_blocks(
                     if position > furthest:  # repeated bytes are no progress
                         furthest = position
                         waiting.begin()
-        except DataError:
-            raise
         except Exception as error:  # every library has its own errors for the same failures
             waiting.wait(error)
 
@@ -171,7 +169,7 @@ def _open_at(url: str, start: int, size: int) -> tuple[Any, int]:
         stream = place.open(path, "rb", cache_type="none")
         stream.seek(start)
         return stream, start
-    # Block size 0 gives one response for all bytes, and tells whether the range was served.
+    # Block size 0 gives one response for all bytes, whose status shows if the range was served.
     headers = {"Range": f"bytes={start}-"} if start else {}
     stream = place.open(path, "rb", block_size=0, size=size, headers=headers)
     return stream, start if stream.r.status == 206 else 0
@@ -179,7 +177,10 @@ def _open_at(url: str, start: int, size: int) -> tuple[Any, int]:
 
 def _size(place: Any, path: str) -> int | None:
     place.invalidate_cache()  # a listing of long ago may hold another size
-    size: int | None = place.info(path)["size"]
+    info = place.info(path)
+    if info["type"] != "file":
+        raise FileNotFoundError(path)
+    size: int | None = info["size"]
     return size
 
 
@@ -190,15 +191,19 @@ def _place(url: str) -> tuple[Any, str]:
     """
     from fsspec.core import url_to_fs
 
-    options = {}
+    options: dict[str, Any] = {}
     try:
         if url.startswith(_WEB):
             from aiohttp import ClientTimeout
 
-            # No limit on the whole, which a slow line needs, and no `.gz` unpacked on the way.
-            timeout = ClientTimeout(total=None, sock_connect=30, sock_read=60)
-            client = {"timeout": timeout, "auto_decompress": False, "trust_env": True}
-            options["client_kwargs"] = client
+            options["client_kwargs"] = {
+                # A slow line may need any time for the whole.
+                "timeout": ClientTimeout(total=None, sock_connect=30, sock_read=60),
+                # The bytes as they are: nothing is packed on the way, no `.gz` is unpacked.
+                "headers": {"Accept-Encoding": "identity"},
+                "auto_decompress": False,
+                "trust_env": True,  # proxies, as HTTPS_PROXY names them
+            }
         place, path = url_to_fs(url, **options)
     except ImportError as error:
         raise DataError(
@@ -214,8 +219,6 @@ def _patiently(call: Callable[[], _T], url: str, patience: float) -> _T:
     while True:
         try:
             return call()
-        except DataError:
-            raise
         except Exception as error:  # every library has its own errors for the same failures
             waiting.wait(error)
 
@@ -231,8 +234,10 @@ class _Waiting:
         self.since, self.tries = monotonic(), 0
 
     def wait(self, error: Exception) -> None:
+        if isinstance(error, DataError):
+            raise error
         # fsspec calls every failure of a web server's HEAD a missing file, and names its cause.
-        cause = isinstance(error, FileNotFoundError) and error.__cause__ or error
+        cause = (isinstance(error, FileNotFoundError) and error.__cause__) or error
         status = _status_of(cause)
         reason = f"HTTP status {status}" if status else f"{type(cause).__name__} {cause}".strip()
         if status == 404 or isinstance(cause, FileNotFoundError):

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
-from io import FileIO
 from itertools import islice
 from pathlib import Path
 from threading import Thread, local
@@ -116,7 +115,7 @@ class NodeCache:
         with self._alone():
             if copy.find(size, sha256):
                 return None  # another thread or process finished it just now
-            held = _lock(copy.unfinished(size), fcntl.LOCK_EX, "a+b")
+            held = _lock(copy.unfinished(size), fcntl.LOCK_EX, make=True)
             if held is None:
                 return None  # another thread or process fetches it
             others = sorted(self._others(held.path))
@@ -124,7 +123,7 @@ class NodeCache:
             for _, bytes_, path in others:
                 if room >= 0:
                     break
-                if unused := _lock(path, fcntl.LOCK_EX, "r+b"):
+                if unused := _lock(path, fcntl.LOCK_EX):
                     with unused:
                         path.unlink()
                     room += bytes_
@@ -148,18 +147,20 @@ class NodeCache:
     def _fill(self, held: "_Locked", copy: "_Copy", size: int, sha256: str | None) -> None:
         """Fetch what is missing and give the file its final name."""
         try:
-            if sha256 is None or os.fstat(held.file.fileno()).st_size > size:
-                held.file.truncate(0)  # nothing would show that its bytes are not of this file
+            if sha256 is None or os.fstat(held.descriptor).st_size > size:
+                os.ftruncate(
+                    held.descriptor, 0
+                )  # nothing would show that its bytes are not of this file
             for _ in range(2):  # damage on the way, or in what was resumed, may not come again
                 found = self._append(held, copy.url, size)
                 if sha256 in (None, found):
-                    os.fsync(held.file.fileno())
+                    os.fsync(held.descriptor)
                     with self._alone():
                         held.path.rename(copy.finished(found))
                     return
-                held.file.truncate(0)
+                os.ftruncate(held.descriptor, 0)
         except OSError:
-            held.file.truncate(0)  # a full disk gets its space back
+            os.ftruncate(held.descriptor, 0)  # a full disk gets its space back
             raise
         raise DataError(
             f"{shown(copy.url)} was fetched twice and is damaged: its SHA-256 is {found}, "
@@ -169,23 +170,23 @@ class NodeCache:
     def _append(self, held: "_Locked", url: str, size: int) -> str:
         """Append the bytes that are missing and return the SHA-256 of all."""
         digest = hashlib.sha256()
-        held.file.seek(0)
-        while block := held.file.read(1 << 20):
+        start = 0
+        while block := os.pread(held.descriptor, 1 << 20, start):
             digest.update(block)
-        blocks = read_blocks(url, size, start=held.file.tell(), patience=self.patience)
-        for position, block in blocks:
+            start += len(block)
+        for position, block in read_blocks(url, size, start=start, patience=self.patience):
             if position == 0:  # where ranges are not served, it begins again
-                held.file.truncate(0)
+                os.ftruncate(held.descriptor, 0)
                 digest = hashlib.sha256()
             digest.update(block)
             rest = memoryview(block)
             while rest:
-                rest = rest[held.file.write(rest) :]
+                rest = rest[os.write(held.descriptor, rest) :]
         return digest.hexdigest()
 
     def _alone(self) -> "_Locked":
         """Wait until no other thread or process of the node changes what the folder holds."""
-        while (held := _lock(self.folder / ".lock", fcntl.LOCK_EX, "a+b", wait=True)) is None:
+        while (held := _lock(self.folder / ".lock", fcntl.LOCK_EX, make=True, wait=True)) is None:
             pass  # somebody removed it
         return held
 
@@ -208,7 +209,7 @@ class _Copy:
         """Return the finished copy of this size and hash, locked against removal."""
         for path in [self.finished(sha256)] if sha256 else self.folder.glob(f"{self.key}-*-*"):
             held = _lock(path, fcntl.LOCK_SH)
-            if held and size in (None, os.fstat(held.file.fileno()).st_size):
+            if held and size in (None, os.fstat(held.descriptor).st_size):
                 os.utime(path)
                 return held
         return None
@@ -217,17 +218,21 @@ class _Copy:
 class _Locked:
     """An open file and the lock on it, which the kernel drops with the process."""
 
-    def __init__(self, path: Path, file: FileIO) -> None:
-        self.path, self.file = path, file
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self.path, self.descriptor = path, descriptor
         _locked.add(self)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if not self.file.closed:
-            fcntl.flock(self.file, fcntl.LOCK_UN)
-            self.file.close()
+        if self.descriptor >= 0:
+            fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+            self.close()
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+        self.descriptor = -1
 
     __del__ = __exit__
 
@@ -236,23 +241,25 @@ _locked: WeakSet[_Locked] = WeakSet()
 
 
 def _leave_locks_to_parent() -> None:
-    for held in list(_locked):  # a child that kept them open would keep them locked
-        held.file.close()
+    for held in list(_locked):  # a child that kept the files open would keep them locked
+        if held.descriptor >= 0:
+            held.close()
 
 
 os.register_at_fork(after_in_child=_leave_locks_to_parent)
 
 
-def _lock(path: Path, kind: int, mode: str = "rb", *, wait: bool = False) -> _Locked | None:
+def _lock(path: Path, kind: int, *, make: bool = False, wait: bool = False) -> _Locked | None:
     """Open and lock a file; None if it is not there, or locked by another thread or process."""
+    flags = os.O_RDWR | os.O_APPEND | (os.O_CREAT if make else 0)
     try:
-        held = _Locked(path, FileIO(path, mode))
+        held = _Locked(path, os.open(path, flags, 0o666))
     except FileNotFoundError:
         return None
     try:
-        fcntl.flock(held.file, kind if wait else kind | fcntl.LOCK_NB)
+        fcntl.flock(held.descriptor, kind if wait else kind | fcntl.LOCK_NB)
         # It may have been renamed or removed before it was locked.
-        if os.path.samestat(os.fstat(held.file.fileno()), path.stat()):
+        if os.path.samestat(os.fstat(held.descriptor), path.stat()):
             return held
     except (BlockingIOError, FileNotFoundError):
         pass

@@ -13,7 +13,6 @@ from vlm.data.config import CaptionConfig
 from vlm.data.dataset import ShardedSplit
 from vlm.data.order import ExampleKey
 from vlm.data.sample import Sample
-from vlm.images.decoding import decode_image
 from vlm.images.transforms import TrainingTransform
 from vlm.text.caption_ids import text_id
 
@@ -46,7 +45,8 @@ class TrainingExamples(Dataset[Example]):
     seed: int
     keep_decoded: bool = False
     """Whether each process keeps the images it has decoded."""
-    _decoded: dict[int, Image.Image] = field(default_factory=dict, init=False)
+    _decoded: dict[int, dict[int, Image.Image]] = field(default_factory=dict, init=False)
+    """By place and scale."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -63,18 +63,12 @@ class TrainingExamples(Dataset[Example]):
                 second_of(language): choose_caption(sample, language, 0.0, rng)
                 for language in self.captions.languages
             }
-        image = self.transform(self._image(key.place, sample), rng)
+        name = f"{sample.uid} ({self.samples.address(key.place)})"
+        kept = self._decoded.setdefault(key.place, {}) if self.keep_decoded else None
+        image = self.transform.decode(sample.image, rng, name=name, kept=kept)
         return Example(
             sample.uid, image, text_id(sample.concept), captions, seed=rng.getrandbits(63)
         )
-
-    def _image(self, place: int, sample: Sample) -> Image.Image:
-        if place in self._decoded:
-            return self._decoded[place]
-        image = decode_image(sample.image, name=f"{sample.uid} ({self.samples.address(place)})")
-        if self.keep_decoded:
-            self._decoded[place] = image
-        return image
 
 
 def second_of(language: str) -> str:

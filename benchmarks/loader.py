@@ -139,7 +139,9 @@ def cpu_of(process: psutil.Process) -> tuple[float, float]:
 
 def measure(system: str, folder: Path, options: argparse.Namespace) -> dict[str, float]:
     """Run a round in a child and watch the memory of all its processes."""
-    flags = [f"--{name}={getattr(options, name)}" for name in ("batch", "workers", "size", "counted")]
+    flags = [
+        f"--{name}={getattr(options, name)}" for name in ("batch", "workers", "size", "counted")
+    ]
     command = [sys.executable, __file__, CHILD_FLAG, system, str(folder / system), *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if system == PEER:
@@ -159,7 +161,7 @@ def measure(system: str, folder: Path, options: argparse.Namespace) -> dict[str,
 
 
 def memory_of(pid: int) -> tuple[float, float]:
-    """Return the MiB of a process and its children, shared pages counted once, and those of files."""
+    """Return the MiB of a process and its children, each page once; and those of mapped files."""
     whole = mapped = 0
     try:
         processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]

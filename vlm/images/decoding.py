@@ -47,7 +47,8 @@ def decode_image(source: ImageSource, *, name: str = "the image") -> Image.Image
         DataError: the file is missing, no JPEG, PNG, WebP or GIF, too large, or damaged.
     """
     if isinstance(source, Image.Image):
-        return read_pixels(source, name=name)
+        image = read_pixels(source, name=name)
+        return image.copy() if image is source else image
     if isinstance(source, Path):
         name = str(source)
     return read_pixels(open_image(source, name=name), name=name)
@@ -88,7 +89,7 @@ def read_pixels(image: Image.Image, *, name: str, scale: int = 1) -> Image.Image
     """Return an open image upright, in RGB, on white; a `DataError` as for `decode_image`.
 
     Args:
-        image: An image of any mode.
+        image: An image of any mode; an upright JPEG in RGB is itself what is returned.
         name: What to call it in an error.
         scale: How many times smaller each side of a JPEG is decoded, a `jpeg_scale`; rounded up.
     """
@@ -107,7 +108,8 @@ def read_pixels(image: Image.Image, *, name: str, scale: int = 1) -> Image.Image
             transparent = upright.convert("RGBA")
             upright = Image.new("RGBA", transparent.size, "white")
             upright.alpha_composite(transparent)
-        return upright.convert("RGB")
+        # A JPEG holds nothing but its pixels by now; open images of other formats hold decoders.
+        return upright if is_jpeg(upright) and upright.mode == "RGB" else upright.convert("RGB")
 
 
 def _upright_turn(image: Image.Image) -> Image.Transpose | None:

@@ -3,13 +3,14 @@
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
@@ -85,8 +86,13 @@ class _Crop:
 
     def in_smaller(self, scale: int) -> "_Crop":
         """Return the same rectangle in an image that is `scale` times smaller."""
-        lengths = (self.width, self.height, self.middle_x, self.middle_y)
-        return _Crop(*(length / scale for length in lengths), self.angle, self.mirrored)
+        return replace(
+            self,
+            width=self.width / scale,
+            height=self.height / scale,
+            middle_x=self.middle_x / scale,
+            middle_y=self.middle_y / scale,
+        )
 
 
 class TrainingTransform:
@@ -166,7 +172,7 @@ class TrainingTransform:
         angle = math.radians(rng.uniform(-config.rotation, config.rotation))
         return _Crop(width, height, middle_x, middle_y, angle, rng.random() < config.flip)
 
-    def _sample(self, image: Image.Image, crop: _Crop) -> Image.Image:
+    def _sample(self, image: Image.Image, crop: _Crop) -> UInt8[Tensor, "3 height width"]:
         """Sample a crop at the size of the model's input; white where it leaves the image."""
         side = self.image_size
         # The sampler looks at few pixels around each point, so large images are shrunk before.
@@ -178,37 +184,42 @@ class TrainingTransform:
         d, e = step_x * math.sin(crop.angle), step_y * math.cos(crop.angle)
         c = crop.middle_x / shrink - (a + b) * side / 2
         f = crop.middle_y / shrink - (d + e) * side / 2
-        return image.transform(
+        sampled = image.transform(
             (side, side), Image.Transform.AFFINE, (a, b, c, d, e, f), self._resampling,
             fillcolor="white",
         )  # fmt: skip
+        # numpy swaps axes several times as fast as torch.
+        return torch.from_numpy(np.ascontiguousarray(np.asarray(sampled).transpose(2, 0, 1)))
 
-    def _resize(self, image: Image.Image, crop: _Crop) -> Image.Image:
-        """Do what `_sample` does to a crop that is not turned, in less time and more smoothly."""
+    def _resize(self, image: Image.Image, crop: _Crop) -> UInt8[Tensor, "3 height width"]:
+        """Do what `_sample` does, for a crop that is not turned: smoother, and twice as fast.
+
+        The crop begins and ends at whole pixels of the image, at most half a pixel further.
+        """
         side = self.image_size
-        (x, columns, left, right), (y, rows, top, bottom) = (
-            _visible(middle, length, extent, side)
+        (left, right, x, x_end), (top, bottom, y, y_end) = (
+            _visible_part(middle, length, extent, side)
             for middle, length, extent in (
                 (crop.middle_x, crop.width, image.width),
                 (crop.middle_y, crop.height, image.height),
             )
         )
-        view = Image.new("RGB", (side, side), "white")
-        if columns > 0 and rows > 0:
-            # `reducing_gap` averages whole pixels first, as many as leave the sizes close.
-            part = image.resize(
-                (columns, rows), self._resampling, box=(left, top, right, bottom), reducing_gap=1.0
-            )
-            view.paste(part, (x, y))
-        return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if crop.mirrored else view
+        view = torch.full((3, side, side), 255, dtype=torch.uint8)
+        if left < right and top < bottom and x < x_end and y < y_end:
+            part = torch.from_numpy(np.array(image.crop((left, top, right, bottom))))
+            view[:, y:y_end, x:x_end] = F.interpolate(
+                part.permute(2, 0, 1)[None],
+                size=(y_end - y, x_end - x),
+                mode=self._resampling.name.lower(),
+                antialias=True,
+            )[0]
+        return view.flip(2) if crop.mirrored else view
 
     def _normalised(
-        self, image: Image.Image, rng: random.Random
+        self, pixels: UInt8[Tensor, "3 height width"], rng: random.Random
     ) -> Float[Tensor, "3 height width"]:
-        pixels = torch.from_numpy(np.array(image)).view(-1, 3).T.float().div_(255)
-        pixels = self._recolour(pixels, rng)
-        normalised = pixels.sub_(self._mean).div_(self._std)
-        return normalised.view(3, self.image_size, self.image_size)
+        recoloured = self._recolour(pixels.flatten(1).float().div_(255), rng)
+        return recoloured.sub_(self._mean).div_(self._std).view_as(pixels)
 
     def _recolour(
         self, pixels: Float[Tensor, "3 pixels"], rng: random.Random
@@ -226,13 +237,19 @@ class TrainingTransform:
         cosine, sine = saturation * math.cos(hue), saturation * math.sin(hue)
         turn = torch.tensor([[1.0, 0.0, 0.0], [0.0, cosine, -sine], [0.0, sine, cosine]])
         colours: Tensor = _RGB_FROM_YIQ @ turn @ _YIQ_FROM_RGB * (brightness * contrast)
-        # Contrast moves away from the image's mean grey, which the other changes leave alone.
-        grey = brightness * float(_LUMA @ pixels.mean(dim=1))
-        return (colours @ pixels).add_((1 - contrast) * grey).clamp_(0, 1)
+        recoloured = colours @ pixels
+        if contrast != 1:
+            # It moves away from the image's mean grey, which the other changes leave alone.
+            # The mean of pixels as they lie in an image, whose order decides its last bits.
+            grey = brightness * float(_LUMA @ pixels.T.contiguous().mean(dim=0))
+            recoloured += (1 - contrast) * grey
+        return recoloured.clamp_(0, 1)
 
 
-def _visible(middle: float, length: float, extent: int, side: int) -> tuple[int, int, float, float]:
-    """Return which pixels of a crop lie wholly in the image along one axis, and where there.
+def _visible_part(
+    middle: float, length: float, extent: int, side: int
+) -> tuple[int, int, int, int]:
+    """Return which part of a crop shows the image, along one axis.
 
     Args:
         middle: Of the crop, in the image's pixels.
@@ -241,10 +258,8 @@ def _visible(middle: float, length: float, extent: int, side: int) -> tuple[int,
         side: Length of the crop in pixels of its own.
 
     Returns:
-        The first of the crop's pixels, their number, and their first and last end in the image.
+        The part's ends in the image, then in the crop.
     """
-    step, start = length / side, middle - length / 2
-    # A crop that touches the image's edge may lie a rounding error beyond it.
-    first = max(0, math.ceil(-start / step - 1e-6))
-    last = min(side, math.floor((extent - start) / step + 1e-6))
-    return first, last - first, max(0.0, start + first * step), min(extent, start + last * step)
+    before, after = max(0.0, length / 2 - middle), max(0.0, middle + length / 2 - extent)
+    start, end = round(max(0.0, middle - length / 2)), round(min(extent, middle + length / 2))
+    return start, end, round(before / length * side), side - round(after / length * side)

@@ -379,7 +379,7 @@ def test_a_fault_that_is_not_the_samples_is_never_replaced(samples, monkeypatch)
     def exhausted(*_):
         raise MemoryError
 
-    monkeypatch.setattr("vlm.data.examples.decode_image", lambda *_, **__: exhausted())
+    monkeypatch.setattr(TrainingTransform, "decode", lambda *_, **__: exhausted())
     with pytest.raises(MemoryError):
         examples[key_of(samples, 0)]
 

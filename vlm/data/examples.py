@@ -14,7 +14,6 @@ from vlm.data.order import SampleKey, SourceOrder
 from vlm.data.sample import Sample, SkippedSample
 from vlm.data.source import Source
 from vlm.errors import DataError
-from vlm.images.decoding import decode_image
 from vlm.images.transforms import TrainingTransform
 from vlm.text.caption_ids import text_id
 
@@ -54,7 +53,10 @@ class TrainingExamples(Dataset[Example]):
     seed: int
     keep_decoded: bool = False
     """Whether each process keeps the images it has decoded."""
-    _decoded: dict[tuple[int, int, int], Image.Image] = field(default_factory=dict, init=False)
+    _decoded: dict[tuple[int, int, int], dict[int, Image.Image]] = field(
+        default_factory=dict, init=False
+    )
+    """By source, shard and row, and by scale."""
 
     def __getitem__(self, key: SampleKey) -> Example:
         skipped: list[SkippedSample] = []
@@ -91,19 +93,13 @@ class TrainingExamples(Dataset[Example]):
                 second_of(language): choose_caption(sample, language, 0.0, rng)
                 for language in languages
             }
-        image = self.transform(self._image(key, sample), rng)
+        name, kept = f"{sample.uid} ({sample.address})", None
+        if self.keep_decoded:
+            kept = self._decoded.setdefault((key.source, key.shard, key.row), {})
+        image = self.transform.decode(sample.image, rng, name=name, kept=kept)
         return Example(
             sample.uid, image, text_id(sample.concept), captions, seed=rng.getrandbits(63)
         )
-
-    def _image(self, key: SampleKey, sample: Sample) -> Image.Image:
-        place = (key.source, key.shard, key.row)
-        if place in self._decoded:
-            return self._decoded[place]
-        image = decode_image(sample.image, name=f"{sample.uid} ({sample.address})")
-        if self.keep_decoded:
-            self._decoded[place] = image
-        return image
 
 
 def second_of(language: str) -> str:

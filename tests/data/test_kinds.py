@@ -354,7 +354,7 @@ def test_what_only_tables_have_is_refused_for_others(tars, setting):
     ("name", "said"),
     [
         ("gone", "is missing; expected a data folder, tars, tables or images"),
-        ("pipe:touch /tmp/canary", "is missing"),
+        ("pipe:touch /tmp/canary", "commands are not run; expected a path or an address"),
         ("*.tar", "names no file"),
         ("{0..2}.tar", "names 3 files, 2 are missing, such as"),
         ("{1,1}.tar", "names 1 files, 1 are missing, such as"),

@@ -165,7 +165,7 @@ def test_a_copy_is_not_removed_before_it_is_opened(web, tmp_path):
     assert [first.exists(), second.exists()] == [False, True]
 
 
-def test_files_of_one_address_are_told_apart_by_their_versions(web, tmp_path):
+def test_files_of_one_address_are_told_apart_by_their_etags(web, tmp_path):
     cache = NodeCache(tmp_path / "cache", ROOMY)
     paths = [fetched(cache, web.url("0.tar"), SIZE, None, version) for version in "abab"]
     assert paths[:2] == paths[2:]

@@ -35,7 +35,7 @@ def local_copy(file: ShardFile, cache: NodeCache, *, sha256: str | None = None) 
         yield _unchanged(file)
         return
     state = file.state
-    wanted = RemoteFile(file.path, file.size, state.get("sha256", sha256), state.get("version", ""))
+    wanted = RemoteFile(file.path, file.size, state.get("sha256", sha256), state.get("etag", ""))
     with cache.copy_of(wanted) as path:
         try:
             yield path

@@ -48,7 +48,7 @@ def fetched_index(file: ShardFile, config: SourceConfig, cache: NodeCache) -> py
         return table
     folder, _, name = file.name.rpartition("/")
     url = within(folder + file.path[len(file.name) :], f"{INDEX_FOLDER}/{name}.arrow")
-    with suppress(MissingFileError), cache.copy_of(RemoteFile(url, version=file.entry.sha256)) as c:
+    with suppress(MissingFileError), cache.copy_of(RemoteFile(url, etag=file.entry.sha256)) as c:
         if (table := read_index(c, described)) is not None:
             return table
     with locked(f"index/{own.stem}.lock"):  # one of a node's processes makes it

@@ -29,7 +29,7 @@ class RemoteFile(NamedTuple):
     url: str
     size: int | None = None
     sha256: str | None = None
-    version: str = ""
+    etag: str = ""
     """What tells this state of it from others, where its hash is not known."""
 
 
@@ -208,7 +208,7 @@ class _Copy:
 
     def __init__(self, folder: Path, file: RemoteFile) -> None:
         self.folder, self.url = folder, file.url
-        self.key = hashlib.sha256(f"{file.version} {file.url}".encode()).hexdigest()[:16]
+        self.key = hashlib.sha256(f"{file.etag} {file.url}".encode()).hexdigest()[:16]
         self.name = re.sub(r"[^\w.-]", "_", shown(file.url).rsplit("/", 1)[-1])[-40:]
 
     def finished(self, sha256: str) -> Path:

@@ -19,7 +19,7 @@ _SCHEMES = (
     "s3", "s3a", "gs", "gcs", "hf", *_WEB, "abfs", "az", "adl", "oci", "oss", "hdfs", "webhdfs",
     "sftp", "ftp",
 )  # fmt: skip
-_VERSIONS = (
+_ETAGS = (
     "ETag", "etag", "md5Hash", "blob_id", "Last-Modified", "LastModified", "last_modified", "mtime",
     "modified",
 )  # fmt: skip
@@ -105,16 +105,16 @@ def read_small(url: str, *, patience: float = PATIENCE) -> bytes:
 
 
 def state_of(url: str, *, patience: float = PATIENCE) -> dict[str, Any]:
-    """Return what changes when a remote file is changed: `bytes`, its size, and `version`.
+    """Return what changes when a remote file is changed: `bytes`, its size, and `etag`.
 
-    The version is its ETag or the like, empty where the place has nothing of the kind. Raises the
+    The latter is its ETag or the like, empty where the place has nothing of the kind. Raises the
     errors of `read_small`.
     """
     info = _patiently(lambda: _info(*_place(url)), url, patience)
     if info["size"] is None:
         raise PlaceError(f"{shown(url)}: the server does not say how large it is")
-    version = next((str(info[name]) for name in _VERSIONS if info.get(name)), "")
-    return {"bytes": info["size"], "version": version}
+    etag = next((str(info[name]) for name in _ETAGS if info.get(name)), "")
+    return {"bytes": info["size"], "etag": etag}
 
 
 def read_blocks(

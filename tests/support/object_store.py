@@ -34,7 +34,7 @@ class ObjectStore:
     def __enter__(self) -> Self:
         settings = SETTINGS | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}"}
         self.before = {name: os.environ.get(name) for name in settings}
-        os.environ |= settings
+        os.environ.update(settings)
         self.start()
         return self
 

@@ -142,7 +142,7 @@ def test_every_kind_of_loss_trains_on_two_processes(tmp_path, small_emoji, chang
         ({"data.batch_size": 100_000}, r"the batch has 100000 samples; expected 1 to 7053"),
         ({"data.batch_size": 1}, "compared with one caption alone, where a softmax is always 0"),
         ({"data.split": "trian"}, "has no split 'trian'; its splits are"),
-        ({"data.folder": "nowhere"}, "nowhere is not a folder"),
+        ({"data.folder": "nowhere"}, "nowhere is missing"),
         ({"tokenizer": "configs"}, "configs holds no tokenizer"),
         ({"model.vision_cfg.timm_model_name": "resnet10"}, "timm has no model 'resnet10'; did"),
         ({"loss.plan.group_size": 2}, "group_size is 2; expected a divisor of the world size, 1"),

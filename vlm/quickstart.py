@@ -74,7 +74,7 @@ def run_quickstart(config: TrainConfig) -> tuple[Path, RetrievalRun]:
     Raises:
         VlmError: the run folder holds something else, or a step cannot be done.
     """
-    folder, data = config.run_folder, config.data.folder
+    folder, data = config.run_folder, Path(config.data.folder)
     if config.evaluation.every_steps == 0:
         raise ConfigError("the quickstart plots recall: evaluation.every_steps must be more than 0")
     if folder.exists():

@@ -17,7 +17,7 @@ from vlm.data.order import SampleKey, SourceOrder
 from vlm.errors import ConfigError, DataError
 from vlm.images.config import AugmentationConfig, PreprocessConfig
 from vlm.images.transforms import TrainingTransform
-from vlm.text.caption_ids import NO_CAPTION, text_id
+from vlm.text.caption_ids import text_id
 
 SIZE = 18
 ALONE = Mixture(phases=[(None, [1.0])])
@@ -68,12 +68,16 @@ def key_of(samples, place, epoch=0):
     return SampleKey(0, shard, place, epoch, stream=0, place=0)
 
 
+MASKS = MaskPlan(text_ratio=0.5, image_ratio=0.25, grid=(2, 4))
+
+
 def everything_in(batch):
     """Return all that a batch holds, as values that can be compared."""
     return {
         "images": batch.images.tolist(),
         "image_ids": batch.image_ids.tolist(),
         "uids": batch.uids,
+        "text_rows": {name: rows.tolist() for name, rows in batch.text_rows.items()},
         "caption_ids": {name: ids.tolist() for name, ids in batch.caption_ids.items()},
         "ids": {name: tokens.ids.tolist() for name, tokens in batch.texts.items()},
         "mask": {name: tokens.mask.tolist() for name, tokens in batch.texts.items()},
@@ -229,29 +233,52 @@ def test_a_sample_with_one_caption_always_gives_it():
     assert chosen == {"only"}
 
 
-def test_a_missing_language_is_an_empty_text_without_caption_id(tmp_path, tokenizer):
-    samples = [make_sample(0), make_sample(1, captions={"en": ["grey cat"]})]
-    split = open_split(write_split(tmp_path, samples), "train")
-    examples = examples_of(split)
-    batch = collate([examples[key_of(split, place)] for place in (0, 1)], tokenizer=tokenizer)
-    assert batch.caption_ids["zh"].tolist() == [
-        text_id(texts_in(batch, tokenizer, "zh")[0]), NO_CAPTION,
-    ]  # fmt: skip
-    assert batch.caption_ids["en"][1] == text_id("grey cat")
-    assert batch.texts["zh"].mask.sum(dim=1).tolist()[1] == 2  # begin and end
-    assert texts_in(batch, tokenizer, "zh")[1] == ""
+def batch_of(folder, tokenizer, *captions, masks=None, **options):
+    """Collate a sample for each of several captions by language."""
+    samples = [make_sample(number, captions=each) for number, each in enumerate(captions)]
+    split = open_split(write_split(folder, samples))
+    examples = examples_of(split, **options)
+    keys = [key_of(split, place) for place in range(len(samples))]
+    return collate([examples[key] for key in keys], tokenizer=tokenizer, masks=masks)
+
+
+def test_a_batch_has_the_captions_that_are_there_with_the_rows_of_their_samples(
+    tmp_path, tokenizer
+):
+    batch = batch_of(
+        tmp_path, tokenizer, {"zh": ["红苹果"]}, {"en": ["grey cat"]},
+        {"zh": ["小狗"], "en": ["small dog"]},
+    )  # fmt: skip
+    assert texts_in(batch, tokenizer, "zh") == ["红苹果", "小狗"]
+    assert texts_in(batch, tokenizer, "en") == ["grey cat", "small dog"]
+    assert batch.text_rows["zh"].tolist() == [0, 2]
+    assert batch.text_rows["en"].tolist() == [1, 2]
+    assert batch.caption_ids["zh"].tolist() == [text_id("红苹果"), text_id("小狗")]
+    assert batch.caption_ids["en"].tolist() == [text_id("grey cat"), text_id("small dog")]
+    assert len(batch.images) == len(batch.image_ids) == len(batch.uids) == 3
+
+
+def test_a_language_that_no_sample_has_is_an_empty_text_past_the_last(tmp_path, tokenizer):
+    batch = batch_of(tmp_path, tokenizer, {"en": ["grey cat"]}, {"en": ["tea"]}, masks=MASKS)
+    assert texts_in(batch, tokenizer, "zh") == [""]
+    assert batch.text_rows["zh"].tolist() == [2]
+    assert not batch.hidden_words["zh"].any()
+    assert batch.hidden_words["en"].any(dim=1).all()
 
 
 def test_a_second_caption_is_one_of_the_others_and_has_a_term_of_its_own(tmp_path, tokenizer):
-    samples = [make_sample(0), make_sample(1, captions={"en": ["grey cat"]})]
-    split = open_split(write_split(tmp_path, samples), "train")
-    examples = examples_of(split, main_ratio=1.0, second=True)
-    batch = collate([examples[key_of(split, place)] for place in (0, 1)], tokenizer=tokenizer)
-    assert set(batch.texts) == set(batch.caption_ids) == {"zh", "en", "zh second", "en second"}
-    main, other = samples[0].captions["zh"]
-    assert batch.caption_ids["zh"].tolist() == [text_id(main), NO_CAPTION]
-    assert batch.caption_ids["zh second"].tolist() == [text_id(other), NO_CAPTION]
-    assert batch.caption_ids["en second"][1] == text_id("grey cat")  # there is no other
+    captions = {"zh": ["红苹果", "苹果"], "en": ["red apple", "apple"]}
+    batch = batch_of(
+        tmp_path, tokenizer, captions, {"en": ["grey cat"]}, main_ratio=1.0, second=True
+    )
+    found = {language: texts_in(batch, tokenizer, language) for language in batch.texts}
+    assert found == {
+        "zh": ["红苹果"],
+        "en": ["red apple", "grey cat"],
+        "zh second": ["苹果"],
+        "en second": ["apple", "grey cat"],  # there is no other
+    }
+    assert set(batch.caption_ids) == set(batch.text_rows) == set(found)
 
 
 def test_each_language_is_padded_to_its_own_longest_text(samples, tokenizer):
@@ -352,7 +379,7 @@ def test_a_fault_that_is_not_the_samples_is_never_replaced(samples, monkeypatch)
     def exhausted(*_):
         raise MemoryError
 
-    monkeypatch.setattr("vlm.data.examples.decode_image", lambda *_, **__: exhausted())
+    monkeypatch.setattr(TrainingTransform, "decode", lambda *_, **__: exhausted())
     with pytest.raises(MemoryError):
         examples[key_of(samples, 0)]
 
@@ -369,9 +396,6 @@ def test_nothing_is_read_between_equal_positions(samples, tokenizer):
 def test_captions_that_cannot_be_chosen_are_refused(fields):
     with pytest.raises(ConfigError, match=r"at least one language and a ratio in \[0, 1\]"):
         CaptionConfig(**fields)
-
-
-MASKS = MaskPlan(text_ratio=0.5, image_ratio=0.25, grid=(2, 4))
 
 
 def masked(samples, tokenizer, masks=MASKS, *, seed=0, second=False):

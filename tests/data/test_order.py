@@ -4,6 +4,7 @@ import json
 import random
 from collections import Counter
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -286,6 +287,24 @@ def test_a_substitute_is_another_sample_of_the_same_block():
         assert found <= set(block)
         assert len(found) > 15
         assert source.substitute(key, 1) == source.substitute(key, 1)
+
+
+def test_neighbours_of_one_group_come_together_and_every_sample_once():
+    sizes = np.array([30, 50, 20, 40, 60])
+    clusters = [np.random.default_rng(n).integers(0, 5, size) for n, size in enumerate(sizes)]
+    plain = SourceOrder("data", sizes, 2, 0, block=100)
+    source = SourceOrder("data", sizes, 2, 0, block=100, groups=clusters.__getitem__, run=8)
+    for stream in range(2):
+        keys = list(source.read(0, stream, 0, 200))
+        assert sorted(keys[:100]) != keys[:100]
+        assert {key[:4] for key in keys} == {key[:4] for key in plain.read(0, stream, 0, 200)}
+        found = [clusters[key.shard][key.row] for key in keys]
+        runs = [set(found[first : first + 8]) for first in range(0, 96, 8)]
+        assert np.mean([len(run) for run in runs]) < 1.6  # of five, where any 8 have 4.2
+        assert len({tuple(run) for run in runs}) > 3
+        # Runs are in a random order, not cluster by cluster.
+        firsts = [next(iter(run)) for run in runs]
+        assert sum(a != b for a, b in pairwise(firsts)) > 5
 
 
 @pytest.mark.parametrize(

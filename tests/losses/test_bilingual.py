@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.meters import TensorMeter
-from tests.support.dense_loss import sigmoid_definition, softmax_definition
+from tests.support.dense_loss import bilingual_definition, bilingual_terms
 from tests.support.processes import run_in_world
 from vlm.errors import ConfigError
 from vlm.losses.bilingual import BilingualLoss
@@ -34,59 +34,13 @@ def batch(samples):
     return images, {"zh": zh, "en": en}, image_ids, dict(zip(("zh", "en"), captions, strict=True))
 
 
-def same(one, other):
-    """Say which pairs share an image id or any caption id, one pair at a time."""
-    return torch.tensor(
-        [
-            [
-                i == j or any(a in others and a != NO_CAPTION for a in captions)
-                for j, others in other
-            ]
-            for i, captions in one
-        ]
-    )
-
-
-def term(kind, duplicates, rows, columns, keys, own, scale, bias):
-    masks = {"positives": same(*keys)}
-    if duplicates == "ignore":
-        masks = {"positives": own, "ignored": masks["positives"] & ~own}
-    if kind == "sigmoid":
-        return sigmoid_definition(rows, columns, scale, bias, **masks)
-    return softmax_definition(rows, columns, scale, **masks)
-
-
 def definition(features, kind, duplicates, together, pair_weight):
-    """The weighted mean of the terms of one group; image-text terms of together have weight 1."""
-    images, texts, image_ids, captions, scale, bias = features
-    ids = image_ids.tolist()
-    zh, en = captions["zh"].tolist(), captions["en"].tolist()
-    terms = []
-
-    def add(weight, rows, columns, row_keys, column_keys, row_of, column_of):
-        own = torch.tensor([[i == j for j in column_of] for i in row_of])
-        value = term(kind, duplicates, rows, columns, (row_keys, column_keys), own, scale, bias)
-        terms.append((weight, value))
-
-    if together:
-        rows = [k for k in range(len(ids)) if zh[k] != NO_CAPTION or en[k] != NO_CAPTION]
-        columns = [(n, k) for n, c in captions.items() for k in range(len(ids)) if c[k] >= 0]
-        add(
-            1.0, images[rows], torch.stack([texts[n][k] for n, k in columns]),
-            [(ids[k], [zh[k], en[k]]) for k in rows],
-            [(ids[k], [captions[n][k].item()]) for n, k in columns],
-            rows, [k for _, k in columns],
-        )  # fmt: skip
-    else:
-        for name, own in captions.items():
-            rows = [k for k in range(len(ids)) if own[k] != NO_CAPTION]
-            keys = [(ids[k], [own[k].item()]) for k in rows]
-            add(WEIGHTS.get(name, 1.0), images[rows], texts[name][rows], keys, keys, rows, rows)
-    if pair_weight:
-        rows = [k for k in range(len(ids)) if zh[k] != NO_CAPTION and en[k] != NO_CAPTION]
-        keys = [(ids[k], [zh[k], en[k]]) for k in rows]
-        add(pair_weight, texts["zh"][rows], texts["en"][rows], keys, keys, rows, rows)
-    return sum(weight * value for weight, value in terms) / sum(weight for weight, _ in terms)
+    """The weighted mean of the terms of one group."""
+    *features, scale, bias = features
+    terms = bilingual_terms(
+        *features, together=together, weights=WEIGHTS, pair=("zh", "en"), pair_weight=pair_weight
+    )
+    return bilingual_definition(terms, kind, duplicates, scale, bias)
 
 
 def leaves_of(data, rows=slice(None)):

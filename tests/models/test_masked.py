@@ -83,12 +83,15 @@ def texts():
     }
 
 
+ROWS = {"zh": torch.arange(BATCH), "en": torch.arange(BATCH)}
+
+
 @pytest.fixture
 def hidden():
     zh, en = torch.zeros(BATCH, 5, dtype=torch.bool), torch.zeros(BATCH, 6, dtype=torch.bool)
     zh[0, [1, 3]] = en[0, 1] = en[1, [2, 3]] = en[2, 2] = True
     patches = torch.tensor([[1, 0, 0, 1, 0, 0], [0, 1, 1, 0, 0, 0], [0, 0, 0, 0, 1, 1]]).bool()
-    return Hidden({"zh": zh, "en": en}, patches)
+    return Hidden(ROWS, {"zh": zh, "en": en}, patches)
 
 
 def modelling(encoder, *, teacher_width=None, **options) -> MaskedModelling:
@@ -114,10 +117,11 @@ def words_by_definition(module, encoder, images, texts, hidden):
     for language, tokens in texts.items():
         states = encoder.text_states(tokens, (hidden.words[language], module.mask_vector)).tokens
         for row, column in hidden.words[language].nonzero().tolist():
-            one = slice(row, row + 1)
-            x = decode(module.image_to_text, states[one], keys[one], tokens.mask[one], seen[one])[
-                0, column
-            ]
+            one, image = slice(row, row + 1), hidden.rows[language][row : row + 1]
+            decoded = decode(
+                module.image_to_text, states[one], keys[image], tokens.mask[one], seen[image]
+            )
+            x = decoded[0, column]
             linear, _, norm = module.word_head.layer
             x = norm(F.gelu(F.linear(x, linear.weight, linear.bias)))
             logits = encoder.token_embedding.weight @ x + module.word_head.bias
@@ -128,10 +132,14 @@ def words_by_definition(module, encoder, images, texts, hidden):
 def patches_by_definition(module, encoder, images, texts, hidden, teacher_tokens=None):
     """Go from image to image and from patch to patch."""
     queries = encoder.image_states(images, hidden.patches).tokens
-    states = [encoder.text_states(tokens) for tokens in texts.values()]
+    captions = [
+        (image, states.tokens[row][states.mask[row]])
+        for language, states in ((name, encoder.text_states(each)) for name, each in texts.items())
+        for row, image in enumerate(hidden.rows[language].tolist())
+    ]
     losses = []
     for row, patch in hidden.patches.nonzero().tolist():
-        keys = torch.cat([s.tokens[row][s.mask[row]] for s in states])[None]
+        keys = torch.cat([states for image, states in captions if image == row])[None]
         everything = (torch.ones(1, each.shape[1]).bool() for each in (queries, keys))
         x = decode(module.text_to_image, queries[row : row + 1], keys, *everything)[0, patch]
         told = module.patch_head(x)
@@ -186,13 +194,13 @@ def test_a_teachers_states_take_the_place_of_pixels(encoder, images, texts, hidd
 
 
 def test_only_what_is_hidden_counts(encoder, images, texts, hidden):
-    zh = Hidden({"zh": hidden.words["zh"], "en": torch.zeros_like(hidden.words["en"])}, None)
+    zh = Hidden(ROWS, {"zh": hidden.words["zh"], "en": torch.zeros_like(hidden.words["en"])})
     words = modelling(encoder, cmim_weight=0.0)
     alone = losses_of(words, encoder, images, {"zh": texts["zh"]}, zh)
     assert losses_of(words, encoder, images, texts, zh) == alone
     # Each language by its number of words: two and four.
     both = losses_of(words, encoder, images, texts, hidden)["cmlm"]
-    en = Hidden({"en": hidden.words["en"]}, None)
+    en = Hidden(ROWS, {"en": hidden.words["en"]})
     other = losses_of(words, encoder, images, {"en": texts["en"]}, en)["cmlm"]
     torch.testing.assert_close(both, (2 * alone["cmlm"] + 4 * other) / 6)
 
@@ -208,6 +216,49 @@ def test_each_side_learns_from_the_others_loss(encoder, images, texts, hidden):
         assert all(gradient.norm() > 1e-6 for gradient in gradients)
 
 
+def some_of(texts, hidden, there):
+    """Return the captions of some images alone, and what is hidden of them."""
+    rows = {language: torch.tensor(of) for language, of in there.items()}
+    words = {language: hidden.words[language][of] for language, of in rows.items()}
+    chosen = {
+        language: TokenBatch(texts[language].ids[of], texts[language].mask[of])
+        for language, of in rows.items()
+    }
+    return chosen, Hidden(rows, words, hidden.patches)
+
+
+@pytest.mark.parametrize(
+    "there",
+    [
+        {"zh": [0, 1], "en": [1, 2]},
+        {"zh": [2, 0], "en": [1]},
+        {"zh": [0, 1, 2], "en": [2]},
+    ],
+    ids=["both of one image", "one of each", "one language of most"],
+)
+def test_images_that_lack_a_caption_are_read_with_those_they_have(
+    encoder, images, texts, hidden, there
+):
+    texts, hidden = some_of(texts, hidden, there)
+    module = modelling(encoder)
+    losses = losses_of(module, encoder, images, texts, hidden)
+    words = words_by_definition(module, encoder, images, texts, hidden)
+    patches = patches_by_definition(module, encoder, images, texts, hidden)
+    agree(sum(losses.values()), words + patches, encoder, module)
+
+
+def test_a_text_of_no_image_stands_for_a_language_that_no_image_has(encoder, images, texts, hidden):
+    module = modelling(encoder)
+    some, hides = some_of(texts, hidden, {"zh": [0, 1, 2], "en": [0]})
+    past = torch.tensor([BATCH])
+    words = hides.words | {"en": torch.zeros_like(hides.words["en"])}
+    losses = losses_of(
+        module, encoder, images, some, Hidden(hides.rows | {"en": past}, words, hides.patches)
+    )
+    expected = losses_of(module, encoder, images, {"zh": some["zh"]}, hides)
+    agree(sum(losses.values()), sum(expected.values()), encoder, module)
+
+
 def test_padding_changes_nothing(encoder, images, texts, hidden):
     module = modelling(encoder)
     losses = losses_of(module, encoder, images, texts, hidden)
@@ -216,7 +267,7 @@ def test_padding_changes_nothing(encoder, images, texts, hidden):
         for language, tokens in texts.items()
     }
     words = {language: F.pad(mask, (0, 4)) for language, mask in hidden.words.items()}
-    again = losses_of(module, encoder, images, longer, Hidden(words, hidden.patches))
+    again = losses_of(module, encoder, images, longer, Hidden(ROWS, words, hidden.patches))
     torch.testing.assert_close(again, losses)
 
 
@@ -292,7 +343,7 @@ def test_the_packages_encoders_learn_to_tell_what_they_cannot_see(towers):
     images = torch.randn(4, 3, 12, 12)
     texts = {"zh": pad([[1, 4 + n, 8 + n, 2] for n in range(4)], 0)}
     words = {"zh": torch.tensor([[False, True, False, False]] * 4)}
-    hidden = Hidden(words, torch.eye(4, 9, dtype=torch.bool))
+    hidden = Hidden({"zh": torch.arange(4)}, words, torch.eye(4, 9, dtype=torch.bool))
 
     def all_losses(images, texts):
         return losses_of(module, encoder, images, texts, hidden)
@@ -317,6 +368,7 @@ def test_where_nothing_is_hidden_losses_are_zero_and_reach_every_parameter(
     encoder, images, texts, hidden
 ):
     nothing = Hidden(
+        ROWS,
         {language: torch.zeros_like(mask) for language, mask in hidden.words.items()},
         torch.zeros_like(hidden.patches),
     )
@@ -338,12 +390,11 @@ def test_every_parameter_of_the_module_is_trained(encoder, images, texts, hidden
 
 def test_an_image_without_text_has_a_loss_of_its_own(encoder, images, texts, hidden):
     module = modelling(encoder, cmlm_weight=0.0)
-    zh = texts["zh"]
-    mask = zh.mask.clone()
-    mask[1] = False
-    text_states = {"zh": encoder.text_states(zh)._replace(mask=mask)}
+    zh = TokenBatch(texts["zh"].ids[[0, 2]], texts["zh"].mask[[0, 2]])
+    text_states = {"zh": encoder.text_states(zh)}
     states = encoder.image_states(images)
-    hides = Hidden({}, torch.tensor([[False] * 6, [True] * 3 + [False] * 3, [False] * 6]))
+    patches = torch.tensor([[False] * 6, [True] * 3 + [False] * 3, [False] * 6])
+    hides = Hidden({"zh": torch.tensor([0, 2])}, {}, patches)
     loss = module(encoder, images, states, {"zh": zh}, text_states, hides)["cmim"]
     assert loss.isfinite()
     gradients = torch.autograd.grad(

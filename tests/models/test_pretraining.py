@@ -46,7 +46,7 @@ def hidden(encoder, texts):
     rows, columns = encoder.grid_size
     patches = torch.zeros(3, rows * columns, dtype=torch.bool)
     patches[:, 0] = True
-    return Hidden(words, patches)
+    return Hidden(dict.fromkeys(texts, torch.arange(3)), words, patches)
 
 
 def test_two_towers_have_one_head_with_the_features_of_inference(tokenizer, batch):

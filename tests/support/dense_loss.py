@@ -1,5 +1,7 @@
 """Contrastive losses by their definition: one process, whole matrices, nothing of `vlm`."""
 
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 
@@ -50,5 +52,81 @@ def matches(image_ids, caption_ids):
                 for j in rows
             ]
             for i in rows
+        ]
+    )
+
+
+class Term(NamedTuple):
+    """Rows and columns to contrast; each has an image id, caption ids, and a sample's number."""
+
+    weight: float
+    rows: Any
+    columns: Any
+    row_keys: list
+    column_keys: list
+
+
+def bilingual_terms(
+    images, texts, image_ids, caption_ids, *, together=False, weights=None, pair=(), pair_weight=0.0
+):
+    """Pick out sample by sample what each term contrasts; a caption id of -1 is no caption.
+
+    `image_ids`, and `texts` and `caption_ids` by language, have a row for each sample.
+    """
+    ids = image_ids.tolist()
+    captions = {name: own.tolist() for name, own in caption_ids.items()}
+    samples = range(len(ids))
+
+    def keys(rows, names):
+        return [(ids[k], [captions[name][k] for name in names], k) for k in rows]
+
+    terms = []
+    if together:
+        rows = [k for k in samples if any(own[k] >= 0 for own in captions.values())]
+        columns = [(name, k) for name, own in captions.items() for k in samples if own[k] >= 0]
+        chosen = [texts[name][k] for name, k in columns]
+        stacked = torch.stack(chosen) if chosen else images[:0]
+        column_keys = [(ids[k], [captions[name][k]], k) for name, k in columns]
+        terms.append(Term(1.0, images[rows], stacked, keys(rows, captions), column_keys))
+    else:
+        for name, own in captions.items():
+            rows = [k for k in samples if own[k] >= 0]
+            both = keys(rows, [name])
+            weight = (weights or {}).get(name, 1.0)
+            terms.append(Term(weight, images[rows], texts[name][rows], both, both))
+    if pair_weight:
+        rows = [k for k in samples if all(captions[name][k] >= 0 for name in pair)]
+        both = keys(rows, pair)
+        terms.append(Term(pair_weight, *(texts[name][rows] for name in pair), both, both))
+    return terms
+
+
+def bilingual_definition(terms, kind, duplicates, scale, bias):
+    """The weighted mean of terms; one that nothing takes part in is 0."""
+    values = []
+    for term in terms:
+        own = torch.tensor([[i == j for *_, j in term.column_keys] for *_, i in term.row_keys])
+        masks = {"positives": same(term.row_keys, term.column_keys)}
+        if duplicates == "ignore":
+            masks = {"positives": own, "ignored": masks["positives"] & ~own}
+        if not len(term.rows):
+            values.append(0 * scale)
+        elif kind == "sigmoid":
+            values.append(sigmoid_definition(term.rows, term.columns, scale, bias, **masks))
+        else:
+            values.append(softmax_definition(term.rows, term.columns, scale, **masks))
+    total = sum(term.weight for term in terms)
+    return sum(term.weight * each for term, each in zip(terms, values, strict=True)) / total
+
+
+def same(row_keys, column_keys):
+    """Say which pairs share an image id or any caption id, one pair at a time."""
+    return torch.tensor(
+        [
+            [
+                image == other or any(own in others and own != -1 for own in captions)
+                for other, others, _ in column_keys
+            ]
+            for image, captions, _ in row_keys
         ]
     )

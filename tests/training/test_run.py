@@ -10,6 +10,7 @@ from vlm.data.config import CaptionConfig, DataConfig
 from vlm.data.sample import Batch
 from vlm.errors import ConfigError, DataError, TrainingError
 from vlm.losses.plan import LossConfig
+from vlm.models.dual_encoder import DualEncoder
 from vlm.text.tokenizer import TokenBatch
 from vlm.training.build import build_run
 from vlm.training.checkpoint import Progress
@@ -86,7 +87,7 @@ def test_a_description_names_model_data_loss_ranks_and_steps(inputs, tmp_path):
     assert [line.split(":")[0] for line in text.splitlines()] == [
         "model", "data", "loss", "ranks", "steps",
     ]  # fmt: skip
-    assert "12 samples, captions in zh, en" in text
+    assert "12 samples in 3 shards; captions in zh, en" in text
     assert "0 to 7 of 4 samples" in text
     assert not list(tmp_path.iterdir())
 
@@ -256,11 +257,34 @@ def test_languages_that_no_sample_has_are_refused_with_those_found(inputs, tmp_p
         build_run(settings)
 
 
+def test_a_run_on_one_language_pairs_encodes_the_captions_that_are_there(
+    inputs, tmp_path, monkeypatch
+):
+    languages = ("zh", "en")
+    samples = [
+        replace(each, captions={languages[k % 2]: each.captions[languages[k % 2]]})
+        for k, each in enumerate(make_samples(12))
+    ]
+    folder, encoded = write_split(tmp_path / "data", samples), []
+    text_features = DualEncoder.text_features
+
+    def counted(self, tokens):
+        encoded.append(len(tokens.ids))
+        return text_features(self, tokens)
+
+    monkeypatch.setattr(DualEncoder, "text_features", counted)
+    data = DataConfig(folder=folder, batch_size=12, workers=0)
+    build_run(config(inputs, tmp_path / "run", data=data, evaluation=EvaluationConfig())).fit()
+    assert encoded == [6, 6] * STEPS
+    assert set(losses(tmp_path / "run", "candidates").values()) == {6}
+
+
 def test_a_batch_is_split_into_parts_of_about_one_size():
     samples = torch.arange(7)
     batch = Batch(
         images=torch.zeros(7, 3, 2, 2),
         texts={"en": TokenBatch(samples[:, None], torch.ones(7, 1, dtype=torch.bool))},
+        text_rows={"en": samples},
         image_ids=samples,
         caption_ids={"en": samples + 10},
         uids=tuple("abcdefg"),
@@ -272,5 +296,6 @@ def test_a_batch_is_split_into_parts_of_about_one_size():
         assert torch.equal(joined, getattr(batch, field))
     assert torch.equal(torch.cat([part.texts["en"].ids for part in parts]), samples[:, None])
     assert torch.equal(torch.cat([part.caption_ids["en"] for part in parts]), samples + 10)
+    assert [part.text_rows["en"].tolist() for part in parts] == [[0, 1, 2], [0, 1, 2], [0]]
     assert [len(part.uids) for part in batch.split(1)] == [7]
     assert [len(part.uids) for part in batch.split(9)] == [1] * 7

@@ -5,7 +5,7 @@ import struct
 import tarfile
 from pathlib import Path
 
-from tools.emoji.packages import download_folder, run_tool
+from tools.packages import download_folder, run_tool
 from vlm.errors import DataError
 from vlm.files import write_file
 

@@ -1,18 +1,11 @@
 """The names that artists give their files, for the styles that ship no code points."""
 
 import re
-import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
-from tools.emoji.concepts import Concept
-
-
-def slug(text: str) -> str:
-    """Return a name as artists write it: lower-case ASCII words joined by hyphens."""
-    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
-    ascii_text = ascii_text.replace("&", "and").replace("'", "")
-    return re.sub(r"[^a-z0-9]+", "-", ascii_text).strip("-")
+from tools.emoji.concepts import Concept, concept_key, family_of
+from tools.iconify import IconSet, slug
 
 
 def squash(text: str) -> str:
@@ -48,6 +41,30 @@ def keys_by_squashed_name(concepts: Iterable[Concept]) -> dict[str, str]:
         for name in filter(None, (concept.unicode_name, concept.captions["en"][0])):
             keys[squash(name)].add(concept.key)
     return {name: owners.pop() for name, owners in keys.items() if len(owners) == 1}
+
+
+def names_by_key(icons: IconSet) -> dict[str, str]:
+    """Map the keys of concepts to the names of their icons, by the set's code points."""
+    return {concept_key(points): name for points, name in icons.name_by_code_points.items()}
+
+
+def match_names(icons: IconSet, key_by_name: Mapping[str, str]) -> dict[str, str]:
+    """Find the icon name of each concept through the names that concepts go by.
+
+    A drawing that concepts of different families claim is trusted for none of them: the name
+    "cricket" may be the insect or the game.
+
+    Returns:
+        Concept key to icon name.
+    """
+    matches: dict[str, str] = {}
+    for name in (*icons.icons, *icons.aliases):
+        if name in key_by_name:
+            matches.setdefault(key_by_name[name], name)
+    claims: defaultdict[str, set[str]] = defaultdict(set)
+    for key, name in matches.items():
+        claims[icons.drawing_of(name)].add(family_of(key))
+    return {key: name for key, name in matches.items() if len(claims[icons.drawing_of(name)]) == 1}
 
 
 def _names_of(concept: Concept) -> Iterator[str]:

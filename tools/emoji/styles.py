@@ -6,20 +6,14 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
+from tools.drawings import decode, draw_svg, encode, flatten, is_blank
 from tools.emoji import packages
 from tools.emoji.concepts import Concept, concept_key, region_of
-from tools.emoji.drawings import (
-    decode,
-    draw_flag,
-    draw_svg,
-    encode,
-    flatten,
-    is_blank,
-    load_glyphs,
-)
+from tools.emoji.flags import draw_flag, load_glyphs
 from tools.emoji.font import read_noto_font
-from tools.emoji.icons import IconSet
-from tools.emoji.names import keys_by_name, keys_by_squashed_name
+from tools.emoji.names import keys_by_name, keys_by_squashed_name, match_names, names_by_key
+from tools.iconify import IconSet
+from tools.packages import Package, fetch, read_archive
 
 # Two of FxEmoji's files show another thing than the emoji of that name: a musical keyboard and a
 # program's window.
@@ -69,7 +63,8 @@ def open_drawing_sets(concepts: Sequence[Concept], cache: Path) -> tuple[Drawing
     twemoji = _read_files(packages.TWEMOJI, cache, pattern=r".+/72x72/.+\.png$")
     font = read_noto_font(cache)
 
-    names = keys_by_name(concepts, tables=(noto.name_by_key, fluent_flat.name_by_key))
+    noto_names = names_by_key(noto)
+    names = keys_by_name(concepts, tables=(noto_names, names_by_key(fluent_flat)))
     fxemoji_names = {
         name: key
         for name, key in (keys_by_squashed_name(concepts) | names).items()
@@ -77,7 +72,7 @@ def open_drawing_sets(concepts: Sequence[Concept], cache: Path) -> tuple[Drawing
     }
     # Noto's SVGs lack the flags of countries; Fluent's 3D flags are Noto's drawings, which must
     # not be trained on.
-    noto_lacks = [concept for concept in concepts if concept.key not in noto.name_by_key]
+    noto_lacks = [concept for concept in concepts if concept.key not in noto_names]
     no_countries = [concept for concept in concepts if region_of(concept.key) is None]
     return (
         DrawingSet("emojione", "CC-BY-4.0", draw_icons(emojione, concepts, names)),
@@ -122,7 +117,7 @@ def draw_icons(
         concepts: What to draw, in this order.
         key_by_name: Names of the concepts, for sets that ship no code points.
     """
-    names = icons.name_by_key if key_by_name is None else icons.match_names(key_by_name)
+    names = names_by_key(icons) if key_by_name is None else match_names(icons, key_by_name)
     for concept in concepts:
         svg = icons.svg(names[concept.key]) if concept.key in names else None
         if svg is not None:
@@ -151,9 +146,9 @@ def draw_flags(font: bytes, concepts: Iterable[Concept]) -> Iterator[tuple[Conce
             yield concept, image
 
 
-def _read_icons(package: packages.Package, cache: Path) -> IconSet:
+def _read_icons(package: Package, cache: Path) -> IconSet:
     return IconSet.read(_read_files(package, cache, pattern=r"(icons|chars)\.json$"))
 
 
-def _read_files(package: packages.Package, cache: Path, *, pattern: str) -> dict[str, bytes]:
-    return packages.read_archive(packages.fetch(package, cache), pattern=pattern)
+def _read_files(package: Package, cache: Path, *, pattern: str) -> dict[str, bytes]:
+    return read_archive(fetch(package, cache), pattern=pattern)

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool
@@ -11,7 +12,7 @@ from torch import Tensor
 from vlm.data.examples import SECOND, Example
 from vlm.data.sample import Batch
 from vlm.errors import ConfigError
-from vlm.text.caption_ids import NO_CAPTION, text_id
+from vlm.text.caption_ids import text_id
 from vlm.text.masking import word_mask
 from vlm.text.tokenizer import Tokenizer
 
@@ -28,34 +29,45 @@ class MaskPlan:
     """Rows and columns of an image's patches."""
 
 
+class _Caption(NamedTuple):
+    """A caption of a batch."""
+
+    row: int
+    """Of its example."""
+    text: str
+    seed: int
+    """Decides which of its words are hidden."""
+
+
 def collate(
     examples: Sequence[Example], *, tokenizer: Tokenizer, masks: MaskPlan | None = None
 ) -> Batch:
-    """Stack examples; the texts of a language are padded to the longest of them."""
+    """Stack examples; the captions of a language are padded to the longest of them."""
     masks = masks or MaskPlan()
-    captions = {
-        language: [example.captions[language] for example in examples]
-        for language in examples[0].captions
-    }
-    tokens = {language: tokenizer.encode(texts) for language, texts in captions.items()}
+    captions = {language: _captions(examples, language) for language in examples[0].captions}
+    texts = {language: [each.text for each in of] for language, of in captions.items()}
+    tokens = {language: tokenizer.encode(each) for language, each in texts.items()}
     return Batch(
         images=torch.stack([example.image for example in examples]),
         texts=tokens,
+        text_rows={
+            language: torch.tensor([each.row for each in of]) for language, of in captions.items()
+        },
         image_ids=torch.tensor([example.image_id for example in examples]),
         caption_ids={
-            language: torch.tensor([text_id(text) if text else NO_CAPTION for text in texts])
-            for language, texts in captions.items()
+            language: torch.tensor([text_id(text) for text in each])
+            for language, each in texts.items()
         },
         uids=tuple(example.uid for example in examples),
         hidden_words={
             language: word_mask(
                 tokenizer,
-                texts,
+                texts[language],
                 tokens[language],
                 masks.text_ratio,
-                [random.Random(f"{example.seed}/{language}") for example in examples],
+                [random.Random(f"{each.seed}/{language}") for each in of],
             )
-            for language, texts in captions.items()
+            for language, of in captions.items()
             if masks.text_ratio and not language.endswith(SECOND)
         },
         # Each by its own seed, so that a batch in parts hides what the whole one does.
@@ -69,6 +81,16 @@ def collate(
         else None,
         skipped=tuple(each for example in examples for each in example.skipped),
     )
+
+
+def _captions(examples: Sequence[Example], language: str) -> list[_Caption]:
+    """Return the captions that are there; an empty one past the last example if there are none."""
+    there = [
+        _Caption(row, each.captions[language], each.seed)
+        for row, each in enumerate(examples)
+        if each.captions[language]
+    ]
+    return there or [_Caption(len(examples), "", seed=0)]
 
 
 def draw_patches(

@@ -39,8 +39,11 @@ class SourceConfig:
     """The folder that relative paths in a table start from; null is the folder of the table."""
     where: tuple[str, ...] = ()
     """Conditions on samples, such as `source=noto`, `group!=flags` or `languages=en+zh`."""
+    name: str = ""
+    """Names the source where there are several; by default the last part of its path."""
     weight: float | None = None
-    """Share of the samples of a step, relative to the other sources; null is the size."""
+    """Share of the samples of a step, relative to the other sources; null, for all of them, is the
+    size."""
 
     def __post_init__(self) -> None:
         for language, fields in self.captions.items():
@@ -67,8 +70,9 @@ class MixtureConfig:
 
     schedule: tuple[PhaseConfig, ...] = ()
     """Weights that change with the step, instead of those of the sources."""
-    batch_by: Literal["sample", "source"] = "sample"
-    """What the weights are shares of: the samples of each batch, or batches of one source each."""
+    batch_by: str = ""
+    """What a batch has one of or few, so that its samples are hard to tell apart: `source`, one a
+    batch, or a label of the samples, such as a cluster. Empty for random samples."""
 
     def __post_init__(self) -> None:
         ends = [phase.until for phase in self.schedule]
@@ -91,14 +95,20 @@ class MixtureConfig:
 class DataConfig:
     """The images and captions of a run."""
 
-    folder: Path = Path("data/emoji")
-    """A data folder with a manifest."""
-    split: str = "train"
-    """The split of the folder to train on."""
+    folder: str | Path = "data/emoji"
+    """The source to train on, where there is one: a data folder, tars, a table, ..., as the path of
+    a source."""
+    split: str = DEFAULT_SPLIT
+    """The split of it to train on."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Several sources to train on, instead of `folder` and `split`."""
     batch_size: int = 256
     """Samples in one step, summed over all processes."""
     workers: int = 2
     """Processes that decode images, for each training process; 0 decodes in that process."""
+    verify: Verify = "once"
+    """When the SHA-256 of a data folder's shards is compared with its manifest: `once` on a
+    machine, at `each_open`, or never (`size`). Sizes always are."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     skip_batches: tuple[tuple[int, int], ...] = ()
     """First and last numbers of batches to pass over, counted from 0: such as those that a loss has
@@ -120,6 +130,28 @@ class DataConfig:
                 f"skip_batches is {self.skip_batches}; expected pairs of a first number from 0 and "
                 "a last one that is no smaller"
             )
+        if len({source.weight is None for source in self.sources}) > 1:
+            raise ConfigError("some sources have a weight; expected one for each or for none")
+        known = list(self.by_name)
+        for phase in self.mixture.schedule:
+            if unknown := [name for name in phase.weights if name not in known]:
+                raise ConfigError(
+                    f"the schedule of the mixture has weights of {', '.join(unknown)}; the "
+                    f"sources are {', '.join(known)}"
+                )
+
+    @property
+    def by_name(self) -> dict[str, SourceConfig]:
+        """The sources by their names; a single one is `data`."""
+        if not self.sources:
+            return {"data": SourceConfig(path=str(self.folder), split=self.split)}
+        found: dict[str, SourceConfig] = {}
+        for source in self.sources:
+            name = source.name or Path(source.path).name
+            if name in found:
+                raise ConfigError(f"two sources are called {name!r}; expected a `name` for each")
+            found[name] = source
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

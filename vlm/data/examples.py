@@ -13,8 +13,7 @@ from vlm.data.config import CaptionConfig
 from vlm.data.order import SampleKey, SourceOrder
 from vlm.data.sample import Sample, SkippedSample
 from vlm.data.source import Source
-from vlm.errors import DataError, ShardError
-from vlm.images.decoding import decode_image
+from vlm.errors import DataError
 from vlm.images.transforms import TrainingTransform
 from vlm.text.caption_ids import text_id
 
@@ -54,7 +53,10 @@ class TrainingExamples(Dataset[Example]):
     seed: int
     keep_decoded: bool = False
     """Whether each process keeps the images it has decoded."""
-    _decoded: dict[tuple[int, int, int], Image.Image] = field(default_factory=dict, init=False)
+    _decoded: dict[tuple[int, int, int], dict[int, Image.Image]] = field(
+        default_factory=dict, init=False
+    )
+    """By source, shard and row, and by scale."""
 
     def __getitem__(self, key: SampleKey) -> Example:
         skipped: list[SkippedSample] = []
@@ -64,8 +66,6 @@ class TrainingExamples(Dataset[Example]):
             try:
                 sample = source.at(substitute.shard, substitute.row)
                 return replace(self._example(substitute, sample), skipped=tuple(skipped))
-            except ShardError:
-                raise
             except DataError as error:  # not MemoryError and the like, which are not the sample's
                 address = source.address(substitute.shard, substitute.row)
                 uid = "" if sample is None else sample.uid
@@ -93,19 +93,13 @@ class TrainingExamples(Dataset[Example]):
                 second_of(language): choose_caption(sample, language, 0.0, rng)
                 for language in languages
             }
-        image = self.transform(self._image(key, sample), rng)
+        name, kept = f"{sample.uid} ({sample.address})", None
+        if self.keep_decoded:
+            kept = self._decoded.setdefault((key.source, key.shard, key.row), {})
+        image = self.transform.decode(sample.image, rng, name=name, kept=kept)
         return Example(
             sample.uid, image, text_id(sample.concept), captions, seed=rng.getrandbits(63)
         )
-
-    def _image(self, key: SampleKey, sample: Sample) -> Image.Image:
-        place = (key.source, key.shard, key.row)
-        if place in self._decoded:
-            return self._decoded[place]
-        image = decode_image(sample.image, name=f"{sample.uid} ({sample.address})")
-        if self.keep_decoded:
-            self._decoded[place] = image
-        return image
 
 
 def second_of(language: str) -> str:

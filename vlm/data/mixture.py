@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from vlm.data.config import DataConfig
 from vlm.data.order import SampleKey, SourceOrder, permutation
 from vlm.errors import ConfigError
 
@@ -81,6 +82,26 @@ class Mixture:
     def skips(self, batch: int) -> bool:
         """Say whether a batch is passed over."""
         return any(first <= batch <= last for first, last in self.skipped)
+
+
+def mixture_of(data: DataConfig, sizes: Mapping[str, int]) -> Mixture:
+    """Return the mixture that the settings ask for.
+
+    Args:
+        data: The settings.
+        sizes: The number of samples in each source, by name.
+    """
+    given = {name: source.weight for name, source in data.by_name.items()}
+    weights = [float(given[name] or size) for name, size in sizes.items()]
+    phases = [
+        (phase.until, [phase.weights.get(name, 0.0) for name in sizes])
+        for phase in data.mixture.schedule
+    ]
+    return Mixture(
+        phases=phases or [(None, weights)],
+        by_source=data.mixture.batch_by == "source",
+        skipped=data.skip_batches,
+    )
 
 
 class _Draw(NamedTuple):

@@ -3,7 +3,7 @@
 Memory is that of a block of each stream, whatever the size of the data.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -62,6 +62,8 @@ class SourceOrder:
         streams: Number of streams, which determines the order.
         seed: Modulo 2**64.
         block: Samples that are shuffled together, at least.
+        groups: Gives the group of each row of a shard, if neighbours in the order are to be of one.
+        run: How many neighbours.
 
     Raises:
         ConfigError: there are fewer samples than streams.
@@ -72,6 +74,8 @@ class SourceOrder:
     streams: int = 1
     seed: int = 0
     block: int = BLOCK
+    groups: Callable[[int], NDArray[np.int64]] | None = None
+    run: int = 1
     _blocks: dict[int, _Block] = field(default_factory=dict, init=False, repr=False)
     """The block that each stream read last."""
 
@@ -116,7 +120,9 @@ class SourceOrder:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Send no blocks to worker processes, which need them only where a sample is damaged."""
-        return type(self), (self.name, self.sizes, self.streams, self.seed, self.block)
+        return type(self), (
+            self.name, self.sizes, self.streams, self.seed, self.block, self.groups, self.run
+        )  # fmt: skip
 
     def _block_at(self, stream: int, epoch: int, place: int) -> _Block:
         known = self._blocks.get(stream)
@@ -136,17 +142,22 @@ class SourceOrder:
                 break
             number, left, first = number + 1, right, int(stops[right - 1])
         of = slice(left, right)
+        size, names = int(stops[right - 1]) - first, (self.seed, text_id(self.name), epoch, stream)
         block = _Block(
             epoch=epoch,
             first=first,
             shards=shards[of],
             rows=(begins - (ends - self.sizes[shards]))[of],
             starts=begins[of] - start - first,
-            order=permutation(
-                int(stops[right - 1]) - first,
-                self.seed, text_id(self.name), epoch, stream, number,
-            ),
-        )  # fmt: skip
+            order=permutation(size, *names, number),
+        )
+        if self.groups is not None:
+            sizes = np.diff(np.append(block.starts, size))
+            parts = zip(block.shards.tolist(), block.rows.tolist(), sizes.tolist(), strict=True)
+            groups = [self.groups(shard)[row : row + rows] for shard, row, rows in parts]
+            block = block._replace(
+                order=_in_runs(block.order, np.concatenate(groups), self.run, *names, number)
+            )
         self._blocks[stream] = block
         return block
 
@@ -156,6 +167,17 @@ def _shard_order(order: SourceOrder, epoch: int) -> tuple[NDArray[np.int32], NDA
     """Return an epoch's sequence of shards, and the samples up to the end of each."""
     shards = permutation(len(order.sizes), order.seed, text_id(order.name), epoch)
     return shards, np.cumsum(order.sizes[shards])
+
+
+def _in_runs(
+    order: NDArray[np.int32], groups: NDArray[np.int64], run: int, *names: int
+) -> NDArray[np.int32]:
+    """Sort an order by group, and permute runs of so many neighbours, each with a group or few."""
+    hashes = _hash(groups[order].astype(np.uint64), *names)
+    sorted_order = order[np.argsort(hashes, kind="stable")]
+    whole = len(order) // run * run  # what is left over comes last
+    runs = sorted_order[:whole].reshape(-1, run)[permutation(whole // run, *names, run)]
+    return np.concatenate([runs.reshape(-1), sorted_order[whole:]])
 
 
 def permutation(size: int, *names: int) -> NDArray[np.int32]:

@@ -4,6 +4,7 @@ import mmap
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import accumulate
@@ -24,6 +25,7 @@ from vlm.data.sample import Sample
 from vlm.data.scanning import scan_tar, tar_content
 from vlm.errors import DataError, ShardError
 from vlm.images.decoding import decode_image
+from vlm.text.caption_ids import text_id
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +58,7 @@ class Source:
         self._shards = shards
         self._settings = (verify, keep_open)
         self._ends = list(accumulate(map(len, shards)))
-        self._opened = lru_cache(keep_open)(self._open)
+        self._tried = lru_cache(keep_open)(self._try_to_open)
 
     @property
     def name(self) -> str:
@@ -101,7 +103,10 @@ class Source:
 
     def address(self, shard: int, row: int) -> str:
         """Return where a sample lies: the file of its image, or `SHARD#ROW`, rows from 0."""
-        return self._opened(shard).address(self._row(shard, row))
+        found, row = self._shards[shard], self._row(shard, row)
+        with suppress(ShardError):
+            return self._opened(shard).address(row)
+        return f"{found.file.path}#{found.start + row}"
 
     def rows(self, shard: int, columns: Sequence[str]) -> list[dict[str, Any]]:
         """Return some columns of the index of a shard, a row a sample."""
@@ -109,6 +114,12 @@ class Source:
         table = self._opened(shard).table.select(list(columns))
         rows: list[dict[str, Any]] = (table if kept is None else table.take(kept)).to_pylist()
         return rows
+
+    def label_ids(self, key: str, shard: int) -> NDArray[np.int64]:
+        """Return a number for a label of each sample of a shard, equal where that is equal."""
+        labels = [dict(row["labels"] or ()).get(key, "") for row in self.rows(shard, ["labels"])]
+        ids = {label: text_id(label) for label in set(labels)}
+        return np.array([ids[label] for label in labels], np.int64)
 
     def damaged(self) -> Iterator[str]:
         """Give a sentence for every sample that cannot be read, and one for a damaged shard."""
@@ -186,6 +197,18 @@ class Source:
             raise IndexError(row)
         kept = self._shards[shard].kept
         return row if kept is None else int(kept[row])
+
+    def _opened(self, number: int) -> "_OpenShard":
+        found = self._tried(number)
+        if isinstance(found, ShardError):
+            raise ShardError(str(found))
+        return found
+
+    def _try_to_open(self, number: int) -> "_OpenShard | ShardError":
+        try:
+            return self._open(number)
+        except ShardError as error:  # kept, so that a damaged shard is looked through once
+            return error
 
     def _open(self, number: int) -> "_OpenShard":
         shard = self._shards[number]

@@ -2,10 +2,13 @@
 
 import io
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from vlm.errors import DataError
 
@@ -30,25 +33,102 @@ _UPRIGHT_BY = {
 }
 """By EXIF orientation, what turns an image upright; 1 and unknown values are upright already."""
 
+_QUARTER_TURNS = tuple(_UPRIGHT_BY[orientation] for orientation in (5, 6, 7, 8))
+
 
 def decode_image(source: ImageSource, *, name: str = "the image") -> Image.Image:
     """Return an upright RGB image, the first frame of several; transparency is laid on white.
 
     Args:
-        source: An open image, the path of a file or the encoded bytes.
+        source: An open image, which is left as it is, the path of a file or the encoded bytes.
         name: What to call the image in an error where `source` is no path.
 
     Raises:
         DataError: the file is missing, no JPEG, PNG, WebP or GIF, too large, or damaged.
     """
+    if isinstance(source, Image.Image):
+        image = read_pixels(source, name=name)
+        return image.copy() if image is source else image
+    if isinstance(source, Path):
+        name = str(source)
+    return read_pixels(open_image(source, name=name), name=name)
+
+
+def open_image(source: Path | bytes, *, name: str) -> Image.Image:
+    """Open an encoded image without reading its pixels; a `DataError` as for `decode_image`."""
+    with _errors_of(name):
+        data = source.read_bytes() if isinstance(source, Path) else source
+        try:
+            return Image.open(io.BytesIO(data), formats=FORMATS)
+        except UnidentifiedImageError:
+            # Pillow reads a JPEG's resolution from its EXIF on opening, and gives up on some.
+            data = data.replace(b"Exif\0\0", b"none\0\0", 1)
+            return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def is_jpeg(image: Image.Image) -> bool:
+    """Whether an open image is a JPEG, which alone can be decoded smaller than it is."""
+    return isinstance(image, JpegImageFile)
+
+
+def upright_size(jpeg: Image.Image) -> tuple[int, int]:
+    """Return width and height of an open JPEG once it is upright; its EXIF precedes its pixels."""
+    width, height = jpeg.size
+    return (height, width) if _upright_turn(jpeg) in _QUARTER_TURNS else (width, height)
+
+
+def jpeg_scale(jpeg: Image.Image, shrink: float) -> int:
+    """Return how many times smaller an open JPEG can be decoded: a power of 2 up to `shrink`.
+
+    Its blocks of 8 x 8 frequencies are unpacked to 4 x 4, 2 x 2 or one pixel.
+    """
+    return max(scale for scale in (1, 2, 4, 8) if scale <= max(1, min(shrink, *jpeg.size)))
+
+
+def read_pixels(image: Image.Image, *, name: str, scale: int = 1) -> Image.Image:
+    """Return an open image upright, in RGB, on white; a `DataError` as for `decode_image`.
+
+    Args:
+        image: An image of any mode; an upright JPEG in RGB is itself what is returned.
+        name: What to call it in an error.
+        scale: How many times smaller each side of a JPEG is decoded, a `jpeg_scale`; rounded up.
+    """
+    with _errors_of(name):
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise DataError(f"{name} has {width} x {height} pixels; at most {MAX_PIXELS} are read")
+        if scale > 1:
+            image.draft(None, (image.width // scale, image.height // scale))
+        image.load()  # before the EXIF is read, whose errors are ignored and may be those of pixels
+        turn = _upright_turn(image)
+        upright = image if turn is None else image.transpose(turn)
+        if upright.mode.startswith("I"):
+            upright = _eight_bits(upright)
+        if upright.has_transparency_data:
+            transparent = upright.convert("RGBA")
+            upright = Image.new("RGBA", transparent.size, "white")
+            upright.alpha_composite(transparent)
+        # A JPEG holds nothing but its pixels by now; open images of other formats hold decoders.
+        return upright if is_jpeg(upright) and upright.mode == "RGB" else upright.convert("RGB")
+
+
+def _upright_turn(image: Image.Image) -> Image.Transpose | None:
+    """Return what turns an image as its EXIF orientation says, if anything does.
+
+    `ImageOps.exif_transpose` would write all tags back, and fail on any that has a wrong type.
+    """
     try:
-        if isinstance(source, Image.Image):
-            return _upright_rgb(source, name)
-        if isinstance(source, Path):
-            name = str(source)
-            source = source.read_bytes()
-        with _opened(source) as image:
-            return _upright_rgb(image, name)
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        return _UPRIGHT_BY.get(orientation) if isinstance(orientation, int) else None
+    except Exception:  # Pillow's readers of EXIF and XMP raise what the bytes happen to provoke
+        return None
+
+
+@contextmanager
+def _errors_of(name: str) -> Iterator[None]:
+    """Raise as a `DataError` what Pillow raises for an image that cannot be read."""
+    try:
+        yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{name} is too large: {error}") from error
     except UnidentifiedImageError as error:
@@ -61,42 +141,6 @@ def decode_image(source: ImageSource, *, name: str = "the image") -> Image.Image
             bound = f"{PngImagePlugin.MAX_TEXT_CHUNK >> 20} MiB"
             raise DataError(f"{name} has metadata of more than {bound}") from error
         raise DataError(f"{name} is damaged: {error}") from error
-
-
-def _opened(data: bytes) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError:
-        # Pillow reads a JPEG's resolution from its EXIF on opening, and gives up on some blocks.
-        return Image.open(io.BytesIO(data.replace(b"Exif\0\0", b"none\0\0", 1)), formats=FORMATS)
-
-
-def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise DataError(f"{name} has {width} x {height} pixels; at most {MAX_PIXELS} are read")
-    image.load()  # before the EXIF is read, whose errors are ignored and may be those of pixels
-    upright = _upright(image)
-    if upright.mode.startswith("I"):
-        upright = _eight_bits(upright)
-    if upright.has_transparency_data:
-        transparent = upright.convert("RGBA")
-        upright = Image.new("RGBA", transparent.size, "white")
-        upright.alpha_composite(transparent)
-    return upright.convert("RGB")
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Turn an image as its EXIF orientation says.
-
-    `ImageOps.exif_transpose` would write all tags back, and fail on any that has a wrong type.
-    """
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-        method = _UPRIGHT_BY.get(orientation) if isinstance(orientation, int) else None
-    except Exception:  # Pillow's readers of EXIF and XMP raise what the bytes happen to provoke
-        method = None
-    return image if method is None else image.transpose(method)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -3,19 +3,21 @@
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
 
 from vlm.errors import ConfigError
 from vlm.images.config import AugmentationConfig, PreprocessConfig
+from vlm.images.decoding import is_jpeg, jpeg_scale, open_image, read_pixels, upright_size
 
 # ITU-R BT.601 luma and the colour axes of NTSC.
 _YIQ_FROM_RGB = torch.tensor(
@@ -70,6 +72,29 @@ def _without_extreme_sides(
     return image
 
 
+@dataclass(frozen=True, slots=True)
+class _Crop:
+    """The rectangle of an image that becomes the model's input, in the image's pixels."""
+
+    width: float
+    height: float
+    middle_x: float
+    middle_y: float
+    angle: float
+    """Of the rectangle in the image, in radians."""
+    mirrored: bool
+
+    def in_smaller(self, scale: int) -> "_Crop":
+        """Return the same rectangle in an image that is `scale` times smaller."""
+        return replace(
+            self,
+            width=self.width / scale,
+            height=self.height / scale,
+            middle_x=self.middle_x / scale,
+            middle_y=self.middle_y / scale,
+        )
+
+
 class TrainingTransform:
     """Augments an image with random numbers from the generator it is given, and no others.
 
@@ -89,41 +114,112 @@ class TrainingTransform:
 
     def __call__(self, image: Image.Image, rng: random.Random) -> Float[Tensor, "3 height width"]:
         """Change an RGB image at random and return it as a normalised tensor."""
-        image = self._sample(image, rng)
-        pixels = torch.from_numpy(np.array(image)).view(-1, 3).T.float().div_(255)
-        pixels = self._recolour(pixels, rng)
-        normalised = pixels.sub_(self._mean).div_(self._std)
-        return normalised.view(3, self.image_size, self.image_size)
+        crop = self._draw_crop(image.size, rng)
+        return self._normalised(self._sample(image, crop), rng)
 
-    def _sample(self, image: Image.Image, rng: random.Random) -> Image.Image:
-        """Draw the crop and sample it at the size of the model's input."""
-        config, side = self.augmentation, self.image_size
+    def decode(
+        self,
+        data: bytes,
+        rng: random.Random,
+        *,
+        name: str = "the image",
+        kept: dict[int, Image.Image] | None = None,
+    ) -> Float[Tensor, "3 height width"]:
+        """Decode an image, change it at random and return it as a normalised tensor.
+
+        A JPEG is decoded at the smallest scale at which its crop is no smaller than the model's
+        input, and the crop is resized unless it is turned. That takes less time than `__call__` of
+        the decoded image, and is close to it; for other formats the tensors are equal.
+
+        Args:
+            data: The encoded image.
+            rng: Decides every change.
+            name: What to call the image in an error.
+            kept: What was decoded of this image before, by scale; what is decoded now is added.
+
+        Raises:
+            DataError: as for `decode_image`.
+        """
+        kept = {} if kept is None else kept
+        opened = open_image(data, name=name)
+
+        def pixels(scale: int) -> Image.Image:
+            if scale not in kept:
+                kept[scale] = read_pixels(opened, name=name, scale=scale)
+            return kept[scale]
+
+        if not is_jpeg(opened):
+            return self(pixels(1), rng)
+        crop = self._draw_crop(upright_size(opened), rng)
+        scale = jpeg_scale(opened, min(crop.width, crop.height) / self.image_size)
+        sample = self._sample if crop.angle else self._resize
+        return self._normalised(sample(pixels(scale), crop.in_smaller(scale)), rng)
+
+    def _draw_crop(self, size: tuple[int, int], rng: random.Random) -> _Crop:
+        config = self.augmentation
         area, ratio = rng.uniform(*config.crop_area), rng.uniform(*config.crop_ratio)
         # The crop that evaluation would make.
-        sides = {"squash": image.size, "longest": (max(image.size),) * 2}
-        whole = sides.get(self._resize_mode, (min(image.size),) * 2)
+        sides = {"squash": size, "longest": (max(size),) * 2}
+        whole = sides.get(self._resize_mode, (min(size),) * 2)
         width, height = whole[0] * math.sqrt(area * ratio), whole[1] * math.sqrt(area / ratio)
         # A crop lies anywhere in the image; one that is larger has the image anywhere in it.
         middle_x, middle_y = (
             extent / 2
             + rng.uniform(-1, 1) * abs(extent - crop) / 2
             + rng.uniform(-1, 1) * config.translation * extent
-            for extent, crop in ((image.width, width), (image.height, height))
+            for extent, crop in zip(size, (width, height), strict=True)
         )
         angle = math.radians(rng.uniform(-config.rotation, config.rotation))
-        mirror = -1 if rng.random() < config.flip else 1
+        return _Crop(width, height, middle_x, middle_y, angle, rng.random() < config.flip)
+
+    def _sample(self, image: Image.Image, crop: _Crop) -> UInt8[Tensor, "3 height width"]:
+        """Sample a crop at the size of the model's input; white where it leaves the image."""
+        side = self.image_size
         # The sampler looks at few pixels around each point, so large images are shrunk before.
-        shrink = max(1, int(min(width, height) / side))
+        shrink = max(1, int(min(crop.width, crop.height) / side))
         image = image.reduce(shrink) if shrink > 1 else image
-        step_x, step_y = mirror * width / side / shrink, height / side / shrink
-        a, b = step_x * math.cos(angle), -step_y * math.sin(angle)
-        d, e = step_x * math.sin(angle), step_y * math.cos(angle)
-        c = middle_x / shrink - (a + b) * side / 2
-        f = middle_y / shrink - (d + e) * side / 2
-        return image.transform(
+        mirror = -1 if crop.mirrored else 1
+        step_x, step_y = mirror * crop.width / side / shrink, crop.height / side / shrink
+        a, b = step_x * math.cos(crop.angle), -step_y * math.sin(crop.angle)
+        d, e = step_x * math.sin(crop.angle), step_y * math.cos(crop.angle)
+        c = crop.middle_x / shrink - (a + b) * side / 2
+        f = crop.middle_y / shrink - (d + e) * side / 2
+        sampled = image.transform(
             (side, side), Image.Transform.AFFINE, (a, b, c, d, e, f), self._resampling,
             fillcolor="white",
         )  # fmt: skip
+        # numpy swaps axes several times as fast as torch.
+        return torch.from_numpy(np.ascontiguousarray(np.asarray(sampled).transpose(2, 0, 1)))
+
+    def _resize(self, image: Image.Image, crop: _Crop) -> UInt8[Tensor, "3 height width"]:
+        """Do what `_sample` does, for a crop that is not turned: smoother, and twice as fast.
+
+        The crop begins and ends at whole pixels of the image, the nearest ones.
+        """
+        side = self.image_size
+        (left, right, x, x_end), (top, bottom, y, y_end) = (
+            _visible_part(middle, length, extent, side)
+            for middle, length, extent in (
+                (crop.middle_x, crop.width, image.width),
+                (crop.middle_y, crop.height, image.height),
+            )
+        )
+        view = torch.full((3, side, side), 255, dtype=torch.uint8)
+        if x < x_end and y < y_end:
+            part = torch.from_numpy(np.array(image.crop((left, top, right, bottom))))
+            view[:, y:y_end, x:x_end] = F.interpolate(
+                part.permute(2, 0, 1)[None],
+                size=(y_end - y, x_end - x),
+                mode=self._resampling.name.lower(),
+                antialias=True,
+            )[0]
+        return view.flip(2) if crop.mirrored else view
+
+    def _normalised(
+        self, pixels: UInt8[Tensor, "3 height width"], rng: random.Random
+    ) -> Float[Tensor, "3 height width"]:
+        recoloured = self._recolour(pixels.flatten(1).float().div_(255), rng)
+        return recoloured.sub_(self._mean).div_(self._std).view_as(pixels)
 
     def _recolour(
         self, pixels: Float[Tensor, "3 pixels"], rng: random.Random
@@ -141,6 +237,30 @@ class TrainingTransform:
         cosine, sine = saturation * math.cos(hue), saturation * math.sin(hue)
         turn = torch.tensor([[1.0, 0.0, 0.0], [0.0, cosine, -sine], [0.0, sine, cosine]])
         colours: Tensor = _RGB_FROM_YIQ @ turn @ _YIQ_FROM_RGB * (brightness * contrast)
-        # Contrast moves away from the image's mean grey, which the other changes leave alone.
-        grey = brightness * float(_LUMA @ pixels.mean(dim=1))
-        return (colours @ pixels).add_((1 - contrast) * grey).clamp_(0, 1)
+        recoloured = colours @ pixels
+        if contrast != 1:
+            # It moves away from the image's mean grey, which the other changes leave alone. Pixels
+            # are summed as they lie in an image, since the order decides the last bits.
+            grey = brightness * float(_LUMA @ pixels.T.contiguous().mean(dim=0))
+            recoloured += (1 - contrast) * grey
+        return recoloured.clamp_(0, 1)
+
+
+def _visible_part(
+    middle: float, length: float, extent: int, side: int
+) -> tuple[int, int, int, int]:
+    """Return which part of a crop shows the image, along one axis.
+
+    Args:
+        middle: Of the crop, in the image's pixels.
+        length: Of the crop, in the image's pixels.
+        extent: Length of the image.
+        side: Length of the crop in pixels of its own.
+
+    Returns:
+        The part's ends in the image, then in the crop.
+    """
+    before, after = max(0.0, length / 2 - middle), max(0.0, middle + length / 2 - extent)
+    start = min(round(max(0.0, middle - length / 2)), extent - 1)
+    end = max(round(min(extent, middle + length / 2)), start + 1)
+    return start, end, round(before / length * side), side - round(after / length * side)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -25,9 +25,11 @@ _ROWS_AT_ONCE = 4096  # of logits over the vocabulary that are kept for the back
 
 
 class Hidden(NamedTuple):
-    """What is hidden of a batch."""
+    """What is hidden of a batch, and which of its images the texts belong to."""
 
-    words: Mapping[str, Bool[Tensor, "batch length"]]
+    rows: Mapping[str, Int64[Tensor, " texts"]]
+    """By the names of the texts, the image of each; past the last image for a text of none."""
+    words: Mapping[str, Bool[Tensor, "texts length"]]
     """True at masked tokens, by the names of the texts that are masked."""
     patches: Bool[Tensor, "batch patches"] | None = None
     """True at hidden patches, row by row; None where none are."""
@@ -89,7 +91,7 @@ class MaskedModelling(nn.Module):
     ) -> dict[str, Float[Tensor, ""]]:
         """Encode texts without their words, images without patches, and predict what is missing.
 
-        The states given are those of whole images and texts: one or more captions of each image, by
+        The states given are those of whole images and texts: at most one caption of each image a
         language. Where nothing is hidden a loss is 0, with gradients of 0.
 
         Returns:
@@ -100,14 +102,16 @@ class MaskedModelling(nn.Module):
         """
         losses = {}
         if CMLM in self.names:
-            losses[CMLM] = self._words_loss(encoder, image_states, texts, hidden.words)
+            losses[CMLM] = self._words_loss(encoder, image_states, texts, hidden)
         if CMIM in self.names:
             assert hidden.patches is not None
             target = patch_pixels(images, encoder.grid_size) if self.pixels else teacher_tokens
             assert target is not None
             with kept_statistics(encoder):  # evaluation sees whole images
                 states = encoder.image_states(images, hidden=hidden.patches)
-            losses[CMIM] = self._patches_loss(states, text_states, hidden.patches, target)
+            losses[CMIM] = self._patches_loss(
+                states, text_states, hidden.rows, hidden.patches, target
+            )
         return losses
 
     def _words_loss(
@@ -115,13 +119,16 @@ class MaskedModelling(nn.Module):
         encoder: Encoder,
         image_states: States,
         texts: Mapping[str, TokenBatch],
-        words: Mapping[str, Tensor],
+        hidden: Hidden,
     ) -> Float[Tensor, ""]:
         predicted, ids = [], []
-        for language in (name for name in texts if name in words):
-            tokens, mask = texts[language], words[language]
+        for language in (name for name in texts if name in hidden.words):
+            tokens, mask = texts[language], hidden.words[language]
             states = encoder.text_states(tokens, replaced=(mask, self.mask_vector))
-            decoded = self.image_to_text(states.tokens, image_states.tokens, query_mask=states.mask)
+            # A text of no image has no masked words, so that it may look at any.
+            rows = hidden.rows[language].clamp(max=len(image_states.tokens) - 1)
+            seen = image_states.tokens.index_select(0, rows)
+            decoded = self.image_to_text(states.tokens, seen, query_mask=states.mask)
             predicted.append(decoded[mask])
             ids.append(tokens.ids[mask])
         rows = encoder.token_embedding.weight
@@ -132,6 +139,7 @@ class MaskedModelling(nn.Module):
         self,
         states: States,
         text_states: Mapping[str, States],
+        rows: Mapping[str, Tensor],
         patches: Bool[Tensor, "batch patches"],
         target: Float[Tensor, "batch target_patches numbers"],
     ) -> Float[Tensor, ""]:
@@ -141,11 +149,13 @@ class MaskedModelling(nn.Module):
                 f"images have {target.shape[1]} patches of {target.shape[2]} numbers to predict; "
                 f"expected {expected[0]} of {expected[1]}"
             )
-        texts = text_states.values()
+        tokens, masks = [], []
+        for language, text in text_states.items():
+            assert text.mask is not None
+            tokens.append(by_sample(text.tokens, rows[language], len(patches)))
+            masks.append(by_sample(text.mask, rows[language], len(patches)))
         decoded = self.text_to_image(
-            states.tokens,
-            torch.cat([text.tokens for text in texts], dim=1),
-            key_mask=torch.cat([text.mask for text in texts if text.mask is not None], dim=1),
+            states.tokens, torch.cat(tokens, dim=1), key_mask=torch.cat(masks, dim=1)
         )
         predicted = self.patch_head(decoded[patches]).float()
         # He et al. 2022, section 3: each patch by its own mean and deviation; Baevski et al. 2022
@@ -154,6 +164,21 @@ class MaskedModelling(nn.Module):
         distance = F.mse_loss if self.pixels else F.smooth_l1_loss
         total: Tensor = distance(predicted, truth, reduction="sum")
         return total / max(1, truth.numel())
+
+
+def by_sample(
+    values: Shaped[Tensor, "texts ..."],
+    rows: Int64[Tensor, " texts"],
+    samples: int,
+    *,
+    missing: int = 0,
+) -> Shaped[Tensor, "samples ..."]:
+    """Return what texts have at the rows of their samples, and `missing` at the other rows.
+
+    A row past the last sample is that of a text of none, and is left out.
+    """
+    table = values.new_full((samples + 1, *values.shape[1:]), missing)
+    return table.index_copy(0, rows, values)[:samples]
 
 
 class CrossDecoder(nn.Module):

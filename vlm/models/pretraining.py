@@ -20,8 +20,8 @@ class Features(NamedTuple):
 
     image: Float[Tensor, "batch dim"] | None
     """Unit vectors, float32; None where no images were given."""
-    text: dict[str, Float[Tensor, "batch dim"]]
-    """Unit vectors by language, float32."""
+    text: dict[str, Float[Tensor, "texts dim"]]
+    """Unit vectors of the texts given by language, float32."""
     logit_scale: Float[Tensor, ""]
     """The inverse temperature, at most `MAX_LOGIT_SCALE`."""
     logit_bias: Float[Tensor, ""] | None = None

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from vlm.bundle import Bundle, load_bundle
-from vlm.data.config import SourceConfig
 from vlm.data.examples import TrainingExamples, second_of
 from vlm.data.loader import TrainingLoader
-from vlm.data.mixture import BatchOrder, Mixture
+from vlm.data.manifest import is_data_folder
+from vlm.data.mixture import BatchOrder, mixture_of
 from vlm.data.order import SourceOrder
 from vlm.data.source import Source, open_source
 from vlm.distributed.groups import world_group
@@ -43,11 +44,13 @@ from vlm.training.step import ContrastiveStep
 
 _FREE_ON_RESUME = (
     "run_folder", "cpu_threads", "report_every", "data.workers", "data.keep_decoded", "evaluation",
-    "data.allowed_share",
+    "data.allowed_share", "data.verify", "data.sources", "data.mixture", "data.skip_batches",
     "checkpoint", "loss.plan.tile", "loss.plan.keep_logits", "loss.plan.keep_logits_mib",
     "loss.plan.overlap", "loss.plan.check_finite",
 )  # fmt: skip
-"""Settings, and sections of them, that do not change what a run learns."""
+"""Settings, and sections of them, that may change: what a run has learnt and read stays exact."""
+
+_LOOKED_AT = 100  # shards, for their languages: a start reads little, whatever the size of the data
 
 
 def build_run(config: TrainConfig, *, resume: bool = False) -> Run:
@@ -191,17 +194,25 @@ def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _build_loader(config: TrainConfig, start: Bundle, accelerator: Accelerator) -> TrainingLoader:
-    data = SourceConfig(path=str(config.data.folder), split=config.data.split)
-    sources = {"data": open_source(data)}
-    for source in sources.values():
-        _check_languages(source, config.captions.languages)
+    data = config.data
+    sources = {name: open_source(each, verify=data.verify) for name, each in data.by_name.items()}
+    _check_languages(list(sources.values()), config.captions.languages)
+    streams = data.streams or accelerator.num_processes // ranks_per_node()
+    label = data.mixture.batch_by if data.mixture.batch_by != "source" else ""
     order = BatchOrder(
         [
-            SourceOrder(name, np.array(source.sizes), _streams(config, accelerator), config.seed)
+            SourceOrder(
+                name,
+                np.array(source.sizes),
+                streams,  # of a new run: its nodes, so that each reads its own shards
+                config.seed,
+                groups=partial(source.label_ids, label) if label else None,
+                run=max(data.batch_size // streams, 1),
+            )
             for name, source in sources.items()
         ],
-        Mixture(phases=[(None, [1.0])]),
-        config.data.batch_size,
+        mixture_of(data, {name: len(source) for name, source in sources.items()}),
+        data.batch_size,
         seed=config.seed,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
@@ -223,11 +234,6 @@ def _build_loader(config: TrainConfig, start: Bundle, accelerator: Accelerator) 
     )
 
 
-def _streams(config: TrainConfig, accelerator: Accelerator) -> int:
-    """Return the number of streams of a new run: its nodes, so that each reads its own shards."""
-    return config.data.streams or accelerator.num_processes // ranks_per_node()
-
-
 def _training_transform(config: TrainConfig, start: Bundle) -> TrainingTransform:
     """Return the augmentation of a run around the image transform of what it starts from."""
     size = start.preprocess_cfg["size"]
@@ -238,18 +244,22 @@ def _training_transform(config: TrainConfig, start: Bundle) -> TrainingTransform
     return TrainingTransform(PreprocessConfig(**settings), config.augmentation, side)
 
 
-def _check_languages(samples: Source, languages: Sequence[str]) -> None:
+def _check_languages(sources: Sequence[Source], languages: Sequence[str]) -> None:
     """Refuse languages that no sample has: their terms of the loss would be 0 all the way."""
     found: set[str] = set()
-    for shard in range(len(samples.sizes)):  # to the first with all; all of them before an error
-        for row in samples.rows(shard, ["languages"]):
+    shards = [(source, shard) for source in sources for shard in range(len(source.sizes))]
+    for source, shard in shards[:_LOOKED_AT]:
+        for row in source.rows(shard, ["languages"]):
             found |= set(filter(None, row["languages"].split("+")))
         if found.issuperset(languages):
             return
+    if len(shards) > _LOOKED_AT:
+        return
     missing = [language for language in languages if language not in found]
     raise ConfigError(
-        f"captions.languages has {', '.join(missing)}, but {samples.name} has captions "
-        f"in {', '.join(sorted(found)) or 'no language'} only"
+        f"captions.languages has {', '.join(missing)}, but "
+        f"{' and '.join(source.name for source in sources)} have captions in "
+        f"{', '.join(sorted(found)) or 'no language'} only"
     )
 
 
@@ -308,7 +318,13 @@ def _build_evaluation(config: TrainConfig, start: Bundle) -> Callable[[Encoder],
     if config.evaluation.every_steps == 0:
         return lambda encoder: {}
     # Read before the first step, so that a missing split does not end a run half way.
-    pairs = pairs_of_split(config.data.folder, split, languages=languages)
+    folder = config.evaluation.folder or Path(config.data.folder)
+    if config.evaluation.folder is None and (config.data.sources or not is_data_folder(folder)):
+        raise ConfigError(
+            f"evaluation.every_steps is {config.evaluation.every_steps}, but the run reads no data "
+            "folder with splits; expected evaluation.folder, one to score"
+        )
+    pairs = pairs_of_split(folder, split, languages=languages)
 
     def evaluate(encoder: Encoder) -> dict[str, float]:
         embedder = Embedder(start, model=encoder)

@@ -98,8 +98,10 @@ class EvaluationConfig:
 
     every_steps: int = 0
     """Steps between evaluations, with one at the end; 0 for none."""
+    folder: Path | None = None
+    """The data folder to score; by default the run's, where that is one."""
     split: str = "val"
-    """The split of the run's data folder to score."""
+    """The split of it to score."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -94,7 +94,7 @@ class Run:
             "model": f"{type(encoder).__name__}, {sum(sizes):,} parameters ({sum(trained):,} "
             f"trained), images of {self.start.preprocess_cfg['size']} pixels, "
             f"{encoder.embed_dim} dimensions",
-            "data": f"split {data.split} of {data.folder}: {samples:,} samples, captions in "
+            "data": f"{'; '.join(self._sources())}; captions in "
             f"{', '.join(config.captions.languages)}",
             "loss": f"{plan.kind} over {candidates:,} candidates (group size {group}, "
             f"micro-batches {config.loss.micro_batches})",
@@ -103,6 +103,18 @@ class Run:
             f"({steps * data.batch_size / samples:.1f} epochs)",
         }
         return "\n".join(f"{name}: {line}" for name, line in lines.items())
+
+    def _sources(self) -> list[str]:
+        """Say how much each source has, and its share where there are several."""
+        examples, order = self.loader.examples, self.loader.order
+        found = [
+            f"{source.name}: {len(source):,} samples in {len(source.sizes):,} shards"
+            for source in examples.sources
+        ]
+        if len(found) == 1:
+            return found
+        shares = order.mixture.shares(self.data.batch)
+        return [f"{each} ({share:.1%})" for each, share in zip(found, shares, strict=True)]
 
     def fit(self) -> Path:
         """Train to the end of the schedule; return the folder of the bundle that this leaves.
@@ -165,7 +177,7 @@ class Run:
             batch = next(batches)
             waited += time.perf_counter() - asked
             skipped += [(progress.step + 1, each) for each in batch.skipped]
-            result = self.train_step(batch.to(self.accelerator.device), progress.step)
+            result = self.train_step(batch, progress.step)
             unchecked.append(result)
             progress.step += 1
             progress.samples += batch_size
@@ -209,7 +221,8 @@ class Run:
         rate *= learning_rate_factor(step, self.config.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        output = self.step(batch.split(self.config.loss.micro_batches))
+        parts = batch.split(self.config.loss.micro_batches)
+        output = self.step([part.to(self.accelerator.device) for part in parts])
         with self._trained_at(step):
             norm: Tensor = self.accelerator.clip_grad_norm_(
                 self.model.parameters(), self.config.optimizer.max_gradient_norm

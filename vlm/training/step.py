@@ -14,8 +14,9 @@ from vlm.data.sample import Batch
 from vlm.errors import ConfigError
 from vlm.losses.bilingual import Bank, BilingualLoss, BilingualOutput, SentTexts
 from vlm.losses.contrastive import ContrastiveOutput
-from vlm.models.masked import Hidden
+from vlm.models.masked import Hidden, by_sample
 from vlm.models.pretraining import Encoded, Features, OnTexts
+from vlm.text.caption_ids import NO_CAPTION
 
 
 class StepOutput(NamedTuple):
@@ -93,7 +94,7 @@ class ContrastiveStep:
             with nullcontext() if part is parts[-1] else self._without_sync():
                 encoded = self._encode(part, on_texts=send)
                 outputs = self._contrast(
-                    encoded.heads, sent, part.image_ids, part.caption_ids, banks
+                    encoded.heads, sent, part.image_ids, _caption_ids(part), banks
                 )
                 self.backward(ratio * (self._mean(outputs) + self._sum(encoded.others)))
             steps.append(self._output(outputs, encoded.others))
@@ -117,14 +118,12 @@ class ContrastiveStep:
         # The chain rule is cut at the features: this pass ends in `joined` and reaches neither a
         # parameter nor a wrapper's hooks, so it must not be scaled. `backward` scales below, once.
         joined = _joined([each.heads for each in encoded])
+        caption_ids = [_caption_ids(part) for part in parts]
         outputs = self._contrast(
             joined,
             {},
             torch.cat([part.image_ids for part in parts]),
-            {
-                name: torch.cat([part.caption_ids[name] for part in parts])
-                for name in parts[0].caption_ids
-            },
+            {name: torch.cat([ids[name] for ids in caption_ids]) for name in caption_ids[0]},
         )
         torch.autograd.backward(self._mean(outputs))
         ends = list(accumulate(len(part.image_ids) for part in parts))
@@ -204,11 +203,27 @@ class ContrastiveStep:
         texts: bool = True,
         on_texts: OnTexts | None = None,
     ) -> Encoded:
-        hidden = Hidden(part.hidden_words, part.hidden_patches)
+        """Encode a micro-batch; in the features of texts every sample has a row, as the loss reads.
+
+        An absent caption's row is zeros, which cost next to nothing, and no tower has seen it.
+        """
+
+        def placed(features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {
+                language: by_sample(each, part.text_rows[language], len(part.image_ids))
+                for language, each in features.items()
+            }
+
         encoded: Encoded = self.model(
-            part.images if images else None, part.texts if texts else {}, hidden, on_texts
+            part.images if images else None,
+            part.texts if texts else {},
+            Hidden(part.text_rows, part.hidden_words, part.hidden_patches),
+            on_texts and (lambda head, features: on_texts(head, placed(features))),
         )
-        return encoded
+        heads = {
+            name: head._replace(text=placed(head.text)) for name, head in encoded.heads.items()
+        }
+        return Encoded(heads, encoded.others)
 
     def _contrast(
         self,
@@ -256,6 +271,15 @@ def _ratios(parts: Sequence[Batch]) -> list[float]:
     """Return each micro-batch's part of the batch."""
     sizes = [len(part.image_ids) for part in parts]
     return [size / sum(sizes) for size in sizes]
+
+
+def _caption_ids(part: Batch) -> dict[str, Tensor]:
+    """Return a caption id for each sample by language, `NO_CAPTION` where it is missing."""
+    samples = len(part.image_ids)
+    return {
+        language: by_sample(ids, part.text_rows[language], samples, missing=NO_CAPTION)
+        for language, ids in part.caption_ids.items()
+    }
 
 
 def _weighted(losses: Sequence[Tensor], ratios: Sequence[float]) -> Tensor:

@@ -1,12 +1,8 @@
-"""Small concepts made by hand, and the shipped data folder read once."""
-
-from pathlib import Path
+"""Small concepts made by hand."""
 
 import pytest
 
-from tests.builders import open_split
 from tools.emoji.concepts import Concept
-from vlm.data.manifest import read_manifest
 
 
 @pytest.fixture
@@ -25,17 +21,3 @@ def make_concept():
         )
 
     return make
-
-
-@pytest.fixture(scope="session")
-def emoji_folder():
-    """Return the data folder that ships with the project."""
-    return Path(__file__).parents[3] / "data" / "emoji"
-
-
-@pytest.fixture(scope="session")
-def emoji_splits(emoji_folder):
-    """Return the shipped samples by split; reading them checks every shard's hash."""
-    return {
-        split: list(open_split(emoji_folder, split)) for split in read_manifest(emoji_folder).splits
-    }

@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 
 from tests.builders import open_split
+from tools.drawings import encode
 from tools.emoji import build
 from tools.emoji.build import build_emoji
-from tools.emoji.drawings import encode
 from tools.emoji.packages import PACKAGES
 from tools.emoji.styles import Drawing
 from vlm.data.manifest import read_manifest
@@ -29,8 +29,8 @@ def sources(monkeypatch, make_concept, tmp_path):
         for style in ("fluent_flat", "noto")
         for index, concept in enumerate(concepts)
     ]
-    monkeypatch.setattr(build.packages, "fetch", lambda package, cache: tmp_path)
-    monkeypatch.setattr(build.packages, "read_archive", lambda path, pattern: {})
+    monkeypatch.setattr(build, "fetch", lambda package, cache: tmp_path)
+    monkeypatch.setattr(build, "read_archive", lambda path, pattern: {})
     monkeypatch.setattr(build, "read_concepts", lambda files: concepts)
     monkeypatch.setattr(build, "open_drawing_sets", lambda concepts, cache: ())
     monkeypatch.setattr(build, "distinct_drawings", lambda sets: iter(drawings))
@@ -50,7 +50,7 @@ def test_a_build_writes_shards_manifest_classes_and_licences(tmp_path):
         "test_novel": 1,
         "test_novel_style": 1,
     }
-    sample = open_split(out)[0]
+    sample = open_split(out, "train")[0]
     assert sample.uid == f"fluent_flat/{sample.concept}"
     assert (sample.source, sample.licence) == ("fluent_flat", "MIT")
     assert sample.captions == {"en": ["thing"], "zh": ["thing"], "zh-Hant": ["thing"]}

@@ -10,7 +10,8 @@ from PIL import Image
 
 from tools.emoji.classes import class_table
 from tools.emoji.concepts import family_of, region_of
-from tools.emoji.splits import HELD_OUT_STYLE, SPLITS
+from tools.emoji.splits import HELD_OUT_STYLE
+from tools.splits import SPLITS
 from vlm.data.manifest import read_manifest
 
 LICENCES = {

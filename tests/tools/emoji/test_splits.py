@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from tools.emoji.concepts import family_of
-from tools.emoji.splits import HELD_OUT_STYLE, held_out_concepts, split_of
+from tools.emoji.splits import held_out_concepts
 
 
 @pytest.fixture
@@ -45,23 +45,3 @@ def test_a_family_in_two_subgroups_is_decided_in_the_first(make_concept):
 def test_flags_and_symbols_are_never_held_out(make_concept, group):
     concepts = [make_concept(f"{0x1F300 + index:X}", group=group) for index in range(50)]
     assert held_out_concepts(concepts) == frozenset()
-
-
-@pytest.mark.parametrize(
-    ("style", "key", "split"),
-    [
-        ("twemoji", "NEW", "test_novel"),
-        (HELD_OUT_STYLE, "NEW", "test_novel_style"),
-        (HELD_OUT_STYLE, "1F600", "test_style"),
-    ],
-)
-def test_held_out_concepts_and_style_are_tested(style, key, split):
-    assert split_of(style, key, held_out=frozenset({"NEW"})) == split
-
-
-def test_about_one_seen_image_in_twenty_is_for_validation():
-    splits = Counter(
-        split_of("twemoji", f"{index:X}", held_out=frozenset()) for index in range(4000)
-    )
-    assert set(splits) == {"train", "val"}
-    assert 0.04 < splits["val"] / 4000 < 0.06

@@ -8,8 +8,6 @@ import pytest
 from PIL import Image
 
 from tools.emoji import styles
-from tools.emoji.icons import IconSet
-from tools.emoji.packages import read_archive
 from tools.emoji.styles import (
     DrawingSet,
     decode_files,
@@ -17,6 +15,8 @@ from tools.emoji.styles import (
     draw_flags,
     draw_icons,
 )
+from tools.iconify import IconSet
+from tools.packages import read_archive
 
 RED, BLUE = (255, 0, 0, 255), (0, 0, 255, 255)
 SQUARE = '<path fill="{color}" d="M0 0h16v16H0z"/>'

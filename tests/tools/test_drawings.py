@@ -4,9 +4,9 @@ import builtins
 import io
 
 import pytest
-from PIL import Image, features
+from PIL import Image
 
-from tools.emoji.drawings import (
+from tools.drawings import (
     IMAGE_SIZE,
     decode,
     draw_svg,
@@ -14,7 +14,7 @@ from tools.emoji.drawings import (
     fit_square,
     flatten,
     is_blank,
-    require_renderers,
+    require_svg_renderer,
 )
 from vlm.errors import DataError
 
@@ -98,10 +98,4 @@ def test_a_missing_svg_renderer_is_named_with_its_remedy(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without_resvg)
     with pytest.raises(DataError, match=r"pip install 'vlm\[emoji\]'"):
-        require_renderers()
-
-
-def test_a_pillow_without_text_layout_is_named(monkeypatch):
-    monkeypatch.setattr(features, "check", lambda feature: feature != "raqm")
-    with pytest.raises(DataError, match="raqm"):
-        require_renderers()
+        require_svg_renderer()

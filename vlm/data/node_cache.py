@@ -1,0 +1,267 @@
+"""Remote shards on a node's own disk: fetched once for all its processes, the oldest removed."""
+
+import fcntl
+import hashlib
+import os
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from threading import Thread, local
+from time import monotonic, sleep
+from typing import Self
+from weakref import WeakSet
+
+from vlm.data.places import PATIENCE, read_blocks, shown, size_of
+from vlm.errors import DataError
+
+_FINISHED = r"[0-9a-f]{16}-[0-9a-f]{64}-.+"
+_UNFINISHED = r"[0-9a-f]{16}-(?P<bytes>\d+)\.partial"
+_OURS = re.compile(f"{_FINISHED}|{_UNFINISHED}")
+_POLL = 0.05
+
+
+class NodeCache:
+    """Local copies of remote shards, shared by all processes of a node that name the same folder.
+
+    A copy gets its final name once it is whole and on the disk, with the size and SHA-256 that were
+    asked for. What a process was fetching when it died is resumed by the next. A cache may be used
+    by several threads and sent to other processes.
+
+    Args:
+        folder: On a disk of this machine; files of others in it are left alone.
+        max_bytes: Bound of the copies in the folder, where an unfinished one counts as a whole. The
+            one whose last `fetch` is longest ago is removed first. A reader that has it open or
+            mapped can still read it, and until it is closed it takes its space on the disk: that
+            comes on top of the bound, at most what all readers keep open.
+        patience: Seconds without a byte, or without room, after which fetching ends in an error.
+        ahead: Shards of a process that are fetched in the background at a time.
+    """
+
+    def __init__(
+        self, folder: Path, max_bytes: int, *, patience: float = PATIENCE, ahead: int = 2
+    ) -> None:
+        self.folder, self.max_bytes = folder, max_bytes
+        self.patience, self.ahead = patience, ahead
+        self._lease = local()
+        self._threads: dict[str, Thread] = {}
+
+    def __reduce__(self) -> tuple[object, ...]:
+        settings = partial(NodeCache, patience=self.patience, ahead=self.ahead)
+        return settings, (self.folder, self.max_bytes)
+
+    def fetch(self, url: str, *, size: int | None = None, sha256: str | None = None) -> Path:
+        """Return a local copy of a remote file, which stays until this thread's next `fetch`.
+
+        Open or map it before that. Another process that fetches the same file is waited for.
+
+        Raises:
+            DataError: the file is not there, refused, of another size, or damaged twice; the place
+                stays away; the disk is full or cannot be written; the cache has no room for it.
+        """
+        self._lease.held = None
+        self._lease.held = held = self._obtain(url, size, sha256)
+        return held.path
+
+    def prefetch(self, shards: Iterable[tuple[str, int | None, str | None]]) -> None:
+        """Begin to fetch the shards that are needed next, given as (URL, size, SHA-256).
+
+        Only the first `ahead` are looked at. Nothing is raised here: `fetch` tries again.
+        """
+        for url, size, sha256 in islice(shards, self.ahead):
+            self._threads = {name: t for name, t in self._threads.items() if t.is_alive()}
+            if url in self._threads or len(self._threads) >= self.ahead:
+                continue
+            thread = Thread(target=self._fetch_ahead, args=(url, size, sha256), daemon=True)
+            self._threads[url] = thread
+            thread.start()
+
+    def _fetch_ahead(self, url: str, size: int | None, sha256: str | None) -> None:
+        with suppress(DataError):
+            self._obtain(url, size, sha256)
+
+    def _obtain(self, url: str, size: int | None, sha256: str | None) -> "_Locked":
+        """Return the copy, locked against removal."""
+        copy = _Copy(self.folder, url)
+        deadline = monotonic() + self.patience
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            while (held := copy.find(size, sha256)) is None:
+                if size is None:
+                    size = size_of(url, patience=self.patience)
+                if unfinished := self._reserve(copy, size, sha256, deadline):
+                    with unfinished:
+                        self._fill(unfinished, copy, size, sha256)
+                else:
+                    sleep(_POLL)
+        except OSError as error:
+            raise DataError(
+                f"{shown(url)} cannot be kept in {self.folder}: {error.strerror or error}"
+            ) from error
+        return held
+
+    def _reserve(
+        self, copy: "_Copy", size: int, sha256: str | None, deadline: float
+    ) -> "_Locked | None":
+        """Make room for a copy and return its unfinished file; None while that cannot be."""
+        no_room = (
+            f"{shown(copy.url)} has {size} bytes, for which {self.folder} has no room; expected a "
+            f"larger cache than {self.max_bytes} bytes, or fewer shards in use at a time"
+        )
+        if size > self.max_bytes:
+            raise DataError(no_room)
+        with self._alone():
+            if copy.find(size, sha256):
+                return None  # another thread or process finished it just now
+            held = _lock(copy.unfinished(size), fcntl.LOCK_EX, make=True)
+            if held is None:
+                return None  # another thread or process fetches it
+            others = sorted(self._others(held.path))
+            room = self.max_bytes - size - sum(bytes_ for _, bytes_, _ in others)
+            for _, bytes_, path in others:
+                if room >= 0:
+                    break
+                if unused := _lock(path, fcntl.LOCK_EX):
+                    with unused:
+                        path.unlink()
+                    room += bytes_
+            if room >= 0:
+                return held
+            with held:
+                held.path.unlink()
+        if monotonic() > deadline:
+            raise DataError(no_room)
+        return None
+
+    def _others(self, own: Path) -> list[tuple[float, int, Path]]:
+        """Return of every other copy the time of its last fetch, its final size and its path."""
+        return [
+            (status.st_mtime, int(name["bytes"] or status.st_size), Path(entry.path))
+            for entry in os.scandir(self.folder)
+            if entry.name != own.name and (name := _OURS.fullmatch(entry.name))
+            for status in [entry.stat()]
+        ]
+
+    def _fill(self, held: "_Locked", copy: "_Copy", size: int, sha256: str | None) -> None:
+        """Fetch what is missing and give the file its final name."""
+        try:
+            if sha256 is None or os.fstat(held.descriptor).st_size > size:
+                os.ftruncate(
+                    held.descriptor, 0
+                )  # nothing would show that its bytes are not of this file
+            for _ in range(2):  # damage on the way, or in what was resumed, may not come again
+                found = self._append(held, copy.url, size)
+                if sha256 in (None, found):
+                    os.fsync(held.descriptor)
+                    with self._alone():
+                        held.path.rename(copy.finished(found))
+                    return
+                os.ftruncate(held.descriptor, 0)
+        except OSError:
+            os.ftruncate(held.descriptor, 0)  # a full disk gets its space back
+            raise
+        raise DataError(
+            f"{shown(copy.url)} was fetched twice and is damaged: its SHA-256 is {found}, "
+            f"expected {sha256}"
+        )
+
+    def _append(self, held: "_Locked", url: str, size: int) -> str:
+        """Append the bytes that are missing and return the SHA-256 of all."""
+        digest = hashlib.sha256()
+        start = 0
+        while block := os.pread(held.descriptor, 1 << 20, start):
+            digest.update(block)
+            start += len(block)
+        for position, block in read_blocks(url, size, start=start, patience=self.patience):
+            if position == 0:  # where ranges are not served, it begins again
+                os.ftruncate(held.descriptor, 0)
+                digest = hashlib.sha256()
+            digest.update(block)
+            rest = memoryview(block)
+            while rest:
+                rest = rest[os.write(held.descriptor, rest) :]
+        return digest.hexdigest()
+
+    def _alone(self) -> "_Locked":
+        """Wait until no other thread or process of the node changes what the folder holds."""
+        while (held := _lock(self.folder / ".lock", fcntl.LOCK_EX, make=True, wait=True)) is None:
+            pass  # somebody removed it
+        return held
+
+
+class _Copy:
+    """The names of a URL's copy: finished by its SHA-256, unfinished by its size."""
+
+    def __init__(self, folder: Path, url: str) -> None:
+        self.folder, self.url = folder, url
+        self.key = hashlib.sha256(url.encode()).hexdigest()[:16]
+        self.name = re.sub(r"[^\w.-]", "_", shown(url).rsplit("/", 1)[-1])[-40:]
+
+    def finished(self, sha256: str) -> Path:
+        return self.folder / f"{self.key}-{sha256}-{self.name}"
+
+    def unfinished(self, size: int) -> Path:
+        return self.folder / f"{self.key}-{size}.partial"
+
+    def find(self, size: int | None, sha256: str | None) -> "_Locked | None":
+        """Return the finished copy of this size and hash, locked against removal."""
+        for path in [self.finished(sha256)] if sha256 else self.folder.glob(f"{self.key}-*-*"):
+            held = _lock(path, fcntl.LOCK_SH)
+            if held and size in (None, os.fstat(held.descriptor).st_size):
+                os.utime(path)
+                return held
+        return None
+
+
+class _Locked:
+    """An open file and the lock on it, which the kernel drops with the process."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self.path, self.descriptor = path, descriptor
+        _locked.add(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.descriptor >= 0:
+            fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+            self.close()
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+        self.descriptor = -1
+
+    __del__ = __exit__
+
+
+_locked: WeakSet[_Locked] = WeakSet()
+
+
+def _leave_locks_to_parent() -> None:
+    for held in list(_locked):  # a child that kept the files open would keep them locked
+        if held.descriptor >= 0:
+            held.close()
+
+
+os.register_at_fork(after_in_child=_leave_locks_to_parent)
+
+
+def _lock(path: Path, kind: int, *, make: bool = False, wait: bool = False) -> _Locked | None:
+    """Open and lock a file; None if it is not there, or locked by another thread or process."""
+    flags = os.O_RDWR | os.O_APPEND | (os.O_CREAT if make else 0)
+    try:
+        held = _Locked(path, os.open(path, flags, 0o666))
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(held.descriptor, kind if wait else kind | fcntl.LOCK_NB)
+        # It may have been renamed or removed before it was locked.
+        if os.path.samestat(os.fstat(held.descriptor), path.stat()):
+            return held
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    held.__exit__()
+    return None

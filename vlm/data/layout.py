@@ -1,6 +1,5 @@
 """What the path of a source names: a data folder, tars, tables, or a folder of images."""
 
-import glob
 import hashlib
 import os
 import re
@@ -11,12 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from braceexpand import braceexpand
-
 from vlm.data.config import DEFAULT_SPLIT, SourceConfig
 from vlm.data.image_folder import OTHER_SUFFIX, images_below
 from vlm.data.index import ROWS
 from vlm.data.manifest import MANIFEST_NAME, ShardEntry, is_data_folder, read_manifest
+from vlm.data.places import expand, is_remote
 from vlm.data.records import first_object, listed
 from vlm.data.scanning import SIDE_SUFFIXES, TAR_SUFFIXES, image_column, is_json_lines
 from vlm.data.tables import columns_of
@@ -194,26 +192,12 @@ def _parts_of(folder: Path, images: Sequence[Path]) -> tuple[list[ShardFile], in
 
 
 def _expanded(pattern: str) -> list[Path]:
-    """Return the files that braces and stars name."""
+    """Return the files that braces and stars name, in the order of their folders and numbers."""
+    if is_remote(pattern):
+        raise DataError(f"{pattern} is not on this machine; expected a local path")
     if not set(pattern) & set("{*?["):
         raise DataError(f"{pattern} is missing; expected a data folder, tars, tables or images")
-    paths: list[Path] = []
-    try:
-        expanded = list(braceexpand(pattern))
-    except ValueError as error:
-        raise DataError(f"{pattern} has braces that do not match: {error}") from error
-    for each in expanded:
-        starred = bool(set(each) & set("*?["))
-        paths += sorted(map(Path, glob.glob(each)), key=_by_number) if starred else [Path(each)]
-    if not paths:
-        raise DataError(f"{pattern} names no file")
-    paths = list(dict.fromkeys(paths))
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
-        raise DataError(
-            f"{pattern} names {len(paths)} files, {len(missing)} are missing, such as {missing[0]}"
-        )
-    return paths
+    return sorted(map(Path, expand(pattern)), key=_by_number)
 
 
 def _kind_of(paths: Sequence[Path]) -> Kind:

@@ -8,7 +8,7 @@ from functools import partial
 from vlm.data.config import SourceConfig
 from vlm.data.fields import understood
 from vlm.data.layout import Kind, layout_of
-from vlm.data.parallel import over
+from vlm.data.parallel import TYPICAL_BYTES, over
 from vlm.data.scanning import first_record
 from vlm.data.source import Source
 
@@ -37,7 +37,8 @@ def kind_and_fields(config: SourceConfig) -> tuple[Kind, Mapping[str, str], Mapp
 def summary_of(source: Source) -> Summary:
     """Count what a source holds by the indexes of its shards; a bar is shown on stderr."""
     total, shards = Summary(), range(len(source.sizes))
-    for found in over(partial(_summary_in, source), shards, size=source.bytes, title="counting"):
+    size = len(source) * TYPICAL_BYTES
+    for found in over(partial(_summary_in, source), shards, size=size, title="counting"):
         total.samples += found.samples
         total.captions += found.captions
         total.unusable += found.unusable

@@ -138,6 +138,7 @@ def test_some_answers_that_the_server_is_busy_change_nothing(web):
     assert any(line.endswith("503") for line in web.log(""))
 
 
+@pytest.mark.slow
 def test_a_server_that_stays_busy_ends_with_what_it_said(web, caplog):
     web.restart(fail_every=1)
     with pytest.raises(DataError) as caught:

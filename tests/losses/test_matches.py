@@ -171,7 +171,7 @@ def test_statistics_are_those_of_this_ranks_samples(tile):
         assert statistics.correct.tolist() == best_is_right.tolist()
         correct += best_is_right.tolist()
     assert 0 < sum(correct) < 16
-    torch.testing.assert_close(output.correct.float().mean().item(), sum(correct) / 16)
+    torch.testing.assert_close(output.accuracy.item(), sum(correct) / 16)
 
 
 def test_statistics_of_a_small_batch_do_not_depend_on_the_way_it_is_computed():

@@ -63,6 +63,11 @@ class ContrastiveOutput:
         """Whether the most similar candidate of each of this rank's images and texts is correct."""
         return torch.cat([self.image_to_text.correct, self.text_to_image.correct])
 
+    @property
+    def accuracy(self) -> Float[Tensor, ""]:
+        """Ratio of this rank's images and texts whose most similar candidate is correct."""
+        return self.correct.sum() / max(len(self.correct), 1)
+
 
 class ContrastiveLoss(nn.Module):
     """Contrasts images with texts inside groups of ranks, as a plan says.

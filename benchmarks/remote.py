@@ -2,8 +2,8 @@
 
 nginx serves the shards themselves, or stands before moto's server, which speaks S3's protocol. It
 is killed for a while in the middle of a run, slow, or answers a tenth of all requests with 503; the
-cache holds half the data in all runs but one. One JSON object goes to stdout; the exit status is 1 unless
-every bundle has the bytes of the local run. Needs `nginx`.
+cache holds half the data in all runs but one. One JSON object goes to stdout; the exit status is 1
+unless every bundle has the bytes of the local run. Needs `nginx`.
 """
 
 import argparse

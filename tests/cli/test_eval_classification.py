@@ -179,7 +179,7 @@ def test_folders_of_classes_are_scored(capsys, bundle, images, tmp_path):
         (["--split", "test", "--languages", "fr"], "not in fr; their languages are en, zh"),
         (["--split", "test", "--templates", "photos"], "there are no templates 'photos'"),
         (["--split", "test", "--where", "source"], "'source' is not a condition"),
-        (["--split", "test", "--where", "source=x"], "no selected sample of the split"),
+        (["--split", "test", "--where", "source=x"], "has no sample where source=x"),
         (["--split", "test", "--where", "colour!=red"], "has 'colour', which 'colour!=red' asks"),
     ],
 )

@@ -84,7 +84,7 @@ def test_tars_of_one_pattern_keep_the_order_of_its_numbers(tars):
     shutil.copytree(tars, tars.parent / "more")
     source = source_of(f"{tars.parent}/{{tars,more}}/*.tar")
     assert [sample.uid for sample in source][::3][:3] == [
-        "tars/9/000000000", "tars/10/000010000", "tars/11/000020000",
+        "more/9/000000000", "more/10/000010000", "more/11/000020000",
     ]  # fmt: skip
     assert len({sample.uid for sample in source}) == len(source) == 14
 
@@ -354,11 +354,10 @@ def test_what_only_tables_have_is_refused_for_others(tars, setting):
     ("name", "said"),
     [
         ("gone", "is missing; expected a data folder, tars, tables or images"),
-        ("pipe:touch /tmp/canary", "commands are not run; expected a path or an address"),
-        ("*.tar", "names no file"),
-        ("{0..2}.tar", "names 3 files, 2 are missing, such as"),
-        ("{1,1}.tar", "names 1 files, 1 are missing, such as"),
-        ("{0..2", "has braces that do not match"),
+        ("pipe:touch canary", "commands are not run"),
+        ("*.tar", "nothing is there"),
+        ("{0..2}.tar", "1.tar: nothing is there"),
+        ("{0..2", "unbalanced braces"),
         ("a.docx", "a.docx is no known kind of file; expected files of one of .tar"),
         ("{0.tar,a.docx}", "is no known kind of file"),
         ("", "holds no samples; expected a manifest.json, tars, tables"),
@@ -369,5 +368,5 @@ def test_a_path_without_a_source_says_what_was_expected(tmp_path, name, said):
         (tmp_path / "a.docx").touch()
     if "0" in name:
         write_tar(tmp_path / "0.tar", [])
-    path = name if name.startswith("pipe:") else f"{tmp_path}/{name}"
+    path = name if ":" in name else f"{tmp_path}/{name}"
     assert said in refusal_of(path)

@@ -1,5 +1,6 @@
 """A node's processes fetch a shard once, into a bounded folder, whatever breaks meanwhile."""
 
+import fcntl
 import hashlib
 import mmap
 import os
@@ -114,6 +115,31 @@ def test_what_a_dead_process_left_is_resumed_and_checked(web, tmp_path, whole):
         assert path.read_bytes() == content_of(0)
     ranges = [line.split()[2] for line in web.log("GET")]
     assert ranges == ["-", "bytes=1000-", *([] if whole else ["-"]), "-"]
+
+
+def test_what_is_left_is_dropped_where_the_server_begins_again(web, tmp_path):
+    web.restart(ranges=0)
+    cache = NodeCache(tmp_path / "cache", ROOMY)
+    path = fetch(cache, web.url("0.tar"), 0)
+    path.unlink()
+    path.with_name(f"{path.name[:16]}-{SIZE}.partial").write_bytes(content_of(0)[:1000])
+    assert fetch(cache, web.url("0.tar"), 0).read_bytes() == content_of(0)
+    assert [line.split()[2] for line in web.log("GET")] == ["-", "bytes=1000-"]
+
+
+def test_a_copy_that_is_removed_while_it_is_locked_is_fetched_again(web, tmp_path, monkeypatch):
+    first = fetch(NodeCache(tmp_path / "cache", ROOMY), web.url("0.tar"), 0)
+    lock = fcntl.flock
+
+    def remove_and_lock(descriptor: int, kind: int) -> None:
+        monkeypatch.undo()
+        first.unlink()
+        lock(descriptor, kind)
+
+    monkeypatch.setattr(fcntl, "flock", remove_and_lock)
+    again = fetch(NodeCache(tmp_path / "cache", ROOMY), web.url("0.tar"), 0)
+    assert again.read_bytes() == content_of(0)
+    assert len(web.log("GET")) == 2
 
 
 def test_a_place_that_goes_and_comes_back_interrupts_and_repeats_nothing(web, tmp_path):
@@ -240,19 +266,25 @@ def test_a_killed_process_leaves_its_bytes_and_no_lock_to_the_one_that_waits(web
 
 # A thread of fsspec is there; later versions of Python warn of any thread at a fork.
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-def test_a_forked_worker_fetches_and_leaves_its_parent_its_copy(web, tmp_path):
+def test_a_forked_worker_shares_no_locks_with_its_parent(web, tmp_path):
     cache = NodeCache(tmp_path / "cache", 2 * SIZE, patience=5)
-    with cache.copy_of(RemoteFile(web.url("0.tar"), SIZE, sha256_of(0))) as path:
+    ready, go = os.pipe()
+    with cache.copy_of(RemoteFile(web.url("0.tar"), SIZE, sha256_of(0))) as first:
         child = os.fork()
         if child == 0:
             signal.alarm(20)
-            other = fetch(cache, web.url("1.tar"), 1).read_bytes() == content_of(1)
-            fetch(cache, web.url("2.tar"), 2)
-            os._exit(0 if other and path.exists() else 1)
+            os.read(ready, 1)
+            fetch(cache, web.url("3.tar"), 3)
+            good = fetch(cache, web.url("4.tar"), 4).read_bytes() == content_of(4)
+            os._exit(0 if good else 1)
+    fetch(cache, web.url("1.tar"), 1)
+    with cache.copy_of(RemoteFile(web.url("2.tar"), SIZE, sha256_of(2))) as last:
+        assert not first.exists()  # the child, which is there, holds it no more
+        os.write(go, b"!")
         assert os.waitpid(child, 0)[1] == 0
-    for number in (3, 4):
-        fetch(cache, web.url(f"{number}.tar"), number)
-    assert not path.exists()
+        assert last.exists()
+    os.close(ready)
+    os.close(go)
 
 
 @contextmanager

@@ -5,8 +5,8 @@ import s3fs
 
 from tests.support.object_store import ObjectStore
 from vlm.data.node_cache import NodeCache, RemoteFile
-from vlm.data.places import MissingFileError, matches, read_small, state_of
-from vlm.errors import PlaceError, ShardError
+from vlm.data.places import MissingFileError, expand, read_small, state_of
+from vlm.errors import DataError, PlaceError, ShardError
 
 pytestmark = pytest.mark.slow  # the server takes seconds to start
 SIZE = 10_000_000  # more than one block
@@ -29,10 +29,12 @@ def store():
 
 
 @pytest.mark.usefixtures("store")
-def test_globs_name_the_shards_of_a_bucket():
+def test_braces_and_globs_name_the_shards_of_a_bucket():
     shards = [f"s3://pairs/zh/train-0000{number}.tar" for number in (0, 1)]
-    assert sorted(matches("s3://pairs/zh/*.tar")) == shards
-    assert matches("s3://pairs/en/*.tar") == []
+    assert expand("s3://pairs/zh/*.tar") == shards
+    assert expand("s3://pairs/{en,zh}/train-{00000..00001}.tar")[2:] == shards
+    with pytest.raises(DataError, match=r"s3://pairs/en/\*\.tar: nothing is there"):
+        expand("s3://pairs/en/*.tar")
 
 
 @pytest.mark.usefixtures("store")
@@ -56,7 +58,7 @@ def test_what_a_bucket_lacks_or_what_has_changed_in_it_is_named(store, tmp_path)
         fetch(tmp_path, "s3://pairs/zh")
     with pytest.raises(MissingFileError, match=r"s3://nothing/9\.tar is not there"):
         read_small("s3://nothing/9.tar")
-    matches("s3://pairs/zh/*.tar")  # what was listed must not be taken for what is there
+    expand("s3://pairs/zh/*.tar")  # what was listed must not be taken for what is there
     store.put("zh/train-00001.tar", b"other")
     with pytest.raises(ShardError, match="has 5 bytes, expected 10000000; it has changed"):
         fetch(tmp_path, "s3://pairs/zh/train-00001.tar", SIZE)

@@ -8,9 +8,8 @@ import pytest
 from tests.support.web_server import WebServer
 from vlm.data.places import (
     MissingFileError,
-    is_pattern,
+    expand,
     is_remote,
-    matches,
     read_blocks,
     read_small,
     state_of,
@@ -63,11 +62,41 @@ def test_commands_chains_and_unknown_schemes_are_refused(path, message):
         is_remote(path)
 
 
-def test_a_query_is_neither_part_of_a_glob_nor_of_a_folder():
-    assert is_pattern("s3://bucket/?.tar")
-    assert not is_pattern("https://host/0.tar?k=[1]")
-    with pytest.raises(DataError, match=r"^https://host/\*: web servers list no files; .* braces"):
-        matches("https://host/*?k=secret")
+def test_braces_and_globs_of_local_paths_are_expanded_and_sorted(tmp_path):
+    names = ["a-0.tar", "a-1.tar", "b-0.tar", "b-10.tar", "c[1].tar", "d{0..1}.tar"]
+    for name in names:
+        (tmp_path / name).touch()
+
+    def found(pattern: str) -> list[str]:
+        return [path.removeprefix(f"{tmp_path}/") for path in expand(f"{tmp_path}/{pattern}")]
+
+    assert found("{b-0,a-1}.tar") == ["a-1.tar", "b-0.tar"]
+    assert found("[ab]-*.tar") == names[:4]
+    assert found("{a,b,*}-0.tar") == ["a-0.tar", "b-0.tar"]
+    assert found("?-??.tar") == ["b-10.tar"]
+    assert found("c[1].tar") == ["c[1].tar"]
+    assert found("d{0..1}.tar") == ["d{0..1}.tar"]
+    assert expand(f"file://{tmp_path}/a-*.tar") == [f"{tmp_path}/a-{n}.tar" for n in (0, 1)]
+
+
+@pytest.mark.parametrize("pattern", ["0.tar", "b*.tar", "{a,b}-0.tar"])
+def test_a_local_pattern_for_which_nothing_is_there_is_refused(tmp_path, pattern):
+    (tmp_path / "a-0.tar").touch()
+    with pytest.raises(DataError, match=r"(/0|b\*|b-0)\.tar: nothing is there"):
+        expand(f"{tmp_path}/{pattern}")
+
+
+def test_web_addresses_have_braces_but_no_globs():
+    assert expand("https://host/{08..10}.tar?k=1") == [
+        f"https://host/{number}.tar?k=1" for number in ("08", "09", "10")
+    ]
+    with pytest.raises(DataError, match="web servers list no files; expected braces"):
+        expand("https://host/*.tar")
+    with pytest.raises(DataError, match="unbalanced braces"):
+        expand("https://host/{0..9.tar")
+
+
+def test_a_query_is_not_part_of_a_folder():
     assert within("s3://bucket/pairs/", "0.tar") == "s3://bucket/pairs/0.tar"
     assert within("https://host/pairs?k=1", "0.tar") == "https://host/pairs/0.tar?k=1"
 
@@ -122,6 +151,7 @@ def test_some_answers_that_the_server_is_busy_change_nothing(web):
     assert any(line.endswith("503") for line in web.log(""))
 
 
+@pytest.mark.slow
 def test_a_server_that_stays_busy_ends_with_what_it_said(web, caplog):
     web.restart(fail_every=1)
     with pytest.raises(PlaceError) as caught:

@@ -67,7 +67,7 @@ def test_the_samples_of_a_bucket_are_those_of_the_disk(tars, url, path):
     ("path", "said"),
     [
         ("none", "s3://pairs/none/manifest.json is not there; expected a data folder, or tars by"),
-        ("loose/*.csv", "s3://pairs/loose/*.csv names no file"),
+        ("loose/*.csv", "s3://pairs/loose/*.csv: nothing is there"),
         ("loose/9.tar", "s3://pairs/loose/9.tar is not there"),
     ],
 )

@@ -120,6 +120,8 @@ def test_bfloat16_trains_to_nearly_the_same_losses(tmp_path, small_emoji):
             "loss.accumulation": "one_pass",
             "loss.plan.duplicates": "ignore",
             "precision": "bf16",
+            "optimizer.learning_rate": 1e-3,
+            "schedule.steps": 20,
         },
     ],
     ids=["sigmoid", "together"],
@@ -131,7 +133,7 @@ def test_every_kind_of_loss_trains_on_two_processes(tmp_path, small_emoji, chang
     arguments = train_arguments(tmp_path / "run", steps=12, data=small_emoji, **changes)
     run_vlm(*arguments, processes=2)
     found = losses(tmp_path / "run")
-    assert len(found) == 12
+    assert len(found) >= 12
     assert sum(found[-5:]) < 0.99 * sum(found[:5])
 
 
@@ -139,10 +141,13 @@ def test_every_kind_of_loss_trains_on_two_processes(tmp_path, small_emoji, chang
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data.batch_size": 100_000}, r"the batch has 100000 samples; expected 1 to 7053"),
+        (
+            {"data.batch_size": 100_000},
+            "takes 100000 samples of the source 'data', which has 7053; expected a smaller batch",
+        ),
         ({"data.batch_size": 1}, "compared with one caption alone, where a softmax is always 0"),
         ({"data.split": "trian"}, "has no split 'trian'; its splits are"),
-        ({"data.folder": "nowhere"}, "nowhere is not a folder"),
+        ({"data.folder": "nowhere"}, "nowhere is missing"),
         ({"tokenizer": "configs"}, "configs holds no tokenizer"),
         ({"model.vision_cfg.timm_model_name": "resnet10"}, "timm has no model 'resnet10'; did"),
         ({"loss.plan.group_size": 2}, "group_size is 2; expected a divisor of the world size, 1"),
@@ -180,9 +185,11 @@ def test_a_damaged_shard_stops_the_run_with_its_name(tmp_path, monkeypatch, caps
     content = bytearray(shard.read_bytes())
     content[1000] ^= 1
     shard.write_bytes(content)
-    arguments = train_arguments(tmp_path / "run", steps=6, data=tmp_path / "emoji")
+    arguments = train_arguments(tmp_path / "run", steps=5, data=tmp_path / "emoji")
     monkeypatch.chdir(ROOT)
-    assert main(arguments) == 2
+    assert main([*arguments, "--data.allowed_share", "0"]) == 2
+    assert f"shard {shard} is damaged" in capsys.readouterr().err
+    assert main([*arguments, "--run_folder", str(tmp_path / "lenient")]) == 0
     assert f"shard {shard} is damaged" in capsys.readouterr().err
     shard.unlink()
     assert main(arguments) == 2

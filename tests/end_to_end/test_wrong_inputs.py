@@ -166,7 +166,7 @@ def test_a_condition_on_a_label_that_is_not_there_is_named_with_those_that_are(w
     words = ["eval", "retrieval", workspace / "bundle", "--data", workspace / "data"]
     assert refusal_of(*words, "--split", "test", "--where", "grop!=even") == (
         f"no sample of the split 'test' of {workspace / 'data'} has 'grop', which 'grop!=even' "
-        "asks for; expected one of source, concept, group"
+        "asks for; expected one of source, concept, languages, group"
     )
 
 

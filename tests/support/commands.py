@@ -85,7 +85,10 @@ def _environments(processes: int) -> list[dict[str, str]]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": processes}
+    shared = {
+        "MASTER_ADDR": "localhost", "MASTER_PORT": port,
+        "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes,
+    }  # fmt: skip
     return [
         {key: str(value) for key, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()}
         for rank in range(processes)

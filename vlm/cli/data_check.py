@@ -7,7 +7,6 @@ from vlm.cli.options import SourceOptions, refuse_several_processes
 from vlm.errors import DataError
 
 _NAMED = 10  # an error stays one line that a person can read
-_IMAGE_BYTES = 1 << 14  # about; it decides whether processes are started
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,7 @@ def run(options: Options) -> None:
     """Read everything once, all splits of a data folder; print what each split holds."""
     refuse_several_processes("data check")
     from vlm.data.manifest import is_data_folder, read_manifest
-    from vlm.data.parallel import over
+    from vlm.data.parallel import TYPICAL_BYTES, over
     from vlm.data.source import open_source
 
     folder = Path(options.path)
@@ -28,7 +27,7 @@ def run(options: Options) -> None:
         of_shards = over(
             source.damaged_in,
             range(len(source.sizes)),
-            size=len(source) * _IMAGE_BYTES,
+            size=len(source) * TYPICAL_BYTES,
             title=f"checking {split}",
         )
         if found := [sentence for of_shard in of_shards for sentence in of_shard]:

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow
-import pyarrow.compute
 from numpy.typing import NDArray
 
 from vlm.errors import DataError
@@ -23,11 +22,13 @@ class Condition(NamedTuple):
 
     def holds(self, index: pyarrow.Table) -> pyarrow.Array:
         """Return which rows of an index meet it."""
-        values = pyarrow.compute.map_lookup(index["labels"], pyarrow.scalar(self.key), "first")
+        from pyarrow import compute  # imports much that a search does without
+
+        values = compute.map_lookup(index["labels"], pyarrow.scalar(self.key), "first")
         if self.key in _COLUMNS:
-            values = pyarrow.compute.coalesce(values, index[self.key])
-        compare = pyarrow.compute.equal if self.equal else pyarrow.compute.not_equal
-        return compare(pyarrow.compute.fill_null(values, ""), self.value)
+            values = compute.coalesce(values, index[self.key])
+        compare = compute.equal if self.equal else compute.not_equal
+        return compare(compute.fill_null(values, ""), self.value)
 
 
 def parse_condition(text: str) -> Condition:

@@ -1,6 +1,5 @@
 """What a source's path or URL names: a data folder, tars, tables, or a folder of images."""
 
-import glob
 import hashlib
 import os
 import re
@@ -11,8 +10,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-
-from braceexpand import braceexpand
 
 from vlm.data.config import DEFAULT_SPLIT, SourceConfig
 from vlm.data.image_folder import OTHER_SUFFIX, images_below
@@ -26,9 +23,8 @@ from vlm.data.manifest import (
 )
 from vlm.data.places import (
     MissingFileError,
-    is_pattern,
+    expand,
     is_remote,
-    matches,
     read_small,
     shown,
     state_of,
@@ -155,7 +151,7 @@ def _layout_of_files(config: SourceConfig) -> Layout:
 
 def _layout_at_place(config: SourceConfig) -> Layout:
     folder = config.path
-    if is_pattern(folder) or "{" in folder or _has_suffix(folder, TAR_SUFFIXES + TABLE_SUFFIXES):
+    if _has_suffix(folder, TAR_SUFFIXES + TABLE_SUFFIXES):
         return _layout_of_files(config)
     path = within(folder, MANIFEST_NAME)
     try:
@@ -251,29 +247,10 @@ def _parts_of(folder: Path, images: Sequence[Path]) -> tuple[list[ShardFile], in
 
 
 def _expanded(pattern: str) -> list[str]:
-    """Return the files that braces and stars name."""
-    elsewhere = is_remote(pattern)
-    if not elsewhere and not set(pattern) & set("{*?["):
+    """Return the files that braces and stars name, in the order of their folders and numbers."""
+    if not is_remote(pattern) and not set(pattern) & set("{*?["):
         raise DataError(f"{pattern} is missing; expected a data folder, tars, tables or images")
-    paths: list[str] = []
-    try:
-        expanded = list(braceexpand(pattern))
-    except ValueError as error:
-        raise DataError(f"{pattern} has braces that do not match: {error}") from error
-    for each in expanded:
-        if is_pattern(each):
-            paths += sorted(matches(each) if elsewhere else glob.glob(each), key=_by_number)
-        else:
-            paths.append(each)
-    if not paths:
-        raise DataError(f"{pattern} names no file")
-    paths = list(dict.fromkeys(paths))
-    missing = [path for path in paths if not elsewhere and not os.path.isfile(path)]
-    if missing:
-        raise DataError(
-            f"{pattern} names {len(paths)} files, {len(missing)} are missing, such as {missing[0]}"
-        )
-    return paths
+    return sorted(expand(pattern), key=_by_number)
 
 
 def _kind_of(paths: Sequence[str]) -> Kind:

@@ -159,10 +159,9 @@ class NodeCache:
     def _fill(self, held: "_Locked", copy: "_Copy", size: int, sha256: str | None) -> None:
         """Fetch what is missing and give the file its final name."""
         try:
+            # Without a hash, nothing would show that what was left belongs to another file.
             if sha256 is None or os.fstat(held.descriptor).st_size > size:
-                os.ftruncate(
-                    held.descriptor, 0
-                )  # nothing would show that its bytes are not of this file
+                os.ftruncate(held.descriptor, 0)
             for _ in range(2):  # damage on the way, or in what was resumed, may not come again
                 found = self._append(held, copy.url, size)
                 if sha256 in (None, found):
@@ -238,15 +237,14 @@ class _Locked:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.descriptor >= 0:
-            fcntl.flock(self.descriptor, fcntl.LOCK_UN)
-            self.close()
+        self.close()
 
     def close(self) -> None:
-        os.close(self.descriptor)
-        self.descriptor = -1
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
 
-    __del__ = __exit__
+    __del__ = close
 
 
 _locked: WeakSet[_Locked] = WeakSet()
@@ -254,8 +252,7 @@ _locked: WeakSet[_Locked] = WeakSet()
 
 def _leave_locks_to_parent() -> None:
     for held in list(_locked):  # a child that kept the files open would keep them locked
-        if held.descriptor >= 0:
-            held.close()
+        held.close()
 
 
 os.register_at_fork(after_in_child=_leave_locks_to_parent)
@@ -275,5 +272,5 @@ def _lock(path: Path, kind: int, *, make: bool = False, wait: bool = False) -> _
             return held
     except (BlockingIOError, FileNotFoundError):
         pass
-    held.__exit__()
+    held.close()
     return None

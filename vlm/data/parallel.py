@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 LITTLE = 1 << 26  # bytes that are read sooner than processes start
+TYPICAL_BYTES = 1 << 14
+"""Of a sample, where only the number of samples is known."""
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")

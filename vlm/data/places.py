@@ -1,13 +1,16 @@
-"""Files at places that fsspec reaches, such as buckets and web servers: failures may pass."""
+"""Where data lies: local paths, and places that fsspec reaches, whose failures may pass."""
 
 import errno
 import glob
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from pathlib import Path
 from random import Random
 from time import monotonic, sleep
 from typing import Any, TypeVar
+
+from braceexpand import braceexpand
 
 from vlm.errors import DataError, PlaceError, ShardError, VlmError
 
@@ -57,29 +60,52 @@ def is_remote(path: str) -> bool:
     return True
 
 
-def matches(pattern: str, *, patience: float = PATIENCE) -> list[str]:
-    """Return the addresses of the files that a glob (`*`, `?`, `[...]`) stands for.
+def expand(path: str, *, patience: float = PATIENCE) -> list[str]:
+    """Return the paths that braces (`{000..299}`) and globs (`*`, `?`, `[...]`) stand for, sorted.
+
+    A remote path without a glob is not looked for before it is fetched.
 
     Raises:
-        DataError: the place cannot list its files, as no web server can.
+        DataError: nothing is there, or the place cannot list its files, as no web server can.
         PlaceError: as `read_small`.
     """
-    if pattern.startswith(_WEB):
+    if not is_remote(path):
+        path = path.removeprefix("file://")
+        if Path(path).exists():  # the characters of a pattern may be part of a name
+            return [path]
+    try:
+        patterns = list(braceexpand(path))
+    except ValueError as error:
         raise DataError(
-            f"{shown(pattern)}: web servers list no files; expected braces like {{0..9}}"
-        )
+            f"{shown(path)}: unbalanced braces; expected a range like {{000..299}}"
+        ) from error
+    found = set()
+    for pattern in patterns:
+        matches = _matches(pattern, patience)
+        if not matches:
+            raise DataError(f"{pattern}: nothing is there")
+        found.update(matches)
+    return sorted(found)
 
-    def found() -> list[str]:
+
+def _matches(pattern: str, patience: float) -> list[str]:
+    if not is_remote(pattern):
+        return [pattern] if Path(pattern).exists() else glob.glob(pattern, recursive=True)
+    if pattern.startswith(_WEB):
+        if "*" in pattern or "[" in pattern:  # a question mark begins a query
+            raise DataError(
+                f"{shown(pattern)}: web servers list no files; expected braces like {{0..9}}"
+            )
+        return [pattern]
+    if not glob.has_magic(pattern):
+        return [pattern]
+
+    def matches() -> list[str]:
         place, path = _place(pattern)
-        place.invalidate_cache()
+        place.invalidate_cache()  # it may hold a listing of long ago
         return [place.unstrip_protocol(match) for match in place.glob(path)]
 
-    return _patiently(found, pattern, patience)
-
-
-def is_pattern(url: str) -> bool:
-    """Whether an address is a glob; in one of a web server a question mark begins a query."""
-    return glob.has_magic(shown(url))
+    return _patiently(matches, pattern, patience)
 
 
 def within(folder: str, name: str) -> str:

@@ -86,11 +86,6 @@ class Source:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    @property
-    def total_bytes(self) -> int:
-        """The size of all files that are looked through for an index."""
-        return sum({shard.file.path: shard.file.size for shard in self._shards}.values())
-
     def at(self, shard: int, row: int) -> Sample:
         """Return the sample in a row of a shard.
 

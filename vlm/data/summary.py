@@ -10,7 +10,7 @@ from vlm.data.config import CACHE_GIB, SourceConfig
 from vlm.data.copies import local_copy, node_cache
 from vlm.data.fields import understood
 from vlm.data.layout import Kind, layout_of
-from vlm.data.parallel import over
+from vlm.data.parallel import TYPICAL_BYTES, over
 from vlm.data.scanning import first_record
 from vlm.data.source import Source
 
@@ -44,9 +44,8 @@ def kind_and_fields(config: SourceConfig) -> tuple[Kind, Mapping[str, str], Mapp
 def summary_of(source: Source) -> Summary:
     """Count what a source holds by the indexes of its shards; a bar is shown on stderr."""
     total, shards = Summary(), range(len(source.sizes))
-    for found in over(
-        partial(_summary_in, source), shards, size=source.total_bytes, title="counting"
-    ):
+    size = len(source) * TYPICAL_BYTES
+    for found in over(partial(_summary_in, source), shards, size=size, title="counting"):
         total.samples += found.samples
         total.captions += found.captions
         total.unusable += found.unusable

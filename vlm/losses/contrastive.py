@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from vlm.errors import ConfigError
@@ -59,11 +59,14 @@ class ContrastiveOutput:
         return self.columns.of_own()
 
     @property
+    def correct(self) -> Bool[Tensor, " images_and_texts"]:
+        """Whether the most similar candidate of each of this rank's images and texts is correct."""
+        return torch.cat([self.image_to_text.correct, self.text_to_image.correct])
+
+    @property
     def accuracy(self) -> Float[Tensor, ""]:
-        """Fraction of this rank's images and texts whose most similar candidate is correct."""
-        of_rows, of_columns = self.image_to_text, self.text_to_image
-        correct = torch.cat([of_rows.correct, of_columns.correct]).to(of_rows.loss.dtype)
-        return correct.sum() / max(len(correct), 1)
+        """Ratio of this rank's images and texts whose most similar candidate is correct."""
+        return self.correct.sum() / max(len(self.correct), 1)
 
 
 class ContrastiveLoss(nn.Module):

@@ -46,8 +46,8 @@ class StepResult:
     loss: Tensor
     parts: Mapping[str, Tensor]
     """What the loss is made of, by head and objective, where it has more than one part."""
-    accuracy: Tensor
-    """Ratio of images and texts whose most similar candidate in the batch is correct."""
+    correct: Tensor
+    """For each image and text in each term, whether its most similar candidate is correct."""
     candidates: int
     """How many texts an image was compared with."""
     gradient_norm: Tensor
@@ -238,7 +238,7 @@ class Run:
             uids=batch.uids[:3],
             loss=output.loss,
             parts=output.parts if len(output.parts) > 1 else {},
-            accuracy=torch.stack([term.accuracy for term in terms]).mean(),
+            correct=torch.cat([term.correct for term in terms]),
             candidates=max(term.candidates for term in terms),
             gradient_norm=norm,
             logit_scale=logit_scale,
@@ -268,9 +268,13 @@ class Run:
         """Average what ranks measured apart, in one message, and read all of it."""
         own = {"loss": result.loss}
         own |= {f"loss/{name}": part for name, part in result.parts.items()}
-        own["accuracy"] = result.accuracy
+        own["accuracy"] = result.correct.sum().to(result.loss.dtype)
+        own["compared"] = torch.full_like(result.loss, len(result.correct))
         means = self.accelerator.reduce(torch.stack(list(own.values())), reduction="mean")
-        return dict(zip(own, means.tolist(), strict=True)) | {
+        measured = dict(zip(own, means.tolist(), strict=True))
+        # Of all ranks together: one may have no caption in a language, and others many.
+        measured["accuracy"] /= max(measured.pop("compared"), 1e-9)
+        return measured | {
             "candidates": result.candidates,
             "gradient_norm": result.gradient_norm.item(),
             "logit_scale": result.logit_scale.item(),

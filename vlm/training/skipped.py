@@ -2,9 +2,12 @@
 
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from tqdm import tqdm
 
 from vlm.data.sample import SkippedSample
 from vlm.errors import TrainingError
@@ -43,6 +46,9 @@ class SkippedLog:
         """
         if not skipped:
             return
+        if self._writes and not self._records:
+            reason = skipped[0][1].reason
+            tqdm.write(f"a sample is skipped: {reason}; {self._path} lists all", sys.stderr)
         records = [{"step": step} | each._asdict() for step, each in sorted(skipped)]
         first = progress.step * (1 - WINDOW / max(progress.samples, WINDOW))  # of the window
         self._records = [each for each in self._records if each["step"] > first] + records

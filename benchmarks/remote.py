@@ -182,7 +182,7 @@ def measure(
     name: str, url: str, server: Nginx, run: Path, options: argparse.Namespace, size: int
 ) -> dict[str, Any]:
     """Train once from a place."""
-    share, before = 1.0 if name == "roomy" else 0.5, time.monotonic()
+    share, before = 2.0 if name == "roomy" else 0.5, time.monotonic()
     largest, stop = 0, threading.Event()
     process = train(url, run, options, {"data.cache_gib": str(share * size / 2**30)})
     helpers = [threading.Thread(target=away, args=(server, run, options), daemon=True)]

@@ -18,12 +18,14 @@ def node_cache(gib: float) -> NodeCache:
 
 
 @contextmanager
-def local_copy(file: ShardFile, cache: NodeCache, *, sha256: str | None = None) -> Iterator[Path]:
+def local_copy(
+    file: ShardFile, cache: NodeCache | None, *, sha256: str | None = None
+) -> Iterator[Path]:
     """Give the path of a file's bytes, which is not removed while the block runs.
 
     Args:
         file: A tar or a table.
-        cache: Where remote ones are kept.
+        cache: Where remote ones are kept; None if there are none.
         sha256: What the bytes of a remote one were when its index was made, if that is known.
 
     Raises:
@@ -34,13 +36,18 @@ def local_copy(file: ShardFile, cache: NodeCache, *, sha256: str | None = None) 
     if not file.is_remote:
         yield _unchanged(file)
         return
-    state = file.state
-    wanted = RemoteFile(file.path, file.size, state.get("sha256", sha256), state.get("etag", ""))
-    with cache.copy_of(wanted) as path:
+    assert cache is not None, "only local files do without"
+    with cache.copy_of(remote_file(file, sha256=sha256)) as path:
         try:
             yield path
         except DataError as error:
             raise type(error)(str(error).replace(str(path), file.name)) from error
+
+
+def remote_file(file: ShardFile, *, sha256: str | None = None) -> RemoteFile:
+    """Return what is known of a file at a place."""
+    state = file.state
+    return RemoteFile(file.path, file.size, state.get("sha256", sha256), state.get("etag", ""))
 
 
 def _unchanged(file: ShardFile) -> Path:

@@ -5,6 +5,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,17 @@ import pyarrow
 
 from vlm.data.cache import cache_folder, locked
 from vlm.data.config import SourceConfig
-from vlm.data.copies import local_copy
+from vlm.data.copies import local_copy, remote_file
 from vlm.data.index import VERSION, about_index, read_index, write_index
-from vlm.data.layout import Kind, Layout, ShardFile, split_of, tars_in
+from vlm.data.layout import (
+    Kind,
+    Layout,
+    ShardFile,
+    layout_of,
+    local_state,
+    split_of,
+    tars_in,
+)
 from vlm.data.manifest import Manifest, ShardEntry, write_manifest
 from vlm.data.node_cache import NodeCache, RemoteFile
 from vlm.data.parallel import over
@@ -42,14 +51,11 @@ def fetched_index(file: ShardFile, config: SourceConfig, cache: NodeCache) -> py
         ShardError: the shard is missing or damaged.
         PlaceError: it cannot be fetched, or not be kept.
     """
-    assert file.entry is not None, "it is of a data folder"
     own, described = _cached_path(file, config), about(file, config)
     if (table := read_index(own, described)) is not None:
         return table
-    folder, _, name = file.name.rpartition("/")
-    url = within(folder + file.path[len(file.name) :], f"{INDEX_FOLDER}/{name}.arrow")
-    with suppress(MissingFileError), cache.copy_of(RemoteFile(url, etag=file.entry.sha256)) as c:
-        if (table := read_index(c, described)) is not None:
+    with suppress(MissingFileError), cache.copy_of(_remote_index(file)) as path:
+        if (table := read_index(path, described)) is not None:
             return table
     with locked(f"index/{own.stem}.lock"):  # one of a node's processes makes it
         if read_index(own, described) is None:
@@ -57,6 +63,17 @@ def fetched_index(file: ShardFile, config: SourceConfig, cache: NodeCache) -> py
     table = read_index(own, described)
     assert table is not None, "it was written just now"
     return table
+
+
+def files_of(file: ShardFile) -> list[RemoteFile]:
+    """Return what is fetched to read from a shard of a remote data folder."""
+    return [_remote_index(file), remote_file(file)]
+
+
+def _remote_index(file: ShardFile) -> RemoteFile:
+    folder, _, name = file.name.rpartition("/")
+    url = within(folder + file.path[len(file.name) :], f"{INDEX_FOLDER}/{name}.arrow")
+    return RemoteFile(url, etag=file.state["sha256"])  # that of another shard is none of this one
 
 
 def cached_indexes(
@@ -195,42 +212,80 @@ def index_folder(folder: Path, config: SourceConfig | None = None) -> Manifest:
     paths = tars_in(folder).get("", [])
     if not paths:
         raise DataError(f"{folder} holds no shard; expected files like train-00000.tar")
-    splits: dict[str, list[ShardEntry]] = {}
-    of_paths = [split_of(path) for path in paths]
     for path in paths:
         if path.with_name(f"{path.name}.gz").exists():
             raise DataError(f"found both {path} and {path.name}.gz; expected one of the two")
-    size = sum(path.stat().st_size for path in paths)
-    entries = over(partial(_indexed, config=config), paths, size=size, title=f"indexing {folder}")
-    for split, entry in zip(of_paths, entries, strict=True):
+    states = [local_state(str(path)) for path in paths]
+    files = [
+        ShardFile(path=str(path), size=state["bytes"], state=state)
+        for path, state in zip(paths, states, strict=True)
+    ]
+    return _index_tars(files, config, out=folder, title=str(folder))
+
+
+def index_place(config: SourceConfig, out: Path, cache: NodeCache) -> Manifest:
+    """Do the same for tars at a place; what is written is for their folder there.
+
+    Args:
+        config: Names tars of one folder by a URL.
+        out: The folder to write to.
+        cache: Where the tars are fetched to.
+
+    Raises:
+        DataError: the tars are of several folders, or as in `index_folder`.
+        PlaceError: one cannot be fetched, or not be kept.
+    """
+    layout = layout_of(config)
+    folders = {file.name.rpartition("/")[0] for file in layout.files if file.is_remote}
+    if layout.kind != "tars" or len(folders) != 1:
+        raise DataError(
+            f"{shown(config.path)} is not a folder of tars at a place; expected an address such as "
+            "s3://bucket/folder/*.tar"
+        )
+    files = [replace(file, prefix="") for file in layout.files]
+    return _index_tars(files, config, out=out, title=folders.pop(), cache=cache)
+
+
+def _index_tars(
+    files: Sequence[ShardFile],
+    config: SourceConfig,
+    *,
+    out: Path,
+    title: str,
+    cache: NodeCache | None = None,
+) -> Manifest:
+    splits: dict[str, list[ShardEntry]] = {}
+    of_files = [split_of(Path(file.name)) for file in files]
+    size = sum(file.size for file in files)
+    indexed = partial(_indexed, config=config, out=out, cache=cache)
+    entries = over(indexed, files, size=size, title=f"indexing {title}")
+    for split, entry in zip(of_files, entries, strict=True):
         splits.setdefault(split, []).append(entry)
     for of_split in splits.values():
-        check_uids(
-            [
-                (str(folder / e.name), partial(_uids_in, index_path(folder, e.name)))
-                for e in of_split
-            ]
-        )
+        check_uids([
+            (f"{title}/{e.name}", partial(_uids_in, index_path(out, e.name))) for e in of_split
+        ])  # fmt: skip
     manifest = Manifest(splits={split: tuple(found) for split, found in splits.items()})
-    write_manifest(folder, manifest)
+    write_manifest(out, manifest)
     return manifest
 
 
-def _indexed(path: Path, *, config: SourceConfig) -> ShardEntry:
+def _indexed(
+    file: ShardFile, *, config: SourceConfig, out: Path, cache: NodeCache | None
+) -> ShardEntry:
     """Return the entry of a tar, after its index is written, unless that is there and fits."""
-    found = path.stat()
-    state = {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
-    file = ShardFile(path=str(path), size=found.st_size, state=state)
-    index = index_path(path.parent, path.name)
-    table = read_index(index, about(file, config))
+    name = Path(file.name).name
+    index, described = index_path(out, name), about(file, config)
+    table = read_index(index, described)
     if table is None:
-        rows = scan_tar(path, config).rows
-        described = about(file, config) | {"sha256": sha256_of(path)}
-        write_index(index, _checked(rows, file), described)
+        with local_copy(file, cache) as path:
+            described |= {"sha256": sha256_of(path)}
+            rows = list(_named(scan_tar(path, config).rows, path, file.name))
+            write_index(index, _checked(rows, file), described)
         number, digest = len(rows), described["sha256"]
     else:
         number, digest = table.num_rows, about_index(table)["sha256"]
-    return ShardEntry(name=path.name, samples=number, bytes=found.st_size, sha256=digest)
+    return ShardEntry(name=name, samples=number, bytes=file.size, sha256=digest)
 
 
 def check_uids(shards: Sequence[tuple[str, Callable[[], list[str]]]]) -> None:

@@ -16,6 +16,7 @@ from vlm.data.image_folder import OTHER_SUFFIX, images_below
 from vlm.data.index import ROWS
 from vlm.data.manifest import (
     MANIFEST_NAME,
+    Manifest,
     ShardEntry,
     is_data_folder,
     manifest_in,
@@ -112,6 +113,16 @@ def layout_of(config: SourceConfig) -> Layout:
     return layout
 
 
+def splits_of(config: SourceConfig) -> list[str]:
+    """Return the splits of a data folder; of anything else, the one that is asked for."""
+    if is_remote(config.path):
+        if not _has_suffix(config.path, TAR_SUFFIXES + TABLE_SUFFIXES):
+            return list(_manifest_at(config.path).splits)
+    elif is_data_folder(Path(config.path)):
+        return list(read_manifest(Path(config.path)).splits)
+    return [config.split]
+
+
 def tars_in(folder: Path) -> dict[str, list[Path]]:
     """Return the tars of a folder under '', or else those of its folders by their names.
 
@@ -153,16 +164,19 @@ def _layout_at_place(config: SourceConfig) -> Layout:
     folder = config.path
     if _has_suffix(folder, TAR_SUFFIXES + TABLE_SUFFIXES):
         return _layout_of_files(config)
+    entries = _manifest_at(folder).shards_of(config.split, shown(folder))
+    return Layout("data folder", [shard_of_entry(folder, entry) for entry in entries])
+
+
+def _manifest_at(folder: str) -> Manifest:
     path = within(folder, MANIFEST_NAME)
     try:
-        manifest = manifest_in(read_small(path), shown(path))
+        return manifest_in(read_small(path), shown(path))
     except MissingFileError as error:
         raise DataError(
             f"{shown(path)} is not there; expected a data folder, or tars by a pattern such as "
             f"{shown(within(folder, '{00000..00099}.tar'))}"
         ) from error
-    entries = manifest.shards_of(config.split, shown(folder))
-    return Layout("data folder", [shard_of_entry(folder, entry) for entry in entries])
 
 
 def _layout_of_folder(folder: Path, config: SourceConfig) -> Layout:

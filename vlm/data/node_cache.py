@@ -51,7 +51,7 @@ class NodeCache:
     """
 
     def __init__(
-        self, folder: Path, max_bytes: int, *, patience: float = PATIENCE, ahead: int = 2
+        self, folder: Path, max_bytes: int, *, patience: float = PATIENCE, ahead: int = 4
     ) -> None:
         self.folder, self.max_bytes = folder, max_bytes
         self.patience, self.ahead = patience, ahead
@@ -77,17 +77,20 @@ class NodeCache:
             yield held.path
 
     def prefetch(self, files: Iterable[RemoteFile]) -> None:
-        """Begin to fetch the files that are needed next.
+        """Begin to fetch the files that are needed next, the first ones first.
 
-        Only the first `ahead` are looked at. Nothing is raised here: `copy_of` tries again.
+        No more than `ahead` are fetched at a time: another call with the same files goes on with
+        the rest. Nothing is raised here: `copy_of` tries again.
         """
-        for file in islice(files, self.ahead):
-            self._threads = {name: t for name, t in self._threads.items() if t.is_alive()}
-            if file.url in self._threads or len(self._threads) >= self.ahead:
-                continue
-            thread = Thread(target=self._fetch_ahead, args=(file,), daemon=True)
-            self._threads[file.url] = thread
-            thread.start()
+        wanted = {file.url: file for file in files}
+        known = {u: t for u, t in self._threads.items() if u in wanted or t.is_alive()}
+        free = self.ahead - sum(thread.is_alive() for thread in known.values())
+        for file in islice(
+            (file for url, file in wanted.items() if url not in known), max(free, 0)
+        ):
+            known[file.url] = Thread(target=self._fetch_ahead, args=(file,), daemon=True)
+            known[file.url].start()
+        self._threads = known
 
     def _fetch_ahead(self, file: RemoteFile) -> None:
         with suppress(VlmError):

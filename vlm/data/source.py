@@ -3,7 +3,7 @@
 import mmap
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -19,7 +19,7 @@ from vlm.data.conditions import Conditions
 from vlm.data.config import CACHE_GIB, DEFAULT_SPLIT, SourceConfig, Verify
 from vlm.data.copies import local_copy, node_cache
 from vlm.data.index import ROWS, about_index, read_index, table_of
-from vlm.data.indexing import about, cached_indexes, check_uids, fetched_index, index_path
+from vlm.data.indexing import about, cached_indexes, check_uids, fetched_index, files_of, index_path
 from vlm.data.layout import Layout, ShardFile, layout_of
 from vlm.data.node_cache import NodeCache
 from vlm.data.places import shown
@@ -85,6 +85,15 @@ class Source:
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
+
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Begin to fetch what shards need that are read next, if they are at a place.
+
+        Nothing is done where the cache has no room for all of them.
+        """
+        files = [self._shards[n].file for n in shards if self._shards[n].index is None]
+        if sum(file.size for file in files) <= self._cache.max_bytes:
+            self._cache.prefetch(each for file in files for each in files_of(file))
 
     def at(self, shard: int, row: int) -> Sample:
         """Return the sample in a row of a shard.

@@ -4,7 +4,7 @@ import os
 import shutil
 from functools import partial
 from threading import Thread
-from time import sleep
+from time import monotonic, sleep
 
 import numpy as np
 import pyarrow
@@ -22,6 +22,7 @@ from tests.builders import (
 )
 from tests.support.processes import run_in_world
 from tests.support.web_server import WebServer
+from vlm.cli.main import main
 from vlm.data import copies, layout
 from vlm.data.config import CaptionConfig, SourceConfig
 from vlm.data.examples import TrainingExamples
@@ -198,6 +199,34 @@ def test_tables_hold_their_images_or_name_those_of_this_machine(web, tmp_path):
         named[1]
 
 
+@pytest.mark.usefixtures("web")
+def test_manifest_and_indexes_of_tars_are_written_to_be_uploaded(web, tmp_path, capsys):
+    for path in (web.folder / "pairs/manifest.json", web.folder / "pairs/index"):
+        path.rename(tmp_path / path.name)
+    arguments = ["data", "index", web.url("pairs/{00000..00003}.tar"), "--out"]
+    assert main([*arguments, f"{tmp_path}/out"]) == 0
+    assert capsys.readouterr().out == "train: 12 samples in 4 shards\n"
+    written = tmp_path / "out/manifest.json"
+    assert written.read_bytes() == (tmp_path / "manifest.json").read_bytes()
+    shutil.copytree(tmp_path / "out", web.folder / "pairs", dirs_exist_ok=True)
+    source = opened(web.url("pairs"))
+    assert [row["uid"] for row in source.rows(0, ["uid"])] == [s.uid for s in source][:3]
+    assert fetched(web, *INDEXES) == INDEXES
+    assert main(["data", "index", str(web.folder / "pairs"), "--out", f"{tmp_path}/out"]) == 2
+    assert "is not a folder of tars at a place; expected an address" in capsys.readouterr().err
+
+
+def test_what_is_at_a_place_is_shown_and_checked(web, capsys):
+    url = web.url("pairs")
+    assert main(["data", "show", url]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(
+        f"{url}: data folder, 12 samples in 4 shards\nfield json.caption: zh or en"
+    )
+    assert main(["data", "check", url]) == 0
+    assert capsys.readouterr().out == "train: 12 samples, all readable\n"
+
+
 # What is wrong
 
 
@@ -272,6 +301,28 @@ def test_training_batches_are_those_of_the_disk_from_a_cache_of_half_the_data(we
     assert len(fetched(web, *TARS)) > 4
     kept = sum(path.stat().st_size for path in (cache / "shards").iterdir())
     assert kept <= half * copies.GIB
+
+
+def test_shards_of_the_next_block_are_there_before_a_sample_of_theirs_is_read(web, cache):
+    source = opened(web.url("pairs"))
+    orders = [SourceOrder("data", np.array(source.sizes), block=6)]
+    transform = TrainingTransform(PreprocessConfig(), AugmentationConfig(), 16)
+    examples = TrainingExamples([source], orders, transform, CaptionConfig(), seed=0)
+    key = next(orders[0].read(0, 0, 0, 1))
+    deadline = monotonic() + 20
+    while len(fetched(web, *TARS)) < 4:
+        examples.prefetch([key])
+        assert monotonic() < deadline
+        sleep(0.01)
+    assert fields_of(source) == fields_of(opened(web.folder / "pairs"))
+    assert fetched(web, *TARS, *INDEXES) == sorted([*TARS, *INDEXES])
+
+
+def test_nothing_is_fetched_ahead_into_a_cache_without_room_for_it(web):
+    source = opened(web.url("pairs"), cache_gib=2e4 / copies.GIB)
+    source.prefetch(range(4))
+    sleep(0.1)
+    assert web.log("") == ["GET manifest.json - 200"]
 
 
 def test_a_tenth_of_the_answers_being_that_a_server_is_busy_changes_nothing(web):

@@ -218,7 +218,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--away", type=float, default=20.0, help="seconds")
-    parser.add_argument("--rate", default="200k", help="bytes a second of a slow connection")
+    parser.add_argument("--rate", default="1m", help="bytes a second of a slow connection")
     parser.add_argument("--samples", type=int, default=400, help="in each shard")
     options = parser.parse_args()
     cases: dict[str, dict[str, Any]] = {

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from tests.support.commands import ROOT, run_vlm, start_vlm
+from tests.support.object_store import ObjectStore
 from vlm.cli.main import main
 
 
@@ -194,3 +195,20 @@ def test_a_damaged_shard_stops_the_run_with_its_name(tmp_path, monkeypatch, caps
     shard.unlink()
     assert main(arguments) == 2
     assert f"shard {shard} is missing" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_from_a_bucket_has_the_losses_scores_and_weights_of_one_from_the_disk(
+    tmp_path, small_emoji
+):
+    changes = {"steps": 6, "evaluation.every_steps": 3, "data.workers": 1}
+    run_vlm(*train_arguments(tmp_path / "disk", data=small_emoji, **changes))
+    with ObjectStore() as store:
+        store.put_folder(small_emoji, "emoji")
+        arguments = train_arguments(tmp_path / "bucket", data="s3://pairs/emoji", **changes)
+        process = start_vlm(*arguments)
+        _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    for key in ("loss", "val/zh/mean_recall", "val/en/text_to_image/mrr"):
+        assert losses(tmp_path / "bucket", key) == losses(tmp_path / "disk", key) != []
+    assert weights(tmp_path / "bucket") == weights(tmp_path / "disk")

@@ -63,8 +63,9 @@ class TrainingExamples(Dataset[Example]):
         """Begin to fetch the shards of some samples, and those that their streams read next."""
         last = {(key.source, key.stream): key for key in keys}
         for number, source in enumerate(self.sources):
-            of_source = [key for key in last.values() if key.source == number]
-            source.prefetch(chain(*(self.orders[number].shards_from(key) for key in of_source)))
+            order = self.orders[number]
+            shards = (order.shards_from(key) for key in last.values() if key.source == number)
+            source.prefetch(chain.from_iterable(shards))
 
     def __getitem__(self, key: SampleKey) -> Example:
         skipped: list[SkippedSample] = []

@@ -15,7 +15,7 @@ import pyarrow
 
 from vlm.data.cache import cache_folder, locked
 from vlm.data.config import SourceConfig
-from vlm.data.copies import local_copy, remote_file
+from vlm.data.copies import local_copy
 from vlm.data.index import VERSION, about_index, read_index, write_index
 from vlm.data.layout import (
     Kind,
@@ -54,7 +54,7 @@ def fetched_index(file: ShardFile, config: SourceConfig, cache: NodeCache) -> py
     own, described = _cached_path(file, config), about(file, config)
     if (table := read_index(own, described)) is not None:
         return table
-    with suppress(MissingFileError), cache.copy_of(_remote_index(file)) as path:
+    with suppress(MissingFileError), cache.copy_of(remote_index(file)) as path:
         if (table := read_index(path, described)) is not None:
             return table
     with locked(f"index/{own.stem}.lock"):  # one of a node's processes makes it
@@ -65,12 +65,8 @@ def fetched_index(file: ShardFile, config: SourceConfig, cache: NodeCache) -> py
     return table
 
 
-def files_of(file: ShardFile) -> list[RemoteFile]:
-    """Return what is fetched to read from a shard of a remote data folder."""
-    return [_remote_index(file), remote_file(file)]
-
-
-def _remote_index(file: ShardFile) -> RemoteFile:
+def remote_index(file: ShardFile) -> RemoteFile:
+    """Return the index that may lie next to a shard of a remote data folder."""
     folder, _, name = file.name.rpartition("/")
     url = within(folder + file.path[len(file.name) :], f"{INDEX_FOLDER}/{name}.arrow")
     return RemoteFile(url, etag=file.state["sha256"])  # that of another shard is none of this one

@@ -5,7 +5,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
@@ -17,11 +17,17 @@ from numpy.typing import NDArray
 
 from vlm.data.conditions import Conditions
 from vlm.data.config import CACHE_GIB, DEFAULT_SPLIT, SourceConfig, Verify
-from vlm.data.copies import local_copy, node_cache
-from vlm.data.index import ROWS, about_index, read_index, table_of
-from vlm.data.indexing import about, cached_indexes, check_uids, fetched_index, files_of, index_path
-from vlm.data.layout import Layout, ShardFile, layout_of
-from vlm.data.node_cache import NodeCache
+from vlm.data.copies import local_copy, node_cache, remote_file
+from vlm.data.index import about_index, read_index, table_of
+from vlm.data.indexing import (
+    about,
+    check_uids,
+    fetched_index,
+    remote_index,
+)
+from vlm.data.layout import layout_of
+from vlm.data.listing import Shard, shards_of
+from vlm.data.node_cache import NodeCache, RemoteFile
 from vlm.data.places import shown
 from vlm.data.records import as_text, listed
 from vlm.data.sample import Sample
@@ -33,24 +39,6 @@ from vlm.text.caption_ids import text_id
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Shard:
-    """Samples that are opened together: a tar, or some rows of a table or of a folder's images."""
-
-    file: ShardFile
-    index: Path | None
-    """The file of its index; where a tar with an entry has none there, it is scanned. None for one
-    with an entry at a place: `fetched_index` finds it."""
-    start: int = 0
-    """Its first row in the index."""
-    rows: int
-    kept: NDArray[np.int64] | None = None
-    """The rows that meet the conditions, counted from its first; None is all."""
-
-    def __len__(self) -> int:
-        return self.rows if self.kept is None else len(self.kept)
-
-
 class Source:
     """The samples of a source in their order; `open_source` makes one.
 
@@ -60,7 +48,7 @@ class Source:
     def __init__(
         self,
         config: SourceConfig,
-        shards: Sequence[_Shard],
+        shards: Sequence[Shard],
         verify: Verify,
         keep_open: int,
         cache: NodeCache,
@@ -91,9 +79,24 @@ class Source:
 
         Nothing is done where the cache has no room for all of them.
         """
-        files = [self._shards[n].file for n in shards if self._shards[n].index is None]
-        if sum(file.size for file in files) <= self._cache.max_bytes:
-            self._cache.prefetch(each for file in files for each in files_of(file))
+        if not (self._shards and self._shards[0].file.is_remote):
+            return
+        files = {n: self._shards[n].file for n in shards}
+        tars = {n: file for n, file in files.items() if file.is_tar}
+        if sum(file.size for file in tars.values()) <= self._cache.max_bytes:
+            self._cache.prefetch(each for n in tars for each in self._files_of(n))
+
+    def _files_of(self, number: int) -> list[RemoteFile]:
+        """Return what is fetched to read from a tar at a place."""
+        shard = self._shards[number]
+        if shard.index is None:
+            return [remote_index(shard.file), remote_file(shard.file)]
+        return [remote_file(shard.file, sha256=self._noted_hash(number))]
+
+    def _noted_hash(self, number: int) -> str | None:
+        """Return the SHA-256 that a tar in no manifest had when its index was made."""
+        sha256: str | None = about_index(self._table(number)).get("sha256")
+        return sha256
 
     def at(self, shard: int, row: int) -> Sample:
         """Return the sample in a row of a shard.
@@ -273,14 +276,15 @@ class Source:
             )
         return table.slice(shard.start, shard.rows)
 
-    def _index_file(self, shard: _Shard) -> pyarrow.Table | None:
+    def _index_file(self, shard: Shard) -> pyarrow.Table | None:
         return shard.index and read_index(shard.index, about(shard.file, self.config))
 
     def _open_tar(self, number: int) -> "_OpenTar":
         shard = self._shards[number]
-        file, table = shard.file, self._index_file(shard)
-        # Of a tar in no manifest it was noted when the index was made.
-        sha256 = about_index(table).get("sha256") if table is not None else None
+        file, table = shard.file, None
+        if file.entry and shard.index:
+            table = self._index_file(shard)
+        sha256 = None if file.entry else self._noted_hash(number)
         with local_copy(file, self._cache, sha256=sha256) as path:
             # What comes from a place was compared when it came.
             if file.entry and not (file.is_remote and self._verify == "once"):
@@ -339,7 +343,7 @@ def open_source(
     if largest := max((file.size for file in layout.files if file.is_remote), default=0):
         # What is open takes its space on the disk also after it has made room for others.
         keep_open = max(min(keep_open, cache.max_bytes // (2 * largest)), 1)
-    source = Source(config, _listed(layout, config, cache), verify, keep_open, cache)
+    source = Source(config, shards_of(layout, config, cache), verify, keep_open, cache)
     if layout.kind == "tables":
         source = source.of_split()
     if config.where:
@@ -348,29 +352,3 @@ def open_source(
         reason = f"has no sample where {' and '.join(config.where)}" if config.where else "is empty"
         raise DataError(f"{source.name} {reason}")
     return source
-
-
-def _listed(layout: Layout, config: SourceConfig, cache: NodeCache) -> list[_Shard]:
-    """Return the shards of a source, with the number of samples in each."""
-    if layout.kind == "data folder":
-        shards = []
-        for file in layout.files:
-            assert file.entry is not None, "it is from a manifest"
-            index = None
-            if not file.is_remote:
-                path = file.entry.path_in(Path(file.path).parent)
-                index = index_path(path.parent, path.name)
-            shards.append(_Shard(file=file, index=index, rows=file.entry.samples))
-        return shards
-    return [
-        shard
-        for file, found in zip(layout.files, cached_indexes(layout, config, cache), strict=True)
-        for shard in _cut(replace(file, images=()), *found)
-    ]
-
-
-def _cut(file: ShardFile, index: Path, rows: int) -> Iterator[_Shard]:
-    """Give a tar as one shard, and a table in shards of so many rows."""
-    size = rows if file.is_tar else ROWS
-    for start in range(0, rows, size or 1):
-        yield _Shard(file=file, index=index, start=start, rows=min(size, rows - start))

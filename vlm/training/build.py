@@ -18,6 +18,7 @@ from vlm.data.loader import TrainingLoader
 from vlm.data.manifest import is_data_folder
 from vlm.data.mixture import BatchOrder, mixture_of
 from vlm.data.order import SourceOrder
+from vlm.data.places import is_remote
 from vlm.data.source import Source, open_source
 from vlm.distributed.groups import world_group
 from vlm.distributed.mesh import ranks_per_node
@@ -321,13 +322,14 @@ def _build_evaluation(config: TrainConfig, start: Bundle) -> Callable[[Encoder],
     if config.evaluation.every_steps == 0:
         return lambda encoder: {}
     # Read before the first step, so that a missing split does not end a run half way.
-    folder = config.evaluation.folder or Path(config.data.folder)
-    if config.evaluation.folder is None and (config.data.sources or not is_data_folder(folder)):
+    folder = str(config.evaluation.folder or config.data.folder)
+    scored = is_remote(folder) or is_data_folder(Path(folder))
+    if config.evaluation.folder is None and (config.data.sources or not scored):
         raise ConfigError(
             f"evaluation.every_steps is {config.evaluation.every_steps}, but the run reads no data "
             "folder with splits; expected evaluation.folder, one to score"
         )
-    pairs = pairs_of_split(folder, split, languages=languages)
+    pairs = pairs_of_split(folder, split, languages=languages, cache_gib=config.data.cache_gib)
 
     def evaluate(encoder: Encoder) -> dict[str, float]:
         embedder = Embedder(start, model=encoder)

@@ -98,7 +98,7 @@ class EvaluationConfig:
 
     every_steps: int = 0
     """Steps between evaluations, with one at the end; 0 for none."""
-    folder: Path | None = None
+    folder: str | Path | None = None
     """The data folder to score; by default the run's, where that is one."""
     split: str = "val"
     """The split of it to score."""

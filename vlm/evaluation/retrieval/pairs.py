@@ -15,7 +15,7 @@ from jaxtyping import Int, Int64
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from vlm.data.config import SourceConfig
+from vlm.data.config import CACHE_GIB, SourceConfig
 from vlm.data.sample import Sample
 from vlm.data.source import open_source
 from vlm.embedding.bulk import digest_of_image
@@ -79,7 +79,12 @@ class RetrievalPairs:
 
 
 def pairs_of_split(
-    folder: Path, split: str, *, languages: Sequence[str], where: Sequence[str] = ()
+    folder: str | Path,
+    split: str,
+    *,
+    languages: Sequence[str],
+    where: Sequence[str] = (),
+    cache_gib: float = CACHE_GIB,
 ) -> RetrievalPairs:
     """Make a benchmark of a data folder's split.
 
@@ -87,17 +92,19 @@ def pairs_of_split(
     correct answers, and its caption is the correct answer for each of them.
 
     Args:
-        folder: A data folder with a manifest.
+        folder: A data folder with a manifest, here or at a place.
         split: Name of the split.
         languages: The languages to ask in; those that no sample has are left out.
         where: Conditions such as `source=noto` or `group!=flags` that samples must meet.
+        cache_gib: Disk space for copies of what is at a place, in GiB.
 
     Raises:
         DataError: the split cannot be read, a condition is not one or asks for what no sample
             has, or nothing is left.
     """
     name = f"the split {split!r} of {folder}"
-    samples = list(open_source(SourceConfig(path=str(folder), split=split, where=tuple(where))))
+    config = SourceConfig(path=str(folder), split=split, where=tuple(where))
+    samples = list(open_source(config, cache_gib=cache_gib))
     asked: dict[str, dict[str, str]] = {}  # by language and concept, its first main caption
     for language in languages:
         for sample in samples:

@@ -160,13 +160,15 @@ def _indexed(path: Path, *, config: SourceConfig) -> ShardEntry:
     index = index_path(path.parent, path.name)
     table = read_index(index, about(file, config))
     if table is None:
-        rows = scan_tar(path, config).rows
-        described = about(file, config) | {"sha256": sha256_of(path)}
-        write_index(index, _checked(rows, path), described)
-        number, digest = len(rows), described["sha256"]
+        digest, rows = sha256_of(path), scan_tar(path, config).rows
+        write_index(index, _checked(rows, path), about(file, config) | {"sha256": digest})
+        number = len(rows)
     else:
-        number, digest = table.num_rows, about_index(table)["sha256"]
-    return ShardEntry(name=path.name, samples=number, bytes=found.st_size, sha256=digest)
+        digest, number = about_index(table)["sha256"], table.num_rows
+    entry = ShardEntry(name=path.name, samples=number, bytes=found.st_size, sha256=digest)
+    if table is None:
+        entry.verify(path, found=digest)  # so that a run on this machine need not read it again
+    return entry
 
 
 def check_uids(shards: Sequence[tuple[Path, Callable[[], list[str]]]]) -> None:

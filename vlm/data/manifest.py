@@ -37,28 +37,28 @@ class ShardEntry:
             )
         return path
 
-    def verify(self, path: Path, how: Verify = "once") -> None:
+    def verify(self, path: Path, how: Verify = "once", *, found: str = "") -> None:
         """Compare a file's hash with the shard's; a `ShardError` if they differ.
 
         Once on a machine: that the file as it is now has the hash is remembered in the cache
-        folder.
+        folder. `found` is the hash, if it was computed just now.
         """
         try:
             if how == "each_open":
-                self._compare(path)
+                self._compare(path, found)
             elif how == "once":
-                found = path.stat()
-                state = f"{path.absolute()}\0{found.st_size}\0{found.st_mtime_ns}\0{self.sha256}"
+                status = path.stat()
+                state = f"{path.absolute()}\0{status.st_size}\0{status.st_mtime_ns}\0{self.sha256}"
                 name = hashlib.sha256(os.fsencode(state)).hexdigest()
                 with locked(f"verified/{name}") as file:
                     if not file.read():
-                        self._compare(path)
+                        self._compare(path, found)
                         file.write(b"verified")
         except OSError as error:
             raise ShardError(f"shard {path} cannot be read: {error}") from error
 
-    def _compare(self, path: Path) -> None:
-        found = sha256_of(path)
+    def _compare(self, path: Path, found: str) -> None:
+        found = found or sha256_of(path)
         if found != self.sha256:
             raise ShardError(
                 f"shard {path} is damaged: sha256 {found[:12]}, "

@@ -97,10 +97,22 @@ def tar_content(path: Path) -> bytes | mmap.mmap:
         if path.name.lower().endswith(".gz"):
             return gzip.decompress(path.read_bytes())
         with path.open("rb") as file:
-            empty = path.stat().st_size == 0  # an empty file cannot be mapped
-            return b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if path.stat().st_size == 0:  # an empty file cannot be mapped
+                return b""
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            # Samples come in random order: by itself the system reads megabytes around each.
+            content.madvise(mmap.MADV_RANDOM)
+            return content
     except (OSError, EOFError, zlib.error) as error:
         raise ShardError(f"shard {path} cannot be read: {error}") from error
+
+
+def bytes_in(content: bytes | mmap.mmap, start: int, size: int) -> bytes:
+    """Return some bytes of a tar; those of a mapped one are read at once, not page by page."""
+    if isinstance(content, mmap.mmap) and size:
+        page = start - start % mmap.PAGESIZE
+        content.madvise(mmap.MADV_WILLNEED, page, start + size - page)
+    return bytes(content[start : start + size])
 
 
 def _tar_row(

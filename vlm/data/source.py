@@ -22,7 +22,7 @@ from vlm.data.indexing import about, cached_indexes, check_uids, index_path
 from vlm.data.layout import Layout, ShardFile, layout_of
 from vlm.data.records import as_text, listed
 from vlm.data.sample import Sample
-from vlm.data.scanning import scan_tar, tar_content
+from vlm.data.scanning import bytes_in, scan_tar, tar_content
 from vlm.errors import DataError, ShardError
 from vlm.images.decoding import decode_image
 from vlm.text.caption_ids import text_id
@@ -314,7 +314,7 @@ class _OpenShard:
             return image
         if found["path"] is None:
             assert self.content is not None, "only the images of tars are in neither"
-            return bytes(self.content[found["start"] : found["start"] + found["size"]])
+            return bytes_in(self.content, found["start"], found["size"])
         path = Path(os.fsdecode(found["path"]))
         try:
             return path.read_bytes()

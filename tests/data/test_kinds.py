@@ -18,7 +18,7 @@ from tests.builders import (
     write_split,
     write_tar,
 )
-from vlm.data.config import SourceConfig
+from vlm.data.config import MixedSourceConfig, SourceConfig
 from vlm.data.source import open_source
 from vlm.errors import ConfigError, DataError
 
@@ -341,7 +341,7 @@ def test_fields_that_are_no_list_and_weights_that_are_none_are_refused():
     with pytest.raises(ConfigError, match=r"captions\.zh is 'txt'; expected a list of fields"):
         SourceConfig(path="x", captions={"zh": "txt"})
     with pytest.raises(ConfigError, match="weight is 0; expected more than 0"):
-        SourceConfig(path="x", weight=0)
+        MixedSourceConfig(path="x", weight=0)
 
 
 @pytest.mark.parametrize("setting", [{"image": "x"}, {"images": "x"}])

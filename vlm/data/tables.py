@@ -55,7 +55,7 @@ def columns_of(path: Path) -> Sequence[str]:
             return cast(list[str], pyarrow.parquet.read_schema(path).names)
         line = first_line(path)
         return next(csv.reader([line], delimiter=_delimiter(path, line)), [])
-    except (OSError, csv.Error, pyarrow.ArrowException):
+    except (OSError, ValueError, csv.Error, pyarrow.ArrowException):
         return ()
 
 
@@ -76,6 +76,7 @@ def _parquet_rows(
     ) as file:
         columns = list(choose(file.schema_arrow.names))
         rows = file.metadata.num_rows
+        _check_footer(file.metadata)
         for batch in file.iter_batches(_ROWS, columns=columns, use_threads=False):
             for cells in zip(*batch.columns, strict=True):
                 number += 1
@@ -85,6 +86,19 @@ def _parquet_rows(
                     raise not_utf8(error, f"{path}, row {number}") from error
                 yield f"row {number}", dict(zip(batch.schema.names, values, strict=True))
             advance(size * len(batch) // rows)
+        if number != rows:
+            raise ValueError(f"found {number} rows, its footer says {rows}")
+
+
+def _check_footer(footer: Any) -> None:
+    """Refuse a footer whose parts contradict each other: it has no checksum, as pages may have."""
+    starts = set()
+    for group in map(footer.row_group, range(footer.num_row_groups)):
+        for number, column in enumerate(map(group.column, range(group.num_columns))):
+            name, start = footer.schema.column(number).path, column.data_page_offset
+            if column.path_in_schema != name or (start in starts and group.num_rows):
+                raise ValueError(f"its footer has another column in the place of {name!r}")
+            starts.add(start)
 
 
 def _text_rows(

@@ -101,6 +101,9 @@ def read_manifest(folder: Path) -> Manifest:
             split: tuple(ShardEntry(**entry) for entry in entries)
             for split, entries in record["splits"].items()
         }
+        for split, entries in splits.items():
+            if len({entry.name for entry in entries}) != len(entries):
+                raise ValueError(f"the split {split!r} has a shard twice")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is not a manifest: {error}") from error
     if version != FORMAT_VERSION:

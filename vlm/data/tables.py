@@ -2,7 +2,7 @@
 
 import csv
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -74,9 +74,11 @@ def _parquet_rows(
     with pyarrow.parquet.ParquetFile(
         path, buffer_size=BLOCK, pre_buffer=False, page_checksum_verification=True
     ) as file:
+        # The first page of every column shows if one that is not chosen has a damaged name.
+        next(file.iter_batches(1, use_threads=False), None)
+        _check_columns(file.metadata, file.schema_arrow.names, 1)
         columns = list(choose(file.schema_arrow.names))
         rows = file.metadata.num_rows
-        _check_footer(file.metadata)
         for batch in file.iter_batches(_ROWS, columns=columns, use_threads=False):
             for cells in zip(*batch.columns, strict=True):
                 number += 1
@@ -86,18 +88,26 @@ def _parquet_rows(
                     raise not_utf8(error, f"{path}, row {number}") from error
                 yield f"row {number}", dict(zip(batch.schema.names, values, strict=True))
             advance(size * len(batch) // rows)
+        _check_columns(file.metadata, columns, file.num_row_groups)
         if number != rows:
             raise ValueError(f"found {number} rows, its footer says {rows}")
 
 
-def _check_footer(footer: Any) -> None:
-    """Refuse a footer whose parts contradict each other: it has no checksum, as pages may have."""
-    starts = set()
-    for group in map(footer.row_group, range(footer.num_row_groups)):
-        for number, column in enumerate(map(group.column, range(group.num_columns))):
-            name, start = footer.schema.column(number).path, column.data_page_offset
-            if column.path_in_schema != name or (start in starts and group.num_rows):
-                raise ValueError(f"its footer has another column in the place of {name!r}")
+def _check_columns(footer: Any, names: Collection[str], groups: int) -> None:
+    """Refuse a footer in which a column has the name or pages of another: it has no checksum.
+
+    Only of columns that were read: on what else a damaged footer says, pyarrow ends the process.
+    """
+    schema, starts = footer.schema, set()
+    paths = {number: schema.column(number).path for number in range(len(schema))}
+    for group in map(footer.row_group, range(min(groups, footer.num_row_groups))):
+        for number, path in paths.items():
+            if path.partition(".")[0] not in names:
+                continue
+            column = group.column(number)
+            start = column.dictionary_page_offset or column.data_page_offset
+            if column.path_in_schema != path or (start in starts and group.num_rows):
+                raise ValueError(f"its footer has another column in the place of {path!r}")
             starts.add(start)
 
 

@@ -1,13 +1,12 @@
 """`manifest.json`: what each split of a data folder holds, down to the bytes of every shard."""
 
-import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
-from vlm.data.cache import locked
+from vlm.data.cache import once
 from vlm.data.config import Verify
 from vlm.errors import DataError, ShardError
 from vlm.files import sha256_of, write_file
@@ -24,6 +23,12 @@ class ShardEntry:
     samples: int
     bytes: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        """Refuse, by a `ValueError`, what JSON may hold instead of a number."""
+        for count in (self.samples, self.bytes):
+            if not isinstance(count, int) or count < 0:
+                raise ValueError(f"{self.name} has {count!r} samples or bytes")
 
     def path_in(self, folder: Path) -> Path:
         """Return the shard's path; a `ShardError` if it is missing or has another size."""
@@ -47,13 +52,7 @@ class ShardEntry:
             if how == "each_open":
                 self._compare(path, found)
             elif how == "once":
-                status = path.stat()
-                state = f"{path.absolute()}\0{status.st_size}\0{status.st_mtime_ns}\0{self.sha256}"
-                name = hashlib.sha256(os.fsencode(state)).hexdigest()
-                with locked(f"verified/{name}") as file:
-                    if not file.read():
-                        self._compare(path, found)
-                        file.write(b"verified")
+                once(path, self.sha256, partial(self._compare, path, found))
         except OSError as error:
             raise ShardError(f"shard {path} cannot be read: {error}") from error
 
@@ -102,6 +101,9 @@ def read_manifest(folder: Path) -> Manifest:
             split: tuple(ShardEntry(**entry) for entry in entries)
             for split, entries in record["splits"].items()
         }
+        for split, entries in splits.items():
+            if len({entry.name for entry in entries}) != len(entries):
+                raise ValueError(f"the split {split!r} has a shard twice")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is not a manifest: {error}") from error
     if version != FORMAT_VERSION:

@@ -17,6 +17,10 @@ class ShardError(DataError):
     """A shard is missing, damaged or changed: none of its samples can be trusted."""
 
 
+class PlaceError(VlmError):
+    """A place stays away or refuses, or its files cannot be kept here: no fault of a sample."""
+
+
 class TokenizerError(VlmError):
     """A tokenizer cannot be trained, read or used as asked."""
 

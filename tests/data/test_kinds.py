@@ -355,7 +355,6 @@ def test_what_only_tables_have_is_refused_for_others(tars, setting):
     [
         ("gone", "is missing; expected a data folder, tars, tables or images"),
         ("pipe:touch canary", "commands are not run"),
-        ("s3://bucket/0.tar", "is not on this machine"),
         ("*.tar", "nothing is there"),
         ("{0..2}.tar", "1.tar: nothing is there"),
         ("{0..2", "unbalanced braces"),

@@ -20,8 +20,8 @@ import pytest
 from tests.support.commands import ROOT
 from tests.support.processes import PROCESSES, run_in_world
 from tests.support.web_server import WebServer
-from vlm.data.node_cache import NodeCache
-from vlm.errors import DataError
+from vlm.data.node_cache import NodeCache, RemoteFile
+from vlm.errors import PlaceError, ShardError
 
 SIZE = 400_000
 ROOMY = 100 * SIZE
@@ -63,14 +63,20 @@ def partial_size(folder: Path) -> int:
     return max((path.stat().st_size for path in folder.glob("*.partial")), default=0)
 
 
+def fetched(cache: NodeCache, *file: str | int | None) -> Path:
+    """Return a copy's path; others may remove it from now on."""
+    with cache.copy_of(RemoteFile(*file)) as path:
+        return path
+
+
 def fetch(cache: NodeCache, web_url: str, number: int) -> Path:
-    return cache.fetch(web_url, size=SIZE, sha256=sha256_of(number))
+    return fetched(cache, web_url, SIZE, sha256_of(number))
 
 
 def test_a_copy_has_the_bytes_and_the_suffix_and_is_fetched_once(web, tmp_path):
     for _ in range(2):
         cache = NodeCache(tmp_path / "cache", ROOMY)
-        path = cache.fetch(web.url("0.tar"))
+        path = fetched(cache, web.url("0.tar"))
         assert path.read_bytes() == content_of(0)
         assert path.name.endswith("-0.tar")
         assert path == fetch(cache, web.url("0.tar"), 0)
@@ -79,19 +85,19 @@ def test_a_copy_has_the_bytes_and_the_suffix_and_is_fetched_once(web, tmp_path):
 
 def test_a_shard_that_another_manifest_describes_is_fetched_anew(web, tmp_path):
     cache = NodeCache(tmp_path / "cache", ROOMY)
-    cache.fetch(web.url("0.tar"))
-    with pytest.raises(DataError, match=r"has 400000 bytes, expected 7; it has changed"):
-        cache.fetch(web.url("0.tar"), size=7)
-    with pytest.raises(DataError, match="is damaged"):
-        cache.fetch(web.url("0.tar"), sha256="0" * 64)
-    assert cache.fetch(web.url("0.tar")).read_bytes() == content_of(0)
+    fetched(cache, web.url("0.tar"))
+    with pytest.raises(ShardError, match=r"has 400000 bytes, expected 7; it has changed"):
+        fetched(cache, web.url("0.tar"), 7)
+    with pytest.raises(ShardError, match="is damaged"):
+        fetched(cache, web.url("0.tar"), None, "0" * 64)
+    assert fetched(cache, web.url("0.tar")).read_bytes() == content_of(0)
 
 
 def test_damage_is_fetched_once_more_and_then_named(web, tmp_path):
     cache = NodeCache(tmp_path / "cache", ROOMY)
     message = rf"0\.tar was fetched twice and is damaged: its SHA-256 is {sha256_of(0)}, expected 1"
-    with pytest.raises(DataError, match=message):
-        cache.fetch(web.url("0.tar"), size=SIZE, sha256="1" * 64)
+    with pytest.raises(ShardError, match=message):
+        fetched(cache, web.url("0.tar"), SIZE, "1" * 64)
     assert len(web.log("GET")) == 2
     assert partial_size(cache.folder) == 0
 
@@ -105,7 +111,7 @@ def test_what_a_dead_process_left_is_resumed_and_checked(web, tmp_path, whole):
         cache = NodeCache(tmp_path / f"cache {known}", ROOMY)
         cache.folder.mkdir()
         (cache.folder / f"{name}-{SIZE}.partial").write_bytes(start)
-        path = cache.fetch(web.url("0.tar"), size=SIZE, sha256=sha256_of(0) if known else None)
+        path = fetched(cache, web.url("0.tar"), SIZE, sha256_of(0) if known else None)
         assert path.read_bytes() == content_of(0)
     ranges = [line.split()[2] for line in web.log("GET")]
     assert ranges == ["-", "bytes=1000-", *([] if whole else ["-"]), "-"]
@@ -172,24 +178,33 @@ def test_the_copy_that_was_fetched_longest_ago_makes_room(web, tmp_path):
     assert [path.exists() for path in paths[:3]] == [True, False, True]
 
 
-def test_what_a_process_has_just_fetched_is_not_removed(web, tmp_path):
-    caches = [NodeCache(tmp_path / "cache", 2 * SIZE, patience=0.3) for _ in range(3)]
-    paths = [fetch(caches[number], web.url(f"{number}.tar"), number) for number in range(2)]
+def test_a_copy_is_not_removed_before_it_is_opened(web, tmp_path):
+    caches = [NodeCache(tmp_path / "cache", 2 * SIZE, patience=0.3) for _ in range(2)]
+    files = [RemoteFile(web.url(f"{number}.tar"), SIZE, sha256_of(number)) for number in range(3)]
     message = r"2\.tar has 400000 bytes, for which .*cache has no room; expected a larger cache"
-    with pytest.raises(DataError, match=message):
-        fetch(caches[2], web.url("2.tar"), 2)
-    assert all(path.exists() for path in paths)
-    fetch(caches[0], web.url("1.tar"), 1)
-    fetch(caches[2], web.url("2.tar"), 2)
-    assert [path.exists() for path in paths] == [False, True]
+    with caches[0].copy_of(files[0]) as first, caches[0].copy_of(files[1]) as second:
+        with pytest.raises(PlaceError, match=message):
+            fetched(caches[1], *files[2])
+        assert first.exists()
+        assert second.exists()
+    fetched(caches[1], *files[2])
+    assert [first.exists(), second.exists()] == [False, True]
+
+
+def test_files_of_one_address_are_told_apart_by_their_etags(web, tmp_path):
+    cache = NodeCache(tmp_path / "cache", ROOMY)
+    paths = [fetched(cache, web.url("0.tar"), SIZE, None, version) for version in "abab"]
+    assert paths[:2] == paths[2:]
+    assert paths[0] != paths[1]
+    assert len(web.log("GET")) == 2
 
 
 def test_a_shard_larger_than_the_cache_is_refused_at_once(web, tmp_path):
     (web.folder / "small.tar").write_bytes(b"small")
     cache = NodeCache(tmp_path / "cache", SIZE - 1)
-    small = cache.fetch(web.url("small.tar"))
-    with pytest.raises(DataError, match="no room; expected a larger cache than 399999 bytes"):
-        cache.fetch(web.url("0.tar"))
+    small = fetched(cache, web.url("small.tar"))
+    with pytest.raises(PlaceError, match="no room; expected a larger cache than 399999 bytes"):
+        fetched(cache, web.url("0.tar"))
     assert not web.log("GET", "0.tar")
     assert small.exists()
 
@@ -206,7 +221,7 @@ def test_other_files_in_the_folder_are_left_alone(web, tmp_path):
 def fetch_all(rank: int, folder: Path, urls: list[str]) -> list[str]:
     cache = NodeCache(folder, ROOMY)
     # Both want the same shard most of the time.
-    return [hashlib.sha256(cache.fetch(url).read_bytes()).hexdigest() for url in urls]
+    return [hashlib.sha256(fetched(cache, url).read_bytes()).hexdigest() for url in urls]
 
 
 @pytest.mark.distributed
@@ -219,12 +234,12 @@ def test_two_processes_fetch_each_shard_once(web, tmp_path):
 
 
 def test_a_copy_that_another_finished_just_now_is_not_fetched_again(web, tmp_path, monkeypatch):
-    def size_while_another_fetches(url: str, *, patience: float) -> int:
+    def size_while_another_fetches(url: str, *, patience: float) -> dict[str, int]:
         fetch(NodeCache(tmp_path / "cache", ROOMY), url, 0)
-        return SIZE
+        return {"bytes": SIZE}
 
-    monkeypatch.setattr("vlm.data.node_cache.size_of", size_while_another_fetches)
-    path = NodeCache(tmp_path / "cache", ROOMY).fetch(web.url("0.tar"))
+    monkeypatch.setattr("vlm.data.node_cache.state_of", size_while_another_fetches)
+    path = fetched(NodeCache(tmp_path / "cache", ROOMY), web.url("0.tar"))
     assert path.read_bytes() == content_of(0)
     assert len(web.log("GET")) == 1
 
@@ -253,21 +268,21 @@ def test_a_killed_process_leaves_its_bytes_and_no_lock_to_the_one_that_waits(web
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_a_forked_worker_shares_no_locks_with_its_parent(web, tmp_path):
     cache = NodeCache(tmp_path / "cache", 2 * SIZE, patience=5)
-    first = fetch(cache, web.url("0.tar"), 0)
     ready, go = os.pipe()
-    child = os.fork()
-    if child == 0:
-        signal.alarm(20)
-        os.read(ready, 1)
-        fetch(cache, web.url("3.tar"), 3)
-        good = fetch(cache, web.url("4.tar"), 4).read_bytes() == content_of(4)
-        os._exit(0 if good else 1)
+    with cache.copy_of(RemoteFile(web.url("0.tar"), SIZE, sha256_of(0))) as first:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            os.read(ready, 1)
+            fetch(cache, web.url("3.tar"), 3)
+            good = fetch(cache, web.url("4.tar"), 4).read_bytes() == content_of(4)
+            os._exit(0 if good else 1)
     fetch(cache, web.url("1.tar"), 1)
-    last = fetch(cache, web.url("2.tar"), 2)
-    assert not first.exists()  # the child, which is there, holds it no more
-    os.write(go, b"!")
-    assert os.waitpid(child, 0)[1] == 0
-    assert last.exists()
+    with cache.copy_of(RemoteFile(web.url("2.tar"), SIZE, sha256_of(2))) as last:
+        assert not first.exists()  # the child, which is there, holds it no more
+        os.write(go, b"!")
+        assert os.waitpid(child, 0)[1] == 0
+        assert last.exists()
     os.close(ready)
     os.close(go)
 
@@ -287,7 +302,7 @@ def test_a_full_disk_is_one_sentence_and_gets_its_space_back(web, tmp_path):
     cache = NodeCache(tmp_path / "cache", ROOMY)
     with (
         largest_file(SIZE // 2),
-        pytest.raises(DataError, match=r"0\.tar cannot be kept in .*/cache: File too large$"),
+        pytest.raises(PlaceError, match=r"0\.tar cannot be kept in .*/cache: File too large$"),
     ):
         fetch(cache, web.url("0.tar"), 0)
     assert partial_size(cache.folder) == 0
@@ -297,14 +312,16 @@ def test_a_full_disk_is_one_sentence_and_gets_its_space_back(web, tmp_path):
 def test_a_folder_that_cannot_be_made_is_one_sentence(web, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(
-        DataError, match=r"0\.tar cannot be kept in .*/file/cache: Not a directory$"
+        PlaceError, match=r"0\.tar cannot be kept in .*/file/cache: Not a directory$"
     ):
         fetch(NodeCache(tmp_path / "file" / "cache", ROOMY), web.url("0.tar"), 0)
 
 
 def test_what_is_prefetched_is_there_when_it_is_needed(web, tmp_path):
     cache = NodeCache(tmp_path / "cache", ROOMY, ahead=2)
-    cache.prefetch([(web.url(f"{number}.tar"), SIZE, sha256_of(number)) for number in range(4)])
+    cache.prefetch(
+        RemoteFile(web.url(f"{number}.tar"), SIZE, sha256_of(number)) for number in range(4)
+    )
     wait_until(lambda: len(list(cache.folder.glob("*.tar"))) == 2)
     for number in range(2):
         fetch(cache, web.url(f"{number}.tar"), number)
@@ -315,7 +332,7 @@ def test_a_shard_that_is_being_prefetched_is_waited_for(web, tmp_path):
     web.restart(seconds=0.02)
     cache = NodeCache(tmp_path / "cache", ROOMY)
     for _ in range(3):
-        cache.prefetch([(web.url("0.tar"), SIZE, sha256_of(0))])
+        cache.prefetch([RemoteFile(web.url("0.tar"), SIZE, sha256_of(0))])
     wait_until(lambda: partial_size(cache.folder))
     assert fetch(cache, web.url("0.tar"), 0).read_bytes() == content_of(0)
     assert len(web.log("GET")) == 1
@@ -323,18 +340,19 @@ def test_a_shard_that_is_being_prefetched_is_waited_for(web, tmp_path):
 
 def test_errors_of_prefetching_are_raised_where_the_shard_is_needed(web, tmp_path):
     cache = NodeCache(tmp_path / "cache", ROOMY)
-    cache.prefetch([(web.url("9.tar"), None, None)])
+    cache.prefetch([RemoteFile(web.url("9.tar"))])
     wait_until(lambda: web.log("HEAD"))
-    with pytest.raises(DataError, match=r"9\.tar is not there"):
-        cache.fetch(web.url("9.tar"))
+    with pytest.raises(ShardError, match=r"9\.tar is not there"):
+        fetched(cache, web.url("9.tar"))
 
 
 def test_a_program_ends_while_shards_are_prefetched(web, tmp_path):
     web.restart(seconds=1)
     program = (
-        "import sys, time; from pathlib import Path; from vlm.data.node_cache import NodeCache\n"
+        "import sys, time; from pathlib import Path\n"
+        "from vlm.data.node_cache import NodeCache, RemoteFile\n"
         "folder = Path(sys.argv[1])\n"
-        "NodeCache(folder, 10**9).prefetch([(sys.argv[2], None, None)])\n"
+        "NodeCache(folder, 10**9).prefetch([RemoteFile(sys.argv[2])])\n"
         "while not list(folder.glob('*.partial')): time.sleep(0.01)\n"
     )
     command = [sys.executable, "-c", program, tmp_path / "cache", web.url("0.tar")]

@@ -277,6 +277,20 @@ def test_reading_touches_the_shards_of_one_block_at_a_time():
             assert len(shards) <= 1.2 * 2000 / 100
 
 
+def test_the_shards_that_a_stream_reads_next_are_known_a_block_ahead():
+    source = SourceOrder("data", np.full(40, 10), 2, 0, block=50)
+    keys = list(source.read(0, 1, 0, 500))  # more than two epochs of 200
+    for number, key in enumerate(keys[:400]):
+        own, next_one = (
+            {later.shard for later in keys[start : start + 50]}
+            for start in (number - number % 50, number - number % 50 + 50)
+        )
+        ahead = source.shards_from(key)
+        assert set(ahead[: len(own)]) == own
+        assert set(ahead) == own | next_one
+        assert len(ahead) == len(own | next_one)
+
+
 def test_a_substitute_is_another_sample_of_the_same_block():
     source = SourceOrder("data", np.full(40, 10), 2, 0, block=50)
     keys = list(source.read(3, 1, 0, 450))  # more than two epochs of 200

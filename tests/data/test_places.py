@@ -6,8 +6,16 @@ import sys
 import pytest
 
 from tests.support.web_server import WebServer
-from vlm.data.places import MissingFileError, expand, is_remote, read_blocks, read_small, size_of
-from vlm.errors import DataError
+from vlm.data.places import (
+    MissingFileError,
+    expand,
+    is_remote,
+    read_blocks,
+    read_small,
+    state_of,
+    within,
+)
+from vlm.errors import DataError, PlaceError, ShardError
 
 
 @pytest.fixture
@@ -88,6 +96,11 @@ def test_web_addresses_have_braces_but_no_globs():
         expand("https://host/{0..9.tar")
 
 
+def test_a_query_is_not_part_of_a_folder():
+    assert within("s3://bucket/pairs/", "0.tar") == "s3://bucket/pairs/0.tar"
+    assert within("https://host/pairs?k=1", "0.tar") == "https://host/pairs/0.tar?k=1"
+
+
 def test_small_files_are_read_whole(web):
     (web.folder / "manifest.json").write_bytes(b"{}")
     assert read_small(web.url("manifest.json")) == b"{}"
@@ -124,7 +137,7 @@ def test_servers_without_ranges_begin_again(web):
     web.restart(ranges=0)
     assert read(web.url("0.tar"), len(content), start=1000) == content
     web.restart(ranges=0, cut_after=500_000)
-    with pytest.raises(DataError, match=r"0\.tar stayed away for 0\.5 s, in \d+ tries; the last"):
+    with pytest.raises(PlaceError, match=r"0\.tar stayed away for 0\.5 s, in \d+ tries; the last"):
         read(web.url("0.tar"), len(content), patience=0.5)
 
 
@@ -141,8 +154,8 @@ def test_some_answers_that_the_server_is_busy_change_nothing(web):
 @pytest.mark.slow
 def test_a_server_that_stays_busy_ends_with_what_it_said(web, caplog):
     web.restart(fail_every=1)
-    with pytest.raises(DataError) as caught:
-        size_of(f"{web.url('0.tar')}?signature=secret", patience=2)
+    with pytest.raises(PlaceError) as caught:
+        state_of(f"{web.url('0.tar')}?signature=secret", patience=2)
     message = str(caught.value)
     assert message.startswith(f"{web.url('0.tar')} stayed away for 2 s, in ")
     assert message.endswith("tries; the last failed with HTTP status 503")
@@ -153,7 +166,7 @@ def test_a_server_that_stays_busy_ends_with_what_it_said(web, caplog):
 def test_a_server_that_is_not_there_is_waited_for(web):
     web.kill()
     with pytest.raises(
-        DataError, match=r"stayed away for 0\.3 s, in \d tries; .*Connect call fail"
+        PlaceError, match=r"stayed away for 0\.3 s, in \d tries; .*Connect call fail"
     ):
         read_small(web.url("0.tar"), patience=0.3)
 
@@ -162,8 +175,8 @@ def test_a_server_that_is_not_there_is_waited_for(web):
     ("status", "kind", "message"),
     [
         (404, MissingFileError, "0.tar is not there"),
-        (403, DataError, r"0.tar is refused \(HTTP status 403\); expected credentials"),
-        (400, DataError, "0.tar cannot be read: HTTP status 400"),
+        (403, PlaceError, r"0.tar is refused \(HTTP status 403\); expected credentials"),
+        (400, PlaceError, "0.tar cannot be read: HTTP status 400"),
     ],
 )
 def test_what_cannot_pass_is_not_tried_again(web, status, kind, message):
@@ -177,14 +190,14 @@ def test_what_cannot_pass_is_not_tried_again(web, status, kind, message):
 
 def test_a_file_of_another_size_is_refused(web):
     (web.folder / "0.tar").write_bytes(b"0123456789")
-    assert size_of(web.url("0.tar")) == 10
-    with pytest.raises(DataError, match=r"0\.tar has 10 bytes, expected 9; it has changed"):
+    assert state_of(web.url("0.tar"))["bytes"] == 10
+    with pytest.raises(ShardError, match=r"0\.tar has 10 bytes, expected 9; it has changed"):
         read(web.url("0.tar"), 9)
 
 
 def test_a_missing_library_is_named(web, monkeypatch):
     monkeypatch.setitem(sys.modules, "aiohttp", None)
     with pytest.raises(
-        DataError, match=r"aiohttp.*; pip install 'vlm\[remote\]' brings what reads"
+        PlaceError, match=r"aiohttp.*; pip install 'vlm\[remote\]' brings what reads"
     ):
         read_small(web.url("0.tar"))

@@ -107,6 +107,8 @@ class _Handler(BaseHTTPRequestHandler):
             log.write(f"{self.command} {path.name} {self.headers.get('Range', '-')} {status}\n")
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
+        if status in (200, 206):
+            self.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
         if status == 206 and asked:
             self.send_header("Content-Range", f"bytes {asked[1]}-{end}/{total}")
         if "encoding" in self.options:

@@ -1,7 +1,6 @@
 """Read every sample of a source and decode its image; verify the shards of a data folder."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from vlm.cli.options import SourceOptions, refuse_several_processes
 from vlm.errors import DataError
@@ -17,12 +16,11 @@ class Options(SourceOptions):
 def run(options: Options) -> None:
     """Read everything once, all splits of a data folder; print what each split holds."""
     refuse_several_processes("data check")
-    from vlm.data.manifest import is_data_folder, read_manifest
+    from vlm.data.layout import splits_of
     from vlm.data.parallel import TYPICAL_BYTES, over
     from vlm.data.source import open_source
 
-    folder = Path(options.path)
-    for split in read_manifest(folder).splits if is_data_folder(folder) else [options.split]:
+    for split in splits_of(options.source()):
         source = open_source(replace(options.source(), split=split), verify="each_open")
         of_shards = over(
             source.damaged_in,

@@ -10,6 +10,8 @@ from vlm.errors import ConfigError
 Verify = Literal["once", "each_open", "size"]
 """When a shard's SHA-256 is compared with its manifest: once on a machine, whenever it is opened,
 or never; its size always is."""
+CACHE_GIB = 100.0
+"""Of the cache folder's disk, what copies of remote files may take."""
 DEFAULT_SPLIT = "train"
 """Also what is asked of a source without splits."""
 
@@ -21,7 +23,8 @@ class SourceConfig:
     path: str
     """A data folder; tars, named by braces (`{00000..00299}.tar`), `*` or their folder; a csv,
     tsv, jsonl or parquet file with images or their paths; or a folder of images, each with a
-    `.txt` or `.json` of the same name."""
+    `.txt` or `.json` of the same name. Data folders, tars and tables with images may be at a place:
+    `s3://`, `gs://`, `hf://`, `https://`."""
     split: str = DEFAULT_SPLIT
     """The split to read: of a data folder, of files named `SPLIT-NUMBER`, or of a table with a
     column `split`."""
@@ -118,6 +121,9 @@ class DataConfig:
     verify: Verify = "once"
     """When the SHA-256 of a data folder's shards is compared with its manifest: `once` on a
     machine, at `each_open`, or never (`size`). Sizes always are."""
+    cache_gib: float = CACHE_GIB
+    """Disk space of a node, in GiB, for copies of shards at a place, in the folder `shards` of the
+    cache folder (`VLM_CACHE`). Those that make room are gone once no process reads them."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     skip_batches: tuple[tuple[int, int], ...] = ()
     """First and last numbers of batches to pass over, counted from 0: such as those that a loss has
@@ -132,6 +138,8 @@ class DataConfig:
     """Keep decoded images in memory: for many epochs over few small images."""
 
     def __post_init__(self) -> None:
+        if not self.cache_gib > 0:
+            raise ConfigError(f"cache_gib is {self.cache_gib}; expected more than 0")
         if not 0 <= self.allowed_share <= 1:
             raise ConfigError(f"allowed_share is {self.allowed_share}; expected a ratio in [0, 1]")
         if any(not 0 <= first <= last for first, last in self.skip_batches):

@@ -1,8 +1,9 @@
 """One sample as a training step sees it: its captions chosen and its image augmented."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 from jaxtyping import Float
 from PIL import Image
@@ -57,6 +58,13 @@ class TrainingExamples(Dataset[Example]):
         default_factory=dict, init=False
     )
     """By source, shard and row, and by scale."""
+
+    def prefetch(self, keys: Iterable[SampleKey]) -> None:
+        """Begin to fetch the shards of some samples, and those that their streams read next."""
+        last = {(key.source, key.stream): key for key in keys}
+        for number, source in enumerate(self.sources):
+            of_source = [key for key in last.values() if key.source == number]
+            source.prefetch(chain(*(self.orders[number].shards_from(key) for key in of_source)))
 
     def __getitem__(self, key: SampleKey) -> Example:
         skipped: list[SkippedSample] = []

@@ -4,19 +4,33 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 
 from vlm.data.cache import cache_folder, locked
 from vlm.data.config import SourceConfig
+from vlm.data.copies import local_copy, remote_file
 from vlm.data.index import VERSION, about_index, read_index, write_index
-from vlm.data.layout import Kind, Layout, ShardFile, split_of, tars_in
+from vlm.data.layout import (
+    Kind,
+    Layout,
+    ShardFile,
+    layout_of,
+    local_state,
+    split_of,
+    tars_in,
+)
 from vlm.data.manifest import Manifest, ShardEntry, write_manifest
+from vlm.data.node_cache import NodeCache, RemoteFile
 from vlm.data.parallel import over
-from vlm.data.scanning import Row, scan_images, scan_table, scan_tar
+from vlm.data.places import MissingFileError, shown, within
+from vlm.data.scanning import Row, first_record, image_in, scan_images, scan_table, scan_tar
 from vlm.errors import DataError
 from vlm.files import sha256_of
 
@@ -28,7 +42,43 @@ def index_path(folder: Path, name: str) -> Path:
     return folder / INDEX_FOLDER / f"{name}.arrow"
 
 
-def cached_indexes(layout: Layout, config: SourceConfig) -> list[tuple[Path, int]]:
+def fetched_index(file: ShardFile, config: SourceConfig, cache: NodeCache) -> pyarrow.Table:
+    """Return the index of a shard of a remote data folder.
+
+    It is the one next to the shard, or else made of the shard and kept in the cache folder.
+
+    Raises:
+        ShardError: the shard is missing or damaged.
+        PlaceError: it cannot be fetched, or not be kept.
+    """
+    own, described = _cached_path(file, config), about(file, config)
+    if (table := read_index(own, described)) is not None:
+        return table
+    with suppress(MissingFileError), cache.copy_of(_remote_index(file)) as path:
+        if (table := read_index(path, described)) is not None:
+            return table
+    with locked(f"index/{own.stem}.lock"):  # one of a node's processes makes it
+        if read_index(own, described) is None:
+            _write_cached(file, kind="tars", config=config, cache=cache)
+    table = read_index(own, described)
+    assert table is not None, "it was written just now"
+    return table
+
+
+def files_of(file: ShardFile) -> list[RemoteFile]:
+    """Return what is fetched to read from a shard of a remote data folder."""
+    return [_remote_index(file), remote_file(file)]
+
+
+def _remote_index(file: ShardFile) -> RemoteFile:
+    folder, _, name = file.name.rpartition("/")
+    url = within(folder + file.path[len(file.name) :], f"{INDEX_FOLDER}/{name}.arrow")
+    return RemoteFile(url, etag=file.state["sha256"])  # that of another shard is none of this one
+
+
+def cached_indexes(
+    layout: Layout, config: SourceConfig, cache: NodeCache
+) -> list[tuple[Path, int]]:
     """Return the index files of what has no manifest, and the rows in each.
 
     What is missing, damaged or of another state of a file is made, with a bar on a terminal.
@@ -48,10 +98,10 @@ def cached_indexes(layout: Layout, config: SourceConfig) -> list[tuple[Path, int
                 if rows[path] is None and _rows_in(path) is None
             ]
             made = over(
-                partial(_write_cached, kind=layout.kind, config=config),
+                partial(_write_cached, kind=layout.kind, config=config, cache=cache),
                 missing,
                 size=sum(file.size for file in missing),
-                title=f"indexing {config.path}",
+                title=f"indexing {shown(config.path)}",
             )
             deque(made, maxlen=0)
         rows |= {path: _rows_in(path) for path, number in rows.items() if number is None}
@@ -72,22 +122,50 @@ def about(file: ShardFile, config: SourceConfig) -> dict[str, Any]:
 
 
 def _cached_path(file: ShardFile, config: SourceConfig) -> Path:
-    record = json.dumps([VERSION, str(file.path.absolute()), about(file, config)])
+    path = file.path if file.is_remote else str(Path(file.path).absolute())
+    record = json.dumps([VERSION, path, about(file, config)])
     return cache_folder() / "index" / f"{hashlib.sha256(record.encode()).hexdigest()}.arrow"
 
 
-def _write_cached(file: ShardFile, *, kind: Kind, config: SourceConfig) -> None:
-    rows: Iterable[Row]
-    if kind == "tars":
-        rows = scan_tar(file.path, config, prefix=file.prefix).rows
-    elif kind == "tables":
-        rows = scan_table(file.path, config, prefix=file.prefix)
-    else:
-        rows = scan_images(file.images, file.path, config)
-    write_index(_cached_path(file, config), _checked(rows, file.path), about(file, config))
+def _write_cached(file: ShardFile, *, kind: Kind, config: SourceConfig, cache: NodeCache) -> None:
+    own, described = _cached_path(file, config), about(file, config)
+    if kind == "images":
+        write_index(
+            own, _checked(scan_images(file.images, Path(file.path), config), file), described
+        )
+        return
+    with local_copy(file, cache) as path:
+        rows: Iterable[Row]
+        if kind == "tars":
+            rows = scan_tar(path, config, prefix=file.prefix).rows
+        else:
+            if file.is_remote:
+                _check_images(path, file, config)
+            rows = scan_table(path, config, prefix=file.prefix)
+        if file.is_remote:
+            rows = _named(rows, path, file.name)
+            described |= {"sha256": sha256_of(path)}  # so that it is the same file ever after
+        write_index(own, _checked(rows, file), described)
 
 
-def _checked(rows: Iterable[Row], path: Path) -> Iterator[Row]:
+def _named(rows: Iterable[Row], path: Path, name: str) -> Iterator[Row]:
+    """Let what is wrong with a sample name the file, not its copy."""
+    for row in rows:
+        yield row | {"error": row["error"].replace(str(path), name)} if "error" in row else row
+
+
+def _check_images(path: Path, file: ShardFile, config: SourceConfig) -> None:
+    """Refuse a remote table of paths that start from its own folder."""
+    image = image_in(first_record(path, (), config), config)
+    if isinstance(image, str) and not config.images and not Path(image).is_absolute():
+        raise DataError(
+            f"{file.name} has the paths of images, such as {image!r:.60}, which are not fetched "
+            "one by one; expected the images themselves, tars such as img2dataset makes, or "
+            "`images`, a folder of this machine"
+        )
+
+
+def _checked(rows: Iterable[Row], file: ShardFile) -> Iterator[Row]:
     """Refuse a file with no sample that can be used, or fewer than img2dataset has counted."""
     number, first, usable = 0, "", False
     for row in rows:
@@ -96,12 +174,12 @@ def _checked(rows: Iterable[Row], path: Path) -> Iterator[Row]:
         usable = usable or "error" not in row
         yield row
     if first and not usable:
-        raise DataError(f"none of the {number} samples of {path} can be used: {first}")
-    expected = _counted_by_img2dataset(path)
+        raise DataError(f"none of the {number} samples of {file.name} can be used: {first}")
+    expected = None if file.is_remote else _counted_by_img2dataset(Path(file.path))
     if expected not in (None, number):
         raise DataError(
-            f"{path} holds {number} samples, img2dataset counted {expected}; it is cut off, or "
-            "still being written"
+            f"{file.name} holds {number} samples, img2dataset counted {expected}; it is cut off, "
+            "or still being written"
         )
 
 
@@ -134,48 +212,88 @@ def index_folder(folder: Path, config: SourceConfig | None = None) -> Manifest:
     paths = tars_in(folder).get("", [])
     if not paths:
         raise DataError(f"{folder} holds no shard; expected files like train-00000.tar")
-    splits: dict[str, list[ShardEntry]] = {}
-    of_paths = [split_of(path) for path in paths]
     for path in paths:
         if path.with_name(f"{path.name}.gz").exists():
             raise DataError(f"found both {path} and {path.name}.gz; expected one of the two")
-    size = sum(path.stat().st_size for path in paths)
-    entries = over(partial(_indexed, config=config), paths, size=size, title=f"indexing {folder}")
-    for split, entry in zip(of_paths, entries, strict=True):
+    states = [local_state(str(path)) for path in paths]
+    files = [
+        ShardFile(path=str(path), size=state["bytes"], state=state)
+        for path, state in zip(paths, states, strict=True)
+    ]
+    return _index_tars(files, config, out=folder, title=str(folder))
+
+
+def index_place(config: SourceConfig, out: Path, cache: NodeCache) -> Manifest:
+    """Do the same for tars at a place; what is written is for their folder there.
+
+    Args:
+        config: Names tars of one folder by a URL.
+        out: The folder to write to.
+        cache: Where the tars are fetched to.
+
+    Raises:
+        DataError: the tars are of several folders, or as in `index_folder`.
+        PlaceError: one cannot be fetched, or not be kept.
+    """
+    layout = layout_of(config)
+    folders = {file.name.rpartition("/")[0] for file in layout.files if file.is_remote}
+    if layout.kind != "tars" or len(folders) != 1:
+        raise DataError(
+            f"{shown(config.path)} is not a folder of tars at a place; expected an address such as "
+            "s3://bucket/folder/*.tar"
+        )
+    files = [replace(file, prefix="") for file in layout.files]
+    return _index_tars(files, config, out=out, title=folders.pop(), cache=cache)
+
+
+def _index_tars(
+    files: Sequence[ShardFile],
+    config: SourceConfig,
+    *,
+    out: Path,
+    title: str,
+    cache: NodeCache | None = None,
+) -> Manifest:
+    splits: dict[str, list[ShardEntry]] = {}
+    of_files = [split_of(Path(file.name)) for file in files]
+    size = sum(file.size for file in files)
+    indexed = partial(_indexed, config=config, out=out, cache=cache)
+    entries = over(indexed, files, size=size, title=f"indexing {title}")
+    for split, entry in zip(of_files, entries, strict=True):
         splits.setdefault(split, []).append(entry)
     for of_split in splits.values():
-        check_uids(
-            [(folder / e.name, partial(_uids_in, index_path(folder, e.name))) for e in of_split]
-        )
+        check_uids([
+            (f"{title}/{e.name}", partial(_uids_in, index_path(out, e.name))) for e in of_split
+        ])  # fmt: skip
     manifest = Manifest(splits={split: tuple(found) for split, found in splits.items()})
-    write_manifest(folder, manifest)
+    write_manifest(out, manifest)
     return manifest
 
 
-def _indexed(path: Path, *, config: SourceConfig) -> ShardEntry:
+def _indexed(
+    file: ShardFile, *, config: SourceConfig, out: Path, cache: NodeCache | None
+) -> ShardEntry:
     """Return the entry of a tar, after its index is written, unless that is there and fits."""
-    found = path.stat()
-    state = {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
-    file = ShardFile(path=path, size=found.st_size, state=state)
-    index = index_path(path.parent, path.name)
-    table = read_index(index, about(file, config))
+    name = Path(file.name).name
+    index, described = index_path(out, name), about(file, config)
+    table = read_index(index, described)
     if table is None:
-        digest, rows = sha256_of(path), scan_tar(path, config).rows
-        write_index(index, _checked(rows, path), about(file, config) | {"sha256": digest})
-        number = len(rows)
-    else:
-        digest, number = about_index(table)["sha256"], table.num_rows
-    entry = ShardEntry(name=path.name, samples=number, bytes=found.st_size, sha256=digest)
-    if table is None:
-        entry.verify(path, found=digest)  # so that a run on this machine need not read it again
-    return entry
+        with local_copy(file, cache) as path:
+            digest = sha256_of(path)
+            rows = list(_named(scan_tar(path, config).rows, path, file.name))
+            write_index(index, _checked(rows, file), described | {"sha256": digest})
+            entry = ShardEntry(name=name, samples=len(rows), bytes=file.size, sha256=digest)
+            entry.verify(path, found=digest)  # so that a run on this machine need not read it again
+        return entry
+    digest = about_index(table)["sha256"]
+    return ShardEntry(name=name, samples=table.num_rows, bytes=file.size, sha256=digest)
 
 
-def check_uids(shards: Sequence[tuple[Path, Callable[[], list[str]]]]) -> None:
+def check_uids(shards: Sequence[tuple[str, Callable[[], list[str]]]]) -> None:
     """Refuse uids that occur twice: their samples would count as one.
 
     Args:
-        shards: The path of each, and what gives its uids. They are asked for twice at most, and
+        shards: The name of each, and what gives its uids. They are asked for twice at most, and
             only their hashes are in memory for all shards, 8 bytes each.
 
     Raises:
@@ -184,16 +302,16 @@ def check_uids(shards: Sequence[tuple[Path, Callable[[], list[str]]]]) -> None:
     hashes = [np.fromiter(map(hash, uids_of()), np.int64) for _, uids_of in shards]
     ordered = np.sort(np.concatenate(hashes))
     twice = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
-    seen: dict[str, Path] = {}
-    for path, uids_of in shards if twice else ():
+    seen: dict[str, str] = {}
+    for name, uids_of in shards if twice else ():
         for uid in uids_of():
             if uid in seen:
                 raise DataError(
-                    f"the key {uid!r} is in {seen[uid]} and in {path}; expected every key of a "
+                    f"the key {uid!r} is in {seen[uid]} and in {name}; expected every key of a "
                     "split once, for example with the shard's name in front: 00001/00000"
                 )
             if hash(uid) in twice:
-                seen[uid] = path
+                seen[uid] = name
 
 
 def _uids_in(index: Path) -> list[str]:

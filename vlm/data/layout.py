@@ -1,20 +1,36 @@
-"""What the path of a source names: a data folder, tars, tables, or a folder of images."""
+"""What a source's path or URL names: a data folder, tars, tables, or a folder of images."""
 
 import hashlib
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from vlm.data.config import DEFAULT_SPLIT, SourceConfig
 from vlm.data.image_folder import OTHER_SUFFIX, images_below
 from vlm.data.index import ROWS
-from vlm.data.manifest import MANIFEST_NAME, ShardEntry, is_data_folder, read_manifest
-from vlm.data.places import expand, is_remote
+from vlm.data.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    ShardEntry,
+    is_data_folder,
+    manifest_in,
+    read_manifest,
+)
+from vlm.data.places import (
+    MissingFileError,
+    expand,
+    is_remote,
+    read_small,
+    shown,
+    state_of,
+    within,
+)
 from vlm.data.records import first_object, listed
 from vlm.data.scanning import SIDE_SUFFIXES, TAR_SUFFIXES, image_column, is_json_lines
 from vlm.data.tables import columns_of
@@ -24,6 +40,7 @@ Kind = Literal["data folder", "tars", "tables", "images"]
 TABLE_SUFFIXES = (
     ".parquet", *(f".{name}{packed}" for name in ("csv", "tsv", "jsonl") for packed in ("", ".gz"))
 )  # fmt: skip
+_ASKED = 16  # files at a place whose states are asked for at a time
 _NUMBERED = re.compile(r"(.+?)-\d+(?:-of-\d+.*)?")
 
 
@@ -31,8 +48,8 @@ _NUMBERED = re.compile(r"(.+?)-\d+(?:-of-\d+.*)?")
 class ShardFile:
     """A file with samples, or a part of a folder with images, before it is opened."""
 
-    path: Path
-    """The tar or table; of images, their folder."""
+    path: str
+    """The tar or table, as a path or a URL; of images, their folder."""
     prefix: str = ""
     """What stands before a key or a row to make it a uid."""
     entry: ShardEntry | None = None
@@ -46,7 +63,17 @@ class ShardFile:
     @property
     def is_tar(self) -> bool:
         """Whether its samples are members of a tar."""
-        return self.path.name.lower().endswith(TAR_SUFFIXES)
+        return _has_suffix(self.path, TAR_SUFFIXES)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it lies at a place, such as a bucket or a web server."""
+        return is_remote(self.path)
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+        return shown(self.path)
 
 
 class Layout(NamedTuple):
@@ -63,11 +90,18 @@ def layout_of(config: SourceConfig) -> Layout:
 
     Raises:
         DataError: there is nothing, nothing of a known kind, or no such split.
+        PlaceError: the place cannot be reached.
         ConfigError: a setting is not for what is there.
     """
-    path = Path(config.path)
+    config = replace(config, path=config.path.removeprefix("file://"))
+    path = shown(config.path)
     try:
-        layout = _layout_of_folder(path, config) if path.is_dir() else _layout_of_files(config)
+        if is_remote(path):
+            layout = _layout_at_place(config)
+        elif Path(path).is_dir():
+            layout = _layout_of_folder(Path(path), config)
+        else:
+            layout = _layout_of_files(config)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     given = [name for name in ("image", "images") if getattr(config, name)]
@@ -77,6 +111,16 @@ def layout_of(config: SourceConfig) -> Layout:
             "have"
         )
     return layout
+
+
+def splits_of(config: SourceConfig) -> list[str]:
+    """Return the splits of a data folder; of anything else, the one that is asked for."""
+    if is_remote(config.path):
+        if not _has_suffix(config.path, TAR_SUFFIXES + TABLE_SUFFIXES):
+            return list(_manifest_at(config.path).splits)
+    elif is_data_folder(Path(config.path)):
+        return list(read_manifest(Path(config.path)).splits)
+    return [config.split]
 
 
 def tars_in(folder: Path) -> dict[str, list[Path]]:
@@ -108,28 +152,47 @@ def split_of(path: Path) -> str:
 
 
 def _layout_of_files(config: SourceConfig) -> Layout:
-    path = Path(config.path)
-    paths = [path] if path.exists() else _expanded(config.path)
+    there = not is_remote(config.path) and Path(config.path).exists()
+    paths = [config.path] if there else _expanded(config.path)
     kind = _kind_of(paths)
     if kind == "tars" and config.split != DEFAULT_SPLIT:
-        raise DataError(f"{path} has no splits; found the split {config.split!r}")
+        raise DataError(f"{shown(config.path)} has no splits; found the split {config.split!r}")
     return Layout(kind, _files(paths))
+
+
+def _layout_at_place(config: SourceConfig) -> Layout:
+    folder = config.path
+    if _has_suffix(folder, TAR_SUFFIXES + TABLE_SUFFIXES):
+        return _layout_of_files(config)
+    entries = _manifest_at(folder).shards_of(config.split, shown(folder))
+    return Layout("data folder", [shard_of_entry(folder, entry) for entry in entries])
+
+
+def _manifest_at(folder: str) -> Manifest:
+    path = within(folder, MANIFEST_NAME)
+    try:
+        return manifest_in(read_small(path), shown(path))
+    except MissingFileError as error:
+        raise DataError(
+            f"{shown(path)} is not there; expected a data folder, or tars by a pattern such as "
+            f"{shown(within(folder, '{00000..00099}.tar'))}"
+        ) from error
 
 
 def _layout_of_folder(folder: Path, config: SourceConfig) -> Layout:
     if is_data_folder(folder):
         entries = read_manifest(folder).shards_of(config.split, folder)
-        return Layout("data folder", [shard_of_entry(folder, entry) for entry in entries])
+        return Layout("data folder", [shard_of_entry(str(folder), entry) for entry in entries])
     if tars := tars_in(folder):
         splits = tars if "" not in tars else _by_split(tars[""])
-        return Layout("tars", _files(_chosen(splits, config, folder)))
+        return Layout("tars", _files(map(str, _chosen(splits, config, folder))))
     tables = _visible(folder, "*", TABLE_SUFFIXES)
     if not config.image:
         tables = [table for table in tables if _has_images(table)]
     if len(tables) == 1:
-        return Layout("tables", _files(tables))
+        return Layout("tables", _files(map(str, tables)))
     if tables:
-        return Layout("tables", _files(_chosen(_by_split(tables), config, folder)))
+        return Layout("tables", _files(map(str, _chosen(_by_split(tables), config, folder))))
     found = images_below(folder)
     if not found.paths:
         raise DataError(
@@ -141,27 +204,33 @@ def _layout_of_folder(folder: Path, config: SourceConfig) -> Layout:
     return Layout("images", files, left_out)
 
 
-def shard_of_entry(folder: Path, entry: ShardEntry) -> ShardFile:
-    """Return a shard as the manifest of its folder lists it."""
+def shard_of_entry(folder: str, entry: ShardEntry) -> ShardFile:
+    """Return a shard as the manifest of its folder, a path or a URL, lists it."""
+    path = within(folder, entry.name) if is_remote(folder) else str(Path(folder, entry.name))
     state = {"bytes": entry.bytes, "sha256": entry.sha256}
-    return ShardFile(path=folder / entry.name, entry=entry, size=entry.bytes, state=state)
+    return ShardFile(path=path, entry=entry, size=entry.bytes, state=state)
 
 
-def _files(paths: Sequence[Path]) -> list[ShardFile]:
+def local_state(path: str) -> dict[str, Any]:
+    """Return what changes when a file of this machine is changed."""
+    found = os.stat(path)
+    return {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
+
+
+def _files(paths: Iterable[str]) -> list[ShardFile]:
     """Return files with the state that they are in, and with prefixes that differ."""
-    folder = os.path.commonpath([path.absolute().parent for path in paths])
+    paths = [path if is_remote(path) else str(Path(path)) for path in paths]
+    with ThreadPoolExecutor(_ASKED) as threads:
+        ask = threads.map if is_remote(paths[0]) else map
+        states = list(ask(lambda path: (state_of if is_remote(path) else local_state)(path), paths))
+    full = [Path(shown(path)).absolute() for path in paths]
+    folder = os.path.commonpath([path.parent for path in full])
     files = []
-    for path in paths:
-        found, name = path.stat(), os.path.relpath(path.absolute(), folder)
-        tar = path.name.lower().endswith(TAR_SUFFIXES)
-        files.append(
-            ShardFile(
-                path=path,
-                prefix=f"{name.removesuffix('.gz').removesuffix('.tar')}/" if tar else f"{name}#",
-                size=found.st_size,
-                state={"bytes": found.st_size, "mtime_ns": found.st_mtime_ns},
-            )
-        )
+    for path, place, state in zip(paths, full, states, strict=True):
+        name = os.path.relpath(place, folder)
+        tar = _has_suffix(path, TAR_SUFFIXES)
+        prefix = f"{name.removesuffix('.gz').removesuffix('.tar')}/" if tar else f"{name}#"
+        files.append(ShardFile(path=path, prefix=prefix, size=state["bytes"], state=state))
     return files
 
 
@@ -182,7 +251,7 @@ def _parts_of(folder: Path, images: Sequence[Path]) -> tuple[list[ShardFile], in
                     size += found.st_size
                     number += 1
         state = {"files": digest.hexdigest()}
-        files.append(ShardFile(path=folder, images=part, size=size, state=state))
+        files.append(ShardFile(path=str(folder), images=part, size=size, state=state))
     if not number:
         raise DataError(
             f"{folder} holds images without captions, such as {images[0].name}; expected "
@@ -191,23 +260,27 @@ def _parts_of(folder: Path, images: Sequence[Path]) -> tuple[list[ShardFile], in
     return files, number
 
 
-def _expanded(pattern: str) -> list[Path]:
+def _expanded(pattern: str) -> list[str]:
     """Return the files that braces and stars name, in the order of their folders and numbers."""
-    if is_remote(pattern):
-        raise DataError(f"{pattern} is not on this machine; expected a local path")
-    if not set(pattern) & set("{*?["):
+    if not is_remote(pattern) and not set(pattern) & set("{*?["):
         raise DataError(f"{pattern} is missing; expected a data folder, tars, tables or images")
-    return sorted(map(Path, expand(pattern)), key=_by_number)
+    return sorted(expand(pattern), key=_by_number)
 
 
-def _kind_of(paths: Sequence[Path]) -> Kind:
+def _kind_of(paths: Sequence[str]) -> Kind:
     kinds: Mapping[Kind, tuple[str, ...]] = {"tars": TAR_SUFFIXES, "tables": TABLE_SUFFIXES}
     for kind, suffixes in kinds.items():
-        others = [path for path in paths if not path.name.lower().endswith(suffixes)]
+        others = [path for path in paths if not _has_suffix(path, suffixes)]
         if not others:
             return kind
     known = ", ".join((*TAR_SUFFIXES, *TABLE_SUFFIXES))
-    raise DataError(f"{others[0]} is no known kind of file; expected files of one of {known}")
+    raise DataError(
+        f"{shown(others[0])} is no known kind of file; expected files of one of {known}"
+    )
+
+
+def _has_suffix(path: str, suffixes: tuple[str, ...]) -> bool:
+    return shown(path).lower().endswith(suffixes)
 
 
 def _visible(folder: Path, pattern: str, suffixes: tuple[str, ...]) -> list[Path]:
@@ -219,9 +292,10 @@ def _visible(folder: Path, pattern: str, suffixes: tuple[str, ...]) -> list[Path
     return sorted((path for path in found if path.is_file()), key=_by_number)
 
 
-def _by_number(path: Path) -> tuple[str, int, str]:
-    stem = path.name.partition(".")[0]
-    return (str(path.parent), int(stem) if stem.isdecimal() else -1, path.name)
+def _by_number(path: Path | str) -> tuple[str, int, str]:
+    folder, _, name = str(path).rpartition("/")
+    stem = name.partition(".")[0]
+    return (folder, int(stem) if stem.isdecimal() else -1, name)
 
 
 def _has_images(table: Path) -> bool:

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from vlm.data.collate import MaskPlan, collate
 from vlm.data.examples import Example, TrainingExamples
 from vlm.data.mixture import BatchOrder, DataState
+from vlm.data.order import SampleKey
 from vlm.data.sample import Batch
 from vlm.text.tokenizer import Tokenizer
 
@@ -35,9 +36,15 @@ class TrainingLoader:
         """Give the next batches after a state, which stays as it is."""
         loader: DataLoader[Example] = DataLoader(
             self.examples,
-            batch_sampler=self.order.batches(state, batches),
+            batch_sampler=self._announced(self.order.batches(state, batches)),
             num_workers=self.workers,
             collate_fn=partial(collate, tokenizer=self.tokenizer, masks=self.masks),
             pin_memory=torch.cuda.is_available(),
         )
         return iter(loader)
+
+    def _announced(self, batches: Iterator[list[SampleKey]]) -> Iterator[list[SampleKey]]:
+        """Pass the keys of batches on, of which this process knows before those that read them."""
+        for keys in batches:
+            self.examples.prefetch(keys)
+            yield keys

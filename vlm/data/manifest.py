@@ -71,7 +71,7 @@ class Manifest:
 
     splits: Mapping[str, tuple[ShardEntry, ...]]
 
-    def shards_of(self, split: str, folder: Path) -> tuple[ShardEntry, ...]:
+    def shards_of(self, split: str, folder: Path | str) -> tuple[ShardEntry, ...]:
         """Return the shards of one split; a `DataError` if there is no such split."""
         if split not in self.splits:
             raise DataError(
@@ -94,8 +94,13 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(
             f"{folder} has no {MANIFEST_NAME}; `vlm data index {folder}` writes one for its shards"
         )
+    return manifest_in(path.read_bytes(), path)
+
+
+def manifest_in(content: bytes, name: Path | str) -> Manifest:
+    """Return the manifest that a file holds; a `DataError` with its name if it holds none."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(content)
         version = record["format"]
         splits = {
             split: tuple(ShardEntry(**entry) for entry in entries)
@@ -105,9 +110,9 @@ def read_manifest(folder: Path) -> Manifest:
             if len({entry.name for entry in entries}) != len(entries):
                 raise ValueError(f"the split {split!r} has a shard twice")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is not a manifest: {error}") from error
+        raise DataError(f"{name} is not a manifest: {error}") from error
     if version != FORMAT_VERSION:
-        raise DataError(f"{path} has format {version}; this version reads format {FORMAT_VERSION}")
+        raise DataError(f"{name} has format {version}; this version reads format {FORMAT_VERSION}")
     return Manifest(splits=splits)
 
 

@@ -4,23 +4,33 @@ import fcntl
 import hashlib
 import os
 import re
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from threading import Thread, local
+from threading import Thread
 from time import monotonic, sleep
-from typing import Self
+from typing import NamedTuple, Self
 from weakref import WeakSet
 
-from vlm.data.places import PATIENCE, read_blocks, shown, size_of
-from vlm.errors import DataError
+from vlm.data.places import PATIENCE, read_blocks, shown, state_of
+from vlm.errors import PlaceError, ShardError, VlmError
 
 _FINISHED = r"[0-9a-f]{16}-[0-9a-f]{64}-.+"
 _UNFINISHED = r"[0-9a-f]{16}-(?P<bytes>\d+)\.partial"
 _OURS = re.compile(f"{_FINISHED}|{_UNFINISHED}")
 _POLL = 0.05
+
+
+class RemoteFile(NamedTuple):
+    """A file at a place, and what is known of it."""
+
+    url: str
+    size: int | None = None
+    sha256: str | None = None
+    etag: str = ""
+    """What tells this state of it from others, where its hash is not known."""
 
 
 class NodeCache:
@@ -33,71 +43,76 @@ class NodeCache:
     Args:
         folder: On a disk of this machine; files of others in it are left alone.
         max_bytes: Bound of the copies in the folder, where an unfinished one counts as a whole. The
-            one whose last `fetch` is longest ago is removed first. A reader that has it open or
-            mapped can still read it, and until it is closed it takes its space on the disk: that
-            comes on top of the bound, at most what all readers keep open.
+            one that was asked for longest ago is removed first. A reader that has it open or mapped
+            can still read it, and until it is closed it takes its space on the disk: that comes on
+            top of the bound, at most what all readers keep open.
         patience: Seconds without a byte, or without room, after which fetching ends in an error.
         ahead: Shards of a process that are fetched in the background at a time.
     """
 
     def __init__(
-        self, folder: Path, max_bytes: int, *, patience: float = PATIENCE, ahead: int = 2
+        self, folder: Path, max_bytes: int, *, patience: float = PATIENCE, ahead: int = 4
     ) -> None:
         self.folder, self.max_bytes = folder, max_bytes
         self.patience, self.ahead = patience, ahead
-        self._lease = local()
         self._threads: dict[str, Thread] = {}
 
     def __reduce__(self) -> tuple[object, ...]:
         settings = partial(NodeCache, patience=self.patience, ahead=self.ahead)
         return settings, (self.folder, self.max_bytes)
 
-    def fetch(self, url: str, *, size: int | None = None, sha256: str | None = None) -> Path:
-        """Return a local copy of a remote file, which stays until this thread's next `fetch`.
+    @contextmanager
+    def copy_of(self, file: RemoteFile) -> Iterator[Path]:
+        """Give a local copy of a remote file, which is not removed while the block runs.
 
-        Open or map it before that. Another process that fetches the same file is waited for.
+        What is opened or mapped in the block stays readable. Another process that fetches the same
+        file is waited for.
 
         Raises:
-            DataError: the file is not there, refused, of another size, or damaged twice; the place
-                stays away; the disk is full or cannot be written; the cache has no room for it.
+            ShardError: the file is not there, of another size, or damaged twice.
+            PlaceError: the place refuses it or stays away, the disk is full or cannot be written,
+                or the cache has no room for it.
         """
-        self._lease.held = None
-        self._lease.held = held = self._obtain(url, size, sha256)
-        return held.path
+        with self._obtain(file) as held:
+            yield held.path
 
-    def prefetch(self, shards: Iterable[tuple[str, int | None, str | None]]) -> None:
-        """Begin to fetch the shards that are needed next, given as (URL, size, SHA-256).
+    def prefetch(self, files: Iterable[RemoteFile]) -> None:
+        """Begin to fetch the files that are needed next, the first ones first.
 
-        Only the first `ahead` are looked at. Nothing is raised here: `fetch` tries again.
+        No more than `ahead` are fetched at a time: another call with the same files goes on with
+        the rest. Nothing is raised here: `copy_of` tries again.
         """
-        for url, size, sha256 in islice(shards, self.ahead):
-            self._threads = {name: t for name, t in self._threads.items() if t.is_alive()}
-            if url in self._threads or len(self._threads) >= self.ahead:
-                continue
-            thread = Thread(target=self._fetch_ahead, args=(url, size, sha256), daemon=True)
-            self._threads[url] = thread
-            thread.start()
+        wanted = {file.url: file for file in files}
+        known = {u: t for u, t in self._threads.items() if u in wanted or t.is_alive()}
+        free = self.ahead - sum(thread.is_alive() for thread in known.values())
+        for file in islice(
+            (file for url, file in wanted.items() if url not in known), max(free, 0)
+        ):
+            known[file.url] = Thread(target=self._fetch_ahead, args=(file,), daemon=True)
+            known[file.url].start()
+        self._threads = known
 
-    def _fetch_ahead(self, url: str, size: int | None, sha256: str | None) -> None:
-        with suppress(DataError):
-            self._obtain(url, size, sha256)
+    def _fetch_ahead(self, file: RemoteFile) -> None:
+        with suppress(VlmError):
+            self._obtain(file).close()
 
-    def _obtain(self, url: str, size: int | None, sha256: str | None) -> "_Locked":
+    def _obtain(self, file: RemoteFile) -> "_Locked":
         """Return the copy, locked against removal."""
-        copy = _Copy(self.folder, url)
+        url, size, sha256, _ = file
+        copy = _Copy(self.folder, file)
         deadline = monotonic() + self.patience
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             while (held := copy.find(size, sha256)) is None:
                 if size is None:
-                    size = size_of(url, patience=self.patience)
+                    size = state_of(url, patience=self.patience)["bytes"]
                 if unfinished := self._reserve(copy, size, sha256, deadline):
                     with unfinished:
                         self._fill(unfinished, copy, size, sha256)
                 else:
                     sleep(_POLL)
         except OSError as error:
-            raise DataError(
+            raise PlaceError(
                 f"{shown(url)} cannot be kept in {self.folder}: {error.strerror or error}"
             ) from error
         return held
@@ -111,7 +126,7 @@ class NodeCache:
             f"larger cache than {self.max_bytes} bytes, or fewer shards in use at a time"
         )
         if size > self.max_bytes:
-            raise DataError(no_room)
+            raise PlaceError(no_room)
         with self._alone():
             if copy.find(size, sha256):
                 return None  # another thread or process finished it just now
@@ -132,7 +147,7 @@ class NodeCache:
             with held:
                 held.path.unlink()
         if monotonic() > deadline:
-            raise DataError(no_room)
+            raise PlaceError(no_room)
         return None
 
     def _others(self, own: Path) -> list[tuple[float, int, Path]]:
@@ -161,7 +176,7 @@ class NodeCache:
         except OSError:
             os.ftruncate(held.descriptor, 0)  # a full disk gets its space back
             raise
-        raise DataError(
+        raise ShardError(
             f"{shown(copy.url)} was fetched twice and is damaged: its SHA-256 is {found}, "
             f"expected {sha256}"
         )
@@ -191,12 +206,12 @@ class NodeCache:
 
 
 class _Copy:
-    """The names of a URL's copy: finished by its SHA-256, unfinished by its size."""
+    """The names of a file's copy: finished by its SHA-256, unfinished by its size."""
 
-    def __init__(self, folder: Path, url: str) -> None:
-        self.folder, self.url = folder, url
-        self.key = hashlib.sha256(url.encode()).hexdigest()[:16]
-        self.name = re.sub(r"[^\w.-]", "_", shown(url).rsplit("/", 1)[-1])[-40:]
+    def __init__(self, folder: Path, file: RemoteFile) -> None:
+        self.folder, self.url = folder, file.url
+        self.key = hashlib.sha256(f"{file.etag} {file.url}".encode()).hexdigest()[:16]
+        self.name = re.sub(r"[^\w.-]", "_", shown(file.url).rsplit("/", 1)[-1])[-40:]
 
     def finished(self, sha256: str) -> Path:
         return self.folder / f"{self.key}-{sha256}-{self.name}"

@@ -48,6 +48,18 @@ class _Block(NamedTuple):
     order: NDArray[np.int32]
 
 
+class _Parts(NamedTuple):
+    """The same before its samples are permuted."""
+
+    number: int
+    """How many blocks of its stream come before it in the epoch."""
+    first: int
+    size: int
+    shards: NDArray[np.int32]
+    rows: NDArray[np.int64]
+    starts: NDArray[np.int64]
+
+
 @dataclass(frozen=True, eq=False)
 class SourceOrder:
     """The endless order in which streams read one source.
@@ -124,10 +136,33 @@ class SourceOrder:
             self.name, self.sizes, self.streams, self.seed, self.block, self.groups, self.run
         )  # fmt: skip
 
+    def shards_from(self, key: SampleKey) -> list[int]:
+        """Return the shards of a sample's block, and then those of the next one of its stream."""
+        start, end = self.span(key.stream)
+        own = self._parts(key.stream, key.epoch, key.place)
+        after = own.first + own.size
+        more = (key.epoch, after) if after < end - start else (key.epoch + 1, 0)
+        shards = [*own.shards.tolist(), *self._parts(key.stream, *more).shards.tolist()]
+        return list(dict.fromkeys(shards))
+
     def _block_at(self, stream: int, epoch: int, place: int) -> _Block:
         known = self._blocks.get(stream)
         if known and known.epoch == epoch and 0 <= place - known.first < len(known.order):
             return known
+        found = self._parts(stream, epoch, place)
+        names = (self.seed, text_id(self.name), epoch, stream)
+        order = permutation(found.size, *names, found.number)
+        if self.groups is not None:
+            sizes = np.diff(np.append(found.starts, found.size))
+            parts = zip(found.shards.tolist(), found.rows.tolist(), sizes.tolist(), strict=True)
+            groups = [self.groups(shard)[row : row + rows] for shard, row, rows in parts]
+            order = _in_runs(order, np.concatenate(groups), self.run, *names, found.number)
+        block = _Block(epoch, found.first, found.shards, found.rows, found.starts, order)
+        self._blocks[stream] = block
+        return block
+
+    def _parts(self, stream: int, epoch: int, place: int) -> _Parts:
+        """Return what the block with a place consists of."""
         start, end = self.span(stream)
         shards, ends = _shard_order(self, epoch)
         # The shards that lie in this stream's part, the outer two perhaps in part only.
@@ -142,24 +177,14 @@ class SourceOrder:
                 break
             number, left, first = number + 1, right, int(stops[right - 1])
         of = slice(left, right)
-        size, names = int(stops[right - 1]) - first, (self.seed, text_id(self.name), epoch, stream)
-        block = _Block(
-            epoch=epoch,
+        return _Parts(
+            number=number,
             first=first,
+            size=int(stops[right - 1]) - first,
             shards=shards[of],
             rows=(begins - (ends - self.sizes[shards]))[of],
             starts=begins[of] - start - first,
-            order=permutation(size, *names, number),
         )
-        if self.groups is not None:
-            sizes = np.diff(np.append(block.starts, size))
-            parts = zip(block.shards.tolist(), block.rows.tolist(), sizes.tolist(), strict=True)
-            groups = [self.groups(shard)[row : row + rows] for shard, row, rows in parts]
-            block = block._replace(
-                order=_in_runs(block.order, np.concatenate(groups), self.run, *names, number)
-            )
-        self._blocks[stream] = block
-        return block
 
 
 @lru_cache(maxsize=16)  # of a few sources; streams of different lengths may be an epoch apart

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from braceexpand import braceexpand
 
-from vlm.errors import DataError
+from vlm.errors import DataError, PlaceError, ShardError, VlmError
 
 PATIENCE = 300.0
 """Seconds without a byte after which a place is taken to stay away."""
@@ -21,6 +21,10 @@ _WEB = ("http", "https")
 _SCHEMES = (
     "s3", "s3a", "gs", "gcs", "hf", *_WEB, "abfs", "az", "adl", "oci", "oss", "hdfs", "webhdfs",
     "sftp", "ftp",
+)  # fmt: skip
+_ETAGS = (
+    "ETag", "etag", "md5Hash", "blob_id", "Last-Modified", "LastModified", "last_modified", "mtime",
+    "modified",
 )  # fmt: skip
 _LONGEST_WAIT = 10.0
 _TRIES_IN_SILENCE = 4  # they take about a second
@@ -31,7 +35,7 @@ _T = TypeVar("_T")
 logger = logging.getLogger(__name__)
 
 
-class MissingFileError(DataError):
+class MissingFileError(ShardError):
     """The place answers, and has no such file."""
 
 
@@ -63,6 +67,7 @@ def expand(path: str, *, patience: float = PATIENCE) -> list[str]:
 
     Raises:
         DataError: nothing is there, or the place cannot list its files, as no web server can.
+        PlaceError: as `read_small`.
     """
     if not is_remote(path):
         path = path.removeprefix("file://")
@@ -71,7 +76,9 @@ def expand(path: str, *, patience: float = PATIENCE) -> list[str]:
     try:
         patterns = list(braceexpand(path))
     except ValueError as error:
-        raise DataError(f"{path}: unbalanced braces; expected a range like {{000..299}}") from error
+        raise DataError(
+            f"{shown(path)}: unbalanced braces; expected a range like {{000..299}}"
+        ) from error
     found = set()
     for pattern in patterns:
         matches = _matches(pattern, patience)
@@ -86,16 +93,25 @@ def _matches(pattern: str, patience: float) -> list[str]:
         return [pattern] if Path(pattern).exists() else glob.glob(pattern, recursive=True)
     if pattern.startswith(_WEB):
         if "*" in pattern or "[" in pattern:  # a question mark begins a query
-            raise DataError(f"{pattern}: web servers list no files; expected braces like {{0..9}}")
+            raise DataError(
+                f"{shown(pattern)}: web servers list no files; expected braces like {{0..9}}"
+            )
         return [pattern]
     if not glob.has_magic(pattern):
         return [pattern]
 
     def matches() -> list[str]:
         place, path = _place(pattern)
+        place.invalidate_cache()  # it may hold a listing of long ago
         return [place.unstrip_protocol(match) for match in place.glob(path)]
 
     return _patiently(matches, pattern, patience)
+
+
+def within(folder: str, name: str) -> str:
+    """Return the address of a file in a folder; a query stays at its end."""
+    path = shown(folder)
+    return f"{path.rstrip('/')}/{name}{folder[len(path) :]}"
 
 
 def read_small(url: str, *, patience: float = PATIENCE) -> bytes:
@@ -103,7 +119,7 @@ def read_small(url: str, *, patience: float = PATIENCE) -> bytes:
 
     Raises:
         MissingFileError: it is not there.
-        DataError: the place refuses it, or stays away for longer than `patience` seconds.
+        PlaceError: the place refuses it, or stays away for longer than `patience` seconds.
     """
 
     def read() -> bytes:
@@ -114,12 +130,17 @@ def read_small(url: str, *, patience: float = PATIENCE) -> bytes:
     return _patiently(read, url, patience)
 
 
-def size_of(url: str, *, patience: float = PATIENCE) -> int:
-    """Return the bytes that a remote file has; raises the errors of `read_small`."""
-    size = _patiently(lambda: _size(*_place(url)), url, patience)
-    if size is None:
-        raise DataError(f"{shown(url)}: the server does not say how large it is")
-    return size
+def state_of(url: str, *, patience: float = PATIENCE) -> dict[str, Any]:
+    """Return what changes when a remote file is changed: `bytes`, its size, and `etag`.
+
+    The latter is its ETag or the like, empty where the place has nothing of the kind. Raises the
+    errors of `read_small`.
+    """
+    info = _patiently(lambda: _info(*_place(url)), url, patience)
+    if info["size"] is None:
+        raise PlaceError(f"{shown(url)}: the server does not say how large it is")
+    etag = next((str(info[name]) for name in _ETAGS if info.get(name)), "")
+    return {"bytes": info["size"], "etag": etag}
 
 
 def read_blocks(
@@ -131,9 +152,8 @@ def read_blocks(
     again at 0.
 
     Raises:
-        MissingFileError: it is not there.
-        DataError: it has another size, the place refuses it, or no byte arrived for longer than
-            `patience` seconds.
+        ShardError: it is not there, or has another size.
+        PlaceError: the place refuses it, or no byte arrived for longer than `patience` seconds.
     """
     position = furthest = start
     waiting = _Waiting(url, patience)
@@ -162,9 +182,9 @@ def shown(url: str) -> str:
 def _open_at(url: str, start: int, size: int) -> tuple[Any, int]:
     """Return a stream of a remote file and where it begins: at `start`, or at 0."""
     place, path = _place(url)
-    found = _size(place, path)
+    found = _info(place, path)["size"]
     if found not in (None, size):
-        raise DataError(f"{shown(url)} has {found} bytes, expected {size}; it has changed")
+        raise ShardError(f"{shown(url)} has {found} bytes, expected {size}; it has changed")
     if not url.startswith(_WEB):
         stream = place.open(path, "rb", cache_type="none")
         stream.seek(start)
@@ -175,13 +195,12 @@ def _open_at(url: str, start: int, size: int) -> tuple[Any, int]:
     return stream, start if stream.r.status == 206 else 0
 
 
-def _size(place: Any, path: str) -> int | None:
+def _info(place: Any, path: str) -> dict[str, Any]:
     place.invalidate_cache()  # a listing of long ago may hold another size
-    info = place.info(path)
+    info: dict[str, Any] = place.info(path)
     if info["type"] != "file":
         raise FileNotFoundError(path)
-    size: int | None = info["size"]
-    return size
+    return info
 
 
 def _place(url: str) -> tuple[Any, str]:
@@ -206,7 +225,7 @@ def _place(url: str) -> tuple[Any, str]:
             }
         place, path = url_to_fs(url, **options)
     except ImportError as error:
-        raise DataError(
+        raise PlaceError(
             f"{shown(url)}: {error}; pip install 'vlm[remote]' brings what reads "
             "s3://, gs:// and https://"
         ) from error
@@ -234,7 +253,7 @@ class _Waiting:
         self.since, self.tries = monotonic(), 0
 
     def wait(self, error: Exception) -> None:
-        if isinstance(error, DataError):
+        if isinstance(error, VlmError):
             raise error
         # fsspec calls every failure of a web server's HEAD a missing file, and names its cause.
         cause = (isinstance(error, FileNotFoundError) and error.__cause__) or error
@@ -247,18 +266,18 @@ class _Waiting:
             or isinstance(cause, PermissionError)
             or "Credentials" in type(cause).__name__
         ):
-            raise DataError(
+            raise PlaceError(
                 f"{self.url} is refused ({reason}); expected credentials in the environment, "
                 "such as AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS or HF_TOKEN"
             ) from error
         asked_wrongly = status and 400 <= status < 500 and status not in _PASSING_STATUS
         wrong = asked_wrongly or getattr(cause, "errno", None) == errno.EINVAL  # as s3fs says it
         if wrong or isinstance(cause, ValueError | TypeError | NotImplementedError):
-            raise DataError(f"{self.url} cannot be read: {reason}") from error
+            raise PlaceError(f"{self.url} cannot be read: {reason}") from error
         self.tries += 1
         left = self.since + self.patience - monotonic()
         if left <= 0:
-            raise DataError(
+            raise PlaceError(
                 f"{self.url} stayed away for {self.patience:g} s, in {self.tries} tries; "
                 f"the last failed with {reason}"
             ) from error

@@ -255,15 +255,21 @@ def _records_of(path: Path, config: SourceConfig) -> Iterator[tuple[str, dict[st
 
 def _table_image(record: Mapping[str, Any], config: SourceConfig, folder: Path, where: str) -> Row:
     """Return the image of a row, or its path and the name that the table gives it."""
-    value = value_at(record, config.image or image_column(record))
-    if isinstance(value, Mapping):  # as Hugging Face's datasets write images
-        value = value.get("bytes") or value.get("path")
+    value = image_in(record, config)
     if isinstance(value, bytes):
         return {"image": value}
     if not isinstance(value, str) or not value:
         raise DataError(f"{where}: found {value!r:.40}; expected an image or its path")
     name = whole_characters(value, where)
     return {"name": name, "path": os.fsencode((folder / name).absolute())}
+
+
+def image_in(record: Mapping[str, Any], config: SourceConfig) -> Any:
+    """Return the image of a row, or its path."""
+    value = value_at(record, config.image or image_column(record))
+    if isinstance(value, Mapping):  # as Hugging Face's datasets write images
+        value = value.get("bytes") or value.get("path")
+    return value
 
 
 def _columns(columns: Sequence[str], config: SourceConfig, path: Path) -> Sequence[str]:

@@ -3,23 +3,26 @@
 import mmap
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow
 from numpy.typing import NDArray
 
 from vlm.data.conditions import Conditions
-from vlm.data.config import DEFAULT_SPLIT, SourceConfig, Verify
-from vlm.data.index import ROWS, read_index, table_of
-from vlm.data.indexing import about, cached_indexes, check_uids, index_path
+from vlm.data.config import CACHE_GIB, DEFAULT_SPLIT, SourceConfig, Verify
+from vlm.data.copies import local_copy, node_cache
+from vlm.data.index import ROWS, about_index, read_index, table_of
+from vlm.data.indexing import about, cached_indexes, check_uids, fetched_index, files_of, index_path
 from vlm.data.layout import Layout, ShardFile, layout_of
+from vlm.data.node_cache import NodeCache
+from vlm.data.places import shown
 from vlm.data.records import as_text, listed
 from vlm.data.sample import Sample
 from vlm.data.scanning import bytes_in, scan_tar, tar_content
@@ -28,14 +31,17 @@ from vlm.files import read_file
 from vlm.images.decoding import MAX_BYTES, decode_image
 from vlm.text.caption_ids import text_id
 
+_T = TypeVar("_T")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Shard:
     """Samples that are opened together: a tar, or some rows of a table or of a folder's images."""
 
     file: ShardFile
-    index: Path
-    """The file of its index; a tar with an entry may have none there, and is scanned."""
+    index: Path | None
+    """The file of its index; where a tar with an entry has none there, it is scanned. None for one
+    with an entry at a place: `fetched_index` finds it."""
     start: int = 0
     """Its first row in the index."""
     rows: int
@@ -53,18 +59,25 @@ class Source:
     """
 
     def __init__(
-        self, config: SourceConfig, shards: Sequence[_Shard], verify: Verify, keep_open: int
+        self,
+        config: SourceConfig,
+        shards: Sequence[_Shard],
+        verify: Verify,
+        keep_open: int,
+        cache: NodeCache,
     ) -> None:
         self.config = config
         self._shards = shards
-        self._settings = (verify, keep_open)
+        self._verify, self._cache = verify, cache
+        self._settings = (verify, keep_open, cache)
         self._ends = list(accumulate(map(len, shards)))
-        self._tried = lru_cache(keep_open)(self._try_to_open)
+        self._indexes = lru_cache(keep_open)(partial(_tried, self._read_index))
+        self._tars = lru_cache(keep_open)(partial(_tried, self._open_tar))
 
     @property
     def name(self) -> str:
         """What errors call it."""
-        return f"the split {self.config.split!r} of {self.config.path}"
+        return f"the split {self.config.split!r} of {shown(self.config.path)}"
 
     @property
     def sizes(self) -> list[int]:
@@ -74,14 +87,37 @@ class Source:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Begin to fetch what shards need that are read next, if they are at a place.
+
+        Nothing is done where the cache has no room for all of them.
+        """
+        files = [self._shards[n].file for n in shards if self._shards[n].index is None]
+        if sum(file.size for file in files) <= self._cache.max_bytes:
+            self._cache.prefetch(each for file in files for each in files_of(file))
+
     def at(self, shard: int, row: int) -> Sample:
         """Return the sample in a row of a shard.
 
         Raises:
             ShardError: the shard is missing or damaged.
             DataError: the sample cannot be used.
+            PlaceError: the shard cannot be fetched, or not be kept here.
         """
-        return self._opened(shard).sample(self._row(shard, row))
+        row = self._row(shard, row)
+        found = self._record(shard, row)
+        if found["error"] is not None:
+            raise DataError(found["error"])
+        return Sample(
+            uid=found["uid"],
+            image=self._image(shard, found),
+            captions=dict(found["captions"]),
+            concept=found["concept"],
+            source=found["source"],
+            licence=found["licence"],
+            labels=dict(found["labels"]),
+            address=self._address(shard, row, found),
+        )
 
     def __getitem__(self, index: int) -> Sample:
         """Return the sample at `index` in [0, len); errors as in `at`."""
@@ -99,15 +135,39 @@ class Source:
 
     def address(self, shard: int, row: int) -> str:
         """Return where a sample lies: the file of its image, or `SHARD#ROW`, rows from 0."""
-        found, row = self._shards[shard], self._row(shard, row)
+        row, found = self._row(shard, row), {}
         with suppress(ShardError):
-            return self._opened(shard).address(row)
-        return f"{found.file.path}#{found.start + row}"
+            found = self._record(shard, row)
+        return self._address(shard, row, found)
+
+    def _address(self, shard: int, row: int, found: Mapping[str, Any]) -> str:
+        if found.get("path") is not None:
+            return as_text(os.fsdecode(found["path"]))
+        place = self._shards[shard]
+        return f"{place.file.name}#{place.start + row}"
+
+    def _record(self, shard: int, row: int) -> dict[str, Any]:
+        found: dict[str, Any] = self._table(shard).slice(row, 1).to_pylist()[0]
+        return found
+
+    def _image(self, shard: int, found: Mapping[str, Any]) -> bytes:
+        if found["image"] is not None:
+            image: bytes = found["image"]
+            return image
+        if found["path"] is None:
+            content = _or_raise(self._tars(shard)).content
+            return bytes_in(content, found["start"], found["size"])
+        path = Path(os.fsdecode(found["path"]))
+        try:
+            return read_file(path, MAX_BYTES)
+        except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{as_text(str(path))} cannot be read: {reason}") from error
 
     def rows(self, shard: int, columns: Sequence[str]) -> list[dict[str, Any]]:
         """Return some columns of the index of a shard, a row a sample."""
         kept = self._shards[shard].kept
-        table = self._opened(shard).table.select(list(columns))
+        table = self._table(shard).select(list(columns))
         rows: list[dict[str, Any]] = (table if kept is None else table.take(kept)).to_pylist()
         return rows
 
@@ -138,7 +198,7 @@ class Source:
     def check_uids(self) -> None:
         """Refuse, by a `DataError`, uids that occur twice; the index of every shard is read."""
         check_uids(
-            [(shard.file.path, partial(self._uids, n)) for n, shard in enumerate(self._shards)]
+            [(shard.file.name, partial(self._uids, n)) for n, shard in enumerate(self._shards)]
         )
 
     def _uids(self, shard: int) -> list[str]:
@@ -155,9 +215,7 @@ class Source:
             DataError: one is not a condition, or asks for a key that no sample has.
         """
         conditions = Conditions(where)
-        chosen = self._with(
-            [conditions.rows_of(self._opened(n).table) for n in range(len(self._shards))]
-        )
+        chosen = self._with([conditions.rows_of(self._table(n)) for n in range(len(self._shards))])
         conditions.check_keys(self.name)
         return chosen
 
@@ -168,8 +226,7 @@ class Source:
             DataError: there is no such split.
         """
         splits = [
-            self._opened(n).table["split"].to_numpy(zero_copy_only=False)
-            for n in range(len(self._shards))
+            self._table(n)["split"].to_numpy(zero_copy_only=False) for n in range(len(self._shards))
         ]
         known = {split for of_shard in splits for split in of_shard if split}
         if not known and self.config.split == DEFAULT_SPLIT:
@@ -194,41 +251,74 @@ class Source:
         kept = self._shards[shard].kept
         return row if kept is None else int(kept[row])
 
-    def _opened(self, number: int) -> "_OpenShard":
-        found = self._tried(number)
-        if isinstance(found, ShardError):
-            raise ShardError(str(found))
-        return found
+    def _table(self, number: int) -> pyarrow.Table:
+        return _or_raise(self._indexes(number))
 
-    def _try_to_open(self, number: int) -> "_OpenShard | ShardError":
-        try:
-            return self._open(number)
-        except ShardError as error:  # kept, so that a damaged shard is looked through once
-            return error
-
-    def _open(self, number: int) -> "_OpenShard":
+    def _read_index(self, number: int) -> pyarrow.Table:
+        """Return a shard's part of its index; a tar is not opened for it if it has one."""
         shard = self._shards[number]
-        file, content = shard.file, None
-        table = read_index(shard.index, about(file, self.config))
-        if file.is_tar:
-            path = local_path(file)
-            if file.entry:
-                file.entry.verify(path, self._settings[0])
-            if file.entry and table is None:
-                content, rows = scan_tar(path, self.config, prefix=file.prefix)
-                table = table_of(rows)
-            else:
-                content = tar_content(path)
-        if file.entry and table is not None and len(table) != shard.rows:
+        if shard.index is None:
+            table = fetched_index(shard.file, self.config, self._cache)
+        else:
+            table = self._index_file(shard)
+            if table is None and shard.file.entry:
+                table = _or_raise(self._tars(number)).table
+        if table is not None and shard.file.entry and len(table) != shard.rows:
             raise ShardError(
-                f"shard {file.path} holds {len(table)} samples, the manifest says {shard.rows}"
+                f"shard {shard.file.name} holds {len(table)} samples, the manifest says "
+                f"{shard.rows}"
             )
         if table is None or len(table) < shard.start + shard.rows:
-            raise ShardError(f"{shard.index}, the index of {file.path}, is gone; open it anew")
-        return _OpenShard(file.path, shard.start, table.slice(shard.start, shard.rows), content)
+            raise ShardError(
+                f"{shard.index}, the index of {shard.file.name}, is gone; open it anew"
+            )
+        return table.slice(shard.start, shard.rows)
+
+    def _index_file(self, shard: _Shard) -> pyarrow.Table | None:
+        return shard.index and read_index(shard.index, about(shard.file, self.config))
+
+    def _open_tar(self, number: int) -> "_OpenTar":
+        shard = self._shards[number]
+        file, table = shard.file, self._index_file(shard)
+        # Of a tar in no manifest it was noted when the index was made.
+        sha256 = about_index(table).get("sha256") if table is not None else None
+        with local_copy(file, self._cache, sha256=sha256) as path:
+            # What comes from a place was compared when it came.
+            if file.entry and not (file.is_remote and self._verify == "once"):
+                file.entry.verify(path, self._verify)
+            if file.entry and shard.index and table is None:
+                content, rows = scan_tar(path, self.config, prefix=file.prefix)
+                return _OpenTar(content, table_of(rows))
+            return _OpenTar(tar_content(path), None)
 
 
-def open_source(config: SourceConfig, *, verify: Verify = "once", keep_open: int = 200) -> Source:
+class _OpenTar(NamedTuple):
+    content: bytes | mmap.mmap
+    table: pyarrow.Table | None
+    """Of one without an index, which was scanned."""
+
+
+def _tried(call: Callable[[int], _T], number: int) -> _T | ShardError:
+    """Return an error as others return a value, so that a damaged shard is looked through once."""
+    try:
+        return call(number)
+    except ShardError as error:
+        return error
+
+
+def _or_raise(found: _T | ShardError) -> _T:
+    if isinstance(found, ShardError):
+        raise ShardError(str(found))
+    return found
+
+
+def open_source(
+    config: SourceConfig,
+    *,
+    verify: Verify = "once",
+    keep_open: int = 200,
+    cache_gib: float = CACHE_GIB,
+) -> Source:
     """Open what a source names: manifests and counts are read, and no samples.
 
     What has no manifest is looked through when it is first opened, in several processes and with a
@@ -237,14 +327,20 @@ def open_source(config: SourceConfig, *, verify: Verify = "once", keep_open: int
     Args:
         config: The source.
         verify: When the hashes of a data folder's shards are compared with its manifest.
-        keep_open: Shards that each process keeps open; packed ones are in memory then.
+        keep_open: Shards that each process keeps open; packed ones are in memory then. Of those at
+            a place no more than half the cache holds.
+        cache_gib: Disk space for copies of what is read from a place, in GiB.
 
     Raises:
         DataError: nothing is there, it is of no known kind or damaged, or no sample is left.
+        PlaceError: a place cannot be reached, or what it holds not be kept here.
         VlmError: the cache folder cannot be written to.
     """
-    layout = layout_of(config)
-    source = Source(config, _listed(layout, config), verify, keep_open)
+    layout, cache = layout_of(config), node_cache(cache_gib)
+    if largest := max((file.size for file in layout.files if file.is_remote), default=0):
+        # What is open takes its space on the disk also after it has made room for others.
+        keep_open = max(min(keep_open, cache.max_bytes // (2 * largest)), 1)
+    source = Source(config, _listed(layout, config, cache), verify, keep_open, cache)
     if layout.kind == "tables":
         source = source.of_split()
     if config.where:
@@ -255,88 +351,21 @@ def open_source(config: SourceConfig, *, verify: Verify = "once", keep_open: int
     return source
 
 
-def local_path(file: ShardFile) -> Path:
-    """Return where the bytes of a tar lie on this machine.
-
-    Raises:
-        ShardError: it is missing, or not what it was when it was listed.
-    """
-    if file.entry:
-        return file.entry.path_in(file.path.parent)
-    try:
-        found = file.path.stat()
-    except OSError as error:
-        raise ShardError(f"shard {file.path} cannot be read: {error.strerror}") from error
-    if file.state != {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns}:
-        raise ShardError(f"shard {file.path} has changed since the source was opened")
-    return file.path
-
-
-@dataclass(frozen=True, slots=True)
-class _OpenShard:
-    """The rows of a shard's index, and the bytes of a tar."""
-
-    path: Path
-    start: int
-    table: pyarrow.Table
-    content: bytes | mmap.mmap | None
-
-    def sample(self, row: int) -> Sample:
-        """Return the sample in a row; a `DataError` if it cannot be used."""
-        found = self._row(row)
-        if found["error"] is not None:
-            raise DataError(found["error"])
-        return Sample(
-            uid=found["uid"],
-            image=self._image(found),
-            captions=dict(found["captions"]),
-            concept=found["concept"],
-            source=found["source"],
-            licence=found["licence"],
-            labels=dict(found["labels"]),
-            address=self._address(found, row),
-        )
-
-    def address(self, row: int) -> str:
-        return self._address(self._row(row), row)
-
-    def _row(self, row: int) -> dict[str, Any]:
-        found: dict[str, Any] = self.table.slice(row, 1).to_pylist()[0]
-        return found
-
-    def _address(self, found: Mapping[str, Any], row: int) -> str:
-        if found["path"] is not None:
-            return as_text(os.fsdecode(found["path"]))
-        return f"{self.path}#{self.start + row}"
-
-    def _image(self, found: Mapping[str, Any]) -> bytes:
-        if found["image"] is not None:
-            image: bytes = found["image"]
-            return image
-        if found["path"] is None:
-            assert self.content is not None, "only the images of tars are in neither"
-            return bytes_in(self.content, found["start"], found["size"])
-        path = Path(os.fsdecode(found["path"]))
-        try:
-            return read_file(path, MAX_BYTES)
-        except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
-            reason = getattr(error, "strerror", None) or error
-            raise DataError(f"{as_text(str(path))} cannot be read: {reason}") from error
-
-
-def _listed(layout: Layout, config: SourceConfig) -> list[_Shard]:
+def _listed(layout: Layout, config: SourceConfig, cache: NodeCache) -> list[_Shard]:
     """Return the shards of a source, with the number of samples in each."""
     if layout.kind == "data folder":
         shards = []
         for file in layout.files:
             assert file.entry is not None, "it is from a manifest"
-            local_path(file)
-            index = index_path(file.path.parent, file.path.name)
+            index = None
+            if not file.is_remote:
+                path = file.entry.path_in(Path(file.path).parent)
+                index = index_path(path.parent, path.name)
             shards.append(_Shard(file=file, index=index, rows=file.entry.samples))
         return shards
     return [
         shard
-        for file, found in zip(layout.files, cached_indexes(layout, config), strict=True)
+        for file, found in zip(layout.files, cached_indexes(layout, config, cache), strict=True)
         for shard in _cut(replace(file, images=()), *found)
     ]
 

@@ -4,8 +4,10 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
-from vlm.data.config import SourceConfig
+from vlm.data.config import CACHE_GIB, SourceConfig
+from vlm.data.copies import local_copy, node_cache
 from vlm.data.fields import understood
 from vlm.data.layout import Kind, layout_of
 from vlm.data.parallel import TYPICAL_BYTES, over
@@ -30,7 +32,12 @@ class Summary:
 def kind_and_fields(config: SourceConfig) -> tuple[Kind, Mapping[str, str], Mapping[str, int]]:
     """Return the kind of a source, its fields with their languages, and what it leaves out."""
     layout = layout_of(config)
-    record = first_record(layout.files[0].path, layout.files[0].images, config)
+    file = layout.files[0]
+    if file.images:
+        record = first_record(Path(file.path), file.images, config)
+    else:
+        with local_copy(file, node_cache(CACHE_GIB)) as path:
+            record = first_record(path, (), config)
     return layout.kind, understood(record, config), layout.left_out
 
 

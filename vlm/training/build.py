@@ -44,9 +44,9 @@ from vlm.training.step import ContrastiveStep
 
 _FREE_ON_RESUME = (
     "run_folder", "cpu_threads", "report_every", "data.workers", "data.keep_decoded", "evaluation",
-    "data.allowed_share", "data.verify", "data.sources", "data.mixture", "data.skip_batches",
-    "checkpoint", "loss.plan.tile", "loss.plan.keep_logits", "loss.plan.keep_logits_mib",
-    "loss.plan.overlap", "loss.plan.check_finite",
+    "data.allowed_share", "data.cache_gib", "data.verify", "data.sources", "data.mixture",
+    "data.skip_batches", "checkpoint", "loss.plan.tile", "loss.plan.keep_logits",
+    "loss.plan.keep_logits_mib", "loss.plan.overlap", "loss.plan.check_finite",
 )  # fmt: skip
 """Settings, and sections of them, that may change: what a run has learnt and read stays exact."""
 
@@ -195,7 +195,10 @@ def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
 
 def _build_loader(config: TrainConfig, start: Bundle, accelerator: Accelerator) -> TrainingLoader:
     data = config.data
-    sources = {name: open_source(each, verify=data.verify) for name, each in data.by_name.items()}
+    sources = {
+        name: open_source(each, verify=data.verify, cache_gib=data.cache_gib)
+        for name, each in data.by_name.items()
+    }
     _check_languages(list(sources.values()), config.captions.languages)
     streams = data.streams or accelerator.num_processes // ranks_per_node()
     label = data.mixture.batch_by if data.mixture.batch_by != "source" else ""

@@ -1,0 +1,64 @@
+"""The bytes of a source's files on this machine: those of a place come through the node cache."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vlm.data.cache import cache_folder
+from vlm.data.layout import ShardFile, local_state
+from vlm.data.node_cache import NodeCache, RemoteFile
+from vlm.errors import DataError, ShardError
+
+GIB = 1 << 30
+
+
+def node_cache(gib: float) -> NodeCache:
+    """Return the cache of remote files that this machine's processes share, bounded in GiB."""
+    return NodeCache(cache_folder() / "shards", int(gib * GIB))
+
+
+@contextmanager
+def local_copy(
+    file: ShardFile, cache: NodeCache | None, *, sha256: str | None = None
+) -> Iterator[Path]:
+    """Give the path of a file's bytes, which is not removed while the block runs.
+
+    Args:
+        file: A tar or a table.
+        cache: Where remote ones are kept; None if there are none.
+        sha256: What the bytes of a remote one were when its index was made, if that is known.
+
+    Raises:
+        ShardError: it is missing, or not what it was when it was listed.
+        DataError: one of the block, with the file's own name in the place of its copy's.
+        PlaceError: it cannot be fetched, or not be kept.
+    """
+    if not file.is_remote:
+        yield _unchanged(file)
+        return
+    assert cache is not None, "only local files do without"
+    with cache.copy_of(remote_file(file, sha256=sha256)) as path:
+        try:
+            yield path
+        except DataError as error:
+            raise type(error)(str(error).replace(str(path), file.name)) from error
+
+
+def remote_file(file: ShardFile, *, sha256: str | None = None) -> RemoteFile:
+    """Return what is known of a file at a place."""
+    state = file.state
+    return RemoteFile(file.path, file.size, state.get("sha256", sha256), state.get("etag", ""))
+
+
+def _unchanged(file: ShardFile) -> Path:
+    """Return the path of a local file, if that is what it was."""
+    path = Path(file.path)
+    if file.entry:
+        return file.entry.path_in(path.parent)
+    try:
+        state = local_state(file.path)
+    except OSError as error:
+        raise ShardError(f"shard {path} cannot be read: {error.strerror}") from error
+    if file.state != state:
+        raise ShardError(f"shard {path} has changed since the source was opened")
+    return path

@@ -48,6 +48,7 @@ bench: install  ## run the benchmarks side by side with the peers (long)
 	$(BIN)/python benchmarks/emoji_loss.py
 	$(BIN)/python benchmarks/emoji_objectives.py
 	$(BIN)/python benchmarks/emoji_training.py
+	$(BIN)/python benchmarks/data_scale.py
 	$(BIN)/python benchmarks/retrieval_eval.py
 	$(BIN)/python benchmarks/tokenizer_speed.py
 	$(BIN)/python benchmarks/vocabulary_growth.py

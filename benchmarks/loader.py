@@ -21,6 +21,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 from setting import ROOT, describe_setting
 
@@ -39,7 +40,7 @@ PREFETCHED = 2
 def write_data(images: Sequence[Path], folder: Path) -> None:
     """Write the same images and captions as shards of each system, unpacked."""
     from vlm.data.captions import read_captions
-    from vlm.data.shards import index_folder
+    from vlm.data.indexing import index_folder
 
     captions = cycle(sorted(set(read_captions([EMOJI], "en"))))
     pairs = list(zip(images, captions, strict=False))
@@ -60,25 +61,24 @@ def write_data(images: Sequence[Path], folder: Path) -> None:
 
 def our_batches(folder: Path, options: argparse.Namespace) -> Iterator[Any]:
     """Give batches as `vlm train` reads them, with its default augmentation."""
-    from vlm.data.dataset import ShardedSplit
-
-    from vlm.data.config import CaptionConfig
+    from vlm.data.config import CaptionConfig, SourceConfig
     from vlm.data.examples import TrainingExamples
     from vlm.data.loader import TrainingLoader
-    from vlm.data.order import BatchOrder
+    from vlm.data.mixture import BatchOrder, Mixture
+    from vlm.data.order import SourceOrder
+    from vlm.data.source import open_source
     from vlm.images.config import AugmentationConfig, PreprocessConfig
     from vlm.images.transforms import TrainingTransform
     from vlm.text.clip_bpe import clip_tokenizer
 
-    samples = ShardedSplit(folder, "train")
+    source = open_source(SourceConfig(path=str(folder)))
+    orders = [SourceOrder("data", np.array(source.sizes))]
+    order = BatchOrder(orders, Mixture(phases=[(None, [1.0])]), options.batch)
     transform = TrainingTransform(PreprocessConfig(), AugmentationConfig(), options.size)
-    loader = TrainingLoader(
-        TrainingExamples(samples, transform, CaptionConfig(languages=("en",)), seed=0),
-        BatchOrder(size=len(samples), global_batch_size=options.batch),
-        clip_tokenizer(),
-        workers=options.workers,
-    )
-    return loader.read(first_sample=0, last_sample=options.batches * options.batch)
+    captions = CaptionConfig(languages=("en",))
+    examples = TrainingExamples([source], orders, transform, captions, seed=0)
+    loader = TrainingLoader(examples, order, clip_tokenizer(), workers=options.workers)
+    return loader.read(order.start(), options.batches)
 
 
 def peer_batches(folder: Path, options: argparse.Namespace) -> Iterator[Any]:

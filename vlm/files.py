@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,6 +31,21 @@ def lines_in(text: str) -> list[str]:
     """
     lines = text.split("\n")
     return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
+
+
+def read_file(path: Path, most: int) -> bytes:
+    """Return the bytes of a file; an `OSError` if it is a pipe or device, or has more than `most`.
+
+    A pipe would block its reader, and a device may have no end.
+    """
+    found = path.stat()
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+        raise OSError(errno.EINVAL, "it is a pipe or a device", str(path))
+    if found.st_size > most:
+        raise OSError(
+            errno.EFBIG, f"it has {found.st_size} bytes; at most {most} are read", str(path)
+        )
+    return path.read_bytes()
 
 
 def sha256_of(path: Path) -> str:

@@ -18,7 +18,7 @@ from tests.builders import (
     write_split,
     write_tar,
 )
-from vlm.data.config import SourceConfig
+from vlm.data.config import MixedSourceConfig, SourceConfig
 from vlm.data.source import open_source
 from vlm.errors import ConfigError, DataError
 
@@ -225,7 +225,7 @@ def test_a_column_of_splits_divides_a_table(tmp_path):
 
 def test_a_long_table_is_cut_into_shards(tmp_path, monkeypatch):
     monkeypatch.setattr("vlm.data.index.ROWS", 3)
-    monkeypatch.setattr("vlm.data.source.ROWS", 3)
+    monkeypatch.setattr("vlm.data.listing.ROWS", 3)
     write_images(tmp_path)
     rows = [{"image": f"{n % 4}.png", "en": f"caption {n}"} for n in range(7)]
     source = source_of(write_table(tmp_path / "a.csv", rows))
@@ -341,7 +341,7 @@ def test_fields_that_are_no_list_and_weights_that_are_none_are_refused():
     with pytest.raises(ConfigError, match=r"captions\.zh is 'txt'; expected a list of fields"):
         SourceConfig(path="x", captions={"zh": "txt"})
     with pytest.raises(ConfigError, match="weight is 0; expected more than 0"):
-        SourceConfig(path="x", weight=0)
+        MixedSourceConfig(path="x", weight=0)
 
 
 @pytest.mark.parametrize("setting", [{"image": "x"}, {"images": "x"}])

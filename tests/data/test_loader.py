@@ -161,6 +161,45 @@ def test_worker_processes_change_nothing(samples, tokenizer):
     assert [everything_in(b) for b in alone] == [everything_in(b) for b in shared]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("streams", [1, 2, 3, 8])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_sources_streams_ranks_workers_and_restarts_give_the_same_batches(
+    tmp_path, tokenizer, streams, ranks
+):
+    draw = random.Random(f"{streams}/{ranks}")
+    sources = [
+        open_split(write_split(tmp_path / name, make_samples(size, prefix=name)))
+        for name, size in (("few", 25), ("more", 60))
+    ]
+    orders = [
+        SourceOrder(name, np.array(source.sizes), streams, seed=1, block=20)
+        for name, source in zip(("few", "more"), sources, strict=True)
+    ]
+    phases = [(3, [1.0, 1.0]), (None, [1.0, 3.0])]
+    examples = TrainingExamples(sources, orders, TRANSFORM, CaptionConfig(), 1)
+
+    def batches(state, number, *, rank=0, world_size=1, workers=0):
+        order = BatchOrder(orders, Mixture(phases=phases), 24, 1, rank, world_size)
+        loader = TrainingLoader(examples, order, tokenizer, workers=workers)
+        return list(loader.read(state, number))
+
+    whole = BatchOrder(orders, Mixture(phases=phases), 24, 1)
+    state, expected, found = whole.start(), batches(whole.start(), 10), []
+    for first in range(0, 10, 5):
+        workers = draw.choice([0, 1, 2])
+        state = state.copy()  # as from a checkpoint
+        parts = [
+            batches(state, 5, rank=rank, world_size=ranks, workers=workers) for rank in range(ranks)
+        ]
+        found += [sum((part.uids for part in step), ()) for step in zip(*parts, strict=True)]
+        for step, of_ranks in zip(expected[first:], zip(*parts, strict=True), strict=False):
+            assert torch.cat([part.images for part in of_ranks]).equal(step.images)
+        for _ in range(5):
+            whole.advance(state)
+    assert found == [batch.uids for batch in expected]
+
+
 def test_keeping_decoded_images_changes_nothing(samples):
     fresh = examples_of(samples)
     kept = examples_of(samples, keep_decoded=True)

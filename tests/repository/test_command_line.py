@@ -15,7 +15,7 @@ SOURCES = {"data", "split", "language", "languages", "where", "images", "duplica
     "lower_case", "allowed_share",
 }  # fmt: skip
 SOURCE = {"path", "config", "split", "captions", "language_of", "image", "concept", "images"} | {
-    "where", "name", "weight",
+    "where",
 }  # fmt: skip
 INDEXES = {"index", "target_recall", "memory", "sweep"}
 EMBEDDER = {"device", "truncate_dim"}

@@ -40,6 +40,7 @@ def workspace(quickstart, small_emoji):
     for name in ("configs", "tokenizers"):
         shutil.copytree(ROOT / name, folder / name)
     shutil.copytree(small_emoji, folder / "data/emoji")
+    shutil.copytree(ROOT / "data/icons", folder / "data/icons")
     (folder / "IMAGES").mkdir()
     Image.new("RGB", (40, 30), "orange").save(folder / "IMAGES" / "one.jpg")
     shutil.copytree(small_emoji, folder / "FOLDER", ignore=shutil.ignore_patterns("train*"))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.builders import TINY_MODEL, make_sample, make_samples, tiny_tokenizer, write_split
-from vlm.data.config import CaptionConfig, DataConfig, MixtureConfig, PhaseConfig, SourceConfig
+from vlm.data.config import CaptionConfig, DataConfig, MixedSourceConfig, MixtureConfig, PhaseConfig
 from vlm.errors import ConfigError
 from vlm.training.build import build_run
 from vlm.training.config import CheckpointConfig, EvaluationConfig, ScheduleConfig, TrainConfig
@@ -34,7 +34,7 @@ def inputs(tmp_path_factory):
 def config(inputs, run_folder, *, steps=6, weights=(3, 1), **data):
     paths = (inputs / "shards", inputs / "more.csv")
     sources = tuple(
-        SourceConfig(path=str(path), weight=weight)
+        MixedSourceConfig(path=str(path), weight=weight)
         for path, weight in zip(paths, weights, strict=True)
     )
     return TrainConfig(
@@ -140,11 +140,11 @@ def test_runs_go_on_with_the_streams_that_they_began_with(inputs, tmp_path):
     ("data", "message"),
     [
         (
-            {"sources": (SourceConfig(path="a/x"), SourceConfig(path="b/x"))},
+            {"sources": (MixedSourceConfig(path="a/x"), MixedSourceConfig(path="b/x"))},
             "two sources are called 'x'; expected a `name` for each",
         ),
         (
-            {"sources": (SourceConfig(path="a", weight=1), SourceConfig(path="b"))},
+            {"sources": (MixedSourceConfig(path="a", weight=1), MixedSourceConfig(path="b"))},
             "some sources have a weight; expected one for each or for none",
         ),
         (

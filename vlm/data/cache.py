@@ -1,9 +1,10 @@
 """The folder with what can be made again: indexes of sources, and which shards were verified."""
 
 import fcntl
+import hashlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -13,6 +14,20 @@ def cache_folder() -> Path:
     """Return the folder of the environment's `VLM_CACHE`, else `~/.cache/vlm`."""
     named = os.environ.get("VLM_CACHE")
     return Path(named) if named else Path.home() / ".cache" / "vlm"
+
+
+def once(path: Path, sha256: str, check: Callable[[], None]) -> None:
+    """Call what raises unless a file has a hash, once on a machine for a file as it is now.
+
+    That it has the hash is remembered in the cache folder.
+    """
+    found = path.stat()
+    state = f"{path.absolute()}\0{found.st_size}\0{found.st_mtime_ns}\0{sha256}"
+    name = hashlib.sha256(os.fsencode(state)).hexdigest()
+    with locked(f"verified/{name}") as file:
+        if not file.read():
+            check()
+            file.write(b"verified")
 
 
 @contextmanager

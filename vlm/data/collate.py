@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from vlm.data.examples import SECOND, Example
 from vlm.data.sample import Batch
@@ -48,7 +49,8 @@ def collate(
     texts = {language: [each.text for each in of] for language, of in captions.items()}
     tokens = {language: tokenizer.encode(each) for language, each in texts.items()}
     return Batch(
-        images=torch.stack([example.image for example in examples]),
+        # In a worker straight into the memory that it shares with the process that trains.
+        images=default_collate([example.image for example in examples]),
         texts=tokens,
         text_rows={
             language: torch.tensor([each.row for each in of]) for language, of in captions.items()

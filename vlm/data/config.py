@@ -42,6 +42,17 @@ class SourceConfig:
     """The folder that relative paths in a table start from; null is the folder of the table."""
     where: tuple[str, ...] = ()
     """Conditions on samples, such as `source=noto`, `group!=flags` or `languages=en+zh`."""
+
+    def __post_init__(self) -> None:
+        for language, fields in self.captions.items():
+            if isinstance(fields, str):
+                raise ConfigError(f"captions.{language} is {fields!r}; expected a list of fields")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedSourceConfig(SourceConfig):
+    """A source next to others."""
+
     name: str = ""
     """Names the source where there are several; by default the last part of its path."""
     weight: float | None = None
@@ -49,9 +60,7 @@ class SourceConfig:
     size."""
 
     def __post_init__(self) -> None:
-        for language, fields in self.captions.items():
-            if isinstance(fields, str):
-                raise ConfigError(f"captions.{language} is {fields!r}; expected a list of fields")
+        super().__post_init__()
         if self.weight is not None and not self.weight > 0:
             raise ConfigError(f"weight is {self.weight}; expected more than 0")
 
@@ -103,7 +112,7 @@ class DataConfig:
     a source."""
     split: str = DEFAULT_SPLIT
     """The split of it to train on."""
-    sources: tuple[SourceConfig, ...] = ()
+    sources: tuple[MixedSourceConfig, ...] = ()
     """Several sources to train on, instead of `folder` and `split`."""
     batch_size: int = 256
     """Samples in one step, summed over all processes."""

@@ -82,7 +82,7 @@ def texts_by_tag(record: Mapping[str, Any], name: str) -> dict[str, list[str]] |
     for field, language in fields.items():
         value = record[field]
         for tag, texts in (value if isinstance(value, Mapping) else {language: value}).items():
-            found.setdefault(tag, []).extend(texts_in(texts, name))
+            found.setdefault(whole_characters(tag, name), []).extend(texts_in(texts, name))
     return found if fields else None
 
 

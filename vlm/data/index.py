@@ -3,22 +3,26 @@
 A file of it is mapped into memory, so that the workers of a machine share it.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 
+from vlm.data.cache import once
 from vlm.data.records import as_text
 from vlm.data.scanning import Row
-from vlm.files import open_whole
+from vlm.files import open_whole, sha256_of
 
-VERSION = 1
+VERSION = 2
 ROWS = 10_000
 """Rows in one batch of an index file, at most; also those of one shard of a table."""
 
+_DIGEST = 64  # characters of the SHA-256 of all before it, at the end of an index file
 _BATCH_BYTES = 1 << 26  # of images, which a table may hold
 _TEXTS = pyarrow.map_(pyarrow.string(), pyarrow.string())
 SCHEMA = pyarrow.schema({
@@ -58,20 +62,33 @@ def write_index(path: Path, rows: Iterable[Row], about: Mapping[str, Any]) -> No
     # The rows come first, because what is wrong with them is no error of writing.
     batches = _batches(rows)
     first = list(islice(batches, 1))
-    with open_whole(path) as file, pyarrow.ipc.new_file(file, schema) as writer:
-        for batch in chain(first, batches):
-            writer.write_batch(batch)
+    with open_whole(path) as file:
+        with pyarrow.ipc.new_file(file, schema) as writer:
+            for batch in chain(first, batches):
+                writer.write_batch(batch)
+        file.flush()
+        file.write(sha256_of(Path(file.name)).encode())
 
 
 def read_index(path: Path, about: Mapping[str, Any]) -> pyarrow.Table | None:
     """Map an index file into memory; None unless it is there, whole, and the index of that."""
     try:
-        table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
+        file = pyarrow.memory_map(str(path))
+        content = file.read_buffer(file.size() - _DIGEST)
+        digest = file.read(_DIGEST).decode()
+        once(path, digest, partial(_compare, content, digest))
+        table = pyarrow.ipc.open_file(content).read_all()
         found = json.loads(table.schema.metadata[b"vlm"])
     except (OSError, pyarrow.ArrowException, LookupError, TypeError, ValueError):
         return None
     expected = {"version": VERSION, **about}
     return table if all(found.get(key) == value for key, value in expected.items()) else None
+
+
+def _compare(content: pyarrow.Buffer, digest: str) -> None:
+    """Refuse changed bytes: Arrow checks none, and would read foreign memory by some."""
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise ValueError("its bytes are not those that were written")
 
 
 def about_index(table: pyarrow.Table) -> dict[str, Any]:

@@ -275,13 +275,14 @@ def _indexed(
     table = read_index(index, described)
     if table is None:
         with local_copy(file, cache) as path:
-            described |= {"sha256": sha256_of(path)}
+            digest = sha256_of(path)
             rows = list(_named(scan_tar(path, config).rows, path, file.name))
-            write_index(index, _checked(rows, file), described)
-        number, digest = len(rows), described["sha256"]
-    else:
-        number, digest = table.num_rows, about_index(table)["sha256"]
-    return ShardEntry(name=name, samples=number, bytes=file.size, sha256=digest)
+            write_index(index, _checked(rows, file), described | {"sha256": digest})
+            entry = ShardEntry(name=name, samples=len(rows), bytes=file.size, sha256=digest)
+            entry.verify(path, found=digest)  # so that a run on this machine need not read it again
+        return entry
+    digest = about_index(table)["sha256"]
+    return ShardEntry(name=name, samples=table.num_rows, bytes=file.size, sha256=digest)
 
 
 def check_uids(shards: Sequence[tuple[str, Callable[[], list[str]]]]) -> None:

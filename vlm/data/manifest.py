@@ -1,13 +1,12 @@
 """`manifest.json`: what each split of a data folder holds, down to the bytes of every shard."""
 
-import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
-from vlm.data.cache import locked
+from vlm.data.cache import once
 from vlm.data.config import Verify
 from vlm.errors import DataError, ShardError
 from vlm.files import sha256_of, write_file
@@ -25,6 +24,12 @@ class ShardEntry:
     bytes: int
     sha256: str
 
+    def __post_init__(self) -> None:
+        """Refuse, by a `ValueError`, what JSON may hold instead of a number."""
+        for count in (self.samples, self.bytes):
+            if not isinstance(count, int) or count < 0:
+                raise ValueError(f"{self.name} has {count!r} samples or bytes")
+
     def path_in(self, folder: Path) -> Path:
         """Return the shard's path; a `ShardError` if it is missing or has another size."""
         path = folder / self.name
@@ -37,28 +42,22 @@ class ShardEntry:
             )
         return path
 
-    def verify(self, path: Path, how: Verify = "once") -> None:
+    def verify(self, path: Path, how: Verify = "once", *, found: str = "") -> None:
         """Compare a file's hash with the shard's; a `ShardError` if they differ.
 
         Once on a machine: that the file as it is now has the hash is remembered in the cache
-        folder.
+        folder. `found` is the hash, if it was computed just now.
         """
         try:
             if how == "each_open":
-                self._compare(path)
+                self._compare(path, found)
             elif how == "once":
-                found = path.stat()
-                state = f"{path.absolute()}\0{found.st_size}\0{found.st_mtime_ns}\0{self.sha256}"
-                name = hashlib.sha256(os.fsencode(state)).hexdigest()
-                with locked(f"verified/{name}") as file:
-                    if not file.read():
-                        self._compare(path)
-                        file.write(b"verified")
+                once(path, self.sha256, partial(self._compare, path, found))
         except OSError as error:
             raise ShardError(f"shard {path} cannot be read: {error}") from error
 
-    def _compare(self, path: Path) -> None:
-        found = sha256_of(path)
+    def _compare(self, path: Path, found: str) -> None:
+        found = found or sha256_of(path)
         if found != self.sha256:
             raise ShardError(
                 f"shard {path} is damaged: sha256 {found[:12]}, "
@@ -107,6 +106,9 @@ def manifest_in(content: bytes, name: Path | str) -> Manifest:
             split: tuple(ShardEntry(**entry) for entry in entries)
             for split, entries in record["splits"].items()
         }
+        for split, entries in splits.items():
+            if len({entry.name for entry in entries}) != len(entries):
+                raise ValueError(f"the split {split!r} has a shard twice")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{name} is not a manifest: {error}") from error
     if version != FORMAT_VERSION:

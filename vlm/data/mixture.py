@@ -91,8 +91,8 @@ def mixture_of(data: DataConfig, sizes: Mapping[str, int]) -> Mixture:
         data: The settings.
         sizes: The number of samples in each source, by name.
     """
-    given = {name: source.weight for name, source in data.by_name.items()}
-    weights = [float(given[name] or size) for name, size in sizes.items()]
+    given = [source.weight for source in data.sources] or [None]
+    weights = [float(own or size) for own, size in zip(given, sizes.values(), strict=True)]
     phases = [
         (phase.until, [phase.weights.get(name, 0.0) for name in sizes])
         for phase in data.mixture.schedule

@@ -10,7 +10,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from threading import Thread
-from time import monotonic, sleep
+from time import monotonic, sleep, time_ns
 from typing import NamedTuple, Self
 from weakref import WeakSet
 
@@ -153,7 +153,7 @@ class NodeCache:
     def _others(self, own: Path) -> list[tuple[float, int, Path]]:
         """Return of every other copy the time of its last fetch, its final size and its path."""
         return [
-            (status.st_mtime, int(name["bytes"] or status.st_size), Path(entry.path))
+            (status.st_atime, int(name["bytes"] or status.st_size), Path(entry.path))
             for entry in os.scandir(self.folder)
             if entry.name != own.name and (name := _OURS.fullmatch(entry.name))
             for status in [entry.stat()]
@@ -222,9 +222,12 @@ class _Copy:
     def find(self, size: int | None, sha256: str | None) -> "_Locked | None":
         """Return the finished copy of this size and hash, locked against removal."""
         for path in [self.finished(sha256)] if sha256 else self.folder.glob(f"{self.key}-*-*"):
-            held = _lock(path, fcntl.LOCK_SH)
-            if held and size in (None, os.fstat(held.descriptor).st_size):
-                os.utime(path)
+            if not (held := _lock(path, fcntl.LOCK_SH)):
+                continue
+            found = os.fstat(held.descriptor)
+            if size in (None, found.st_size):
+                # Its own date stays: what was verified of it is remembered by that.
+                os.utime(held.descriptor, ns=(time_ns(), found.st_mtime_ns))
                 return held
         return None
 

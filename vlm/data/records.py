@@ -29,7 +29,13 @@ from vlm.errors import DataError
 BLOCK = 1 << 17
 LONGEST = 1 << 26  # bytes of a line, cell or member: a file without line ends must not fill memory
 _HEAD = 1 << 16
-_DAMAGE = (OSError, EOFError, ValueError, zlib.error, tarfile.TarError, pyarrow.ArrowException)
+_LONGEST_END = 1 << 16  # bytes: six times what tar and Python's tarfile write at the most
+DAMAGE = (
+    OSError, EOFError, ValueError, OverflowError, RecursionError, zlib.error, tarfile.TarError,
+    pyarrow.ArrowException,
+)  # fmt: skip
+"""What the readers of tars, tables and packed files raise on bytes that are not what they read."""
+
 _REGION = r"(?:[-_](?i:hans|hant|latn|[a-z]{2}|[0-9]{3}))"  # or a script
 LANGUAGE_TAG = rf"[a-z]{{2,3}}{_REGION}*"
 _WITH_REGION = re.compile(rf"([a-z]{{2,3}}){_REGION}+")
@@ -50,6 +56,9 @@ class Member(NamedTuple):
     """Of `.json` and `.txt`; empty for others, which are not read."""
 
 
+_NO_BYTES = Member(0, 0, b"")
+
+
 def ignore(_: int) -> None:
     """Do nothing with a number of bytes."""
 
@@ -65,7 +74,7 @@ def reader(
         try:
             for place, record in read(path, *args, **kwargs):
                 yield place, record
-        except _DAMAGE as error:
+        except DAMAGE as error:
             after = f" after {place}" if place else ""
             reason = getattr(error, "strerror", None) or error
             raise DataError(f"{path} cannot be read{after}: {reason}") from error
@@ -119,8 +128,7 @@ def samples_of(
 ) -> Iterator[tuple[str, tuple[str, dict[str, Member]]]]:
     """Give the samples of a tar: a key, and its neighbouring members by extension in lower case.
 
-    A key is the name up to the first dot of its last part. Links, folders and hidden files are left
-    out.
+    A key is the name up to the first dot of its last part. Folders and hidden files are left out.
     """
     with (
         opened(path, advance) as file,
@@ -319,8 +327,13 @@ def members_of(archive: tarfile.TarFile, path: Path) -> Iterator[tuple[str, str,
     """Give key, extension in lower case and place of each file of a tar; json and txt are read."""
     for member in iter(archive.next, None):
         archive.members.clear()  # type: ignore[attr-defined] # it would grow with the tar
+        if member.size < 0:  # the next header would be an earlier one, for ever
+            raise tarfile.ReadError(f"{member.name} has the size {member.size}")
         key, extension = base_plus_ext(member.name)
-        if key is None or not member.isfile():
+        if key is None or member.isdir():
+            continue
+        if not member.isfile() or member.issparse():  # its bytes are elsewhere, or not in one piece
+            yield key, f"{extension.lower()} (a link, device or file with holes)", _NO_BYTES
             continue
         content = b""
         if extension.lower() in ("json", "txt"):
@@ -342,5 +355,7 @@ def check_end(archive: tarfile.TarFile) -> None:
     for block in iter(partial(archive.fileobj.read, BLOCK), b""):
         zeros += len(block)
         damaged = damaged or bool(block.strip(b"\0"))
-    if damaged or zeros < tarfile.BLOCKSIZE:  # tarfile has read the first of the two
+    # tarfile has read the first of the two blocks. Zeros without end were samples once: a disk that
+    # loses power leaves them.
+    if damaged or not tarfile.BLOCKSIZE <= zeros <= _LONGEST_END:
         raise tarfile.ReadError("it does not end as a tar file does; it is cut off or damaged")

@@ -5,8 +5,8 @@ import io
 import mmap
 import os
 import tarfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,9 @@ from vlm.data.config import SourceConfig
 from vlm.data.fields import CAPTION_FIELDS, caption_fields, parts_of, value_at
 from vlm.data.image_folder import IMAGE_SUFFIXES
 from vlm.data.records import (
+    BLOCK,
+    DAMAGE,
+    LONGEST,
     Member,
     as_text,
     check_end,
@@ -28,7 +31,8 @@ from vlm.data.records import (
 )
 from vlm.data.tables import IMAGE_COLUMNS, columns_of, rows_of
 from vlm.errors import DataError, ShardError
-from vlm.files import lines_in
+from vlm.files import lines_in, read_file
+from vlm.images.decoding import MAX_BYTES
 
 Row = dict[str, Any]
 """One sample but for the bytes of an image that lies elsewhere, by the columns of an index."""
@@ -37,6 +41,9 @@ TAR_SUFFIXES = (".tar", ".tar.gz")
 SIDE_SUFFIXES = (".txt", ".json")
 IMAGE_EXTENSIONS = frozenset(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
 _OWN_COLUMNS = ("captions", "concept", "source", "licence", "labels", "split")
+# Shards of small images unpack to a few times their size, zeros to a thousand times.
+_LARGEST_RATIO = 50
+_LITTLE = 1 << 25
 _FIRST = 100  # rows of a table: where none of their images is there, the folder is wrong
 
 
@@ -82,7 +89,7 @@ def members_by_key(path: Path) -> tuple[bytes | mmap.mmap, dict[str, dict[str, M
                     raise tarfile.ReadError(f"{key}.{extension} occurs twice")
                 samples[key][extension] = member
             check_end(archive)
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+    except DAMAGE as error:
         raise ShardError(f"shard {path} cannot be read: {error}") from error
     return content, samples
 
@@ -95,12 +102,38 @@ def tar_content(path: Path) -> bytes | mmap.mmap:
     """
     try:
         if path.name.lower().endswith(".gz"):
-            return gzip.decompress(path.read_bytes())
+            return _unpacked(path)
         with path.open("rb") as file:
-            empty = path.stat().st_size == 0  # an empty file cannot be mapped
-            return b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, EOFError, zlib.error) as error:
+            if path.stat().st_size == 0:  # an empty file cannot be mapped
+                return b""
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            # Samples come in random order: by itself the system reads megabytes around each.
+            content.madvise(mmap.MADV_RANDOM)
+            return content
+    except DAMAGE as error:
         raise ShardError(f"shard {path} cannot be read: {error}") from error
+
+
+def bytes_in(content: bytes | mmap.mmap, start: int, size: int) -> bytes:
+    """Return some bytes of a tar; those of a mapped one are read at once, not page by page."""
+    if isinstance(content, mmap.mmap) and size:
+        page = start - start % mmap.PAGESIZE
+        content.madvise(mmap.MADV_WILLNEED, page, start + size - page)
+    return bytes(content[start : start + size])
+
+
+def _unpacked(path: Path) -> bytes:
+    blocks, size = [], 0
+    with path.open("rb") as packed, gzip.GzipFile(fileobj=packed) as unpacked:
+        for block in iter(partial(unpacked.read, BLOCK), b""):
+            blocks.append(block)
+            size += len(block)
+            if size > _LITTLE + _LARGEST_RATIO * packed.tell():
+                raise EOFError(
+                    f"its first {packed.tell()} bytes unpack to more than {size}; expected a tar "
+                    "of images"
+                )
+    return b"".join(blocks)
 
 
 def _tar_row(
@@ -112,6 +145,8 @@ def _tar_row(
     if len(images) != 1 or not texts:
         has = ", ".join(sorted(members))
         return row | {"error": f"{where} needs one image and a .json or .txt, has {has}"}
+    if images[0].size > MAX_BYTES:
+        return row | {"error": f"{where} has an image of {images[0].size} bytes"}
     row |= {"start": images[0].start, "size": images[0].size}
     return row | _parts(texts, config, name=row["uid"], where=where)
 
@@ -134,7 +169,7 @@ def scan_images(paths: Iterable[Path], folder: Path, config: SourceConfig) -> It
 
 def _side_texts(path: Path) -> dict[str, bytes]:
     files = [path.with_suffix(suffix) for suffix in SIDE_SUFFIXES]
-    return {file.suffix[1:]: file.read_bytes() for file in files if file.exists()}
+    return {file.suffix[1:]: read_file(file, LONGEST) for file in files if file.exists()}
 
 
 def first_record(path: Path, images: Iterable[Path], config: SourceConfig) -> Mapping[str, Any]:

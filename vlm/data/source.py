@@ -31,9 +31,10 @@ from vlm.data.node_cache import NodeCache, RemoteFile
 from vlm.data.places import shown
 from vlm.data.records import as_text, listed
 from vlm.data.sample import Sample
-from vlm.data.scanning import scan_tar, tar_content
+from vlm.data.scanning import bytes_in, scan_tar, tar_content
 from vlm.errors import DataError, ShardError
-from vlm.images.decoding import decode_image
+from vlm.files import read_file
+from vlm.images.decoding import MAX_BYTES, decode_image
 from vlm.text.caption_ids import text_id
 
 _T = TypeVar("_T")
@@ -158,10 +159,10 @@ class Source:
             return image
         if found["path"] is None:
             content = _or_raise(self._tars(shard)).content
-            return bytes(content[found["start"] : found["start"] + found["size"]])
+            return bytes_in(content, found["start"], found["size"])
         path = Path(os.fsdecode(found["path"]))
         try:
-            return path.read_bytes()
+            return read_file(path, MAX_BYTES)
         except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
             reason = getattr(error, "strerror", None) or error
             raise DataError(f"{as_text(str(path))} cannot be read: {reason}") from error

@@ -2,7 +2,7 @@
 
 import csv
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -55,7 +55,7 @@ def columns_of(path: Path) -> Sequence[str]:
             return cast(list[str], pyarrow.parquet.read_schema(path).names)
         line = first_line(path)
         return next(csv.reader([line], delimiter=_delimiter(path, line)), [])
-    except (OSError, csv.Error, pyarrow.ArrowException):
+    except (OSError, ValueError, csv.Error, pyarrow.ArrowException):
         return ()
 
 
@@ -74,6 +74,9 @@ def _parquet_rows(
     with pyarrow.parquet.ParquetFile(
         path, buffer_size=BLOCK, pre_buffer=False, page_checksum_verification=True
     ) as file:
+        # The first page of every column shows if one that is not chosen has a damaged name.
+        next(file.iter_batches(1, use_threads=False), None)
+        _check_columns(file.metadata, file.schema_arrow.names, 1)
         columns = list(choose(file.schema_arrow.names))
         rows = file.metadata.num_rows
         for batch in file.iter_batches(_ROWS, columns=columns, use_threads=False):
@@ -85,6 +88,27 @@ def _parquet_rows(
                     raise not_utf8(error, f"{path}, row {number}") from error
                 yield f"row {number}", dict(zip(batch.schema.names, values, strict=True))
             advance(size * len(batch) // rows)
+        _check_columns(file.metadata, columns, file.num_row_groups)
+        if number != rows:
+            raise ValueError(f"found {number} rows, its footer says {rows}")
+
+
+def _check_columns(footer: Any, names: Collection[str], groups: int) -> None:
+    """Refuse a footer in which a column has the name or pages of another: it has no checksum.
+
+    Only of columns that were read: on what else a damaged footer says, pyarrow ends the process.
+    """
+    schema, starts = footer.schema, set()
+    paths = {number: schema.column(number).path for number in range(len(schema))}
+    for group in map(footer.row_group, range(min(groups, footer.num_row_groups))):
+        for number, path in paths.items():
+            if path.partition(".")[0] not in names:
+                continue
+            column = group.column(number)
+            start = column.dictionary_page_offset or column.data_page_offset
+            if column.path_in_schema != path or (start in starts and group.num_rows):
+                raise ValueError(f"its footer has another column in the place of {path!r}")
+            starts.add(start)
 
 
 def _text_rows(

@@ -11,10 +11,14 @@ from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from vlm.errors import DataError
+from vlm.files import read_file
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 MAX_PIXELS = 64_000_000
 """An image that claims more is refused before its pixels are unpacked."""
+
+MAX_BYTES = 1 << 28
+"""A file with more is refused before it is read."""
 
 # Unpacked metadata of one PNG, in bytes. Pillow's bound of 1 MiB refuses images with the colour
 # profiles and XMP that Photoshop and renderers write; it is a bound of the whole process.
@@ -57,7 +61,7 @@ def decode_image(source: ImageSource, *, name: str = "the image") -> Image.Image
 def open_image(source: Path | bytes, *, name: str) -> Image.Image:
     """Open an encoded image without reading its pixels; a `DataError` as for `decode_image`."""
     with _errors_of(name):
-        data = source.read_bytes() if isinstance(source, Path) else source
+        data = read_file(source, MAX_BYTES) if isinstance(source, Path) else source
         try:
             return Image.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError:
@@ -136,11 +140,12 @@ def _errors_of(name: str) -> Iterator[None]:
     except OSError as error:
         what = "cannot be read" if error.strerror else "is damaged"
         raise DataError(f"{name} {what}: {error.strerror or error}") from error
-    except (SyntaxError, ValueError, struct.error) as error:
+    except (SyntaxError, ValueError, AssertionError, struct.error) as error:
         if "MAX_TEXT" in str(error):  # Pillow raises a plain ValueError for its bounds
             bound = f"{PngImagePlugin.MAX_TEXT_CHUNK >> 20} MiB"
             raise DataError(f"{name} has metadata of more than {bound}") from error
-        raise DataError(f"{name} is damaged: {error}") from error
+        reason = str(error) or "its parts do not fit together"  # an assertion says nothing
+        raise DataError(f"{name} is damaged: {reason}") from error
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

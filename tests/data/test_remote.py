@@ -133,6 +133,12 @@ def test_shards_without_an_index_are_looked_through_once(web, cache):
     assert len(list((cache / "index").glob("*.arrow"))) == 4
 
 
+def test_a_place_may_refuse_an_index_that_it_does_not_have(web):
+    source = opened(web.url("pairs"))
+    web.restart(status=403, fail_every=1, only=".arrow")
+    assert fields_of(source) == fields_of(opened(web.folder / "pairs"))
+
+
 def test_an_index_of_other_fields_or_another_shard_is_not_used(web):
     named = {"captions": {"en": ("json.key",)}}
     assert opened(web.url("pairs"), **named)[4].captions == {"en": ["000010001"]}
@@ -275,8 +281,12 @@ def test_a_copy_that_is_damaged_later_is_found_where_each_opening_verifies(web, 
 def test_a_place_that_stays_away_is_no_damage_that_other_samples_replace(web, impatient):
     source = opened(web.url("pairs"))
     web.kill()
-    for read in (lambda: source[0], lambda: list(batches_of(source))):
-        with pytest.raises(PlaceError, match=r"stayed away for 0\.5 s"):
+    for read in (
+        lambda: source[0],
+        lambda: batches_of(source),
+        lambda: batches_of(source, workers=1),
+    ):
+        with pytest.raises(PlaceError, match=r"^http\S+ stayed away for 0\.5 s, in .*$"):
             read()
     with pytest.raises(PlaceError, match=r"manifest\.json stayed away for 0\.5 s"):
         opened(web.url("pairs"))

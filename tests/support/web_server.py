@@ -22,6 +22,7 @@ class WebServer:
         folder: The files to serve.
         seconds: To wait after every block of 64 KiB.
         fail_every: Every how many requests one is answered with `status`, 503 by default.
+        only: What the names of the files hold for which requests fail.
         cut_after: Bytes after which each answer breaks off.
         ranges: Whether ranges are served.
         encoding: A `Content-Encoding` that every answer claims.
@@ -78,7 +79,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     folder: Path
     log_path: Path
-    options: dict[str, float]
+    options: dict[str, Any]
     requests = 0
 
     def do_GET(self) -> None:
@@ -92,7 +93,8 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.folder / self.path.partition("?")[0].lstrip("/")
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         status = 200
-        if self.requests % int(self.options.get("fail_every", 1 << 30)) == 0:
+        fails = self.requests % int(self.options.get("fail_every", 1 << 30)) == 0
+        if fails and str(self.options.get("only", "")) in path.name:
             status = int(self.options.get("status", 503))
         elif not path.exists():
             status = 404
@@ -132,7 +134,7 @@ def _serve(folder: str, log: str, port: str, *options: str) -> None:
     values: dict[str, Any] = {}
     for option in options:
         name, _, value = option.partition("=")
-        values[name] = value if name == "encoding" else float(value)
+        values[name] = value if name in ("encoding", "only") else float(value)
     _Handler.folder, _Handler.log_path, _Handler.options = Path(folder), Path(log), values
     server = ThreadingHTTPServer(("127.0.0.1", int(port)), _Handler)
     server.daemon_threads = True

@@ -29,7 +29,7 @@ from vlm.data.layout import (
 from vlm.data.manifest import Manifest, ShardEntry, write_manifest
 from vlm.data.node_cache import NodeCache, RemoteFile
 from vlm.data.parallel import over
-from vlm.data.places import MissingFileError, shown, within
+from vlm.data.places import MissingFileError, RefusedError, shown, within
 from vlm.data.scanning import Row, first_record, image_in, scan_images, scan_table, scan_tar
 from vlm.errors import DataError
 from vlm.files import sha256_of
@@ -54,7 +54,8 @@ def fetched_index(file: ShardFile, config: SourceConfig, cache: NodeCache) -> py
     own, described = _cached_path(file, config), about(file, config)
     if (table := read_index(own, described)) is not None:
         return table
-    with suppress(MissingFileError), cache.copy_of(remote_index(file)) as path:
+    # A bucket that may not be listed refuses what it does not have.
+    with suppress(MissingFileError, RefusedError), cache.copy_of(remote_index(file)) as path:
         if (table := read_index(path, described)) is not None:
             return table
     with locked(f"index/{own.stem}.lock"):  # one of a node's processes makes it

@@ -1,18 +1,46 @@
 """Training batches in an order fixed by a seed and a state, whatever the number of processes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from vlm.data.collate import MaskPlan, collate
 from vlm.data.examples import Example, TrainingExamples
 from vlm.data.mixture import BatchOrder, DataState
 from vlm.data.order import SampleKey
 from vlm.data.sample import Batch
+from vlm.errors import VlmError
 from vlm.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class _Answers(Dataset[Example | VlmError]):
+    """Examples, or what is wrong: torch makes a page of the error that a worker raises."""
+
+    examples: TrainingExamples
+
+    def __getitem__(self, key: SampleKey) -> Example | VlmError:
+        try:
+            return self.examples[key]
+        except VlmError as error:
+            return error
+
+
+def _collate(answers: Sequence[Example | VlmError], **settings: Any) -> Batch | VlmError:
+    examples = [answer for answer in answers if isinstance(answer, Example)]
+    if len(examples) == len(answers):
+        return collate(examples, **settings)
+    return next(answer for answer in answers if isinstance(answer, VlmError))
+
+
+def _or_raise(batch: Batch | VlmError) -> Batch:
+    if isinstance(batch, VlmError):
+        raise batch
+    return batch
 
 
 @dataclass(frozen=True)
@@ -34,14 +62,14 @@ class TrainingLoader:
 
     def read(self, state: DataState, batches: int) -> Iterator[Batch]:
         """Give the next batches after a state, which stays as it is."""
-        loader: DataLoader[Example] = DataLoader(
-            self.examples,
+        loader: DataLoader[Example | VlmError] = DataLoader(
+            _Answers(self.examples),
             batch_sampler=self._announced(self.order.batches(state, batches)),
             num_workers=self.workers,
-            collate_fn=partial(collate, tokenizer=self.tokenizer, masks=self.masks),
+            collate_fn=partial(_collate, tokenizer=self.tokenizer, masks=self.masks),
             pin_memory=torch.cuda.is_available(),
         )
-        return iter(loader)
+        return map(_or_raise, iter(loader))
 
     def _announced(self, batches: Iterator[list[SampleKey]]) -> Iterator[list[SampleKey]]:
         """Pass the keys of batches on, of which this process knows before those that read them."""

@@ -39,6 +39,10 @@ class MissingFileError(ShardError):
     """The place answers, and has no such file."""
 
 
+class RefusedError(PlaceError):
+    """The place wants other credentials, or hides whether it has such a file."""
+
+
 def is_remote(path: str) -> bool:
     """Whether a path names a file elsewhere, such as `s3://bucket/0.tar`; `file://` is local.
 
@@ -266,7 +270,7 @@ class _Waiting:
             or isinstance(cause, PermissionError)
             or "Credentials" in type(cause).__name__
         ):
-            raise PlaceError(
+            raise RefusedError(
                 f"{self.url} is refused ({reason}); expected credentials in the environment, "
                 "such as AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS or HF_TOKEN"
             ) from error

@@ -24,7 +24,7 @@ from tests.support.processes import run_in_world
 from tests.support.web_server import WebServer
 from vlm.cli.main import main
 from vlm.data import copies, layout
-from vlm.data.config import CaptionConfig, SourceConfig
+from vlm.data.config import CaptionConfig, DataConfig, MixedSourceConfig, SourceConfig
 from vlm.data.examples import TrainingExamples
 from vlm.data.indexing import index_folder
 from vlm.data.loader import TrainingLoader
@@ -154,6 +154,11 @@ def test_packed_shards_of_several_splits_are_read(web):
     assert len(opened(web.url("own"), split="val")) == 2
     with pytest.raises(DataError, match="has no split 'test'; its splits are train, val"):
         opened(web.url("own"), split="test")
+
+
+def test_the_name_of_a_source_leaves_out_what_may_be_a_signature():
+    data = DataConfig(sources=(MixedSourceConfig(path="https://host/pairs?signature=secret"),))
+    assert list(data.by_name) == ["pairs"]
 
 
 # Tars and tables

@@ -57,7 +57,7 @@ PINNED = {
     | {"image_size", "heads", "context_length", "languages"},
     "grow": GROWTH | {"bundle", "tokenizer", "out"},
     "data show": SOURCE,
-    "data index": SOURCE,
+    "data index": SOURCE | {"out"},
     "data check": SOURCE,
 }
 

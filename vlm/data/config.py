@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from vlm.data.places import shown
 from vlm.errors import ConfigError
 
 Verify = Literal["once", "each_open", "size"]
@@ -164,7 +165,7 @@ class DataConfig:
             return {"data": SourceConfig(path=str(self.folder), split=self.split)}
         found: dict[str, SourceConfig] = {}
         for source in self.sources:
-            name = source.name or Path(source.path).name
+            name = source.name or Path(shown(source.path)).name
             if name in found:
                 raise ConfigError(f"two sources are called {name!r}; expected a `name` for each")
             found[name] = source

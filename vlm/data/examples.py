@@ -60,9 +60,10 @@ class TrainingExamples(Dataset[Example]):
     """By source, shard and row, and by scale."""
 
     def prefetch(self, keys: Iterable[SampleKey]) -> None:
-        """Begin to fetch the shards of some samples, and those that their streams read next."""
+        """Begin to fetch remote shards of some samples, and those that their streams read next."""
         last = {(key.source, key.stream): key for key in keys}
-        for number, source in enumerate(self.sources):
+        remote = ((n, source) for n, source in enumerate(self.sources) if source.fetches_ahead)
+        for number, source in remote:
             of_source = [key for key in last.values() if key.source == number]
             source.prefetch(chain(*(self.orders[number].shards_from(key) for key in of_source)))
 

@@ -32,6 +32,7 @@ from vlm.images.decoding import MAX_BYTES, decode_image
 from vlm.text.caption_ids import text_id
 
 _T = TypeVar("_T")
+_COMPARED = 10_000  # shards whose sizes are compared at the start; of more, each when it is opened
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,15 +85,25 @@ class Source:
         """The number of samples in each shard."""
         return list(map(len, self._shards))
 
+    @property
+    def fetches_ahead(self) -> bool:
+        """Whether `prefetch` does something: for a data folder at a place."""
+        return self._shards[0].index is None if self._shards else False
+
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
+    def keeping_open(self, number: int) -> "Source":
+        """Return the same source, of which a process keeps no more shards open than these."""
+        verify, keep_open, cache = self._settings
+        return Source(self.config, self._shards, verify, min(number, keep_open), cache)
+
     def prefetch(self, shards: Iterable[int]) -> None:
-        """Begin to fetch what shards need that are read next, if they are at a place.
+        """Begin to fetch shards of a remote source that are read next.
 
         Nothing is done where the cache has no room for all of them.
         """
-        files = [self._shards[n].file for n in shards if self._shards[n].index is None]
+        files = [self._shards[n].file for n in shards]
         if sum(file.size for file in files) <= self._cache.max_bytes:
             self._cache.prefetch(each for file in files for each in files_of(file))
 
@@ -359,8 +370,10 @@ def _listed(layout: Layout, config: SourceConfig, cache: NodeCache) -> list[_Sha
             assert file.entry is not None, "it is from a manifest"
             index = None
             if not file.is_remote:
-                path = file.entry.path_in(Path(file.path).parent)
+                path = Path(file.path)
                 index = index_path(path.parent, path.name)
+                if len(layout.files) <= _COMPARED:
+                    file.entry.path_in(path.parent)
             shards.append(_Shard(file=file, index=index, rows=file.entry.samples))
         return shards
     return [

@@ -8,7 +8,6 @@ be seen as other letters or another image is injected, and said in `free` and `c
 import gzip
 import io
 import json
-import os
 import random
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +18,8 @@ import pyarrow
 import pyarrow.parquet
 
 from tests.builders import THINGS, encoded, make_image, make_sample, write_tar
-from tests.support.hostile import DAMAGED, IMAGES, KEY, NOISE, RECORDS, SOUND, replaced
+from tests.support import hostile
+from tests.support.hostile import KEY, NOISE, replaced
 from vlm.data.indexing import index_folder
 from vlm.data.manifest import Manifest, write_manifest
 from vlm.data.shards import write_shards
@@ -188,9 +188,9 @@ class Injections:
         content[place] ^= self.rng.choice([1 << self.rng.randrange(8), self.rng.randrange(1, 256)])
         return self.case(kind, store, name, bytes(content), f"byte {place} of {name}", **allowed)
 
-    def cut(self, kind: str, store: str, name: str, least: int = 0) -> Case:
+    def cut(self, kind: str, store: str, name: str) -> Case:
         content = self.stores[store].files[name]
-        length = self.rng.randrange(least, len(content))
+        length = self.rng.randrange(len(content))
         if name.endswith(".tar") and self.rng.random() < 0.5:
             length -= length % 512
         what = f"{length} of {len(content)} bytes of {name}"
@@ -350,21 +350,21 @@ class Injections:
         """Give what `hostile` has, each where a source may have it."""
         fifth = frozenset({5})
         tar, members = "00001.tar", members_of(1)
-        for what, image in IMAGES.items():
+        for what, image in hostile.IMAGES.items():
             content = image()
             yield self.case("images", "images", name_of(5), content, what, changed=fifth)
             if len(content) < 1 << 20:
                 inside = replaced(members, "image", content)
                 yield self.case("images in tars", "tars", tar, inside, what, changed=fifth)
-        for what, record in RECORDS.items():
+        for what, record in hostile.RECORDS.items():
             yield self.case("records", "images", f"{KEY}.json", record, what, free=fifth)
             inside = replaced(members, "json", record)
             yield self.case("records in tars", "tars", tar, inside, what, free=fifth)
-        for what, make in DAMAGED.items():
+        for what, make in hostile.DAMAGED.items():
             yield self.case("damaged tars", "tars", tar, make(members), what)
-        for what, make in SOUND.items():
+        for what, make in hostile.SOUND.items():
             yield self.case("strange tars", "tars", tar, make(members), what, adds=True)
-        for what, put in SPECIAL_FILES.items():
+        for what, put in hostile.SPECIAL_FILES.items():
             yield self.case("special files", "t.tsv", name_of(5), put, what)
             # A walk over images takes no folders, pipes and devices; it counts them.
             if what not in ("a pipe", "a folder", "a link to a device"):
@@ -377,7 +377,7 @@ class Injections:
         for name in ("t.csv", "t.tsv", "pairs.csv", "t.jsonl"):
             content = self.stores[name].files[name]
             line = next(line for line in content.split(b"\n") if row in line)
-            for what, make in ROWS.items():
+            for what, make in hostile.ROWS.items():
                 if "MB" in what and name not in ("t.csv", "t.jsonl"):
                     continue
 
@@ -394,39 +394,3 @@ class Injections:
                 "UTF-16": content.decode().encode("utf-16"),
             }.items():  # fmt: skip
                 yield self.case("tables", name, name, table, what)
-
-
-ROWS: Mapping[str, Callable[[bytes, bytes], bytes]] = {
-    "half of it": lambda line, _: line[: len(line) // 2],
-    "an open quote": lambda line, _: line.replace(b"a ", b'"a ', 1),
-    "a quote at its start": lambda line, _: b'"' + line,
-    "zero bytes in its path": lambda line, name: line.replace(name, b"0\0" + name),
-    "zero bytes in its caption": lambda line, _: line.replace(b"a ", b"a \0"),
-    "another cell": lambda line, _: line + b'\t,"x"',
-    "not UTF-8": lambda line, _: line.replace(b"a ", b"a \xe9"),
-    "half a character": lambda line, _: line.replace(b"a ", b"a \\ud83d"),
-    "no path": lambda line, name: line.replace(name, b""),
-    "a device": lambda line, name: line.replace(name, b"/dev/zero"),
-    "a folder": lambda line, name: line.replace(name, b"/dev"),
-    "a path that leaves the folder": lambda line, name: line.replace(name, b"../../" + name),
-    "a carriage return": lambda line, _: line.replace(b"a ", b"a\r"),
-    "two rows": lambda line, _: line + b"\n" + line,
-    "a caption of 30 MB": lambda line, _: line.replace(b"a ", b"a " * (15 << 20)),
-    "70 MB": lambda line, _: line.replace(b"a ", b"a " * (35 << 20)),
-}
-"""What may stand for a row, by its line and the name of its image."""
-
-
-def large(path: Path) -> None:
-    path.touch()
-    os.truncate(path, 4 << 30)
-
-
-SPECIAL_FILES: Mapping[str, Callable[[Path], object]] = {
-    "a pipe": os.mkfifo,
-    "a folder": Path.mkdir,
-    "a link to nothing": lambda path: path.symlink_to("nothing"),
-    "a link to itself": lambda path: path.symlink_to(path),
-    "a link to a device": lambda path: path.symlink_to("/dev/zero"),
-    "4 GiB of zeros": large,
-}

@@ -1,9 +1,11 @@
-"""Images, records and tars as an attacker, a broken disk or another program leaves them."""
+"""Images, records, tars and rows as an attacker, a broken disk or another program leaves them."""
 
+import os
 import struct
 import tarfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
@@ -293,3 +295,41 @@ SOUND: Mapping[str, Callable[[Members], bytes]] = {
     "a member that is no sample": lambda members: before(members, info("y.bin", NOISE)),
 }  # fmt: skip
 """Of which all samples are read, and others may be."""
+
+
+# Rows of tables, and what is no regular file.
+
+ROWS: Mapping[str, Callable[[bytes, bytes], bytes]] = {
+    "half of it": lambda line, _: line[: len(line) // 2],
+    "an open quote": lambda line, _: line.replace(b"a ", b'"a ', 1),
+    "a quote at its start": lambda line, _: b'"' + line,
+    "zero bytes in its path": lambda line, name: line.replace(name, b"0\0" + name),
+    "zero bytes in its caption": lambda line, _: line.replace(b"a ", b"a \0"),
+    "another cell": lambda line, _: line + b'\t,"x"',
+    "not UTF-8": lambda line, _: line.replace(b"a ", b"a \xe9"),
+    "half a character": lambda line, _: line.replace(b"a ", b"a \\ud83d"),
+    "no path": lambda line, name: line.replace(name, b""),
+    "a device": lambda line, name: line.replace(name, b"/dev/zero"),
+    "a folder": lambda line, name: line.replace(name, b"/dev"),
+    "a path that leaves the folder": lambda line, name: line.replace(name, b"../../" + name),
+    "a carriage return": lambda line, _: line.replace(b"a ", b"a\r"),
+    "two rows": lambda line, _: line + b"\n" + line,
+    "a caption of 30 MB": lambda line, _: line.replace(b"a ", b"a " * (15 << 20)),
+    "70 MB": lambda line, _: line.replace(b"a ", b"a " * (35 << 20)),
+}
+"""What may stand for a row, by its line and the name of its image."""
+
+
+def large(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 4 << 30)
+
+
+SPECIAL_FILES: Mapping[str, Callable[[Path], object]] = {
+    "a pipe": os.mkfifo,
+    "a folder": Path.mkdir,
+    "a link to nothing": lambda path: path.symlink_to("nothing"),
+    "a link to itself": lambda path: path.symlink_to(path),
+    "a link to a device": lambda path: path.symlink_to("/dev/zero"),
+    "4 GiB of zeros": large,
+}

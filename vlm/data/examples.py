@@ -60,7 +60,7 @@ class TrainingExamples(Dataset[Example]):
     """By source, shard and row, and by scale."""
 
     def prefetch(self, keys: Iterable[SampleKey]) -> None:
-        """Begin to fetch the shards of some samples, and those that their streams read next."""
+        """Begin to fetch remote shards of some samples, and those that their streams read next."""
         last = {(key.source, key.stream): key for key in keys}
         for number, source in enumerate(self.sources):
             order = self.orders[number]

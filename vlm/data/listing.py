@@ -13,6 +13,8 @@ from vlm.data.indexing import cached_indexes, index_path
 from vlm.data.layout import Layout, ShardFile
 from vlm.data.node_cache import NodeCache
 
+_COMPARED = 10_000  # shards whose sizes are compared at the start; of more, each when it is opened
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
@@ -40,8 +42,10 @@ def shards_of(layout: Layout, config: SourceConfig, cache: NodeCache) -> list[Sh
             assert file.entry is not None, "it is from a manifest"
             index = None
             if not file.is_remote:
-                path = file.entry.path_in(Path(file.path).parent)
+                path = Path(file.path)
                 index = index_path(path.parent, path.name)
+                if len(layout.files) <= _COMPARED:
+                    file.entry.path_in(path.parent)
             shards.append(Shard(file=file, index=index, rows=file.entry.samples))
         return shards
     return [

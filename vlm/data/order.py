@@ -103,6 +103,11 @@ class SourceOrder:
         """The number of samples in an epoch."""
         return int(self.sizes.sum())
 
+    @property
+    def open_shards(self) -> int:
+        """How many shards are open where one stream is read: those of a block, and a few more."""
+        return max(int(1.2 * self.block * len(self.sizes) / self.size), 2)
+
     def span(self, stream: int) -> tuple[int, int]:
         """Return where a stream's part of an epoch begins and ends, in samples."""
         return stream * self.size // self.streams, (stream + 1) * self.size // self.streams

@@ -43,7 +43,7 @@ IMAGE_EXTENSIONS = frozenset(suffix.removeprefix(".") for suffix in IMAGE_SUFFIX
 _OWN_COLUMNS = ("captions", "concept", "source", "licence", "labels", "split")
 # Shards of small images unpack to a few times their size, zeros to a thousand times.
 _LARGEST_RATIO = 50
-_LITTLE = 1 << 25
+_LITTLE = 1 << 25  # bytes that may come of anything
 _FIRST = 100  # rows of a table: where none of their images is there, the folder is wrong
 
 

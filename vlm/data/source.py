@@ -75,8 +75,13 @@ class Source:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
+    def keeping_open(self, number: int) -> "Source":
+        """Return the same source, of which a process keeps no more shards open than these."""
+        verify, keep_open, cache = self._settings
+        return Source(self.config, self._shards, verify, min(number, keep_open), cache)
+
     def prefetch(self, shards: Iterable[int]) -> None:
-        """Begin to fetch what shards need that are read next, if they are at a place.
+        """Begin to fetch shards of a remote source that are read next.
 
         Nothing is done where the cache has no room for all of them.
         """

@@ -221,8 +221,12 @@ def _build_loader(config: TrainConfig, start: Bundle, accelerator: Accelerator) 
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
+    read = -(-streams // accelerator.num_processes)  # streams that a rank reads
     examples = TrainingExamples(
-        list(sources.values()),
+        [
+            source.keeping_open(read * each.open_shards)
+            for source, each in zip(sources.values(), order.sources, strict=True)
+        ],
         order.sources,
         _training_transform(config, start),
         config.captions,

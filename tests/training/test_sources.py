@@ -181,3 +181,11 @@ def test_evaluation_of_a_run_on_sources_needs_a_folder(inputs, tmp_path):
     settings = replace(config(inputs, tmp_path), evaluation=EvaluationConfig(every_steps=3))
     with pytest.raises(ConfigError, match=r"every_steps is 3, but .*; expected evaluation\.folder"):
         build_run(settings)
+
+
+def test_sources_may_be_paths_alone(inputs, tmp_path):
+    paths = (str(inputs / "shards"), str(inputs / "more.csv"))
+    run = build_run(config(inputs, tmp_path, sources=paths))
+    assert "12 samples in 3 shards (60.0%); " in run.describe()
+    with pytest.raises(ConfigError, match=r"folder is \[a,b\]; expected `sources` for several"):
+        DataConfig(folder="[a,b]")

@@ -113,8 +113,8 @@ class DataConfig:
     a source."""
     split: str = DEFAULT_SPLIT
     """The split of it to train on."""
-    sources: tuple[MixedSourceConfig, ...] = ()
-    """Several sources to train on, instead of `folder` and `split`."""
+    sources: tuple[MixedSourceConfig | str, ...] = ()
+    """Several sources to train on, instead of `folder` and `split`; one may be a path alone."""
     batch_size: int = 256
     """Samples in one step, summed over all processes."""
     workers: int = 2
@@ -148,7 +148,9 @@ class DataConfig:
                 f"skip_batches is {self.skip_batches}; expected pairs of a first number from 0 and "
                 "a last one that is no smaller"
             )
-        if len({source.weight is None for source in self.sources}) > 1:
+        if str(self.folder).startswith("["):
+            raise ConfigError(f"folder is {self.folder}; expected `sources` for several of them")
+        if len({source.weight is None for source in self.mixed}) > 1:
             raise ConfigError("some sources have a weight; expected one for each or for none")
         known = list(self.by_name)
         for phase in self.mixture.schedule:
@@ -159,12 +161,19 @@ class DataConfig:
                 )
 
     @property
+    def mixed(self) -> tuple[MixedSourceConfig, ...]:
+        """The several sources, each with its settings."""
+        return tuple(
+            MixedSourceConfig(path=each) if isinstance(each, str) else each for each in self.sources
+        )
+
+    @property
     def by_name(self) -> dict[str, SourceConfig]:
         """The sources by their names; a single one is `data`."""
         if not self.sources:
             return {"data": SourceConfig(path=str(self.folder), split=self.split)}
         found: dict[str, SourceConfig] = {}
-        for source in self.sources:
+        for source in self.mixed:
             name = source.name or Path(shown(source.path)).name
             if name in found:
                 raise ConfigError(f"two sources are called {name!r}; expected a `name` for each")

@@ -91,7 +91,7 @@ def mixture_of(data: DataConfig, sizes: Mapping[str, int]) -> Mixture:
         data: The settings.
         sizes: The number of samples in each source, by name.
     """
-    given = [source.weight for source in data.sources] or [None]
+    given = [source.weight for source in data.mixed] or [None]
     weights = [float(own or size) for own, size in zip(given, sizes.values(), strict=True)]
     phases = [
         (phase.until, [phase.weights.get(name, 0.0) for name in sizes])

@@ -243,14 +243,17 @@ class _Locked:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        if self.descriptor >= 0:
+            # Closing alone would leave the lock to a child that was forked just now.
+            fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+            self.close()
 
     def close(self) -> None:
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
 
-    __del__ = close
+    __del__ = __exit__
 
 
 _locked: WeakSet[_Locked] = WeakSet()

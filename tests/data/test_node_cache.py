@@ -287,6 +287,24 @@ def test_a_forked_worker_shares_no_locks_with_its_parent(web, tmp_path):
     os.close(go)
 
 
+def _is_open_at(descriptor, path):
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except OSError:  # the listing's own, which is closed by now
+        return False
+
+
+def test_a_lock_ends_with_its_holder_whoever_has_the_file_open_as_well(web, tmp_path):
+    cache = NodeCache(tmp_path / "cache", 2 * SIZE, patience=5)
+    with cache.copy_of(RemoteFile(web.url("0.tar"), SIZE, sha256_of(0))) as first:
+        (own,) = (fd for fd in map(int, os.listdir("/proc/self/fd")) if _is_open_at(fd, first))
+        childs = os.dup(own)  # as a child has it from its fork until it closes it
+    fetch(cache, web.url("1.tar"), 1)
+    fetch(cache, web.url("2.tar"), 2)
+    os.close(childs)
+    assert not first.exists()
+
+
 @contextmanager
 def largest_file(size: int):
     """Let the system refuse to make files longer, as a full disk does."""

@@ -40,7 +40,7 @@ class Reading(NamedTuple):
 
     uid: str
     concept: int
-    """The id of its concept, of which every sample has its own."""
+    """The id of its concept, unique to the sample."""
     captions: Mapping[str, str]
     image: str
     """The hash of what training would see; empty if nothing came."""
@@ -219,7 +219,7 @@ def wrong_in(case: Case, originals: Sequence[Original], found: Sequence[Reading]
 def judged(
     cases: Sequence[Case], originals: Mapping[str, Sequence[Original]], folder: Path
 ) -> Counter[tuple[str, str, str]]:
-    """Return by store and kind how often damage was told, and how often it was harmless.
+    """Return by store and kind how often damage was reported, and how often it was harmless.
 
     An error of opening is about all samples. What skips samples is read again, from its middle.
     """
@@ -235,8 +235,10 @@ def judged(
             faults.append(f"{case}: {wrong:.600}")
         if not refused and any(reading.skipped for reading in found):
             skips.append((case, path, found))
-        told = "refused" if refused else "skipped" if skips and skips[-1][0] is case else "harmless"
-        counts[case.store.name, case.kind, told] += 1
+        outcome = (
+            "refused" if refused else "skipped" if skips and skips[-1][0] is case else "harmless"
+        )
+        counts[case.store.name, case.kind, outcome] += 1
     again = outcomes([path for _, path, _ in skips], first=5)
     for (case, _, found), outcome in zip(skips, again, strict=True):
         if outcome.found != found[5:]:

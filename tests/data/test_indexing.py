@@ -22,13 +22,7 @@ from vlm.data.source import open_source
 from vlm.errors import DataError, ShardError, VlmError
 
 EN = [en for en, _ in THINGS]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("VLM_CACHE", str(folder))
-    return folder
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture

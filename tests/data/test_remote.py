@@ -39,13 +39,7 @@ from vlm.images.transforms import TrainingTransform
 EN = [en for en, _ in THINGS]
 TARS = [f"{number:05d}.tar" for number in range(4)]
 INDEXES = [f"{name}.arrow" for name in TARS]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("VLM_CACHE", str(folder))
-    return folder
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="module")

@@ -11,15 +11,9 @@ from vlm.data.indexing import index_folder
 from vlm.data.source import open_source
 from vlm.errors import DataError
 
-pytestmark = pytest.mark.slow  # the server takes seconds to start
+# The server takes seconds to start.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache")]
 EN = [en for en, _ in THINGS]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("VLM_CACHE", str(folder))
-    return folder
 
 
 @pytest.fixture(scope="module")

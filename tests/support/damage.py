@@ -54,7 +54,7 @@ class Case:
     changed: frozenset[int] = frozenset()
     """Samples whose image may be another one without a word: nothing has a hash of it."""
     free: frozenset[int] = frozenset()
-    """Samples whose text is other letters now, of which any may be meant."""
+    """Samples whose text was changed: the result is valid text, so any is accepted."""
     adds: bool = False
     """Whether samples may be there that were not."""
 

@@ -261,7 +261,7 @@ DAMAGED: Mapping[str, Callable[[Members], bytes]] = {
     "no end": lambda members: archive(members, end=b""),
     "half of its end": lambda members: archive(members, end=bytes(512)),
 }
-"""Of which samples are told to be damaged: those of `KEY`, or all of the tar."""
+"""Tars that are reported as damaged: the sample `KEY`, or the whole tar."""
 
 SOUND: Mapping[str, Callable[[Members], bytes]] = {
     "more of the end": lambda members: archive(members, end=bytes(10_240)),

@@ -75,6 +75,11 @@ class WebServer:
         return [line for line in lines if line.startswith(method) and name in line]
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print no traceback for clients that tests have killed."""
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     folder: Path
@@ -136,9 +141,8 @@ def _serve(folder: str, log: str, port: str, *options: str) -> None:
         name, _, value = option.partition("=")
         values[name] = value if name in ("encoding", "only") else float(value)
     _Handler.folder, _Handler.log_path, _Handler.options = Path(folder), Path(log), values
-    server = ThreadingHTTPServer(("127.0.0.1", int(port)), _Handler)
+    server = _Server(("127.0.0.1", int(port)), _Handler)
     server.daemon_threads = True
-    server.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients are killed
     print(server.server_port, flush=True)
     parent = os.getppid()
     while os.getppid() == parent:  # a killed test leaves no server

@@ -70,7 +70,7 @@ def remote_index(file: ShardFile) -> RemoteFile:
     """Return the index that may lie next to a shard of a remote data folder."""
     folder, _, name = file.name.rpartition("/")
     url = within(folder + file.path[len(file.name) :], f"{INDEX_FOLDER}/{name}.arrow")
-    return RemoteFile(url, etag=file.state["sha256"])  # that of another shard is none of this one
+    return RemoteFile(url, etag=file.state["sha256"])  # an index belongs to one shard's bytes
 
 
 def cached_indexes(

@@ -56,7 +56,7 @@ def shards_of(layout: Layout, config: SourceConfig, cache: NodeCache) -> list[Sh
 
 
 def _cut(file: ShardFile, index: Path, rows: int) -> Iterator[Shard]:
-    """Give a tar as one shard, and a table in shards of so many rows."""
+    """Give a tar as one shard, and a table in shards of `ROWS` rows."""
     size = rows if file.is_tar else ROWS
     for start in range(0, rows, size or 1):
         yield Shard(file=file, index=index, start=start, rows=min(size, rows - start))

@@ -186,7 +186,7 @@ class BatchOrder:
                 return _Draw(batch, firsts, counts)
 
     def batches(self, state: DataState, number: int) -> Iterator[list[SampleKey]]:
-        """Give this rank's part of so many batches after a state, which stays as it is."""
+        """Give this rank's part of the next `number` batches; the state stays as it is."""
         state = state.copy()  # workers read ahead of training
         local, of_stream = self.batch_size // self.world_size, self.batch_size // self.streams
         first, last = self.rank * local, (self.rank + 1) * local

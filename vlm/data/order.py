@@ -202,7 +202,7 @@ def _shard_order(order: SourceOrder, epoch: int) -> tuple[NDArray[np.int32], NDA
 def _in_runs(
     order: NDArray[np.int32], groups: NDArray[np.int64], run: int, *names: int
 ) -> NDArray[np.int32]:
-    """Sort an order by group, and permute runs of so many neighbours, each with a group or few."""
+    """Sort an order by group, and permute runs of neighbours, which share one group or few."""
     hashes = _hash(groups[order].astype(np.uint64), *names)
     sorted_order = order[np.argsort(hashes, kind="stable")]
     whole = len(order) // run * run  # what is left over comes last

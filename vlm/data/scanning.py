@@ -297,7 +297,7 @@ def not_understood(path: Path) -> DataError:
 
 
 def image_column(columns: Iterable[str]) -> str:
-    """Return the column of images by its name; empty if there is none."""
+    """Return the column of images by its name, or an empty string."""
     columns = set(columns)
     return next((name for name in IMAGE_COLUMNS if name in columns), "")
 

@@ -1,12 +1,9 @@
 """WebDatasets are read as CLIP_benchmark's own exporter writes them, and damage is refused."""
 
-import io
-import tarfile
-
 import pytest
 import webdataset
 
-from tests.builders import THINGS, encoded, make_image
+from tests.builders import THINGS, encoded, make_image, write_tar
 from tests.evaluation.retrieval.benchmarks.opened import opened
 from tests.support.processes import PROCESSES
 from vlm.errors import DataError
@@ -14,16 +11,6 @@ from vlm.errors import DataError
 ZH = [zh for _, zh in THINGS]
 EN = [en for en, _ in THINGS]
 IMAGES = [encoded(make_image(number), "WEBP", lossless=True) for number in range(12)]
-
-
-def write_tar(path, members):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name, content in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return path
 
 
 def sample(number, **parts):

@@ -105,6 +105,8 @@ def sparse_shard(path: Path, *, samples: int, size: int) -> None:
 
 def start(folder: Path, batch: int, workers: int) -> dict[str, Any]:
     """Open a source, and read the first batch of a run."""
+    # As in a run: a process that was spawned would have its workers import torch anew.
+    multiprocessing.set_start_method("fork", force=True)
     before = time.perf_counter()
     from vlm.data.config import CaptionConfig, SourceConfig
     from vlm.data.examples import TrainingExamples

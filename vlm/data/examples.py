@@ -117,7 +117,7 @@ def second_of(language: str) -> str:
 
 
 def choose_caption(sample: Sample, language: str, main_ratio: float, rng: random.Random) -> str:
-    """Return the main caption or, as often as asked, one of the others; empty if there is none."""
+    """Return the main caption or, as often as asked, one of the others, or an empty text."""
     texts = sample.captions.get(language, ())
     if not texts:
         return ""

@@ -76,7 +76,7 @@ class Source:
         return self._ends[-1] if self._ends else 0
 
     def keeping_open(self, number: int) -> "Source":
-        """Return the same source, of which a process keeps no more shards open than these."""
+        """Return the same source with at most `number` shards open in a process."""
         verify, keep_open, cache = self._settings
         return Source(self.config, self._shards, verify, min(number, keep_open), cache)
 

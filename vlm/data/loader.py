@@ -72,7 +72,7 @@ class TrainingLoader:
         return map(_or_raise, iter(loader))
 
     def _announced(self, batches: Iterator[list[SampleKey]]) -> Iterator[list[SampleKey]]:
-        """Pass keys on, and start to fetch their shards: this process has them before its workers."""
+        """Pass keys on, and start to fetch their shards before the workers ask for them."""
         for keys in batches:
             self.examples.prefetch(keys)
             yield keys

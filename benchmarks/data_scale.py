@@ -29,8 +29,8 @@ SHARDS, SAMPLES_PER_SHARD = 100_000, (9_000, 11_000)
 def plan(streams: int, ranks: int, batch: int) -> dict[str, Any]:
     """Plan batches of a billion samples as one rank does."""
     before = time.perf_counter()
-    from vlm.data.mixture import BatchOrder, Mixture
-    from vlm.data.order import SourceOrder
+    from vlm.batches.mixture import BatchOrder, Mixture
+    from vlm.batches.order import SourceOrder
 
     imported = time.perf_counter() - before
     low, high = SAMPLES_PER_SHARD
@@ -59,7 +59,7 @@ def plan(streams: int, ranks: int, batch: int) -> dict[str, Any]:
 
 def open_shards(block: int) -> dict[str, Any]:
     """Count the shards that a stream's samples come from, a block after the other."""
-    from vlm.data.order import SourceOrder
+    from vlm.batches.order import SourceOrder
 
     sizes = np.random.default_rng(0).integers(*SAMPLES_PER_SHARD, SHARDS)
     source = SourceOrder("data", sizes, 64, block=block)
@@ -108,11 +108,12 @@ def start(folder: Path, batch: int, workers: int) -> dict[str, Any]:
     # As in a run: a process that was spawned would have its workers import torch anew.
     multiprocessing.set_start_method("fork", force=True)
     before = time.perf_counter()
-    from vlm.data.config import CaptionConfig, SourceConfig
-    from vlm.data.examples import TrainingExamples
-    from vlm.data.loader import TrainingLoader
-    from vlm.data.mixture import BatchOrder, Mixture
-    from vlm.data.order import SourceOrder
+    from vlm.batches.config import CaptionConfig
+    from vlm.batches.examples import TrainingExamples
+    from vlm.batches.loader import TrainingLoader
+    from vlm.batches.mixture import BatchOrder, Mixture
+    from vlm.batches.order import SourceOrder
+    from vlm.data.config import SourceConfig
     from vlm.data.source import open_source
     from vlm.images.config import AugmentationConfig, PreprocessConfig
     from vlm.images.transforms import TrainingTransform

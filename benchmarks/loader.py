@@ -61,11 +61,12 @@ def write_data(images: Sequence[Path], folder: Path) -> None:
 
 def our_batches(folder: Path, options: argparse.Namespace) -> Iterator[Any]:
     """Give batches as `vlm train` reads them, with its default augmentation."""
-    from vlm.data.config import CaptionConfig, SourceConfig
-    from vlm.data.examples import TrainingExamples
-    from vlm.data.loader import TrainingLoader
-    from vlm.data.mixture import BatchOrder, Mixture
-    from vlm.data.order import SourceOrder
+    from vlm.batches.config import CaptionConfig
+    from vlm.batches.examples import TrainingExamples
+    from vlm.batches.loader import TrainingLoader
+    from vlm.batches.mixture import BatchOrder, Mixture
+    from vlm.batches.order import SourceOrder
+    from vlm.data.config import SourceConfig
     from vlm.data.source import open_source
     from vlm.images.config import AugmentationConfig, PreprocessConfig
     from vlm.images.transforms import TrainingTransform

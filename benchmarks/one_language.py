@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from setting import ROOT, describe_setting
 
-from vlm.data.collate import collate
+from vlm.batches.batch import Batch
+from vlm.batches.collate import collate
+from vlm.batches.examples import Example
 from vlm.data.config import SourceConfig
-from vlm.data.examples import Example
-from vlm.data.sample import Batch
 from vlm.data.source import open_source
 from vlm.losses.bilingual import BilingualLoss
 from vlm.markdown import markdown_table

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from tests.support.damage import NUMBER, Case, Injections, Store, stores
-from vlm.data.config import CaptionConfig, SourceConfig
-from vlm.data.examples import TrainingExamples
-from vlm.data.order import SourceOrder
-from vlm.data.sample import SkippedSample
+from vlm.batches.batch import SkippedSample
+from vlm.batches.config import CaptionConfig
+from vlm.batches.examples import TrainingExamples
+from vlm.batches.order import SourceOrder
+from vlm.data.config import SourceConfig
 from vlm.data.source import open_source
 from vlm.errors import DataError, VlmError
 from vlm.images.config import AugmentationConfig, PreprocessConfig

@@ -18,7 +18,8 @@ from tests.builders import (
     write_split,
     write_tar,
 )
-from vlm.data.config import MixedSourceConfig, SourceConfig
+from vlm.batches.config import MixedSourceConfig
+from vlm.data.config import SourceConfig
 from vlm.data.source import open_source
 from vlm.errors import ConfigError, DataError
 

@@ -22,19 +22,20 @@ from tests.builders import (
 )
 from tests.support.processes import run_in_world
 from tests.support.web_server import WebServer
+from vlm.batches.config import CaptionConfig, DataConfig, MixedSourceConfig
+from vlm.batches.examples import TrainingExamples
+from vlm.batches.loader import TrainingLoader
+from vlm.batches.mixture import BatchOrder, Mixture
+from vlm.batches.order import SourceOrder
 from vlm.cli.main import main
 from vlm.data import copies, layout
-from vlm.data.config import CaptionConfig, DataConfig, MixedSourceConfig, SourceConfig
-from vlm.data.examples import TrainingExamples
+from vlm.data.config import SourceConfig
 from vlm.data.indexing import index_folder
-from vlm.data.loader import TrainingLoader
-from vlm.data.mixture import BatchOrder, Mixture
-from vlm.data.node_cache import NodeCache
-from vlm.data.order import SourceOrder
 from vlm.data.source import open_source
 from vlm.errors import DataError, PlaceError, ShardError
 from vlm.images.config import AugmentationConfig, PreprocessConfig
 from vlm.images.transforms import TrainingTransform
+from vlm.storage.node_cache import NodeCache
 
 EN = [en for en, _ in THINGS]
 TARS = [f"{number:05d}.tar" for number in range(4)]

@@ -2,7 +2,7 @@
 
 import torch
 
-from vlm.data.sample import Batch
+from vlm.batches.batch import Batch
 from vlm.text.caption_ids import NO_CAPTION
 from vlm.text.tokenizer import TokenBatch
 

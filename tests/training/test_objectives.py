@@ -17,9 +17,9 @@ from tests.builders import (
 )
 from tests.models.test_pretraining import TINY_MULTIWAY
 from tests.support.processes import run_in_world
-from vlm.data.collate import MaskPlan, draw_patches
-from vlm.data.config import DataConfig
-from vlm.data.sample import Batch
+from vlm.batches.batch import Batch
+from vlm.batches.collate import MaskPlan, draw_patches
+from vlm.batches.config import DataConfig
 from vlm.embedding.embedder import Embedder
 from vlm.errors import ConfigError, VlmError
 from vlm.images.config import PreprocessConfig

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.builders import TINY_MODEL, make_sample, make_samples, tiny_tokenizer, write_split
-from vlm.data.config import CaptionConfig, DataConfig
-from vlm.data.sample import Batch
+from vlm.batches.batch import Batch
+from vlm.batches.config import CaptionConfig, DataConfig
 from vlm.errors import ConfigError, DataError, TrainingError
 from vlm.losses.plan import LossConfig
 from vlm.models.dual_encoder import DualEncoder

@@ -7,7 +7,13 @@ from dataclasses import replace
 import pytest
 
 from tests.builders import TINY_MODEL, make_sample, make_samples, tiny_tokenizer, write_split
-from vlm.data.config import CaptionConfig, DataConfig, MixedSourceConfig, MixtureConfig, PhaseConfig
+from vlm.batches.config import (
+    CaptionConfig,
+    DataConfig,
+    MixedSourceConfig,
+    MixtureConfig,
+    PhaseConfig,
+)
 from vlm.errors import ConfigError
 from vlm.training.build import build_run
 from vlm.training.config import CheckpointConfig, EvaluationConfig, ScheduleConfig, TrainConfig

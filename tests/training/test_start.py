@@ -6,8 +6,8 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.builders import make_samples, tiny_bundle, write_split
+from vlm.batches.config import CaptionConfig, DataConfig
 from vlm.bundle import load_bundle
-from vlm.data.config import CaptionConfig, DataConfig
 from vlm.errors import ConfigError
 from vlm.images.config import PreprocessConfig
 from vlm.models.config import GrowthConfig, ModelConfig

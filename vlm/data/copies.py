@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vlm.data.cache import cache_folder
 from vlm.data.layout import ShardFile, local_state
-from vlm.data.node_cache import NodeCache, RemoteFile
 from vlm.errors import DataError, ShardError
+from vlm.storage.cache_folder import cache_folder
+from vlm.storage.node_cache import NodeCache, RemoteFile
 
 GIB = 1 << 30
 

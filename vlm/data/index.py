@@ -13,10 +13,10 @@ from typing import Any
 
 import pyarrow
 
-from vlm.data.cache import once
 from vlm.data.records import as_text
 from vlm.data.scanning import Row
 from vlm.files import open_whole, sha256_of
+from vlm.storage.cache_folder import once
 
 VERSION = 2
 ROWS = 10_000

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pyarrow
 
-from vlm.data.cache import cache_folder, locked
 from vlm.data.config import SourceConfig
 from vlm.data.copies import local_copy
 from vlm.data.index import VERSION, about_index, read_index, write_index
@@ -27,12 +26,13 @@ from vlm.data.layout import (
     tars_in,
 )
 from vlm.data.manifest import Manifest, ShardEntry, write_manifest
-from vlm.data.node_cache import NodeCache, RemoteFile
 from vlm.data.parallel import over
-from vlm.data.places import MissingFileError, RefusedError, shown, within
 from vlm.data.scanning import Row, first_record, image_in, scan_images, scan_table, scan_tar
 from vlm.errors import DataError
 from vlm.files import sha256_of
+from vlm.storage.cache_folder import cache_folder, locked
+from vlm.storage.node_cache import NodeCache, RemoteFile
+from vlm.storage.places import MissingFileError, RefusedError, shown, within
 
 INDEX_FOLDER = "index"
 

@@ -22,7 +22,11 @@ from vlm.data.manifest import (
     manifest_in,
     read_manifest,
 )
-from vlm.data.places import (
+from vlm.data.records import first_object, listed
+from vlm.data.scanning import SIDE_SUFFIXES, TAR_SUFFIXES, image_column, is_json_lines
+from vlm.data.tables import columns_of
+from vlm.errors import ConfigError, DataError
+from vlm.storage.places import (
     MissingFileError,
     expand,
     is_remote,
@@ -31,10 +35,6 @@ from vlm.data.places import (
     state_of,
     within,
 )
-from vlm.data.records import first_object, listed
-from vlm.data.scanning import SIDE_SUFFIXES, TAR_SUFFIXES, image_column, is_json_lines
-from vlm.data.tables import columns_of
-from vlm.errors import ConfigError, DataError
 
 Kind = Literal["data folder", "tars", "tables", "images"]
 TABLE_SUFFIXES = (

@@ -11,7 +11,7 @@ from vlm.data.config import SourceConfig
 from vlm.data.index import ROWS
 from vlm.data.indexing import cached_indexes, index_path
 from vlm.data.layout import Layout, ShardFile
-from vlm.data.node_cache import NodeCache
+from vlm.storage.node_cache import NodeCache
 
 _COMPARED = 10_000  # shards whose sizes are compared at the start; of more, each when it is opened
 

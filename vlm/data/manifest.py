@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from vlm.data.cache import once
 from vlm.data.config import Verify
 from vlm.errors import DataError, ShardError
 from vlm.files import sha256_of, write_file
+from vlm.storage.cache_folder import once
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1

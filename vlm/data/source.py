@@ -27,14 +27,14 @@ from vlm.data.indexing import (
 )
 from vlm.data.layout import layout_of
 from vlm.data.listing import Shard, shards_of
-from vlm.data.node_cache import NodeCache, RemoteFile
-from vlm.data.places import shown
 from vlm.data.records import as_text, listed
 from vlm.data.sample import Sample
 from vlm.data.scanning import bytes_in, scan_tar, tar_content
 from vlm.errors import DataError, ShardError
 from vlm.files import read_file
 from vlm.images.decoding import MAX_BYTES, decode_image
+from vlm.storage.node_cache import NodeCache, RemoteFile
+from vlm.storage.places import shown
 from vlm.text.caption_ids import text_id
 
 _T = TypeVar("_T")

@@ -12,13 +12,12 @@ import yaml
 from accelerate import Accelerator
 from torch import nn
 
+from vlm.batches.examples import TrainingExamples, second_of
+from vlm.batches.loader import TrainingLoader
+from vlm.batches.mixture import BatchOrder, mixture_of
+from vlm.batches.order import SourceOrder
 from vlm.bundle import Bundle, load_bundle
-from vlm.data.examples import TrainingExamples, second_of
-from vlm.data.loader import TrainingLoader
 from vlm.data.manifest import is_data_folder
-from vlm.data.mixture import BatchOrder, mixture_of
-from vlm.data.order import SourceOrder
-from vlm.data.places import is_remote
 from vlm.data.source import Source, open_source
 from vlm.distributed.groups import world_group
 from vlm.distributed.mesh import ranks_per_node
@@ -33,6 +32,7 @@ from vlm.models.batch_norm import synchronize_batch_norm
 from vlm.models.build import build_from_config, encoder_model_cfg, image_size
 from vlm.models.encoder import Encoder
 from vlm.models.pretraining import PretrainingModel
+from vlm.storage.places import is_remote
 from vlm.text.tokenizer import load_tokenizer
 from vlm.training.adaptation import adapt
 from vlm.training.checkpoint import Checkpoints

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import yaml
 
-from vlm.data.config import CaptionConfig, DataConfig
+from vlm.batches.config import CaptionConfig, DataConfig
 from vlm.errors import ConfigError
 from vlm.images.config import AugmentationConfig, PreprocessConfig
 from vlm.losses.plan import LossConfig

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vlm.batches.collate import MaskPlan
 from vlm.bundle import Bundle, load_bundle
-from vlm.data.collate import MaskPlan
 from vlm.errors import ConfigError
 from vlm.models.config import CMIM, CMLM, MaskedConfig
 from vlm.models.encoder import UNIMODAL, Encoder

@@ -14,10 +14,10 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 
+from vlm.batches.batch import Batch, SkippedSample
+from vlm.batches.loader import TrainingLoader
+from vlm.batches.mixture import DataState
 from vlm.bundle import Bundle, save_bundle
-from vlm.data.loader import TrainingLoader
-from vlm.data.mixture import DataState
-from vlm.data.sample import Batch, SkippedSample
 from vlm.errors import TrainingError
 from vlm.files import write_file
 from vlm.models.encoder import MAIN, Encoder

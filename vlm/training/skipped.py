@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from vlm.data.sample import SkippedSample
+from vlm.batches.batch import SkippedSample
 from vlm.errors import TrainingError
 from vlm.files import write_file
 from vlm.training.checkpoint import Progress

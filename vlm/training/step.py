@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vlm.data.sample import Batch
+from vlm.batches.batch import Batch
 from vlm.errors import ConfigError
 from vlm.losses.bilingual import Bank, BilingualLoss, BilingualOutput, SentTexts
 from vlm.losses.contrastive import ContrastiveOutput

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from tests.support.web_server import WebServer
-from vlm.data.places import (
+from vlm.errors import DataError, PlaceError, ShardError
+from vlm.storage.places import (
     MissingFileError,
     expand,
     is_remote,
@@ -15,7 +16,6 @@ from vlm.data.places import (
     state_of,
     within,
 )
-from vlm.errors import DataError, PlaceError, ShardError
 
 
 @pytest.fixture

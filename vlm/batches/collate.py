@@ -10,8 +10,8 @@ from jaxtyping import Bool
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from vlm.data.examples import SECOND, Example
-from vlm.data.sample import Batch
+from vlm.batches.batch import Batch
+from vlm.batches.examples import SECOND, Example
 from vlm.errors import ConfigError
 from vlm.text.caption_ids import text_id
 from vlm.text.masking import word_mask

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from vlm.data.collate import MaskPlan, collate
-from vlm.data.examples import Example, TrainingExamples
-from vlm.data.mixture import BatchOrder, DataState
-from vlm.data.order import SampleKey
-from vlm.data.sample import Batch
+from vlm.batches.batch import Batch
+from vlm.batches.collate import MaskPlan, collate
+from vlm.batches.examples import Example, TrainingExamples
+from vlm.batches.mixture import BatchOrder, DataState
+from vlm.batches.order import SampleKey
 from vlm.errors import VlmError
 from vlm.text.tokenizer import Tokenizer
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vlm.data.collate import draw_patches
+from vlm.batches.collate import draw_patches
 from vlm.errors import ConfigError
 
 

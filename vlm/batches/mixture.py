@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm.data.config import DataConfig
-from vlm.data.order import SampleKey, SourceOrder, permutation
+from vlm.batches.config import DataConfig
+from vlm.batches.order import SampleKey, SourceOrder, permutation
 from vlm.errors import ConfigError
 
 _ROUNDING = 1e-9  # of sums of shares, in samples

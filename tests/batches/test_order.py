@@ -9,8 +9,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from vlm.data.mixture import BatchOrder, DataState, Mixture
-from vlm.data.order import SourceOrder, permutation
+from vlm.batches.mixture import BatchOrder, DataState, Mixture
+from vlm.batches.order import SourceOrder, permutation
 from vlm.errors import ConfigError
 from vlm.text.caption_ids import text_id
 

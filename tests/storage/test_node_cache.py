@@ -20,8 +20,8 @@ import pytest
 from tests.support.commands import ROOT
 from tests.support.processes import PROCESSES, run_in_world
 from tests.support.web_server import WebServer
-from vlm.data.node_cache import NodeCache, RemoteFile
 from vlm.errors import PlaceError, ShardError
+from vlm.storage.node_cache import NodeCache, RemoteFile
 
 SIZE = 400_000
 ROOMY = 100 * SIZE
@@ -238,7 +238,7 @@ def test_a_copy_that_another_finished_just_now_is_not_fetched_again(web, tmp_pat
         fetch(NodeCache(tmp_path / "cache", ROOMY), url, 0)
         return {"bytes": SIZE}
 
-    monkeypatch.setattr("vlm.data.node_cache.state_of", size_while_another_fetches)
+    monkeypatch.setattr("vlm.storage.node_cache.state_of", size_while_another_fetches)
     path = fetched(NodeCache(tmp_path / "cache", ROOMY), web.url("0.tar"))
     assert path.read_bytes() == content_of(0)
     assert len(web.log("GET")) == 1
@@ -368,7 +368,7 @@ def test_a_program_ends_while_shards_are_prefetched(web, tmp_path):
     web.restart(seconds=1)
     program = (
         "import sys, time; from pathlib import Path\n"
-        "from vlm.data.node_cache import NodeCache, RemoteFile\n"
+        "from vlm.storage.node_cache import NodeCache, RemoteFile\n"
         "folder = Path(sys.argv[1])\n"
         "NodeCache(folder, 10**9).prefetch([RemoteFile(sys.argv[2])])\n"
         "while not list(folder.glob('*.partial')): time.sleep(0.01)\n"

@@ -10,9 +10,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vlm.data.config import CaptionConfig
-from vlm.data.order import SampleKey, SourceOrder
-from vlm.data.sample import Sample, SkippedSample
+from vlm.batches.batch import SkippedSample
+from vlm.batches.config import CaptionConfig
+from vlm.batches.order import SampleKey, SourceOrder
+from vlm.data.sample import Sample
 from vlm.data.source import Source
 from vlm.errors import DataError
 from vlm.images.transforms import TrainingTransform

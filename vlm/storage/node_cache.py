@@ -14,8 +14,8 @@ from time import monotonic, sleep, time_ns
 from typing import NamedTuple, Self
 from weakref import WeakSet
 
-from vlm.data.places import PATIENCE, read_blocks, shown, state_of
 from vlm.errors import PlaceError, ShardError, VlmError
+from vlm.storage.places import PATIENCE, read_blocks, shown, state_of
 
 _FINISHED = r"[0-9a-f]{16}-[0-9a-f]{64}-.+"
 _UNFINISHED = r"[0-9a-f]{16}-(?P<bytes>\d+)\.partial"

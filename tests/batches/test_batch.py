@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vlm.data.sample import Batch
+from vlm.batches.batch import Batch
 from vlm.text.tokenizer import pad
 
 

@@ -4,9 +4,9 @@ import pytest
 import s3fs
 
 from tests.support.object_store import ObjectStore
-from vlm.data.node_cache import NodeCache, RemoteFile
-from vlm.data.places import MissingFileError, expand, read_small, state_of
 from vlm.errors import DataError, PlaceError, ShardError
+from vlm.storage.node_cache import NodeCache, RemoteFile
+from vlm.storage.places import MissingFileError, expand, read_small, state_of
 
 pytestmark = pytest.mark.slow  # the server takes seconds to start
 SIZE = 10_000_000  # more than one block

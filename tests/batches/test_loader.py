@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from tests.builders import make_sample, make_samples, open_split, tiny_tokenizer, write_split
-from vlm.data.collate import MaskPlan, collate
-from vlm.data.config import CaptionConfig
-from vlm.data.examples import TrainingExamples, choose_caption
-from vlm.data.loader import TrainingLoader
-from vlm.data.mixture import BatchOrder, Mixture
-from vlm.data.order import SampleKey, SourceOrder
+from vlm.batches.collate import MaskPlan, collate
+from vlm.batches.config import CaptionConfig
+from vlm.batches.examples import TrainingExamples, choose_caption
+from vlm.batches.loader import TrainingLoader
+from vlm.batches.mixture import BatchOrder, Mixture
+from vlm.batches.order import SampleKey, SourceOrder
 from vlm.errors import ConfigError, DataError
 from vlm.images.config import AugmentationConfig, PreprocessConfig
 from vlm.images.transforms import TrainingTransform

@@ -1,0 +1,1 @@
+"""What a training run draws from sources: an order, a mixture, and batches."""

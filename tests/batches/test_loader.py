@@ -9,7 +9,7 @@ import torch
 
 from tests.builders import make_sample, make_samples, open_split, tiny_tokenizer, write_split
 from vlm.batches.collate import MaskPlan, collate
-from vlm.batches.config import CaptionConfig
+from vlm.batches.config import CaptionConfig, DataConfig
 from vlm.batches.examples import TrainingExamples, choose_caption
 from vlm.batches.loader import TrainingLoader
 from vlm.batches.mixture import BatchOrder, Mixture
@@ -429,12 +429,27 @@ def test_nothing_is_read_between_equal_positions(samples, tokenizer):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"languages": ()}, {"main_ratio": -0.1}, {"main_ratio": 1.1}],
-    ids=["no language", "below 0", "above 1"],
+    [{"languages": ()}, {"languages": ("zh", "zh")}, {"main_ratio": -0.1}, {"main_ratio": 1.1}],
+    ids=["no language", "twice", "below 0", "above 1"],
 )
 def test_captions_that_cannot_be_chosen_are_refused(fields):
-    with pytest.raises(ConfigError, match=r"at least one language and a ratio in \[0, 1\]"):
+    with pytest.raises(ConfigError, match=r"at least one language, each once, and a ratio in"):
         CaptionConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"batch_size": 0}, "batch_size is 0; expected at least 1"),
+        ({"workers": -1}, "workers is -1; expected at least 0"),
+        ({"streams": -2}, "streams is -2; expected at least 0"),
+        ({"folder": "a", "sources": ("b",)}, "found both the folder a and sources"),
+    ],
+    ids=["batch", "workers", "streams", "both"],
+)
+def test_settings_that_cannot_be_read_by_are_refused(fields, problem):
+    with pytest.raises(ConfigError, match=problem):
+        DataConfig(**fields)
 
 
 def masked(samples, tokenizer, masks=MASKS, *, seed=0, second=False):

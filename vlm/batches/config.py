@@ -8,6 +8,8 @@ from vlm.data.config import CACHE_GIB, DEFAULT_SPLIT, SourceConfig, Verify
 from vlm.errors import ConfigError
 from vlm.storage.places import shown
 
+_FOLDER = "data/emoji"
+
 
 @dataclass(frozen=True, kw_only=True)
 class MixedSourceConfig(SourceConfig):
@@ -67,7 +69,7 @@ class MixtureConfig:
 class DataConfig:
     """The images and captions of a run."""
 
-    folder: str | Path = "data/emoji"
+    folder: str | Path = _FOLDER
     """The source to train on, where there is one: a data folder, tars, a table, ..., as the path of
     a source."""
     split: str = DEFAULT_SPLIT
@@ -98,6 +100,13 @@ class DataConfig:
     """Keep decoded images in memory: for many epochs over few small images."""
 
     def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("workers", 0), ("streams", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least {least}")
+        if self.sources and str(self.folder) != _FOLDER:
+            raise ConfigError(
+                f"found both the folder {self.folder} and sources; expected all in `sources`"
+            )
         if not self.cache_gib > 0:
             raise ConfigError(f"cache_gib is {self.cache_gib}; expected more than 0")
         if not 0 <= self.allowed_share <= 1:
@@ -109,6 +118,10 @@ class DataConfig:
             )
         if str(self.folder).startswith("["):
             raise ConfigError(f"folder is {self.folder}; expected `sources` for several of them")
+        self._check_mixture()
+
+    def _check_mixture(self) -> None:
+        """Refuse weights that do not fit the sources."""
         if len({source.weight is None for source in self.mixed}) > 1:
             raise ConfigError("some sources have a weight; expected one for each or for none")
         known = list(self.by_name)
@@ -152,8 +165,9 @@ class CaptionConfig:
     """Read one of the other captions of each language as well: a term of its own in the loss."""
 
     def __post_init__(self) -> None:
-        if not self.languages or not 0 <= self.main_ratio <= 1:
+        once = len(set(self.languages)) == len(self.languages) > 0
+        if not once or not 0 <= self.main_ratio <= 1:
             raise ConfigError(
                 f"captions: languages is {self.languages} and main_ratio {self.main_ratio}; "
-                "expected at least one language and a ratio in [0, 1]"
+                "expected at least one language, each once, and a ratio in [0, 1]"
             )

@@ -22,6 +22,9 @@ _SCRIPTS = {"zh": regex.compile(r"\p{Han}"), "en": regex.compile(r"\p{Latin}")}
 _EDGE = "\ue000"  # pieces do not cross it; private use, which normalisation leaves alone
 _AFTER_SPACE = regex.compile("(?<= )")
 _BEFORE_HAN = regex.compile(r"(?<= )(?=\p{Han})")
+# What SentencePiece says of sizes, in terms of options that are not ours.
+_TOO_LARGE = regex.compile(r"size too high .* <= (\d+)")
+_TOO_SMALL = regex.compile(r"smaller than required_chars\. \S+ vs (\d+)")
 _TENTHS = 10  # repetitions are whole numbers: languages are balanced to a tenth
 
 
@@ -74,6 +77,16 @@ def train_sentencepiece(
     return _train(_without_rare_characters(repetitions, config), config)
 
 
+def _reason(error: RuntimeError) -> str:
+    """Word what SentencePiece reports in terms of our options."""
+    text = str(error).splitlines()[0]
+    if most := _TOO_LARGE.search(text):
+        return f"expected a vocab_size of at most {most[1]}, or more texts"
+    if least := _TOO_SMALL.search(text):
+        return f"expected a vocab_size of at least {least[1]}, or fewer characters"
+    return text
+
+
 def _train(repetitions: Mapping[str, float], config: SentencePieceConfig) -> Tokenizer:
     parts = _parts(repetitions, config)
     scale = 1 if all(count.is_integer() for count in parts.values()) else _TENTHS
@@ -105,7 +118,7 @@ def _train(repetitions: Mapping[str, float], config: SentencePieceConfig) -> Tok
     except RuntimeError as error:
         raise TokenizerError(
             f"cannot train a vocabulary of {config.vocab_size} on {len(repetitions)} texts: "
-            f"{str(error).splitlines()[0]}"
+            f"{_reason(error)}"
         ) from error
     vocabulary = SentencePieceVocabulary(
         _with_separate_spaces(model.getvalue()) if config.separate_spaces else model.getvalue()

@@ -28,7 +28,9 @@ from tests.builders import (
     write_img2dataset,
     write_split,
 )
+from tests.support.web_server import WebServer
 from vlm.data.captions import read_captions
+from vlm.data.indexing import index_folder
 from vlm.data.manifest import read_manifest
 from vlm.errors import DataError
 
@@ -725,6 +727,22 @@ def test_files_that_hold_nothing_do_no_harm_beside_others(tmp_path):
         write(tmp_path / "f.txt", "猫"),
     ]
     assert read(tmp_path) == read(*paths, write_tar(tmp_path / "e.tar", [])) == ["猫"]
+
+
+# Places
+
+
+def test_captions_of_tars_tables_and_texts_come_from_a_place(tmp_path, cache):
+    index_folder(write_img2dataset(tmp_path / "web" / "pairs", EN, samples_per_shard=3))
+    write_table(tmp_path / "web" / "a.csv", {"zh": ["猫", "狗"]})
+    write(tmp_path / "web" / "a.txt.gz", "马\n牛\n")
+    write_records(tmp_path / "web" / "bad.jsonl", {"zh": 3})
+    with WebServer(tmp_path / "web") as web:
+        assert read(web.url("pairs"), language="en") == EN
+        assert read(web.url("pairs/{00000..00001}.tar"), language="en") == EN[:6]
+        assert read(web.url("a.csv"), web.url("a.txt.gz")) == ["猫", "狗", "马", "牛"]
+        assert refusal_of(web.url("bad.jsonl")).startswith(f"{web.url('bad.jsonl')}, line 1: found")
+        assert refusal_of(web.url("gone.txt")) == f"{web.url('gone.txt')} is not there"
 
 
 # Streaming

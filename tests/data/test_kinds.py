@@ -322,6 +322,13 @@ def test_captions_are_read_from_the_fields_that_are_named(tmp_path):
     assert "found no caption in 'meta', 'caption', 'kind', 'note'; expected some in 'json" in said
 
 
+def test_a_table_with_a_concept_of_another_name_has_its_captions_by_their_names(tmp_path):
+    write_images(tmp_path)
+    rows = [{"image": "0.png", "caption_zh": ZH[0], "en": EN[0], "product": "p7"}]
+    (sample,) = source_of(write_table(tmp_path / "a.csv", rows), concept="product")
+    assert (sample.captions, sample.concept) == ({"zh": [ZH[0]], "en": [EN[0]]}, "p7")
+
+
 def test_a_caption_in_neither_language_is_kept_under_no_known_one(tmp_path):
     write_images(tmp_path)
     rows = [{"image": "0.png", "caption": [ZH[0], "猫がいる"]}]

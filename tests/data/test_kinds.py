@@ -175,6 +175,13 @@ def test_tables_of_paths_need_no_settings(tmp_path, name):
     assert source[3].address == str(tmp_path / "images/0.png")
 
 
+@pytest.mark.parametrize("name", ["a.csv.gz", "a.jsonl.gz"])
+def test_a_packed_table_is_found_in_its_folder(tmp_path, name):
+    write_images(tmp_path)
+    write_table(tmp_path / name, [{"image": "1.png", "zh": ZH[1]}])
+    assert captions_of(source_of(tmp_path)) == [{"zh": [ZH[1]]}]
+
+
 def write_table(path, rows):
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)

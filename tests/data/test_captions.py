@@ -210,7 +210,8 @@ def test_a_table_without_the_column_says_which_it_has(tmp_path, name):
     message = f"{path} has no column 'title'; its columns are 'url', 'name'"
     assert refusal_of(path, column="title") == message
     assert refusal_of(path).startswith(
-        f"{path} has the columns 'url', 'name'; expected one of captions, such as caption or text"
+        f"{path} has the columns 'url', 'name'; expected one of images, such as image or path or "
+        "filename, unless captions alone are read, and one of captions, such as caption or text"
     )
 
 
@@ -291,7 +292,8 @@ def test_a_column_that_holds_no_text_is_refused(tmp_path, cell):
 def test_a_parquet_text_that_is_not_utf_8_is_named_by_its_row(tmp_path):
     cells = pyarrow.array([b"a", b"b", b"\xff"], pyarrow.binary()).view(pyarrow.string())
     path = write_table(tmp_path / "a.parquet", {"caption": cells})
-    assert refusal_of(path).startswith(f"{path}, row 3: byte 0xff at 0 is not UTF-8")
+    message = f"{path} cannot be read after row 2: 'utf-8' codec can't decode byte 0xff"
+    assert refusal_of(path).startswith(message)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
@@ -610,7 +612,7 @@ def test_a_folder_with_nothing_to_read_says_what_is_read(tmp_path, names):
     for name in names:
         write(tmp_path / name, "text")
     message = refusal_of(tmp_path)
-    assert message.startswith(f"{tmp_path} holds no captions; expected images with captions, or")
+    assert message.startswith(f"{tmp_path} is nothing with captions; expected a folder of images")
     assert ".txt.gz" in message
     assert ".jsonl" in message
 
@@ -679,7 +681,7 @@ def test_sources_follow_each_other_in_the_order_given(tmp_path):
 def test_a_file_of_no_known_kind_is_refused_before_any_is_read(tmp_path, name):
     good, bad = write(tmp_path / "good.txt", "x"), write(tmp_path / name, "x")
     with pytest.raises(
-        DataError, match=f"{bad} is no known kind of file; .*txt.gz, .*tar.gz, .parquet"
+        DataError, match=f"{bad} is nothing with captions; .*txt.gz, .*tar.gz, .parquet"
     ):
         read_captions([good, bad], "zh")
 

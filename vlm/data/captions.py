@@ -69,18 +69,18 @@ def read_captions(
 
 
 def _files_of(config: SourceConfig) -> list[ShardFile]:
-    path = config.path
+    path = config.path.removeprefix("file://")
     if shown(path).lower().endswith(_TEXT_SUFFIXES):
         return [_file(found) for found in expand(path)]
-    local = None if is_remote(path) else Path(path)
-    if local and local.is_dir():
-        if files := list(_files_below(local, config)):
-            return files
-        known = f"files of one of {', '.join(SUFFIXES)}"
-        raise DataError(f"{path} holds no captions; expected images with captions, or {known}")
-    if local and local.exists() and not path.lower().endswith(SUFFIXES):
-        raise DataError(f"{path} is no known kind of file; expected one of {', '.join(SUFFIXES)}")
-    return list(layout_of(config).files)
+    if is_remote(path) or path.lower().endswith(SUFFIXES) or not Path(path).exists():
+        return list(layout_of(config).files)
+    files = list(_files_below(Path(path), config)) if Path(path).is_dir() else []
+    if not files:
+        raise DataError(
+            f"{path} is nothing with captions; expected a folder of images with captions, or files "
+            f"of one of {', '.join(SUFFIXES)}"
+        )
+    return files
 
 
 def _files_below(folder: Path, config: SourceConfig) -> Iterator[ShardFile]:
@@ -130,7 +130,7 @@ def _stream(
             "takes all that are in a field", left_out, language,
         )  # fmt: skip
     if not found[language]:
-        others = ", ".join(f"{number} in {of}" for of, number in found.items() if number) or "none"
+        others = ", ".join(f"{number} in {of}" for of, number in found.items()) or "none"
         raise DataError(f"{listed(names)} hold no caption in {language!r}; found {others}")
 
 
@@ -146,9 +146,9 @@ def _captions_in(
     captions = _captions_of_records(file, path, config, language, advance)
     first = list(islice(captions, _FIRST))
     scripts = Counter(language_by_script(text) for of, text in first if not of)
-    are_clear = scripts[language] >= MOST * scripts.total() > 0
+    mostly = scripts[language] >= MOST * scripts.total() > 0
     for of, text in chain(first, captions):
-        script = "" if of or are_clear else language_by_script(text)
+        script = "" if of or mostly else language_by_script(text)
         if script in ("", language):
             yield of or language, text
         else:

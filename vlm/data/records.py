@@ -153,16 +153,10 @@ def decoded(content: bytes, name: str) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise not_utf8(error, name) from error
-
-
-def not_utf8(error: UnicodeDecodeError, name: str) -> DataError:
-    """Word the error of text that is not UTF-8, which begins with `name`."""
-    byte = error.object[error.start]
-    return DataError(
-        f"{name}: byte 0x{byte:02x} at {error.start} is not UTF-8 ({error.reason}); expected text "
-        "in UTF-8"
-    )
+        byte, reason = f"0x{error.object[error.start]:02x}", error.reason
+        raise DataError(
+            f"{name}: byte {byte} at {error.start} is not UTF-8 ({reason}); expected text in UTF-8"
+        ) from error
 
 
 def object_in(text: str, name: str) -> dict[str, Any]:

@@ -102,13 +102,14 @@ def members_by_key(path: Path) -> tuple[Content, dict[str, dict[str, Member]]]:
     """
     content, samples = tar_content(path), dict[str, dict[str, Member]]()
     for _, (key, extension, member) in guarded(path, _members_of(content)):
-        samples.setdefault(key, {})[extension] = member
+        if extension in samples.setdefault(key, {}):
+            raise ShardError(f"{path} cannot be read: {key}.{extension} occurs twice")
+        samples[key][extension] = member
     return content, samples
 
 
 def _members_of(content: Content) -> Iterator[tuple[str, tuple[str, str, Member]]]:
     file = io.BytesIO(content) if isinstance(content, bytes) else content
-    seen = set()
     with tarfile.open(fileobj=file, mode="r:") as archive:
         for member in iter(archive.next, None):
             archive.members.clear()  # type: ignore[attr-defined] # it would grow with the tar
@@ -120,9 +121,6 @@ def _members_of(content: Content) -> Iterator[tuple[str, tuple[str, str, Member]
             extension, place = extension.lower(), Member(member.offset_data, member.size)
             if not member.isfile() or member.issparse():  # its bytes are elsewhere, or scattered
                 extension, place = f"{extension} (a link, device or file with holes)", Member(0, 0)
-            if (key, extension) in seen:
-                raise tarfile.ReadError(f"{key}.{extension} occurs twice")
-            seen.add((key, extension))
             yield f"sample {key!r}", (key, extension, place)
         _check_end(archive)
 
@@ -162,8 +160,6 @@ def tar_content(path: Path) -> Content:
         if path.name.lower().endswith(".gz"):
             return _unpacked(path)
         with path.open("rb") as file:
-            if path.stat().st_size == 0:  # an empty file cannot be mapped
-                return b""
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             # Samples come in random order: by itself the system reads megabytes around each.
             content.madvise(mmap.MADV_RANDOM)
@@ -299,17 +295,10 @@ def records_in(
     with_images: bool = True,
     advance: Advance = ignore,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Give the records of a tar, a table, or some images of a folder, each with where it is.
+    """Give the records of a tar, a table, or some images of a folder, each after where it is.
 
-    Args:
-        path: A tar or a table.
-        images: Those of a folder, instead of a file.
-        config: The source, whose fields are read of a table.
-        with_images: Whether a table has images, which are read.
-        advance: Called with the bytes that are read of a table.
-
-    Raises:
-        DataError: one cannot be read, or a table has not the columns.
+    Of a table the fields of the source are read, those of images only `with_images`; `advance` is
+    called with the bytes. A `DataError` says what cannot be read, or which column is missing.
     """
     if images:
         yield from ((str(image), _record_next_to(image)) for image in images)
@@ -332,12 +321,10 @@ def _columns(
 ) -> Sequence[str]:
     """Choose the columns of a table that are read."""
     needed = [*chain.from_iterable(config.captions.values()), *config.language_of]
-    needed = (
-        needed or ["captions"] * ("captions" in columns) or list(caption_fields(tuple(columns)))
-    )
+    needed = needed or list({"captions"} & set(columns) or caption_fields(tuple(columns)))
     image = config.image or image_column(columns)
     if not needed or (with_images and not image):
-        raise not_understood(path, columns, with_images=with_images)
+        raise not_understood(path)
     if with_images:
         needed += filter(None, (image, config.concept))
     missing = [name for name in needed if not {name, name.partition(".")[0]} & set(columns)]
@@ -348,14 +335,12 @@ def _columns(
     return [name for name in columns if name in wanted]
 
 
-def not_understood(
-    path: Path, columns: Sequence[str] = (), *, with_images: bool = True
-) -> DataError:
+def not_understood(path: Path) -> DataError:
     """Say which columns a table has, and which it needs."""
-    image = f"one of images, such as {' or '.join(IMAGE_COLUMNS[:3])}, and " if with_images else ""
     return DataError(
-        f"{path} has the columns {quoted(columns or columns_of(path))}; expected {image}one of "
-        f"captions, such as {' or '.join(CAPTION_FIELDS)} or, by language, caption_zh"
+        f"{path} has the columns {quoted(columns_of(path))}; expected one of images, such as "
+        f"{' or '.join(IMAGE_COLUMNS[:3])}, unless captions alone are read, and one of captions, "
+        f"such as {' or '.join(CAPTION_FIELDS)} or, by language, caption_zh"
     )
 
 

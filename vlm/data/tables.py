@@ -18,7 +18,6 @@ from vlm.data.records import (
     first_line,
     guarded,
     ignore,
-    not_utf8,
     raw_lines,
 )
 from vlm.errors import DataError
@@ -82,10 +81,7 @@ def _parquet_rows(
         for batch in file.iter_batches(_ROWS, columns=columns, use_threads=False):
             for cells in zip(*batch.columns, strict=True):
                 number += 1
-                try:
-                    values = [cell.as_py() for cell in cells]
-                except UnicodeDecodeError as error:
-                    raise not_utf8(error, f"{path}, row {number}") from error
+                values = [cell.as_py() for cell in cells]
                 yield f"row {number}", dict(zip(batch.schema.names, values, strict=True))
             advance(size * len(batch) // rows)
         _check_columns(file.metadata, columns, file.num_row_groups)

@@ -64,7 +64,10 @@ def read_captions(
     names = list(map(str, sources))
     captions = {language: (column,)} if column else {}
     configs = [SourceConfig(path=name, split=split, captions=captions) for name in names]
-    files = [(file, config) for config in configs for file in _files_of(config)]
+    try:
+        files = [(file, config) for config in configs for file in _files_of(config)]
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
     return _stream(files, names, language, progress=progress)
 
 

@@ -68,22 +68,14 @@ def captions_of(
 
     Blank captions are left out. Arguments and errors as of `parts_of`.
     """
+    tagged: dict[str, list[str]] = {}
     if config.captions or config.language_of:
-        fields = {**config.captions, "": config.language_of}
-        return _without_blanks(
-            {
-                language: [
-                    text
-                    for field in of
-                    for text in texts_in(value_at(record, field), f"{where}, {field!r}")
-                ]
-                for language, of in fields.items()
-            }
-        )
-    tagged = texts_by_tag(own_fields(record), where)
-    if tagged is None:
-        tagged = {"": texts_in(record.get("txt"), where)}
-    tagged = _without_blanks(tagged)
+        for language, fields in {**config.captions, "": config.language_of}.items():
+            for field in fields:
+                texts = texts_in(value_at(record, field), f"{where}, {field!r}")
+                tagged.setdefault(language, []).extend(texts)
+        return _without_blanks(tagged)
+    tagged = _without_blanks(texts_by_tag(record, where) or {})
     captions: dict[str, list[str]] = {}
     for tag, language in languages_of(tagged).items():
         captions.setdefault(language, []).extend(tagged[tag])
@@ -114,20 +106,23 @@ def value_at(record: Mapping[str, Any], name: str) -> Any:
     return value_at(inner, rest) if dot and isinstance(inner, Mapping) else None
 
 
-def texts_by_tag(record: Mapping[str, Any], name: str) -> dict[str, list[str]] | None:
+def texts_by_tag(record: Mapping[str, Any], where: str) -> dict[str, list[str]] | None:
     """Return the captions of a known layout, blank ones too, by the language tag they have there.
 
-    They are in `captions`, else in the fields of `caption_fields`; where a value is a mapping, by
-    its keys. Those without a language are under ''. The result is None where the record names no
-    captions. Errors begin with `name`.
+    They are in `captions`, else in the fields of `caption_fields`, else in `txt`; where a value is
+    a mapping, by its keys. Those without a language are under ''. The result is None where the
+    record names no captions. Errors begin with `where`.
     """
-    fields = {"captions": ""} if "captions" in record else caption_fields(tuple(record))
+    own = own_fields(record)
+    fields = {"captions": ""} if "captions" in own else caption_fields(tuple(own))
+    if not fields:
+        return {"": texts_in(record["txt"], where)} if "txt" in record else None
     found: dict[str, list[str]] = {}
     for field, language in fields.items():
-        value = record[field]
+        value = own[field]
         for tag, texts in (value if isinstance(value, Mapping) else {language: value}).items():
-            found.setdefault(whole_characters(tag, name), []).extend(texts_in(texts, name))
-    return found if fields else None
+            found.setdefault(whole_characters(tag, where), []).extend(texts_in(texts, where))
+    return found
 
 
 @lru_cache  # the records of a file have the same fields, again and again

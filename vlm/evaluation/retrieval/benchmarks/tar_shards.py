@@ -1,8 +1,6 @@
 """CLIP_benchmark's WebDatasets for retrieval: tar files of images with `.txt` or `.json`."""
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -42,15 +40,11 @@ def list_tar_shards(source: RetrievalSource) -> Listing:
                 raise DataError(f"{where} needs one image, has {', '.join(sorted(members))}")
             spans.append((number, *images[0]))
             names.append(name)
-            captions = _captions_in(record_in(content, members, where), where)
+            captions = texts_by_tag(record_in(content, members, where), where)
             if captions is None:
-                is_labelled = "cls" in members
-                has = (
-                    "class labels, so it is no retrieval benchmark"
-                    if is_labelled
-                    else "no captions"
-                )
-                raise DataError(f"{where} has {has}; expected a .txt or a .json with captions")
+                if "cls" in members:
+                    raise DataError(f"{where} has class labels, so it is no retrieval benchmark")
+                raise DataError(f"{where} has no captions; expected a .txt or a .json with some")
             rows += [
                 Row(text, (name,), f"sample {len(names)}", language)
                 for language, texts in captions.items()
@@ -58,9 +52,3 @@ def list_tar_shards(source: RetrievalSource) -> Listing:
             ]
     read = TarMembers(tuple(paths), np.array(spans, dtype=np.int64).reshape(-1, 3))
     return Listing(split=split, image_ids=names, read=read, rows=rows)
-
-
-def _captions_in(record: Mapping[str, Any], where: str) -> Mapping[str, Sequence[str]] | None:
-    """Return texts by language, or None; a `.txt` has one a line, without a language."""
-    captions = texts_by_tag(record["json"], where) if "json" in record else None
-    return {"": record["txt"]} if captions is None and "txt" in record else captions

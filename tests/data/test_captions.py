@@ -110,8 +110,8 @@ def test_each_line_of_a_text_file_is_a_caption(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "text", ["猫\n\n \t\n狗\n\n", "猫\r\n\r\n狗\r\n", "\ufeff猫\n狗"],
-    ids=["blank lines", "line ends of Windows", "a byte order mark"],
+    "text", ["猫\n\n \t\n狗\n\n", "猫\r\n\r\n狗\r\n", "\ufeff猫\n狗", "猫\n\ufeff狗\n"],
+    ids=["blank lines", "line ends of Windows", "a byte order mark", "that of a file appended"],
 )  # fmt: skip
 def test_what_surrounds_the_lines_is_no_caption(tmp_path, text):
     assert read(write(tmp_path / "a.txt", text)) == ["猫", "狗"]

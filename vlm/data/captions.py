@@ -168,7 +168,7 @@ def _captions_of_records(
         config = replace(config, captions=nested)
     lacking, is_captioned = "", False
     for where, record in records_in(path, file.images, config, with_images=False, advance=advance):
-        if is_table and (record.get("split") or config.split) != config.split:
+        if is_table and str(record.get("split") or config.split) != config.split:
             continue
         captions = captions_of(record, config, where)
         if not captions and "captions" in own_fields(record):

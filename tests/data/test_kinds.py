@@ -175,6 +175,13 @@ def test_tables_of_paths_need_no_settings(tmp_path, name):
     assert source[3].address == str(tmp_path / "images/0.png")
 
 
+@pytest.mark.parametrize("name", ["a.csv.gz", "a.jsonl.gz"])
+def test_a_packed_table_is_found_in_its_folder(tmp_path, name):
+    write_images(tmp_path)
+    write_table(tmp_path / name, [{"image": "1.png", "zh": ZH[1]}])
+    assert captions_of(source_of(tmp_path)) == [{"zh": [ZH[1]]}]
+
+
 def write_table(path, rows):
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
@@ -320,6 +327,13 @@ def test_captions_are_read_from_the_fields_that_are_named(tmp_path):
     assert source[0].concept == "7"
     said = refusal_of(path, captions={"en": ("json.title",)})
     assert "found no caption in 'meta', 'caption', 'kind', 'note'; expected some in 'json" in said
+
+
+def test_a_table_with_a_concept_of_another_name_has_its_captions_by_their_names(tmp_path):
+    write_images(tmp_path)
+    rows = [{"image": "0.png", "caption_zh": ZH[0], "en": EN[0], "product": "p7"}]
+    (sample,) = source_of(write_table(tmp_path / "a.csv", rows), concept="product")
+    assert (sample.captions, sample.concept) == ({"zh": [ZH[0]], "en": [EN[0]]}, "p7")
 
 
 def test_a_caption_in_neither_language_is_kept_under_no_known_one(tmp_path):

@@ -56,7 +56,8 @@ def test_the_same_rows_are_the_same_captions_in_every_format(tmp_path, suffix):
     assert suffix in SUFFIXES
     path = tmp_path / f"a{suffix}"
     WRITERS[suffix](path)
-    assert list(read_captions([path], "zh")) == ROWS
+    column = "txt" if suffix == ".tar" else ""  # else the script decides, line by line
+    assert list(read_captions([path], "zh", column=column)) == ROWS
 
 
 @pytest.mark.parametrize(

@@ -330,7 +330,7 @@ def test_a_shard_whose_members_make_no_samples_is_refused(tmp_path, members, sai
 )
 def test_a_file_that_is_no_tar_is_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=rf"shard {tmp_path / name} cannot be read"):
+    with pytest.raises(DataError, match=rf"{tmp_path / name} cannot be read"):
         index_folder(tmp_path)
 
 
@@ -340,7 +340,7 @@ def test_indexing_refuses_a_packed_shard_cut_anywhere(tmp_path):
     content = path.read_bytes()
     for length in range(0, len(content), 37):
         path.write_bytes(content[:length])
-        with pytest.raises(DataError, match=f"shard {path} cannot be read"):
+        with pytest.raises(DataError, match=f"{path} cannot be read"):
             index_folder(tmp_path)
 
 

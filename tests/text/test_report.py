@@ -383,7 +383,7 @@ def test_folders_of_one_name_are_told_apart_by_their_parents(files, vlm_report):
         (["bundle", "--en", "en.txt", "--plot", "x.doc"], "cannot draw x.doc"),
         (["bundle", "bundle/", "--en", "en.txt"], "bundle is given 2 times"),
         (["b", "--en", "en.txt"], "b holds no tokenizer"),
-        (["bundle", "--en", "gone.txt"], "gone.txt is missing"),
+        (["bundle", "--en", "gone.txt"], "gone.txt: nothing is there"),
     ],
     ids=["no texts", "limit", "plot", "twice", "no tokenizer", "no file"],
 )

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlm.errors import TokenizerError
@@ -18,18 +17,19 @@ LANGUAGES: tuple["Language", ...] = ("zh", "en")
 class TextOptions:
     """Where texts come from."""
 
-    zh: tuple[Path, ...] = ()
-    """Chinese texts: .txt, .csv, .tsv, .jsonl, .parquet, .html, shards or folders."""
-    en: tuple[Path, ...] = ()
-    """English texts, likewise."""
+    zh: tuple[str, ...] = ()
+    """Sources of Chinese captions, as training reads them, also without images: files, patterns,
+    folders and URLs; or texts, .txt and .html, and their folders."""
+    en: tuple[str, ...] = ()
+    """Sources of English captions, likewise."""
     column: str = ""
-    """Column of tables to read, if it is not found by its name."""
+    """The field whose captions are in the language asked for; by default found by its name."""
     split: str = "train"
-    """Split of data folders."""
+    """The split to read of sources that have several."""
 
     def texts(self, language: "Language") -> Iterator[str]:
         """Give the texts of a language, none where no source was named; progress on stderr."""
-        sources: tuple[Path, ...] = getattr(self, language)
+        sources: tuple[str, ...] = getattr(self, language)
         if not sources:
             return iter(())
         from vlm.data.captions import read_captions
@@ -42,7 +42,7 @@ class TextOptions:
         """Return the languages that have texts, at least one."""
         found = [language for language in LANGUAGES if getattr(self, language)]
         if not found:
-            raise TokenizerError("give texts by --zh and --en: files or folders of captions")
+            raise TokenizerError("give texts by --zh and --en: files, folders or URLs of captions")
         return found
 
 

@@ -42,15 +42,15 @@ def parts_of(
     Raises:
         DataError: a value is not what its field must be, or there is no caption.
     """
-    own = record["json"] if isinstance(record.get("json"), Mapping) else record
-    if config.captions or config.language_of:
-        captions = _captions_by_config(record, config, where)
-    else:
-        captions = _captions_by_name(own, record, where)
+    captions = captions_of(record, config, where)
+    named = set() if config.language_of else set(captions)
+    for text in captions.pop("", ()):
+        language = language_by_script(text) or UNKNOWN_LANGUAGE
+        if language not in named:  # else it is most often one of the named ones again
+            captions.setdefault(language, []).append(text)
     if not captions:
-        named = quoted(chain(*config.captions.values(), config.language_of))
-        expected = "at least one" if named == "none" else f"some in {named}"
-        raise DataError(f"{where}: found no caption in {quoted(own)}; expected {expected}")
+        raise no_caption(record, config, where)
+    own = own_fields(record)
     concept = value_at(record, config.concept) if config.concept else own.get("concept")
     return {
         "captions": captions,
@@ -59,6 +59,42 @@ def parts_of(
         "licence": _text(own.get("licence"), where),
         "labels": _labels(own, where),
     }
+
+
+def captions_of(
+    record: Mapping[str, Any], config: SourceConfig, where: str
+) -> dict[str, list[str]]:
+    """Return a record's captions by language; under '' are those whose field does not name it.
+
+    Blank captions are left out. Arguments and errors as of `parts_of`.
+    """
+    tagged: dict[str, list[str]] = {}
+    if config.captions or config.language_of:
+        for language, fields in {**config.captions, "": config.language_of}.items():
+            for field in fields:
+                texts = texts_in(value_at(record, field), f"{where}, {field!r}")
+                tagged.setdefault(language, []).extend(texts)
+        return _without_blanks(tagged)
+    tagged = _without_blanks(texts_by_tag(record, where) or {})
+    captions: dict[str, list[str]] = {}
+    for tag, language in languages_of(tagged).items():
+        captions.setdefault(language, []).extend(tagged[tag])
+    return captions
+
+
+def no_caption(record: Mapping[str, Any], config: SourceConfig, where: str) -> DataError:
+    """Say what a record without a caption has."""
+    named = quoted(chain(*config.captions.values(), config.language_of))
+    expected = "at least one" if named == "none" else f"some in {named}"
+    return DataError(
+        f"{where}: found no caption in {quoted(own_fields(record))}; expected {expected}"
+    )
+
+
+def own_fields(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the object in the `.json` of a record, or else its columns."""
+    own = record.get("json")
+    return own if isinstance(own, Mapping) else record
 
 
 def value_at(record: Mapping[str, Any], name: str) -> Any:
@@ -70,20 +106,23 @@ def value_at(record: Mapping[str, Any], name: str) -> Any:
     return value_at(inner, rest) if dot and isinstance(inner, Mapping) else None
 
 
-def texts_by_tag(record: Mapping[str, Any], name: str) -> dict[str, list[str]] | None:
+def texts_by_tag(record: Mapping[str, Any], where: str) -> dict[str, list[str]] | None:
     """Return the captions of a known layout, blank ones too, by the language tag they have there.
 
-    They are in `captions`, else in the fields of `caption_fields`; where a value is a mapping, by
-    its keys. Those without a language are under ''. The result is None where the record names no
-    captions. Errors begin with `name`.
+    They are in `captions`, else in the fields of `caption_fields`, else in `txt`; where a value is
+    a mapping, by its keys. Those without a language are under ''. The result is None where the
+    record names no captions. Errors begin with `where`.
     """
-    fields = {"captions": ""} if "captions" in record else caption_fields(tuple(record))
+    own = own_fields(record)
+    fields = {"captions": ""} if "captions" in own else caption_fields(tuple(own))
+    if not fields:
+        return {"": texts_in(record["txt"], where)} if "txt" in record else None
     found: dict[str, list[str]] = {}
     for field, language in fields.items():
-        value = record[field]
+        value = own[field]
         for tag, texts in (value if isinstance(value, Mapping) else {language: value}).items():
-            found.setdefault(whole_characters(tag, name), []).extend(texts_in(texts, name))
-    return found if fields else None
+            found.setdefault(whole_characters(tag, where), []).extend(texts_in(texts, where))
+    return found
 
 
 @lru_cache  # the records of a file have the same fields, again and again
@@ -110,50 +149,17 @@ def understood(record: Mapping[str, Any], config: SourceConfig) -> dict[str, str
     if config.captions or config.language_of:
         named = {field: language for language, of in config.captions.items() for field in of}
         return named | dict.fromkeys(config.language_of, _BY_SCRIPT)
-    inner = isinstance(record.get("json"), Mapping)
-    own = record["json"] if inner else record
+    own = own_fields(record)
     found = {"captions": "by name"} if "captions" in own else caption_fields(tuple(own))
     if not found and "txt" in record:
         return {"txt": _BY_SCRIPT}
-    prefix = "json." if inner else ""
+    prefix = "" if own is record else "json."
     return {f"{prefix}{field}": language or _BY_SCRIPT for field, language in found.items()}
 
 
-def _captions_by_config(
-    record: Mapping[str, Any], config: SourceConfig, where: str
-) -> dict[str, list[str]]:
-    captions: dict[str, list[str]] = {}
-    for language, fields in config.captions.items():
-        for field in fields:
-            if texts := _not_blank(texts_in(value_at(record, field), f"{where}, {field!r}")):
-                captions.setdefault(language, []).extend(texts)
-    for field in config.language_of:
-        for text in _not_blank(texts_in(value_at(record, field), f"{where}, {field!r}")):
-            captions.setdefault(language_by_script(text) or UNKNOWN_LANGUAGE, []).append(text)
-    return captions
-
-
-def _captions_by_name(
-    own: Mapping[str, Any], record: Mapping[str, Any], where: str
-) -> dict[str, list[str]]:
-    found = texts_by_tag(own, where)
-    if found is None:
-        found = {"": texts_in(record.get("txt"), where)}
-    tagged = {tag: kept for tag, texts in found.items() if (kept := _not_blank(texts))}
-    unnamed = tagged.pop("", [])
-    captions: dict[str, list[str]] = {}
-    for tag, language in languages_of(tagged).items():
-        captions.setdefault(language, []).extend(tagged[tag])
-    named = set(captions)
-    for text in unnamed:
-        language = language_by_script(text) or UNKNOWN_LANGUAGE
-        if language not in named:  # else it is most often one of the named ones again
-            captions.setdefault(language, []).append(text)
-    return captions
-
-
-def _not_blank(texts: list[str]) -> list[str]:
-    return [text for text in texts if text.strip()]
+def _without_blanks(captions: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    kept = {key: [text for text in texts if text.strip()] for key, texts in captions.items()}
+    return {key: texts for key, texts in kept.items() if texts}
 
 
 def _text(value: object, where: str) -> str:

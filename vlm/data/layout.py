@@ -76,6 +76,10 @@ class ShardFile:
         return shown(self.path)
 
 
+class NoSamplesError(DataError):
+    """A folder holds no images with captions."""
+
+
 class Layout(NamedTuple):
     """What a path holds."""
 
@@ -195,7 +199,7 @@ def _layout_of_folder(folder: Path, config: SourceConfig) -> Layout:
         return Layout("tables", _files(map(str, _chosen(_by_split(tables), config, folder))))
     found = images_below(folder)
     if not found.paths:
-        raise DataError(
+        raise NoSamplesError(
             f"{folder} holds no samples; expected a {MANIFEST_NAME}, tars, tables of images, or "
             "images with a .txt or .json of the same name"
         )
@@ -253,7 +257,7 @@ def _parts_of(folder: Path, images: Sequence[Path]) -> tuple[list[ShardFile], in
         state = {"files": digest.hexdigest()}
         files.append(ShardFile(path=str(folder), images=part, size=size, state=state))
     if not number:
-        raise DataError(
+        raise NoSamplesError(
             f"{folder} holds images without captions, such as {images[0].name}; expected "
             f"{images[0].with_suffix('.txt').name} or {images[0].with_suffix('.json').name}"
         )

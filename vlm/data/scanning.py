@@ -6,10 +6,13 @@ import mmap
 import os
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from webdataset.tariterators import base_plus_ext
 
 from vlm.data.config import SourceConfig
 from vlm.data.fields import CAPTION_FIELDS, caption_fields, parts_of, value_at
@@ -18,15 +21,14 @@ from vlm.data.records import (
     BLOCK,
     DAMAGE,
     LONGEST,
-    Member,
+    Advance,
     as_text,
-    check_end,
     decoded,
-    members_of,
+    guarded,
+    ignore,
     object_in,
     objects_of,
     quoted,
-    samples_of,
     whole_characters,
 )
 from vlm.data.tables import IMAGE_COLUMNS, columns_of, rows_of
@@ -36,22 +38,32 @@ from vlm.images.decoding import MAX_BYTES
 
 Row = dict[str, Any]
 """One sample but for the bytes of an image that lies elsewhere, by the columns of an index."""
+Content = bytes | mmap.mmap
+"""The bytes of a tar, unpacked."""
 
 TAR_SUFFIXES = (".tar", ".tar.gz")
 SIDE_SUFFIXES = (".txt", ".json")
 IMAGE_EXTENSIONS = frozenset(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
-_OWN_COLUMNS = ("captions", "concept", "source", "licence", "labels", "split")
+_OWN_COLUMNS = ("concept", "source", "licence", "labels")
 # Shards of small images unpack to a few times their size, zeros to a thousand times.
 _LARGEST_RATIO = 50
 _LITTLE = 1 << 25  # bytes that may come of anything
+_LONGEST_END = 1 << 16  # bytes: six times what tar and Python's tarfile write at the most
 _FIRST = 100  # rows of a table: where none of their images is there, the folder is wrong
+
+
+class Member(NamedTuple):
+    """Where one file of a sample lies in a tar, unpacked."""
+
+    start: int
+    size: int
 
 
 class ScannedTar(NamedTuple):
     """A tar, looked through from its beginning to its end."""
 
-    content: bytes | mmap.mmap
-    """The bytes, unpacked, in which rows have the places of images."""
+    content: Content
+    """The bytes in which rows have the places of images."""
     rows: list[Row]
 
 
@@ -66,35 +78,79 @@ def scan_tar(path: Path, config: SourceConfig, *, prefix: str = "") -> ScannedTa
     Raises:
         ShardError: the tar cannot be read to its end, or a member is there twice.
     """
-    content, samples = members_by_key(path)
-    rows = [
-        _tar_row(key, members, config, where=f"{path}, sample {key!r}", prefix=prefix)
-        for key, members in samples.items()
-    ]
+    content, samples, rows = *members_by_key(path), []
+    for key, members in samples.items():
+        where = f"{path}, sample {key!r}"
+        rows.append(row := {"uid": as_text(f"{prefix}{key}")})
+        with _fault_in(row):
+            images = [members[name] for name in IMAGE_EXTENSIONS & members.keys()]
+            record = record_in(content, members, where)
+            if len(images) != 1 or not record:
+                has = ", ".join(sorted(members))
+                raise DataError(f"{where} needs one image and a .json or .txt, has {has}")
+            if images[0].size > MAX_BYTES:
+                raise DataError(f"{where} has an image of {images[0].size} bytes")
+            row |= images[0]._asdict() | parts_of(record, config, name=row["uid"], where=where)
     return ScannedTar(content, rows)
 
 
-def members_by_key(path: Path) -> tuple[bytes | mmap.mmap, dict[str, dict[str, Member]]]:
-    """Return the bytes of a tar, unpacked, and its members by key and extension.
+def members_by_key(path: Path) -> tuple[Content, dict[str, dict[str, Member]]]:
+    """Return the bytes of a tar, and its members by key and by extension in lower case.
 
-    Members of one key need not be neighbours. Errors as in `scan_tar`.
+    A key is the name up to the first dot of its last part; members of one key need not be
+    neighbours. Folders and hidden files are left out. Errors as in `scan_tar`.
     """
-    samples: dict[str, dict[str, Member]] = {}
-    content = tar_content(path)
-    file = io.BytesIO(content) if isinstance(content, bytes) else content
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
-            for key, extension, member in members_of(archive, path):
-                if extension in samples.setdefault(key, {}):
-                    raise tarfile.ReadError(f"{key}.{extension} occurs twice")
-                samples[key][extension] = member
-            check_end(archive)
-    except DAMAGE as error:
-        raise ShardError(f"shard {path} cannot be read: {error}") from error
+    content, samples = tar_content(path), dict[str, dict[str, Member]]()
+    for _, (key, extension, member) in guarded(path, _members_of(content)):
+        if extension in samples.setdefault(key, {}):
+            raise ShardError(f"{path} cannot be read: {key}.{extension} occurs twice")
+        samples[key][extension] = member
     return content, samples
 
 
-def tar_content(path: Path) -> bytes | mmap.mmap:
+def _members_of(content: Content) -> Iterator[tuple[str, tuple[str, str, Member]]]:
+    file = io.BytesIO(content) if isinstance(content, bytes) else content
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        for member in iter(archive.next, None):
+            archive.members.clear()  # type: ignore[attr-defined] # it would grow with the tar
+            if member.size < 0:  # the next header would be an earlier one, for ever
+                raise tarfile.ReadError(f"{member.name} has the size {member.size}")
+            key, extension = base_plus_ext(member.name)
+            if key is None or member.isdir():
+                continue
+            extension, place = extension.lower(), Member(member.offset_data, member.size)
+            if not member.isfile() or member.issparse():  # its bytes are elsewhere, or scattered
+                extension, place = f"{extension} (a link, device or file with holes)", Member(0, 0)
+            yield f"sample {key!r}", (key, extension, place)
+        _check_end(archive)
+
+
+def _check_end(archive: tarfile.TarFile) -> None:
+    """Read what follows the last member: the end of a tar is two blocks of zeros or more.
+
+    tarfile by itself also takes a damaged header, or the end of the file, for the end.
+    """
+    assert archive.fileobj is not None, "it is open"
+    zeros, damaged = 0, False
+    for block in iter(partial(archive.fileobj.read, BLOCK), b""):
+        zeros += len(block)
+        damaged = damaged or bool(block.strip(b"\0"))
+    # tarfile has read the first of the two blocks. Zeros without end were samples once: a disk that
+    # loses power leaves them.
+    if damaged or not tarfile.BLOCKSIZE <= zeros <= _LONGEST_END:
+        raise tarfile.ReadError("it does not end as a tar file does; it is cut off or damaged")
+
+
+def record_in(content: Content, members: Mapping[str, Member], where: str) -> dict[str, Any]:
+    """Return what the `.json` and `.txt` of a sample in a tar say; errors begin with `where`."""
+    texts = {name: members[name] for name in ("json", "txt") if name in members}
+    for name, member in texts.items():
+        if member.size > LONGEST:
+            raise DataError(f"{where}, its .{name} is longer than {LONGEST} bytes")
+    return _record_of({name: bytes_in(content, *member) for name, member in texts.items()}, where)
+
+
+def tar_content(path: Path) -> Content:
     """Return a tar's bytes, unpacked; those of a plain one are not read before they are asked for.
 
     Raises:
@@ -104,17 +160,15 @@ def tar_content(path: Path) -> bytes | mmap.mmap:
         if path.name.lower().endswith(".gz"):
             return _unpacked(path)
         with path.open("rb") as file:
-            if path.stat().st_size == 0:  # an empty file cannot be mapped
-                return b""
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             # Samples come in random order: by itself the system reads megabytes around each.
             content.madvise(mmap.MADV_RANDOM)
             return content
     except DAMAGE as error:
-        raise ShardError(f"shard {path} cannot be read: {error}") from error
+        raise ShardError(f"{path} cannot be read: {error}") from error
 
 
-def bytes_in(content: bytes | mmap.mmap, start: int, size: int) -> bytes:
+def bytes_in(content: Content, start: int, size: int) -> bytes:
     """Return some bytes of a tar; those of a mapped one are read at once, not page by page."""
     if isinstance(content, mmap.mmap) and size:
         page = start - start % mmap.PAGESIZE
@@ -136,69 +190,39 @@ def _unpacked(path: Path) -> bytes:
     return b"".join(blocks)
 
 
-def _tar_row(
-    key: str, members: Mapping[str, Member], config: SourceConfig, *, where: str, prefix: str
-) -> Row:
-    row: Row = {"uid": as_text(f"{prefix}{key}")}
-    images = [member for extension, member in members.items() if extension in IMAGE_EXTENSIONS]
-    texts = {name: members[name].content for name in ("json", "txt") if name in members}
-    if len(images) != 1 or not texts:
-        has = ", ".join(sorted(members))
-        return row | {"error": f"{where} needs one image and a .json or .txt, has {has}"}
-    if images[0].size > MAX_BYTES:
-        return row | {"error": f"{where} has an image of {images[0].size} bytes"}
-    row |= {"start": images[0].start, "size": images[0].size}
-    return row | _parts(texts, config, name=row["uid"], where=where)
+@contextmanager
+def _fault_in(row: Row) -> Iterator[None]:
+    """Keep in a row why its sample cannot be used."""
+    try:
+        yield
+    except DataError as error:
+        row["error"] = str(error)
 
 
 def scan_images(paths: Iterable[Path], folder: Path, config: SourceConfig) -> Iterator[Row]:
     """Give the images of a folder, each with what its `.txt` and `.json` of the same name say."""
     for path in paths:
-        uid, where = as_text(os.fspath(path.relative_to(folder))), os.fspath(path)
+        uid, where = as_text(path.relative_to(folder)), str(path)
         row: Row = {"uid": uid, "path": os.fsencode(path.absolute())}
-        try:
-            texts = _side_texts(path)
-        except OSError as error:
-            yield row | {"error": f"{error.filename} cannot be read: {error.strerror}"}
-            continue
-        if texts:
-            yield row | _parts(texts, config, name=uid, where=where)
-        else:
-            yield row | {"error": f"{where} has no caption: found no .txt or .json of its name"}
+        with _fault_in(row):
+            record = _record_next_to(path)
+            if not record:
+                raise DataError(f"{where} has no caption: found no .txt or .json of its name")
+            row |= parts_of(record, config, name=uid, where=where)
+        yield row
 
 
-def _side_texts(path: Path) -> dict[str, bytes]:
-    files = [path.with_suffix(suffix) for suffix in SIDE_SUFFIXES]
-    return {file.suffix[1:]: read_file(file, LONGEST) for file in files if file.exists()}
-
-
-def first_record(path: Path, images: Iterable[Path], config: SourceConfig) -> Mapping[str, Any]:
-    """Return the record of the first sample: of a tar, a table, or some images of a folder."""
-    where = str(path)
-    if images:
-        texts = next((found for image in images if (found := _side_texts(image))), {})
-        return record_of(texts, where)
-    if path.name.lower().endswith(TAR_SUFFIXES):
-        for _, (_, members) in samples_of(path):
-            return record_of({name: member.content for name, member in members.items()}, where)
-        return {}
-    return next((record for _, record in _records_of(path, config)), {})
-
-
-def _parts(texts: Mapping[str, bytes], config: SourceConfig, *, name: str, where: str) -> Row:
-    """Read what stands next to an image, in a tar or a folder."""
+def _record_next_to(image: Path) -> dict[str, Any]:
+    files = [image.with_suffix(suffix) for suffix in SIDE_SUFFIXES]
     try:
-        return parts_of(record_of(texts, where), config, name=name, where=where)
-    except DataError as error:
-        return {"error": str(error)}
+        texts = {file.suffix[1:]: read_file(file, LONGEST) for file in files if file.exists()}
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
+    return _record_of(texts, str(image))
 
 
-def record_of(texts: Mapping[str, bytes], where: str) -> dict[str, Any]:
-    """Return the object in a `.json` as `json`, and the lines of a `.txt` as `txt`.
-
-    Raises:
-        DataError: one is not UTF-8 or no object; the message begins with `where`.
-    """
+def _record_of(texts: Mapping[str, bytes], where: str) -> dict[str, Any]:
+    """Return the object in a `.json` as `json`, and the lines of a `.txt` as `txt`."""
     record: dict[str, Any] = {}
     if "json" in texts:
         place = f"{where}, its .json"
@@ -234,34 +258,20 @@ def scan_table(path: Path, config: SourceConfig, *, prefix: str = "") -> Iterato
 
 
 def _table_rows(path: Path, config: SourceConfig, folder: Path, prefix: str) -> Iterator[Row]:
-    for number, (place, record) in enumerate(_records_of(path, config)):
-        where, uid = f"{path}, {place}", f"{prefix}{number}"
-        row: Row = {"uid": uid}
-        try:
+    for number, (where, record) in enumerate(records_in(path, (), config)):
+        row: Row = {"uid": f"{prefix}{number}"}
+        with _fault_in(row):
             row["split"] = whole_characters(str(record.get("split") or ""), where)
-            row |= _table_image(record, config, folder, where)
-            name = row.pop("name", uid)
+            name, value = row["uid"], image_in(record, config)
+            if isinstance(value, bytes):
+                row["image"] = value
+            elif isinstance(value, str) and value:
+                name = whole_characters(value, where)
+                row["path"] = os.fsencode((folder / name).absolute())
+            else:
+                raise DataError(f"{where}: found {value!r:.40}; expected an image or its path")
             row |= parts_of(record, config, name=name, where=where)
-        except DataError as error:
-            row["error"] = str(error)
         yield row
-
-
-def _records_of(path: Path, config: SourceConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    if is_json_lines(path):
-        return objects_of(path)
-    return rows_of(path, lambda columns: _columns(columns, config, path))
-
-
-def _table_image(record: Mapping[str, Any], config: SourceConfig, folder: Path, where: str) -> Row:
-    """Return the image of a row, or its path and the name that the table gives it."""
-    value = image_in(record, config)
-    if isinstance(value, bytes):
-        return {"image": value}
-    if not isinstance(value, str) or not value:
-        raise DataError(f"{where}: found {value!r:.40}; expected an image or its path")
-    name = whole_characters(value, where)
-    return {"name": name, "path": os.fsencode((folder / name).absolute())}
 
 
 def image_in(record: Mapping[str, Any], config: SourceConfig) -> Any:
@@ -272,18 +282,56 @@ def image_in(record: Mapping[str, Any], config: SourceConfig) -> Any:
     return value
 
 
-def _columns(columns: Sequence[str], config: SourceConfig, path: Path) -> Sequence[str]:
+def first_record(path: Path, images: Iterable[Path], config: SourceConfig) -> Mapping[str, Any]:
+    """Return the first record of a tar, a table, or some images of a folder."""
+    return next((record for _, record in records_in(path, images, config) if record), {})
+
+
+def records_in(
+    path: Path,
+    images: Iterable[Path],
+    config: SourceConfig,
+    *,
+    with_images: bool = True,
+    advance: Advance = ignore,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Give the records of a tar, a table, or some images of a folder, each after where it is.
+
+    Of a table the fields of the source are read, those of images only `with_images`; `advance` is
+    called with the bytes. A `DataError` says what cannot be read, or which column is missing.
+    """
+    if images:
+        yield from ((str(image), _record_next_to(image)) for image in images)
+    elif path.name.lower().endswith(TAR_SUFFIXES):
+        content, samples = members_by_key(path)
+        for key, members in samples.items():
+            where = f"{path}, sample {key!r}"
+            yield where, record_in(content, members, where)
+    else:
+        rows = (
+            objects_of(path, advance=advance)
+            if is_json_lines(path)
+            else rows_of(path, lambda of: _columns(of, config, path, with_images), advance=advance)
+        )
+        yield from ((f"{path}, {place}", record) for place, record in rows)
+
+
+def _columns(
+    columns: Sequence[str], config: SourceConfig, path: Path, with_images: bool
+) -> Sequence[str]:
     """Choose the columns of a table that are read."""
+    needed = [*chain.from_iterable(config.captions.values()), *config.language_of]
+    needed = needed or list({"captions"} & set(columns) or caption_fields(tuple(columns)))
     image = config.image or image_column(columns)
-    named = [*chain.from_iterable(config.captions.values()), *config.language_of, config.concept]
-    captions = [name for name in named if name] or caption_fields(tuple(columns))
-    if not image or not (captions or "captions" in columns):
+    if not needed or (with_images and not image):
         raise not_understood(path)
-    wanted = {image, *captions}
-    missing = [name for name in wanted if not {name, name.partition(".")[0]} & set(columns)]
+    if with_images:
+        needed += filter(None, (image, config.concept))
+    missing = [name for name in needed if not {name, name.partition(".")[0]} & set(columns)]
     if missing:
         raise DataError(f"{path} has no column {missing[0]!r}; its columns are {quoted(columns)}")
-    wanted |= {name.partition(".")[0] for name in wanted} | set(_OWN_COLUMNS)
+    wanted = {*needed, *(name.partition(".")[0] for name in needed), "captions", "split"}
+    wanted |= set(_OWN_COLUMNS) if with_images else set()
     return [name for name in columns if name in wanted]
 
 
@@ -291,8 +339,8 @@ def not_understood(path: Path) -> DataError:
     """Say which columns a table has, and which it needs."""
     return DataError(
         f"{path} has the columns {quoted(columns_of(path))}; expected one of images, such as "
-        f"{' or '.join(IMAGE_COLUMNS[:3])}, and one of captions, such as "
-        f"{' or '.join(CAPTION_FIELDS)} or, by language, caption_zh"
+        f"{' or '.join(IMAGE_COLUMNS[:3])}, unless captions alone are read, and one of captions, "
+        f"such as {' or '.join(CAPTION_FIELDS)} or, by language, caption_zh"
     )
 
 
@@ -300,6 +348,14 @@ def image_column(columns: Iterable[str]) -> str:
     """Return the column of images by its name, or an empty string."""
     columns = set(columns)
     return next((name for name in IMAGE_COLUMNS if name in columns), "")
+
+
+def is_tar(path: Path) -> bool:
+    """Say whether a file begins as a tar does, packed or not."""
+    try:
+        return path.is_file() and tarfile.is_tarfile(path)
+    except DAMAGE:
+        return False
 
 
 def is_json_lines(path: Path) -> bool:

@@ -3,6 +3,8 @@
 import csv
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,11 +16,9 @@ from vlm.data.records import (
     LONGEST,
     Advance,
     first_line,
+    guarded,
     ignore,
-    not_utf8,
-    opened,
     raw_lines,
-    reader,
 )
 from vlm.errors import DataError
 
@@ -28,7 +28,6 @@ IMAGE_COLUMNS = (
 _ROWS = 1024  # of a Parquet file at a time
 
 
-@reader
 def rows_of(
     path: Path,
     choose: Callable[[Sequence[str]], Sequence[str]] = lambda columns: columns,
@@ -43,7 +42,7 @@ def rows_of(
     `choose` is given all columns and returns those to read.
     """
     rows = _parquet_rows if is_parquet(path) else _text_rows
-    yield from rows(path, choose, advance)
+    return guarded(path, rows(path, choose, advance))
 
 
 def columns_of(path: Path) -> Sequence[str]:
@@ -82,10 +81,7 @@ def _parquet_rows(
         for batch in file.iter_batches(_ROWS, columns=columns, use_threads=False):
             for cells in zip(*batch.columns, strict=True):
                 number += 1
-                try:
-                    values = [cell.as_py() for cell in cells]
-                except UnicodeDecodeError as error:
-                    raise not_utf8(error, f"{path}, row {number}") from error
+                values = [cell.as_py() for cell in cells]
                 yield f"row {number}", dict(zip(batch.schema.names, values, strict=True))
             advance(size * len(batch) // rows)
         _check_columns(file.metadata, columns, file.num_row_groups)
@@ -115,25 +111,21 @@ def _text_rows(
     path: Path, choose: Callable[[Sequence[str]], Sequence[str]], advance: Advance
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
-    with opened(path, advance) as file:
-        table = _TextTable(path, raw_lines(file, path))
-        places = {name: table.header.index(name) for name in choose(table.header)}
-        for place, cells in table:
-            yield place, {name: cells[position] for name, position in places.items()}
+    table = _TextTable(path, raw_lines(path, advance))
+    places = {name: table.header.index(name) for name in choose(table.header)}
+    for place, cells in table:
+        yield place, {name: cells[position] for name, position in places.items()}
 
 
 class _TextTable:
     """Splits lines into the cells of rows."""
 
-    def __init__(self, path: Path, lines: Iterator[tuple[int, str]]) -> None:
+    def __init__(self, path: Path, lines: Iterator[tuple[str, str]]) -> None:
         self._path, self._lines = path, lines
-        self._ahead: deque[tuple[int, str]] = deque()  # lines looked at and not yet taken
-        first = next(lines, (1, ""))[1]
+        self._ahead: deque[tuple[str, str]] = deque()  # lines looked at and not yet taken
+        place, first = next(lines, ("line 1", ""))
         self._delimiter = _delimiter(path, first)
-        try:
-            self.header = self._split([first])
-        except csv.Error as error:
-            raise self._no_row(1, str(error)) from error
+        self.header = self._quoted_cells(place, [first])
         tabs = self._delimiter == "\t"
         pairs = len(self.header) == 2 and self.header[0] in IMAGE_COLUMNS
         self._splits = 1 if pairs and not tabs else -1
@@ -141,56 +133,52 @@ class _TextTable:
 
     def __iter__(self) -> Iterator[tuple[str, list[str]]]:
         while taken := self._take():
-            number, line = taken
+            place, line = taken
             if line.strip("\r\n"):
-                yield f"line {number}", self._cells(number, line)
+                cells = (self._may_be_unquoted and self._cells_of_line(line)) or self._quoted_cells(
+                    place, chain([line], map(itemgetter(1), iter(self._take, None)))
+                )
+                if len(cells) != len(self.header):
+                    raise DataError(
+                        f"{self._path}, {place}: found {len(cells)} cells; expected "
+                        f"{len(self.header)} as in the header"
+                    )
+                yield place, cells
 
-    def _cells(self, number: int, line: str) -> list[str]:
-        """Return the cells of the row that begins with a line, and may take more of them."""
-        taken = [line]
-        plain = self._plain_cells(line) if self._may_be_unquoted else None
+    def _take(self) -> tuple[str, str] | None:
+        return self._ahead.popleft() if self._ahead else next(self._lines, None)
+
+    def _quoted_cells(self, place: str, lines: Iterable[str]) -> list[str]:
+        """Return the cells of the first line, and of those after it that are in quotes."""
         try:
-            cells = self._split(self._continued(taken, plain))
+            return self._split(lines)
         except csv.Error as error:
-            if plain is None or len(taken) > 1:
-                raise self._no_row(number, str(error)) from error
-            cells = plain
-        if plain and len(taken) == 1 and len(cells) != len(self.header):
-            cells = plain
-        if len(cells) != len(self.header):
+            reason = str(error).replace("\t", r"\t")
             raise DataError(
-                f"{self._path}, line {number}: found {len(cells)} cells; expected "
-                f"{len(self.header)} as in the header"
-            )
-        return cells
+                f"{self._path}, {place}: {reason}; expected a table with quotes as in RFC 4180"
+            ) from error
 
     def _split(self, lines: Iterable[str]) -> list[str]:
         return next(csv.reader(lines, delimiter=self._delimiter, strict=True), [])
 
-    def _no_row(self, number: int, reason: str) -> DataError:
-        reason = reason.replace("\t", r"\t")
-        return DataError(
-            f"{self._path}, line {number}: {reason}; expected a table with quotes as in RFC 4180"
-        )
+    def _cells_of_line(self, line: str) -> list[str] | None:
+        """Return the cells of a line where quotes may mean nothing, if it is a row by itself.
+
+        It is not where an open quote goes on in the next line, unless that is a row by itself too:
+        else one open quote would swallow the rows after it.
+        """
+        plain = self._plain_cells(line)
+        try:
+            cells = self._split([line])
+            return cells if len(cells) == len(self.header) else plain
+        except csv.Error as error:
+            goes_on = "end of data" in str(error) and plain and not self._a_row_follows(plain)
+            return None if goes_on else plain
 
     def _plain_cells(self, line: str) -> list[str] | None:
-        """Return the cells of a line in which quotes mean nothing, if it is a row by itself."""
+        """Return the cells of a line in which quotes mean nothing, if they are those of a row."""
         cells = line.rstrip("\r\n").split(self._delimiter, self._splits)
         return cells if len(cells) == len(self.header) else None
-
-    def _continued(self, taken: list[str], plain: list[str] | None) -> Iterator[str]:
-        """Give a line and those after it, for as long as an open quote asks for more.
-
-        Where quotes may mean nothing, a line that is a row by itself is no part of a cell: else
-        one open quote would swallow the rows after it.
-        """
-        yield taken[0]
-        while not (plain and len(taken) == 1 and self._a_row_follows(plain)):
-            more = self._take()
-            if more is None:
-                return
-            taken.append(more[1])
-            yield more[1]
 
     def _a_row_follows(self, row: Sequence[str]) -> bool:
         """Look at the next line that is not blank; at the end, nothing closes a quote either."""
@@ -204,9 +192,6 @@ class _TextTable:
         return cells is not None and (
             self._delimiter == "\t" or Path(cells[0]).suffix == Path(row[0]).suffix
         )
-
-    def _take(self) -> tuple[int, str] | None:
-        return self._ahead.popleft() if self._ahead else next(self._lines, None)
 
 
 def _delimiter(path: Path, header: str) -> str:

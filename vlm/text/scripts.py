@@ -4,6 +4,9 @@ import regex
 
 from vlm.text.words import HAN
 
+MOST = 0.8
+"""Of texts in one script: the others are quotations, numbers and the like."""
+
 _LATIN_WORDS = regex.compile(r"[\p{Latin}]+(?:['’][\p{Latin}]+)*")
 _OTHER_LETTERS = regex.compile(r"[^\P{L}\p{Latin}\p{Han}]")
 _MOST_OTHER = 0.05  # a Chinese caption may quote a word of Japanese, whose own have Han as well

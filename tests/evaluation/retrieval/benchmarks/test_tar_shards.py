@@ -1,5 +1,7 @@
 """WebDatasets are read as CLIP_benchmark's own exporter writes them, and damage is refused."""
 
+import gzip
+
 import pytest
 import webdataset
 
@@ -50,6 +52,22 @@ def test_records_name_captions_by_language_or_without(tmp_path):
     assert found.texts["zh"].texts == ZH[:1]
     assert found.texts["en"].texts == EN[:3]
     assert found.texts["en"].matches.tolist() == [[0, 0], [1, 1], [2, 1]]
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_packed_tars_are_what_they_are_unpacked(tmp_path, is_folder):
+    members = [part for n in range(3) for part in sample(n, txt=EN[n].encode())]
+    path = write_tar(tmp_path / "test" / "0.tar", members)
+    expected = opened(path)
+    packed = path.with_name("0.tar.gz")
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    found = opened(tmp_path if is_folder else packed)
+    assert found.image_names == expected.image_names
+    assert found.texts["en"].texts == EN[:3]
+    assert list(found.images) == IMAGES[:3]
+    with PROCESSES.Pool(1) as workers:
+        assert workers.apply(list, (found.images,)) == IMAGES[:3]
 
 
 @pytest.mark.parametrize(

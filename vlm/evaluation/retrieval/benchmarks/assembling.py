@@ -15,13 +15,12 @@ from vlm.errors import DataError
 from vlm.evaluation.config import RetrievalSource
 from vlm.evaluation.retrieval.benchmarks.images import ImageFolder, Images
 from vlm.evaluation.retrieval.pairs import RetrievalPairs, Texts, correct_pairs, translations_of
-from vlm.text.scripts import language_by_script
+from vlm.text.scripts import MOST, language_by_script
 
 _ALLOWED_SHARE = 0.01
 _TAG = re.compile(r"(?<=\S)[:#/][A-Za-z]{1,4}$")
 _TAGGED = 0.9  # of all words; untagged texts have next to none that look so
 _PLAIN_QUOTES = str.maketrans("“”", '""')
-_CLEAR = 0.8  # of the captions; the others are quotations, numbers and the like
 
 
 class Row(NamedTuple):
@@ -241,9 +240,9 @@ def recognised_language(texts: Iterable[str], name: str) -> tuple[str, str]:
     counts = Counter(language_by_script(text) for text in texts if text.strip())
     zh, en = (counts[language] / max(1, counts.total()) for language in ("zh", "en"))
     note = f"{name}: {zh:.0%} of the captions are in Han characters, {en:.0%} in Latin letters"
-    if zh >= _CLEAR:
+    if zh >= MOST:
         return "zh", f"{note}; taken for Chinese"
-    if en >= _CLEAR:
+    if en >= MOST:
         return "en", f"{note}; taken for English"
     raise DataError(
         f"{note}, which is clearly neither zh nor en; give the language of its captions: "

@@ -15,6 +15,7 @@ from typing import Any, overload
 import numpy as np
 from jaxtyping import Int64
 
+from vlm.data.scanning import bytes_in, tar_content
 from vlm.errors import DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -70,15 +71,15 @@ class TarMembers:
 
     paths: Sequence[Path]
     spans: Int64[np.ndarray, "members 3"]
-    """Which file, where the member begins in it, and its size."""
+    """Which file, where the member begins in it unpacked, and its size."""
 
     def __call__(self, position: int) -> bytes:
         """Read a member."""
         path, start, size = self.spans[position].tolist()
-        with self.paths[path].open("rb") as file:
-            file.seek(start)
-            content: bytes = file.read(size)
-        return content
+        return bytes_in(_tar(self.paths[path]), start, size)
+
+
+_tar = lru_cache(maxsize=8)(tar_content)
 
 
 @dataclass(frozen=True)

@@ -115,12 +115,21 @@ def layout_of(config: SourceConfig) -> Layout:
 
 def splits_of(config: SourceConfig) -> list[str]:
     """Return the splits of a data folder; of anything else, the one that is asked for."""
+    if not names_data_folder(config.path):
+        return [config.split]
     if is_remote(config.path):
-        if not _has_suffix(config.path, TAR_SUFFIXES + TABLE_SUFFIXES):
-            return list(_manifest_at(config.path).splits)
-    elif is_data_folder(Path(config.path)):
-        return list(read_manifest(Path(config.path)).splits)
-    return [config.split]
+        return list(_manifest_at(config.path).splits)
+    return list(read_manifest(Path(config.path.removeprefix("file://"))).splits)
+
+
+def names_data_folder(path: str) -> bool:
+    """Whether a path or a URL names a folder with a manifest.
+
+    A place is not asked: of its addresses, every one that is no file of a known kind names one.
+    """
+    if is_remote(path):
+        return not _has_suffix(path, TAR_SUFFIXES + TABLE_SUFFIXES)
+    return is_data_folder(Path(path.removeprefix("file://")))
 
 
 def tars_in(folder: Path) -> dict[str, list[Path]]:
@@ -162,7 +171,7 @@ def _layout_of_files(config: SourceConfig) -> Layout:
 
 def _layout_at_place(config: SourceConfig) -> Layout:
     folder = config.path
-    if _has_suffix(folder, TAR_SUFFIXES + TABLE_SUFFIXES):
+    if not names_data_folder(folder):
         return _layout_of_files(config)
     entries = _manifest_at(folder).shards_of(config.split, shown(folder))
     return Layout("data folder", [shard_of_entry(folder, entry) for entry in entries])

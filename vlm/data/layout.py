@@ -164,9 +164,14 @@ def _layout_of_files(config: SourceConfig) -> Layout:
     there = not is_remote(config.path) and Path(config.path).exists()
     paths = [config.path] if there else _expanded(config.path)
     kind = _kind_of(paths)
-    if kind == "tars" and config.split != DEFAULT_SPLIT:
-        raise DataError(f"{shown(config.path)} has no splits; found the split {config.split!r}")
+    if kind == "tars":
+        _refuse_split(config)
     return Layout(kind, _files(paths))
+
+
+def _refuse_split(config: SourceConfig) -> None:
+    if config.split != DEFAULT_SPLIT:
+        raise DataError(f"{shown(config.path)} has no splits; found the split {config.split!r}")
 
 
 def _layout_at_place(config: SourceConfig) -> Layout:
@@ -208,6 +213,7 @@ def _layout_of_folder(folder: Path, config: SourceConfig) -> Layout:
             f"{folder} holds no samples; expected a {MANIFEST_NAME}, tars, tables of images, or "
             "images with a .txt or .json of the same name"
         )
+    _refuse_split(config)
     files, captions = _parts_of(folder, found.paths)
     left_out = found.left_out - Counter({OTHER_SUFFIX: captions})
     return Layout("images", files, left_out)

@@ -55,8 +55,7 @@ def sources_of(
             split = source.split or folder_split
             source = replace(source, split=split, name=source.name or split)
         else:
-            name = Path(shown(source.path)).absolute().stem
-            source = replace(source, name=source.name or name)
+            source = replace(source, name=source.name or _name_of(source.path))
         if source.name in found:
             raise ConfigError(
                 f"two benchmarks are called {source.name}: {shown(found[source.name].path)} and "
@@ -64,6 +63,12 @@ def sources_of(
             )
         found[source.name] = source
     return list(found.values())
+
+
+def _name_of(path: str) -> str:
+    """Return the last part of a path that is no pattern, without its suffix."""
+    parts = Path(shown(path)).absolute().parts
+    return Path([part for part in parts if not set(part) & set("{*?[")][-1]).stem
 
 
 def parse_source(text: str) -> RetrievalSource:

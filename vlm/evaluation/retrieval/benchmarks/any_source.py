@@ -47,9 +47,6 @@ def list_source(source: RetrievalSource) -> Listing:
                 unusable.append(reason)
                 continue
             name = as_text(os.fsdecode(found["path"])) if found["path"] else found["uid"]
-            if name in places and not found["path"]:
-                unusable.append(f"{name} occurs twice")
-                continue
             places.setdefault(name, (shard, row))
             captions: Mapping[str, Sequence[str]] = dict(found["captions"])
             unknown += len(captions.get(UNKNOWN_LANGUAGE, ()))

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from functools import partial
 
 import numpy as np
 import pytest
@@ -11,9 +10,8 @@ from tests.builders import THINGS, encoded, make_image, make_samples, write_img2
 from tests.support.object_store import ObjectStore
 from tests.support.web_server import WebServer
 from vlm.cli.main import main
-from vlm.data import layout
 from vlm.embedding.parts import read_embeddings
-from vlm.evaluation.classification import run as classification
+from vlm.storage import places
 
 NAMES = {"odd": {"en": "odd", "zh": "单数"}, "even": {"en": "even", "zh": "双数"}}
 VERBS = {
@@ -244,12 +242,8 @@ def test_a_data_folder_at_a_url_without_class_names_is_one_line(complaint, web, 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_place_that_stays_away_is_one_line(complaint, monkeypatch, verb):
-    for module, name in (
-        (layout, "read_small"),
-        (layout, "state_of"),
-        (classification, "state_of"),
-    ):
-        monkeypatch.setattr(module, name, partial(getattr(module, name), patience=0.3))
+    patiently = places._patiently
+    monkeypatch.setattr(places, "_patiently", lambda call, url, _: patiently(call, url, 0.3))
     said = complaint(verb, "--data", "http://127.0.0.1:9/data")
     assert said.startswith("http://127.0.0.1:9/data/")
     assert "stayed away for 0.3 s, in " in said

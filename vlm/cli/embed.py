@@ -34,9 +34,9 @@ class Options(SourceFields, ModelOptions):
 
     def source(self, data: str) -> SourceConfig:
         """Return the source to embed."""
-        from vlm.data.layout import names_data_folder
+        from vlm.data.layout import has_manifest
 
-        default = "test_style" if names_data_folder(data) else DEFAULT_SPLIT
+        default = "test_style" if has_manifest(data) else DEFAULT_SPLIT
         return SourceConfig(
             path=data,
             split=self.split or default,

@@ -115,18 +115,15 @@ def layout_of(config: SourceConfig) -> Layout:
 
 def splits_of(config: SourceConfig) -> list[str]:
     """Return the splits of a data folder; of anything else, the one that is asked for."""
-    if not names_data_folder(config.path):
+    if not has_manifest(config.path):
         return [config.split]
     if is_remote(config.path):
         return list(_manifest_at(config.path).splits)
     return list(read_manifest(Path(config.path.removeprefix("file://"))).splits)
 
 
-def names_data_folder(path: str) -> bool:
-    """Whether a path or a URL names a folder with a manifest.
-
-    A place is not asked: of its addresses, every one that is no file of a known kind names one.
-    """
+def has_manifest(path: str) -> bool:
+    """Say whether a path or URL is a data folder; what is no file at a place must be one."""
     if is_remote(path):
         return not _has_suffix(path, TAR_SUFFIXES + TABLE_SUFFIXES)
     return is_data_folder(Path(path.removeprefix("file://")))
@@ -164,19 +161,14 @@ def _layout_of_files(config: SourceConfig) -> Layout:
     there = not is_remote(config.path) and Path(config.path).exists()
     paths = [config.path] if there else _expanded(config.path)
     kind = _kind_of(paths)
-    if kind == "tars":
-        _refuse_split(config)
-    return Layout(kind, _files(paths))
-
-
-def _refuse_split(config: SourceConfig) -> None:
-    if config.split != DEFAULT_SPLIT:
+    if kind == "tars" and config.split != DEFAULT_SPLIT:
         raise DataError(f"{shown(config.path)} has no splits; found the split {config.split!r}")
+    return Layout(kind, _files(paths))
 
 
 def _layout_at_place(config: SourceConfig) -> Layout:
     folder = config.path
-    if not names_data_folder(folder):
+    if not has_manifest(folder):
         return _layout_of_files(config)
     entries = _manifest_at(folder).shards_of(config.split, shown(folder))
     return Layout("data folder", [shard_of_entry(folder, entry) for entry in entries])
@@ -213,7 +205,8 @@ def _layout_of_folder(folder: Path, config: SourceConfig) -> Layout:
             f"{folder} holds no samples; expected a {MANIFEST_NAME}, tars, tables of images, or "
             "images with a .txt or .json of the same name"
         )
-    _refuse_split(config)
+    if config.split != DEFAULT_SPLIT:
+        raise DataError(f"{folder} has no splits; found the split {config.split!r}")
     files, captions = _parts_of(folder, found.paths)
     left_out = found.left_out - Counter({OTHER_SUFFIX: captions})
     return Layout("images", files, left_out)

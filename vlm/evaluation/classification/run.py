@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float32, Int
 
 from vlm.data.config import DEFAULT_SPLIT, SourceConfig
-from vlm.data.layout import layout_of, names_data_folder
+from vlm.data.layout import has_manifest, layout_of
 from vlm.embedding.bulk import BulkEmbedder
 from vlm.embedding.embedder import Embedder
 from vlm.errors import ConfigError, DataError, VlmError
@@ -119,7 +119,7 @@ def evaluate(
         raise ConfigError(
             f"{bundle or 'the bundle'} does not name its languages; give them with --languages"
         )
-    if source.images is None and not names_data_folder(source.config().path):
+    if source.images is None and not has_manifest(source.config().path):
         source = replace(source, split=source.split or DEFAULT_SPLIT)
     templates = read_templates(source.templates, languages)
     classes, images = _read(source, languages)

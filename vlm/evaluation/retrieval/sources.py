@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.data.config import SourceFields
-from vlm.data.layout import names_data_folder
+from vlm.data.layout import has_manifest
 from vlm.errors import ConfigError, DataError
 from vlm.evaluation.config import RetrievalSource
 from vlm.evaluation.retrieval.benchmarks.opening import open_benchmark
@@ -51,7 +51,7 @@ def sources_of(
             if getattr(source, name) == getattr(_PLAIN, name)
         }
         source = replace(source, **missing)
-        if names_data_folder(source.path):
+        if has_manifest(source.path):
             split = source.split or folder_split
             source = replace(source, split=split, name=source.name or split)
         else:
@@ -96,7 +96,7 @@ def open_source(source: RetrievalSource, *, languages: Sequence[str]) -> Retriev
         DataError: the files are missing, damaged or of no known kind, more is missing than
             allowed, or nothing is left to ask.
     """
-    if not names_data_folder(source.path):
+    if not has_manifest(source.path):
         pairs = open_benchmark(source)
         if pairs.kind == "source":
             return pairs

@@ -206,6 +206,7 @@ def test_what_is_no_source_is_one_line(complaint, verb, path, said):
         ("embed", "mine.csv", ["--captions.en", "x"], "mine.csv has no column 'x'; its columns"),
         ("retrieval", "bare", [], "table), and as a source: "),
         ("retrieval", "empty", [], "and as a source: "),
+        ("retrieval", "images", ["--where", "a=b"], "no sample of the split 'train' of "),
         ("retrieval", "data", ["--split", "nope"], "no split 'nope'; its splits are test_style"),
         ("retrieval", "data", ["--lower_case"], "is a data folder; found lower_case, which is for"),
         ("retrieval", "tars", ["--where", "a=b"], "is a benchmark (webdataset); found where, whi"),

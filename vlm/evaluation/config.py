@@ -132,7 +132,7 @@ class ClassificationSource:
     def config(self) -> SourceConfig:
         """Return the source of the samples, with the defaults of a data folder."""
         return SourceConfig(
-            path=self.data or "data/emoji",
+            path="data/emoji" if self.data is None else self.data,
             split=self.split or "test_style",
             where=tuple(self.where or ()),
         )

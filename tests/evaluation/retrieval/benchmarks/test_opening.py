@@ -33,7 +33,7 @@ def test_a_name_says_nothing_of_the_kind(tmp_path):
 
 @pytest.mark.parametrize("content", ["", "a\n", "{}\n", "[1]", "\x00\x01", "PAR1"])
 def test_what_is_of_no_known_kind_lists_what_is_known(tmp_path, content):
-    path = tmp_path / "a.jsonl"
+    path = tmp_path / "a.json"
     path.write_text(content)
     for unknown in (path, tmp_path):
         with pytest.raises(

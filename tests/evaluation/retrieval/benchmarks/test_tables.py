@@ -130,7 +130,7 @@ def test_a_parquet_with_images_in_it_is_a_source(tmp_path):
 def test_a_damaged_parquet_is_refused(tmp_path):
     path = write_table(tmp_path / "a.parquet", {"image": ["0.png"] * 99, "caption": ZH[:1] * 99})
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(DataError, match=r"a.parquet is no benchmark of a known kind"):
+    with pytest.raises(DataError, match=r"a.parquet cannot be read: Parquet magic bytes not"):
         opened(path)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import get_args
 
+from vlm.data.layout import layout_of
 from vlm.errors import ConfigError, DataError
 from vlm.evaluation.config import Kind, RetrievalSource
 from vlm.evaluation.retrieval.benchmarks import annotations, chinese_clip, tables, tar_shards
@@ -40,13 +41,21 @@ def open_benchmark(source: RetrievalSource) -> RetrievalPairs:
             allowed, or a language that is asked for has no captions.
         PlaceError: the place of a URL cannot be reached.
     """
-    kind = source.kind or kind_of(source)
+    path = source.file
+    is_elsewhere = is_remote(source.path)
+    is_pattern = not is_elsewhere and not path.exists() and set(source.path) & set("{*?[")
+    if not (is_elsewhere or is_pattern or path.exists()):
+        raise DataError(
+            f"{path} does not exist; expected a data folder, the files of a benchmark, or another "
+            "source"
+        )
+    kind = source.kind or ("source" if is_elsewhere or is_pattern else kind_of(source))
     if kind not in get_args(Kind):
         raise DataError(f"{kind!r} is no kind of benchmark; expected {' or '.join(get_args(Kind))}")
     try:
         if kind == "source":
-            listing = _list_source(source)
-        elif is_remote(source.path):
+            listing = list_source(source)
+        elif is_elsewhere:
             raise ConfigError(
                 f"{shown(source.path)} is at a URL; found the kind {kind}, which is read from "
                 "files of this machine only"
@@ -55,36 +64,26 @@ def open_benchmark(source: RetrievalSource) -> RetrievalPairs:
             listing = _FORMATS[kind][1](source)
         return assemble(listing, source, kind=kind)
     except OSError as error:
-        name = error.filename or source.path
-        raise DataError(f"{name} cannot be read: {error.strerror}") from error
+        raise DataError(f"{error.filename or path} cannot be read: {error.strerror}") from error
 
 
 def kind_of(source: RetrievalSource) -> Kind:
-    """Return the kind of benchmark that a path holds; `source` if it is none.
+    """Return the kind of benchmark that files here are, or `source`.
 
-    A URL or a pattern is always a source.
+    Raises:
+        DataError: they are of no known kind, or may be of several.
     """
     path = source.file
-    if is_remote(source.path) or (not path.exists() and set(source.path) & set("{*?[")):
-        return "source"
-    if not path.exists():
-        raise DataError(
-            f"{path} does not exist; expected a data folder, the files of a benchmark, or another "
-            "source"
-        )
     found = [kind for kind, (recognises, _) in _FORMATS.items() if recognises(path)]
     if len(found) > 1:
         raise DataError(f"{path} may be {' or '.join(found)}; set kind to one of them")
-    return found[0] if found else "source"
-
-
-def _list_source(source: RetrievalSource) -> Listing:
+    if found:
+        return found[0]
     try:
-        return list_source(source)
+        layout_of(source.config())
     except DataError as error:
-        if source.kind or is_remote(source.path) or not source.file.exists():
-            raise
         raise DataError(
-            f"{source.path} is no benchmark of a known kind ({', '.join(_FORMATS)}), and as a "
-            f"source: {error}"
+            f"{path} is no benchmark of a known kind ({', '.join(_FORMATS)}), and as a source: "
+            f"{error}"
         ) from error
+    return "source"

@@ -62,7 +62,6 @@ def test_a_table_asks_the_same_by_its_own_reader_packed_and_at_a_url(web):
         (web.url("mine.csv"), {"images": web.folder}),
     ):
         found = opened(path, **settings)
-        assert found.kind == "source"
         assert asked(found) == asked(table)
         assert found.translations["en", "zh"].tolist() == table.translations["en", "zh"].tolist()
 

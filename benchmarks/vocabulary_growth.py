@@ -115,6 +115,7 @@ def dictionary_vectors(path: Path, *, width: int = 128) -> None:
 
 def score(bundle: Path) -> dict[str, float]:
     """Return the mean recall of a bundle by split and language."""
+    from vlm.data.config import SourceConfig
     from vlm.embedding.embedder import Embedder
     from vlm.evaluation.retrieval.evaluation import evaluate_retrieval
     from vlm.evaluation.retrieval.pairs import pairs_of_split
@@ -122,7 +123,8 @@ def score(bundle: Path) -> dict[str, float]:
     embedder = Embedder.load(bundle, device="cpu")
     result = {}
     for split in SPLITS:
-        pairs = pairs_of_split(ROOT / "data" / "emoji", split, languages=("zh", "en"))
+        emoji = SourceConfig(path=str(ROOT / "data" / "emoji"), split=split)
+        pairs = pairs_of_split(emoji, languages=("zh", "en"))
         scores = evaluate_retrieval(embedder, pairs)
         for language in ("zh", "en"):
             recalls = [scores[f"{language}/{recall}"] for recall in RECALLS]

@@ -141,9 +141,14 @@ def write_img2dataset(folder: Path, captions: Sequence[str], *, samples_per_shar
     return folder
 
 
+def of_split(folder: Path, split: str, *, where: Sequence[str] = ()) -> SourceConfig:
+    """Return one split of a data folder as a source."""
+    return SourceConfig(path=str(folder), split=split, where=tuple(where))
+
+
 def open_split(folder: Path, split: str = "train") -> Source:
     """Open one split of a data folder."""
-    return open_source(SourceConfig(path=str(folder), split=split))
+    return open_source(of_split(folder, split))
 
 
 def tiny_tokenizer(*, context_length: int = 16, vocab_size: int = 320) -> Tokenizer:

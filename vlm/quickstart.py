@@ -88,7 +88,7 @@ def run_quickstart(config: TrainConfig) -> tuple[Path, RetrievalRun]:
     scored = score_benchmarks(embedder, data, bundle=bundle)
     record = json.dumps(scored.as_record(), indent=1, ensure_ascii=False)
     write_file(folder / RECORD_NAME, (record + "\n").encode())
-    images = SplitImages(data, SEARCHED_SPLIT)
+    images = SplitImages(SourceConfig(path=str(data), split=SEARCHED_SPLIT))
     write_embeddings(embedder, images, folder / "embeddings", bundle=bundle)
     build_search_index(folder / "embeddings", folder / "index")
     return write_report(folder, _document(config, embedder, scored, seconds)), scored
@@ -97,7 +97,7 @@ def run_quickstart(config: TrainConfig) -> tuple[Path, RetrievalRun]:
 def score_benchmarks(embedder: Embedder, data: Path, *, bundle: str | Path = "") -> RetrievalRun:
     """Score a model on every one of `BENCHMARKS`, on the large ones by approximate search too."""
     sources = [
-        RetrievalSource(path=data, name=name, split=split, where=where)
+        RetrievalSource(path=str(data), name=name, split=split, where=where)
         for name, (split, where) in BENCHMARKS.items()
     ]
     large = [name for name, (split, _) in BENCHMARKS.items() if split == SEARCHED_SPLIT]

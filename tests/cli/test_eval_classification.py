@@ -211,7 +211,7 @@ def test_folders_with_what_is_for_samples_are_refused(capsys, bundle, images, wo
 def test_what_is_not_there_is_named_once(capsys, bundle, data, tmp_path):
     gone = tmp_path / "gone"
     err = run(capsys, bundle, "--data", gone, code=2)
-    assert err == f"vlm: {gone} is not a folder; expected a data folder with a manifest.json\n"
+    assert err == f"vlm: {gone} is missing; expected a data folder, tars, tables or images\n"
     names = tmp_path / "gone.json"
     err = run(capsys, bundle, "--data", data, "--classes", names, code=2)
     assert err == f"vlm: cannot read the class names {names}: No such file or directory\n"

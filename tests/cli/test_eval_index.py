@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.builders import encoded, make_image, make_samples, tiny_bundle, write_split
+from tests.builders import encoded, make_image, make_samples, of_split, tiny_bundle, write_split
 from vlm.cli.main import main
 from vlm.embedding.embedder import Embedder
 from vlm.evaluation.config import IndexPlan
@@ -79,7 +79,7 @@ def test_exact_recalls_are_those_of_the_retrieval_evaluation(capsys, words, bund
     record = json.loads(capsys.readouterr().out)
     embedder = Embedder.load(bundle, device="cpu")
     assert record["model"] == embedder.fingerprint
-    pairs = pairs_of_split(data, "test", languages=["zh", "en"])
+    pairs = pairs_of_split(of_split(data, "test"), languages=["zh", "en"])
     scores = evaluate_retrieval(embedder, pairs)
     for each in record["comparisons"][:4]:
         for k, recall in each["exact_recall"].items():
@@ -88,7 +88,7 @@ def test_exact_recalls_are_those_of_the_retrieval_evaluation(capsys, words, bund
 
 def test_stored_embeddings_give_what_a_benchmarks_vectors_give(capsys, words, bundle, data):
     embedder = Embedder.load(bundle, device="cpu")
-    pairs = pairs_of_split(data, "test", languages=["zh", "en"])
+    pairs = pairs_of_split(of_split(data, "test"), languages=["zh", "en"])
     texts = {
         language: (embedder.encode_text(of_language.texts), of_language.matches)
         for language, of_language in pairs.texts.items()

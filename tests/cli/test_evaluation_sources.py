@@ -132,9 +132,9 @@ def test_a_benchmark_takes_the_verbs_settings_where_it_has_none(tmp_path):
     ]
     path = written(tmp_path, data=entries, lower_case=True, allowed_share=0.5)
     first, second = sources("--config", path, "--split", "test")
-    assert (first.name, first.path) == ("MUGE", Path("a/muge"))
+    assert (first.name, first.path) == ("MUGE", "a/muge")
     assert (first.split, first.lower_case, first.allowed_share) == ("test", True, 0.5)
-    assert (second.name, second.path) == ("b", Path("b.csv"))
+    assert (second.name, second.path) == ("b", "b.csv")
     assert (second.split, second.lower_case, second.allowed_share) == ("dev", False, 0.5)
     assert (first.languages, second.languages) == (None, ["zh"])
 
@@ -195,7 +195,7 @@ def test_a_verb_with_one_source_takes_one():
     words = ["bundle", "--data", "x=some/where.csv"]
     options = parse(eval_calibrate.Options, words, prog="vlm eval calibrate", description="")
     (source,) = sources_in(options, [options.data], folder_split="val")
-    assert (source.name, source.path, source.split) == ("x", Path("some/where.csv"), None)
+    assert (source.name, source.path, source.split) == ("x", "some/where.csv", None)
 
 
 def test_a_text_that_names_nothing_is_refused():

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from tests.builders import encoded, make_image, make_samples
+from tests.builders import encoded, make_image, make_samples, of_split
 from vlm.embedding.embedder import Embedder
 from vlm.embedding.parts import (
     ListedImage,
@@ -24,7 +24,7 @@ from vlm.errors import ConfigError, DataError, SearchIndexError
 @pytest.fixture(scope="module")
 def written(tmp_path_factory, embedder, bundle, data_folder):
     out = tmp_path_factory.mktemp("embeddings") / "out"
-    images = SplitImages(data_folder, "test")
+    images = SplitImages(of_split(data_folder, "test"))
     write_embeddings(embedder, images, out, bundle=bundle, part_size=3)
     return out
 
@@ -91,7 +91,7 @@ def test_images_of_a_folder_come_in_the_order_of_their_paths(tmp_path):
 
 
 def test_images_of_a_split_carry_their_main_captions(data_folder):
-    found = list(SplitImages(data_folder, "test"))
+    found = list(SplitImages(of_split(data_folder, "test")))
     assert [p.uid for p in found] == [sample.uid for sample in make_samples(24)]
     assert found[0].captions == {"en": "red apple", "zh": "红苹果"}
     assert found[0].address == f"{data_folder}/test-00000.tar.gz#0"
@@ -103,7 +103,7 @@ def test_what_cannot_be_used_of_a_table_is_left_out_and_named(tmp_path, embedder
         (tmp_path / f"{number}.png").write_bytes(encoded(make_image(number)))
     path = tmp_path / "caps.csv"
     path.write_text("image,en\n0.png,a cat\n1.png,\n2.png,a dog\n")
-    images = SplitImages(path, "train")
+    images = SplitImages(of_split(path, "train"))
     out = tmp_path / "out"
     written = write_embeddings(embedder, images, out, bundle=out)
     assert written.description.count == len(images) - 1 == 2

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from tests.builders import IMAGE_SIZE, open_split, tiny_model
+from tests.builders import IMAGE_SIZE, of_split, open_split, tiny_model
 from tests.support.commands import ROOT
 from tests.support.peers import chinese_clip_scores
 from vlm.bundle import Bundle
 from vlm.embedding.bulk import BulkEmbedder
 from vlm.embedding.embedder import Embedder
-from vlm.evaluation.classification.dataset import images_of_split
+from vlm.evaluation.classification.dataset import images_of_source
 from vlm.evaluation.classification.prompts import read_class_names
 from vlm.evaluation.classification.run import classifier_weights, evaluate_classification
 from vlm.evaluation.retrieval.comparison import compare
@@ -320,7 +320,7 @@ def classified_by_clip_benchmark(classification, embedder, images, names, templa
 
 def emoji_classes(label):
     names = read_class_names([str(DATA / "classes.json")], ["zh", "en"], label=label)
-    return images_of_split(DATA, "val", label=label, class_ids=names.ids), {
+    return images_of_source(of_split(DATA, "val"), label=label, class_ids=names.ids), {
         language: [name for (name,) in of_language] for language, of_language in names.names.items()
     }
 

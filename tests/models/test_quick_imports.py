@@ -3,6 +3,7 @@ import sys
 
 import pytest
 
+from tests.builders import of_split
 from tests.support.commands import ROOT
 from vlm.embedding.parts import SplitImages, write_embeddings
 from vlm.search.search_index import build_search_index
@@ -60,7 +61,7 @@ def test_a_search_imports_no_library_that_it_can_do_without(
     embedder, bundle, data_folder, tmp_path
 ):
     write_embeddings(
-        embedder, SplitImages(data_folder, "test"), tmp_path / "embeddings", bundle=bundle
+        embedder, SplitImages(of_split(data_folder, "test")), tmp_path / "embeddings", bundle=bundle
     )
     build_search_index(tmp_path / "embeddings", tmp_path / "index")
     run(SEARCH, str(tmp_path / "index"))

@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -296,7 +295,7 @@ def test_backticks_in_names_are_no_mark_up():
     run = made_run(["en"], classes=8)
     names = {"en": [(f"`{number}`",) for number in range(8)]}
     marked = replace(
-        run, bundle="a`b", source=ClassificationSource(data=Path("c`d"), where=["concept=`e`"]),
+        run, bundle="a`b", source=ClassificationSource(data="c`d", where=["concept=`e`"]),
         classes=ClassNames(ids=run.classes.ids, names=names),
     )  # fmt: skip
     document = classification_document(marked)

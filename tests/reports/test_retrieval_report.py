@@ -18,7 +18,7 @@ from vlm.reports.retrieval_report import format_run, retrieval_document, retriev
 @pytest.fixture(scope="module")
 def run(embedder, data_folder):
     sources = [
-        RetrievalSource(path=data_folder, name=name, split="test", languages=languages)
+        RetrievalSource(path=str(data_folder), name=name, split="test", languages=languages)
         for name, languages in (("both", ["zh", "en"]), ("chinese alone", ["zh"]))
     ]
     scored = evaluate(embedder, sources, bundle="runs/a/bundle")

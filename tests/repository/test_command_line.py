@@ -11,12 +11,12 @@ TRAIN = {"config", "run_folder", "seed", "precision", "cpu_threads", "start_from
     "report_every", "data", "captions", "preprocess", "augmentation", "model", "loss",
     "objectives", "adapt", "optimizer", "schedule", "evaluation", "checkpoint",
 }  # fmt: skip
-SOURCES = {"data", "split", "language", "languages", "where", "images", "duplicates"} | {
-    "lower_case", "allowed_share",
+FIELDS = {"captions", "language_of", "image", "concept"}
+SOURCES = FIELDS | {
+    "data", "split", "language", "languages", "where", "images", "duplicates", "lower_case",
+    "allowed_share",
 }  # fmt: skip
-SOURCE = {"path", "config", "split", "captions", "language_of", "image", "concept", "images"} | {
-    "where",
-}  # fmt: skip
+SOURCE = FIELDS | {"path", "config", "split", "images", "where"}
 INDEXES = {"index", "target_recall", "memory", "sweep"}
 EMBEDDER = {"device", "truncate_dim"}
 TEXTS = {"zh", "en", "column", "split"}
@@ -39,7 +39,9 @@ PINNED = {
     | EMBEDDER
     | {"bundle", "json"},
     "eval index": INDEXES | {"embeddings", "device", "json", "out"},
-    "embed": {"bundle", "images", "data", "split", "out", "allowed_share"} | EMBEDDER,
+    "embed": FIELDS
+    | {"bundle", "images", "data", "split", "where", "out", "allowed_share"}
+    | EMBEDDER,
     "index": {"embeddings", "out", "factory"},
     "search": {"index", "text", "image", "k", "bundle", "device", "json"},
     "tokenizer report": TEXTS | {"folders", "limit", "json", "plot"},

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from tests.builders import encoded, make_image, make_sample, make_samples, tiny_bundle
+from tests.builders import encoded, make_image, make_sample, make_samples, of_split, tiny_bundle
 from vlm.bundle import load_bundle
 from vlm.embedding.embedder import Embedder
 from vlm.embedding.parts import SplitImages, images_in_folder, write_embeddings
@@ -22,7 +22,7 @@ def run_folder(tmp_path_factory, data_folder):
     """Return a run with its bundle, the embeddings of a split and their index."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     bundle = tiny_bundle(folder / "bundle", context_length=32)
-    images = SplitImages(data_folder, "test")
+    images = SplitImages(of_split(data_folder, "test"))
     write_embeddings(
         Embedder.load(bundle, device="cpu"), images, folder / "embeddings", bundle=bundle,
         part_size=7,

@@ -25,9 +25,10 @@ class Options(CalibrationPlan, SourceSettings, ModelOptions, JsonOptions):
     """Folder of the bundle to calibrate."""
     _: KW_ONLY
     data: str = "data/emoji"
-    """[NAME=]PATH: a data folder, or the files of a published benchmark."""
+    """[NAME=]PATH: a data folder, the files of a published benchmark, or another source."""
     split: str | None = None
-    """Of a data folder `val` by default, of other files the only one, or `test`."""
+    """Of a data folder `val` by default, of a benchmark the only one, or `test`, of another source
+    `train`."""
 
 
 def run(options: Options) -> None:
@@ -37,6 +38,7 @@ def run(options: Options) -> None:
     from vlm.embedding.embedder import Embedder
     from vlm.evaluation.calibration import calibrate
     from vlm.evaluation.retrieval.sources import open_source
+    from vlm.storage.places import shown
 
     plan = part_of(options, CalibrationPlan)
     (source,) = sources_in(options, [options.data], folder_split=_SPLIT)
@@ -47,7 +49,7 @@ def run(options: Options) -> None:
     if pairs.findings:
         print(f"{source.name}: {'; '.join(pairs.describe_findings())}", file=sys.stderr)
     data = {
-        "data": str(source.path),
+        "data": shown(source.path),
         "kind": pairs.kind,
         "split": pairs.split,
         "where": list(source.where or ()),

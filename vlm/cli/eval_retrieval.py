@@ -23,8 +23,9 @@ class Options(SourceSettings, IndexOptions, EvaluationOptions):
     config: Path | None = None
     """YAML file with these options."""
     data: tuple[str | RetrievalSource, ...] = ("data/emoji",)
-    """[NAME=]PATH of data folders, or of the files of published benchmarks; the name is that of the
-    scores. In a file, also mappings with path and settings of their own."""
+    """[NAME=]PATH of data folders, of the files of published benchmarks, or of other sources, here
+    or at a URL; the name is that of the scores. In a file, also mappings with path and settings of
+    their own."""
 
 
 def run(options: Options) -> None:

@@ -17,17 +17,9 @@ DEFAULT_SPLIT = "train"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceConfig:
-    """Where images with captions lie, and what their parts are called there."""
+class SourceFields:
+    """What the parts of a source are called there."""
 
-    path: str
-    """A data folder; tars, named by braces (`{00000..00299}.tar`), `*` or their folder; a csv,
-    tsv, jsonl or parquet file with images or their paths; or a folder of images, each with a
-    `.txt` or `.json` of the same name. Data folders, tars and tables with images may be at a place:
-    `s3://`, `gs://`, `hf://`, `https://`."""
-    split: str = DEFAULT_SPLIT
-    """The split to read: of a data folder, of files named `SPLIT-NUMBER`, or of a table with a
-    column `split`."""
     captions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """By language, the fields with its captions, the main one first: columns of a table, `txt` or
     `json.KEY` otherwise, dots lead further in. By default found by their names."""
@@ -38,12 +30,26 @@ class SourceConfig:
     concept: str = ""
     """The field with what an image shows: samples of one concept are never negatives of each other.
     By default `concept`, else the image's path, else the sample's name."""
-    images: Path | None = None
-    """The folder that relative paths in a table start from; null is the folder of the table."""
-    where: tuple[str, ...] = ()
-    """Conditions on samples, such as `source=noto`, `group!=flags` or `languages=en+zh`."""
 
     def __post_init__(self) -> None:
         for language, fields in self.captions.items():
             if isinstance(fields, str):
                 raise ConfigError(f"captions.{language} is {fields!r}; expected a list of fields")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig(SourceFields):
+    """Where images with captions lie, and what their parts are called there."""
+
+    path: str
+    """A data folder; tars, named by braces (`{00000..00299}.tar`), `*` or their folder; a csv,
+    tsv, jsonl or parquet file with images or their paths; or a folder of images, each with a
+    `.txt` or `.json` of the same name. Data folders, tars and tables with images may be at a place:
+    `s3://`, `gs://`, `hf://`, `https://`."""
+    split: str = DEFAULT_SPLIT
+    """The split to read: of a data folder, of files named `SPLIT-NUMBER`, or of a table with a
+    column `split`."""
+    images: Path | None = None
+    """The folder that relative paths in a table start from; null is the folder of the table."""
+    where: tuple[str, ...] = ()
+    """Conditions on samples, such as `source=noto`, `group!=flags` or `languages=en+zh`."""

@@ -119,12 +119,18 @@ def layout_of(config: SourceConfig) -> Layout:
 
 def splits_of(config: SourceConfig) -> list[str]:
     """Return the splits of a data folder; of anything else, the one that is asked for."""
+    if not has_manifest(config.path):
+        return [config.split]
     if is_remote(config.path):
-        if not _has_suffix(config.path, TAR_SUFFIXES + TABLE_SUFFIXES):
-            return list(_manifest_at(config.path).splits)
-    elif is_data_folder(Path(config.path)):
-        return list(read_manifest(Path(config.path)).splits)
-    return [config.split]
+        return list(_manifest_at(config.path).splits)
+    return list(read_manifest(Path(config.path.removeprefix("file://"))).splits)
+
+
+def has_manifest(path: str) -> bool:
+    """Say whether a path or URL is a data folder; what is no file at a place must be one."""
+    if is_remote(path):
+        return not _has_suffix(path, TAR_SUFFIXES + TABLE_SUFFIXES)
+    return is_data_folder(Path(path.removeprefix("file://")))
 
 
 def tars_in(folder: Path) -> dict[str, list[Path]]:
@@ -166,7 +172,7 @@ def _layout_of_files(config: SourceConfig) -> Layout:
 
 def _layout_at_place(config: SourceConfig) -> Layout:
     folder = config.path
-    if _has_suffix(folder, TAR_SUFFIXES + TABLE_SUFFIXES):
+    if not has_manifest(folder):
         return _layout_of_files(config)
     entries = _manifest_at(folder).shards_of(config.split, shown(folder))
     return Layout("data folder", [shard_of_entry(folder, entry) for entry in entries])
@@ -203,6 +209,8 @@ def _layout_of_folder(folder: Path, config: SourceConfig) -> Layout:
             f"{folder} holds no samples; expected a {MANIFEST_NAME}, tars, tables of images, or "
             "images with a .txt or .json of the same name"
         )
+    if config.split != DEFAULT_SPLIT:
+        raise DataError(f"{folder} has no splits; found the split {config.split!r}")
     files, captions = _parts_of(folder, found.paths)
     left_out = found.left_out - Counter({OTHER_SUFFIX: captions})
     return Layout("images", files, left_out)

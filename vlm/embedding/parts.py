@@ -76,8 +76,8 @@ class Written(NamedTuple):
 class SplitImages:
     """Every image of a source, in the order of its shards."""
 
-    def __init__(self, path: Path, split: str) -> None:
-        self._samples = open_source(SourceConfig(path=str(path), split=split))
+    def __init__(self, config: SourceConfig) -> None:
+        self._samples = open_source(config)
 
     def __len__(self) -> int:
         return len(self._samples)

@@ -2,39 +2,43 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from vlm.data.config import DEFAULT_SPLIT, SourceConfig, SourceFields
 from vlm.errors import ConfigError
+from vlm.storage.places import shown
 
 DuplicatePolicy = Literal["by id", "by string"]
 """Which images are correct answers where several of them have the same caption."""
 
 Kind = Literal[
     "chinese-clip", "m2-encoder", "karpathy", "numbered-captions", "xm3600", "xtd10", "webdataset",
-    "table",
+    "table", "source",
 ]  # fmt: skip
-"""The kinds of benchmark files that can be read."""
+"""What can be asked caption by caption: the kinds of benchmark files, and any other source."""
 
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceSettings:
+class SourceSettings(SourceFields):
     """How a benchmark is asked; a setting that is not given takes what fits the files."""
 
     split: str | None = None
-    """Of a data folder `test_style` by default, of other files the only one, or `test`."""
+    """Of a data folder `test_style` by default, of a benchmark the only one, or `test`, of another
+    source `train`."""
     images: Path | None = None
-    """Of a benchmark: the folder of its images, if they are not next to its file."""
+    """Of a benchmark or a table: the folder of its images, if they are not next to its file."""
     language: str | None = None
     """Of a benchmark: the language of captions whose file does not name it; by default recognised
     from their letters."""
     languages: Sequence[str] | None = None
     """Languages to ask in; by default all, of a data folder those of the model."""
     where: Sequence[str] | None = None
-    """Of a data folder: conditions on samples, such as `source=noto` or `group!=flags`."""
+    """Of a data folder or another source: conditions on samples, such as `source=noto` or
+    `group!=flags`."""
     duplicates: DuplicatePolicy | None = None
     """Of a benchmark: which images are correct where several have the same caption; by default
     `by id`. `by string` is M2-Encoder's rule in text to image; in image to text its script counts
@@ -46,6 +50,7 @@ class SourceSettings:
     0.01."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.allowed_share is not None and not 0 <= self.allowed_share <= 1:
             raise ConfigError(f"allowed_share is {self.allowed_share}; expected a ratio in [0, 1]")
 
@@ -54,29 +59,48 @@ class SourceSettings:
 class RetrievalSource(SourceSettings):
     """A benchmark and how to ask it."""
 
-    path: Path
-    """A data folder, or the file or folder of a published benchmark."""
+    path: str
+    """A data folder, the file or folder of a published benchmark, or any other source of images
+    with captions, here or at a URL."""
     name: str = ""
     """The name its scores get; by default a data folder's split, or the name of the file."""
     kind: Kind | None = None
-    """The kind of benchmark, if it cannot be recognised from the files."""
+    """The kind of files, if it cannot be recognised."""
+
+    @property
+    def file(self) -> Path:
+        """The path of what lies on this machine."""
+        return Path(self.path.removeprefix("file://"))
+
+    def config(self) -> SourceConfig:
+        """Return the source that is asked, as training has it."""
+        return SourceConfig(
+            path=self.path,
+            split=self.split or DEFAULT_SPLIT,
+            images=self.images,
+            where=tuple(self.where or ()),
+            **{each.name: getattr(self, each.name) for each in fields(SourceFields)},
+        )
 
     def as_record(self) -> dict[str, Any]:
         """Return the settings as plain values, for JSON; None for what was not given."""
-        return {
+        record = {
             name: str(value) if isinstance(value, Path) else value
             for name, value in asdict(self).items()
         }
+        not_given = {each.name: None for each in fields(SourceFields) if not record[each.name]}
+        return record | not_given | {"path": shown(self.path)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassificationSource:
     """Labelled images, the names of their classes and the prompts to classify them with."""
 
-    data: Path | None = None
-    """Data folder; default: data/emoji."""
+    data: str | None = None
+    """Data folder, here or at a URL, or another source whose samples have labels; default:
+    data/emoji."""
     split: str | None = None
-    """Split of the data folder; default: test_style."""
+    """Split of the data; default: test_style of a data folder, and train of others."""
     label: str | None = None
     """Label that names a sample's class; default: class."""
     where: Sequence[str] | None = None
@@ -105,15 +129,24 @@ class ClassificationSource:
         if not self.classes:
             raise ConfigError(f"--images {self.images} needs --classes: the names of its classes")
 
+    def config(self) -> SourceConfig:
+        """Return the source of the samples, with the defaults of a data folder."""
+        return SourceConfig(
+            path="data/emoji" if self.data is None else self.data,
+            split=self.split or "test_style",
+            where=tuple(self.where or ()),
+        )
+
     def as_record(self) -> dict[str, Any]:
         """Return which images are asked for, with the defaults, as plain values."""
         if self.images is not None:
             return {"data": str(self.images), "where": []}
+        config = self.config()
         return {
-            "data": str(self.data or "data/emoji"),
-            "split": self.split or "test_style",
+            "data": shown(config.path),
+            "split": config.split,
             "label": self.label or "class",
-            "where": list(self.where or ()),
+            "where": list(config.where),
         }
 
 

@@ -17,6 +17,7 @@ from vlm.batches.loader import TrainingLoader
 from vlm.batches.mixture import BatchOrder, mixture_of
 from vlm.batches.order import SourceOrder
 from vlm.bundle import Bundle, load_bundle
+from vlm.data.config import SourceConfig
 from vlm.data.manifest import is_data_folder
 from vlm.data.source import Source, open_source
 from vlm.distributed.groups import world_group
@@ -333,7 +334,8 @@ def _build_evaluation(config: TrainConfig, start: Bundle) -> Callable[[Encoder],
             f"evaluation.every_steps is {config.evaluation.every_steps}, but the run reads no data "
             "folder with splits; expected evaluation.folder, one to score"
         )
-    pairs = pairs_of_split(folder, split, languages=languages, cache_gib=config.data.cache_gib)
+    asked = SourceConfig(path=folder, split=split)
+    pairs = pairs_of_split(asked, languages=languages, cache_gib=config.data.cache_gib)
 
     def evaluate(encoder: Encoder) -> dict[str, float]:
         embedder = Embedder(start, model=encoder)

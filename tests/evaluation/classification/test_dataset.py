@@ -2,13 +2,13 @@
 
 import pytest
 
-from tests.builders import encoded, make_image, make_sample, make_samples, write_split
+from tests.builders import encoded, make_image, make_sample, make_samples, of_split, write_split
 from vlm.embedding.bulk import digest_of_image
 from vlm.errors import DataError
 from vlm.evaluation.classification.dataset import (
     class_folders,
     images_in_class_folders,
-    images_of_split,
+    images_of_source,
 )
 
 
@@ -19,22 +19,22 @@ def folder(tmp_path):
 
 
 def test_samples_have_the_class_of_their_label(folder):
-    images = images_of_split(folder, "test", label="group", class_ids=["odd", "even"])
+    images = images_of_source(of_split(folder, "test"), label="group", class_ids=["odd", "even"])
     assert images.labels.tolist() == [1, 0, 1, 0, 1, 0, 1, 1]
     assert images.left_out == 1
     assert images.images[2] == make_sample(2).image
 
 
 def test_conditions_leave_samples_out_uncounted(folder):
-    images = images_of_split(
-        folder, "test", label="group", class_ids=["odd", "even"], where=["source=photo"]
+    images = images_of_source(
+        of_split(folder, "test", where=["source=photo"]), label="group", class_ids=["odd", "even"]
     )
     assert (images.labels.tolist(), images.left_out) == ([1], 0)
 
 
 def test_a_label_without_a_name_is_refused(folder):
     with pytest.raises(DataError, match=r"has the group 'even'; expected one of the 1 with names"):
-        images_of_split(folder, "test", label="group", class_ids=["odd"])
+        images_of_source(of_split(folder, "test"), label="group", class_ids=["odd"])
 
 
 @pytest.mark.parametrize(
@@ -47,13 +47,17 @@ def test_a_label_without_a_name_is_refused(folder):
 )
 def test_nothing_to_classify_is_refused(folder, label, where, said):
     with pytest.raises(DataError, match=said):
-        images_of_split(folder, "test", label=label, class_ids=["odd", "even"], where=where)
+        images_of_source(
+            of_split(folder, "test", where=where), label=label, class_ids=["odd", "even"]
+        )
 
 
 def test_a_condition_on_what_no_sample_has_is_refused(folder):
     with pytest.raises(DataError, match=r"no sample of the split 'test' of .* has 'colour'"):
-        images_of_split(
-            folder, "test", label="group", class_ids=["odd", "even"], where=["colour!=red"]
+        images_of_source(
+            of_split(folder, "test", where=["colour!=red"]),
+            label="group",
+            class_ids=["odd", "even"],
         )
 
 

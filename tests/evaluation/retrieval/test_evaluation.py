@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.builders import make_sample, make_samples
+from tests.builders import make_sample, make_samples, of_split
 from tests.support.processes import run_in_world
 from vlm.distributed.groups import world_group
 from vlm.embedding.bulk import BulkEmbedder
@@ -145,7 +145,7 @@ def test_a_model_that_scores_all_alike_finds_nothing():
 
 
 def test_a_real_model_is_scored_like_its_similarity_matrix(embedder, data_folder):
-    pairs = pairs_of_split(data_folder, "test", languages=["zh", "en"])
+    pairs = pairs_of_split(of_split(data_folder, "test"), languages=["zh", "en"])
     scores = evaluate_retrieval(embedder, pairs)
     images = embedder.encode_image([sample.image for sample in make_samples(24)])
     for language in ("zh", "en"):
@@ -166,7 +166,7 @@ def test_cutoffs_that_make_no_sense_are_refused(cutoffs):
 
 
 def test_an_evaluation_says_what_was_asked_and_how_it_was_read(embedder, data_folder):
-    pairs = pairs_of_split(data_folder, "test", languages=["zh", "en"])
+    pairs = pairs_of_split(of_split(data_folder, "test"), languages=["zh", "en"])
     evaluation = evaluate_pairs(BulkEmbedder(embedder), pairs)
     assert evaluation.scores == evaluate_retrieval(embedder, pairs)
     assert evaluation.questions.keys() == {"zh", "en"}
@@ -181,7 +181,7 @@ def test_an_evaluation_says_what_was_asked_and_how_it_was_read(embedder, data_fo
 
 
 def test_an_evaluation_holds_intervals_cosines_and_agreement(embedder, data_folder):
-    pairs = pairs_of_split(data_folder, "test", languages=["zh", "en"])
+    pairs = pairs_of_split(of_split(data_folder, "test"), languages=["zh", "en"])
     evaluation = evaluate_pairs(BulkEmbedder(embedder), pairs)
     record = evaluation.as_record()
     assert record["intervals"]["level"] == 0.95

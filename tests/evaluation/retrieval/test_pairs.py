@@ -5,7 +5,15 @@ import json
 import numpy as np
 import pytest
 
-from tests.builders import THINGS, encoded, make_image, make_sample, make_samples, write_split
+from tests.builders import (
+    THINGS,
+    encoded,
+    make_image,
+    make_sample,
+    make_samples,
+    of_split,
+    write_split,
+)
 from tests.evaluation.retrieval.benchmarks.opened import opened
 from vlm.errors import DataError
 from vlm.evaluation.retrieval.pairs import (
@@ -18,11 +26,11 @@ from vlm.evaluation.retrieval.pairs import (
 
 def pairs_of(folder, samples, *, languages=("zh", "en"), where=()):
     write_split(folder, samples, split="test")
-    return pairs_of_split(folder, "test", languages=languages, where=where)
+    return pairs_of_split(of_split(folder, "test", where=where), languages=languages)
 
 
 def test_each_concept_is_asked_for_once_and_all_its_images_are_answers(data_folder):
-    pairs = pairs_of_split(data_folder, "test", languages=["zh", "en"])
+    pairs = pairs_of_split(of_split(data_folder, "test"), languages=["zh", "en"])
     assert list(pairs.texts) == ["zh", "en"]
     assert list(pairs.texts["en"].texts) == [en for en, _ in THINGS]
     assert list(pairs.texts["zh"].texts) == [zh for _, zh in THINGS]
@@ -65,7 +73,7 @@ def test_a_language_that_no_sample_has_is_left_out(tmp_path):
     ids=lambda value: " and ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
 def test_conditions_choose_samples(data_folder, where, expected):
-    pairs = pairs_of_split(data_folder, "test", languages=["en"], where=where)
+    pairs = pairs_of_split(of_split(data_folder, "test", where=where), languages=["en"])
     assert list(pairs.images) == [encoded(make_image(number)) for number in expected]
     matches = pairs.texts["en"].matches
     assert sorted(matches[:, 1].tolist()) == list(range(len(pairs.images)))
@@ -73,13 +81,14 @@ def test_conditions_choose_samples(data_folder, where, expected):
 
 def test_a_condition_on_what_no_sample_has_is_refused(data_folder):
     with pytest.raises(DataError, match=r"no sample of the split 'test' .* has 'grop', .* group"):
-        pairs_of_split(data_folder, "test", languages=["en"], where=["grop!=even"])
+        pairs_of_split(of_split(data_folder, "test", where=["grop!=even"]), languages=["en"])
 
 
 def test_conditions_that_leave_nothing_are_named(data_folder):
     with pytest.raises(DataError, match=r"'test' .* has no sample where source=oil and group=even"):
         pairs_of_split(
-            data_folder, "test", languages=["zh", "en"], where=["source=oil", "group=even"]
+            of_split(data_folder, "test", where=["source=oil", "group=even"]),
+            languages=["zh", "en"],
         )
 
 
@@ -87,11 +96,11 @@ def test_languages_that_leave_nothing_are_named(data_folder):
     with pytest.raises(
         DataError, match=r"no sample with a caption in fr; expected some of \w\w, \w\w$"
     ):
-        pairs_of_split(data_folder, "test", languages=["fr"])
+        pairs_of_split(of_split(data_folder, "test"), languages=["fr"])
 
 
 def test_matches_are_whole_numbers_in_pairs(data_folder):
-    matches = pairs_of_split(data_folder, "test", languages=["en"]).texts["en"].matches
+    matches = pairs_of_split(of_split(data_folder, "test"), languages=["en"]).texts["en"].matches
     assert matches.dtype == np.int64
     assert matches.shape == (24, 2)
 
@@ -141,7 +150,7 @@ def naive_translations(first, second):
 
 
 def test_main_captions_of_one_concept_are_translations_each_once(data_folder):
-    pairs = pairs_of_split(data_folder, "test", languages=["zh", "en"])
+    pairs = pairs_of_split(of_split(data_folder, "test"), languages=["zh", "en"])
     ((languages, translations),) = pairs.translations.items()
     assert languages == ("en", "zh")
     said = [(pairs.texts["en"].texts[a], pairs.texts["zh"].texts[b]) for a, b in translations]
@@ -170,7 +179,7 @@ def test_languages_are_paired_with_english_or_else_with_the_first(tmp_path):
         (["zh", "de"], [("zh", "de")]),
         (["zh"], []),
     ):
-        pairs = pairs_of_split(tmp_path, "test", languages=languages)
+        pairs = pairs_of_split(of_split(tmp_path, "test"), languages=languages)
         assert list(pairs.translations) == expected
         assert all(each.tolist() == [[0, 0]] for each in pairs.translations.values())
 

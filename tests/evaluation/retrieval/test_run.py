@@ -1,12 +1,11 @@
 """A run scores every source it is given; its record has what was asked for, as it was given."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 import vlm
-from tests.builders import make_samples, write_split
+from tests.builders import make_samples, of_split, write_split
 from vlm.errors import SearchIndexError
 from vlm.evaluation.config import IndexPlan, RetrievalSource
 from vlm.evaluation.retrieval.evaluation import evaluate_retrieval
@@ -28,15 +27,14 @@ def record_of(embedder, tmp_path, monkeypatch):
 
 
 def test_a_run_names_the_version_and_what_was_asked_for(record_of):
-    source = RetrievalSource(
-        path=Path("data"), name="mine", languages=("en",), where=["source!=photo"]
-    )
+    source = RetrievalSource(path="data", name="mine", languages=("en",), where=["source!=photo"])
     record = record_of(source)
     assert (record["bundle"], record["vlm"]) == ("b", vlm.__version__)
     assert record["benchmarks"]["mine"]["source"] == {
         "path": "data", "name": "mine", "kind": None, "split": "test", "images": None,
         "language": None, "languages": ["en"], "where": ["source!=photo"],
         "duplicates": None, "lower_case": None, "allowed_share": None,
+        "captions": None, "language_of": None, "image": None, "concept": None,
     }  # fmt: skip
 
 
@@ -50,7 +48,9 @@ def test_paths_names_and_sources_are_scored_alike(embedder, tmp_path):
     folder = write_split(tmp_path / "data", make_samples(12), split="test_style")
     run = evaluate(embedder, [folder, f"again={folder}"], cutoffs=[1, 3])
     expected = evaluate_retrieval(
-        embedder, pairs_of_split(folder, "test_style", languages=["zh", "en"]), cutoffs=[1, 3]
+        embedder,
+        pairs_of_split(of_split(folder, "test_style"), languages=["zh", "en"]),
+        cutoffs=[1, 3],
     )
     assert run.benchmarks.keys() == {"test_style", "again"}
     for scored in run.benchmarks.values():

@@ -1,4 +1,4 @@
-"""Labelled images: samples of a data folder by one of their labels, or folders by class."""
+"""Labelled images: samples of a source by one of their labels, or folders by class."""
 
 import hashlib
 from collections.abc import Sequence
@@ -35,40 +35,37 @@ class LabelledImages:
         return hashlib.sha256(joined).hexdigest()
 
 
-def images_of_split(
-    folder: Path, split: str, *, label: str, class_ids: Sequence[str],
-    where: Sequence[str] = (),
-) -> LabelledImages:  # fmt: skip
-    """Return the samples of a split that meet all conditions and have the label.
+def images_of_source(
+    config: SourceConfig, *, label: str, class_ids: Sequence[str]
+) -> LabelledImages:
+    """Return the samples of a source that have the label.
 
     Args:
-        folder: A data folder with a manifest.
-        split: Name of the split.
+        config: The source.
         label: Name of the label with a sample's class.
         class_ids: Values of the label, in the order of the classes.
-        where: Conditions such as `source=noto` or `group!=flags` that samples must meet.
 
     Raises:
         DataError: the split cannot be read, a condition is invalid or has a key that no sample
             has, a label is not a class, or no sample is left.
     """
-    name = f"the split {split!r} of {folder}"
+    source = open_source(config)
     number_of = {class_id: number for number, class_id in enumerate(class_ids)}
     kept: list[Sample] = []
     left_out = 0
-    for sample in open_source(SourceConfig(path=str(folder), split=split, where=tuple(where))):
+    for sample in source:
         value = sample.labels.get(label)
         if value is None:
             left_out += 1
             continue
         if value not in number_of:
             raise DataError(
-                f"{sample.uid} in {name} has the {label} {value!r}; expected one of the "
+                f"{sample.uid} in {source.name} has the {label} {value!r}; expected one of the "
                 f"{len(class_ids)} with names"
             )
         kept.append(sample)
     if not kept:
-        raise DataError(f"no selected sample of {name} has the label {label!r}")
+        raise DataError(f"no selected sample of {source.name} has the label {label!r}")
     return LabelledImages(
         images=[sample.image for sample in kept],
         addresses=[sample.address for sample in kept],

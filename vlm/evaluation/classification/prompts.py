@@ -12,6 +12,7 @@ import yaml
 
 from vlm.errors import DataError
 from vlm.files import lines_in
+from vlm.storage.places import is_remote, read_small, shown
 
 _BETWEEN_SYNONYMS = re.compile(r"\s*(?:；|;\s)\s*")
 _PLACEHOLDER = re.compile(r"\{c?\}")  # CLIP_benchmark's files write {c}
@@ -44,7 +45,7 @@ def read_class_names(
     are separated by "；" or "; ". Names without a language are in the one that is asked for.
 
     Args:
-        sources: A path, or `LANGUAGE=PATH` for each language.
+        sources: A path or a URL, or `LANGUAGE=PATH` for each language.
         languages: The languages that are wanted.
         folders: Names of the class folders; empty where classes are labels of samples.
         label: Name of the label with a sample's class.
@@ -53,10 +54,11 @@ def read_class_names(
         DataError: a file cannot be read, lacks a class or a language, or the files differ in
             their classes.
     """
-    by_language = [source.partition("=") for source in sources if "=" in source]
+    parts = [source.partition("=") for source in sources]
+    by_language = [(name, path) for name, sign, path in parts if sign and "/" not in name]
     if len(sources) == 1 and not by_language:
-        return _read(Path(sources[0]), tuple(languages), folders, label)
-    files = {language: Path(path) for language, _, path in by_language}
+        return _read(sources[0], tuple(languages), folders, label)
+    files = dict(by_language)
     if set(files) != set(languages) or len(sources) != len(languages):
         raise DataError(
             f"class names are given as {' '.join(sources)}; expected one file, or "
@@ -67,7 +69,8 @@ def read_class_names(
     for language, of_language in read.items():
         if of_language.ids != ids:
             raise DataError(
-                f"{files[language]} has other classes, or another order, than {files[languages[0]]}"
+                f"{shown(files[language])} has other classes, or another order, than "
+                f"{shown(files[languages[0]])}"
             )
     return ClassNames(ids=ids, names={lang: read[lang].names[lang] for lang in languages})
 
@@ -88,7 +91,7 @@ def read_templates(source: str, languages: Sequence[str]) -> dict[str, tuple[str
     if source in sets:
         record: Any = sets[source]
     elif Path(source).is_file():
-        record = _parsed(Path(source), "templates")
+        record = _parsed(source, "templates")
     else:
         raise DataError(
             f"there are no templates {source!r}; expected {', '.join(sets)} or a YAML or JSON file"
@@ -114,8 +117,8 @@ def prompts_of(names: str | Sequence[str], templates: Sequence[str]) -> list[str
     return [_filled(template, name) for name in names for template in templates]
 
 
-def _read(path: Path, languages: tuple[str, ...], folders: Sequence[str], label: str) -> ClassNames:
-    record = _parsed(path, "class names")
+def _read(file: str, languages: tuple[str, ...], folders: Sequence[str], label: str) -> ClassNames:
+    record, path = _parsed(file, "class names"), shown(file)
     if not isinstance(record, dict | list):
         raise DataError(f"{path} has neither names by class nor a list of names")
     if isinstance(record, list):
@@ -131,8 +134,8 @@ def _read(path: Path, languages: tuple[str, ...], folders: Sequence[str], label:
     entries = {str(class_id): entry for class_id, entry in record.items()}
     missing = sorted(set(folders) - entries.keys())
     if missing:
-        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise DataError(f"{path} has no name for {len(missing)} of the class folders: {shown}")
+        some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise DataError(f"{path} has no name for {len(missing)} of the class folders: {some}")
     names = {
         language: [
             _synonyms(entry, language, languages, f"{class_id!r} in {path}")
@@ -143,7 +146,7 @@ def _read(path: Path, languages: tuple[str, ...], folders: Sequence[str], label:
     return ClassNames(ids=tuple(entries), names=names)
 
 
-def _table_of(record: dict[str, Any], label: str, path: Path) -> dict[str, Any]:
+def _table_of(record: dict[str, Any], label: str, path: str) -> dict[str, Any]:
     """Return the table of a label, if the file holds several."""
     table = next((record[name] for name in (f"{label}s", f"{label}es") if name in record), record)
     if not isinstance(table, dict) or not table:
@@ -156,13 +159,15 @@ def _table_of(record: dict[str, Any], label: str, path: Path) -> dict[str, Any]:
     return table
 
 
-def _parsed(path: Path, what: str) -> Any:
+def _parsed(file: str, what: str) -> Any:
     """Read JSON, YAML, or the lines of any other file, without empty ones at the end."""
+    path = shown(file)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-        if path.suffix.lower() == ".json":
+        content = read_small(file) if is_remote(file) else Path(file).read_bytes()
+        text = content.decode("utf-8-sig")
+        if path.lower().endswith(".json"):
             record = json.loads(text)
-        elif path.suffix.lower() in (".yaml", ".yml"):
+        elif path.lower().endswith((".yaml", ".yml")):
             record = yaml.safe_load(text)
         else:
             record = lines_in(text)

@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int
 
-from vlm.data.manifest import read_manifest
+from vlm.data.config import DEFAULT_SPLIT, SourceConfig
+from vlm.data.layout import has_manifest, layout_of
 from vlm.embedding.bulk import BulkEmbedder
 from vlm.embedding.embedder import Embedder
 from vlm.errors import ConfigError, DataError, VlmError
@@ -18,7 +19,7 @@ from vlm.evaluation.classification.dataset import (
     LabelledImages,
     class_folders,
     images_in_class_folders,
-    images_of_split,
+    images_of_source,
 )
 from vlm.evaluation.classification.metrics import (
     Classification,
@@ -36,10 +37,12 @@ from vlm.evaluation.classification.prompts import (
 )
 from vlm.evaluation.config import ClassificationSource
 from vlm.evaluation.reading import Reading, reading_of
+from vlm.storage.places import MissingFileError, is_remote, shown, state_of, within
 
 Names = Sequence[str | Sequence[str]]
 """A name for every class, or several synonyms."""
 
+_OWN_NAMES = "classes.json"
 _PROMPTS_AT_A_TIME = 1 << 15
 _TIES = "a wrong class with the same score as the true one ranks before it"
 
@@ -116,6 +119,8 @@ def evaluate(
         raise ConfigError(
             f"{bundle or 'the bundle'} does not name its languages; give them with --languages"
         )
+    if source.images is None and not has_manifest(source.config().path):
+        source = replace(source, split=source.split or DEFAULT_SPLIT)
     templates = read_templates(source.templates, languages)
     classes, images = _read(source, languages)
     digests = bulk.digests_of(images.images)
@@ -225,18 +230,33 @@ def _read(
         folders = class_folders(source.images)
         classes = read_class_names(source.classes or (), languages, folders=folders)
         return classes, images_in_class_folders(source.images, classes.ids)
-    asked = source.as_record()
-    data = Path(asked["data"])
-    read_manifest(data)  # so that a missing data folder is not reported as missing class names
-    own = data / "classes.json"
-    if not source.classes and not own.is_file():
-        raise DataError(f"{data} has no {own.name}; expected one, or class names by --classes")
-    names = source.classes or [str(own)]
-    classes = read_class_names(names, languages, label=asked["label"])
-    images = images_of_split(
-        data, asked["split"], label=asked["label"], class_ids=classes.ids, where=asked["where"]
-    )
-    return classes, images
+    config, label = source.config(), source.as_record()["label"]
+    classes = read_class_names(source.classes or [_own_names(config)], languages, label=label)
+    return classes, images_of_source(config, label=label, class_ids=classes.ids)
+
+
+def _own_names(config: SourceConfig) -> str:
+    """Return the file with the class names of a data folder, which is there."""
+    if is_remote(config.path):
+        own = within(config.path, _OWN_NAMES)
+        there = _is_there(own)
+    else:
+        own = str(Path(config.path.removeprefix("file://"), _OWN_NAMES))
+        there = Path(own).is_file()
+    if not there:
+        layout_of(config)  # so that missing data is not reported as missing class names
+        raise DataError(
+            f"{shown(config.path)} has no {_OWN_NAMES}; expected one, or class names by --classes"
+        )
+    return own
+
+
+def _is_there(url: str) -> bool:
+    try:
+        state_of(url)
+    except MissingFileError:
+        return False
+    return True
 
 
 def _record(scores: Classification, ids: Sequence[str]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -79,12 +78,7 @@ class RetrievalPairs:
 
 
 def pairs_of_split(
-    folder: str | Path,
-    split: str,
-    *,
-    languages: Sequence[str],
-    where: Sequence[str] = (),
-    cache_gib: float = CACHE_GIB,
+    config: SourceConfig, *, languages: Sequence[str], cache_gib: float = CACHE_GIB
 ) -> RetrievalPairs:
     """Make a benchmark of a data folder's split.
 
@@ -92,19 +86,16 @@ def pairs_of_split(
     correct answers, and its caption is the correct answer for each of them.
 
     Args:
-        folder: A data folder with a manifest, here or at a place.
-        split: Name of the split.
+        config: A data folder with a manifest, here or at a place.
         languages: The languages to ask in; those that no sample has are left out.
-        where: Conditions such as `source=noto` or `group!=flags` that samples must meet.
         cache_gib: Disk space for copies of what is at a place, in GiB.
 
     Raises:
         DataError: the split cannot be read, a condition is not one or asks for what no sample
             has, or nothing is left.
     """
-    name = f"the split {split!r} of {folder}"
-    config = SourceConfig(path=str(folder), split=split, where=tuple(where))
-    samples = list(open_source(config, cache_gib=cache_gib))
+    source = open_source(config, cache_gib=cache_gib)
+    samples = list(source)
     asked: dict[str, dict[str, str]] = {}  # by language and concept, its first main caption
     for language in languages:
         for sample in samples:
@@ -117,8 +108,8 @@ def pairs_of_split(
         codes = (code for sample in samples for code, texts in sample.captions.items() if texts)
         known = ", ".join(dict.fromkeys(codes))
         raise DataError(
-            f"{name} has no sample with a caption in {' or '.join(languages)}"
-            + (f" where {' and '.join(where)}" if where else "")
+            f"{source.name} has no sample with a caption in {' or '.join(languages)}"
+            + (f" where {' and '.join(config.where)}" if config.where else "")
             + (f"; expected some of {known}" if known else "")
         )
     return RetrievalPairs(
@@ -126,7 +117,7 @@ def pairs_of_split(
         addresses=[sample.address for sample in samples],
         texts=texts,
         duplicates="by string",
-        split=split,
+        split=config.split,
         translations=translations_of(_of_concepts(asked)),
     )
 

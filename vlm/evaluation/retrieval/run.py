@@ -97,8 +97,8 @@ def evaluate(
     Args:
         embedder: The model; a `BulkEmbedder` to share the work over ranks, which must all call
             this, to keep vectors on disk, or to show progress.
-        sources: Data folders and files of published benchmarks: paths, `NAME=PATH`, or sources
-            with settings.
+        sources: Data folders, files of published benchmarks and other sources, here or at a URL:
+            paths, `NAME=PATH`, or sources with settings.
         cutoffs: The k of the recalls, at least 1 each.
         bundle: The model's name in the record.
 

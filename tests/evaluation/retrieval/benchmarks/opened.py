@@ -5,4 +5,4 @@ from vlm.evaluation.retrieval.benchmarks.opening import open_benchmark
 
 
 def opened(path, **settings):
-    return open_benchmark(RetrievalSource(path=path, **settings))
+    return open_benchmark(RetrievalSource(path=str(path), **settings))

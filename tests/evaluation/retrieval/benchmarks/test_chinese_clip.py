@@ -188,7 +188,7 @@ def test_a_line_of_images_without_an_id_is_named(tmp_path, line):
 @pytest.mark.parametrize("encode", [lambda b: b"b'" + base64.b64encode(b), lambda b: b"abcde"])
 def test_an_image_that_is_not_base64_is_named_with_its_line(tmp_path, encode):
     folder = write(tmp_path / "muge", encode=encode)
-    listing = list_chinese_clip(RetrievalSource(path=folder))
+    listing = list_chinese_clip(RetrievalSource(path=str(folder)))
     with pytest.raises(DataError, match=r"valid_imgs.tsv, line 3 is not an image in base64"):
         listing.read(2)
 

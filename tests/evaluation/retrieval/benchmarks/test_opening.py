@@ -10,6 +10,7 @@ from tests.evaluation.retrieval.benchmarks.opened import opened
 from tests.support.processes import PROCESSES
 from vlm.embedding.embedder import Embedder
 from vlm.errors import DataError
+from vlm.evaluation.config import RetrievalSource
 from vlm.evaluation.retrieval.benchmarks.opening import kind_of
 
 ZH = [zh for _, zh in THINGS]
@@ -26,16 +27,18 @@ def write_lines(path, texts):
 
 def test_a_name_says_nothing_of_the_kind(tmp_path):
     for name in ("xm3600.tar", "dataset_coco.json", "flickr30k-cn_test.txt", "a.csv"):
-        assert kind_of(write_lines(tmp_path / name, ZH)) == "m2-encoder"
+        path = write_lines(tmp_path / name, ZH)
+        assert kind_of(RetrievalSource(path=str(path))) == "m2-encoder"
 
 
 @pytest.mark.parametrize("content", ["", "a\n", "{}\n", "[1]", "\x00\x01", "PAR1"])
 def test_what_is_of_no_known_kind_lists_what_is_known(tmp_path, content):
-    path = tmp_path / "a.jsonl"
+    path = tmp_path / "a.json"
     path.write_text(content)
     for unknown in (path, tmp_path):
         with pytest.raises(
-            DataError, match=r"no benchmark of a known kind.*webdataset \(tar files"
+            DataError,
+            match=r"no benchmark of a known kind \(.*, table\), and as a source: ",
         ):
             opened(unknown)
     with pytest.raises(DataError, match=r"no\.csv does not exist"):

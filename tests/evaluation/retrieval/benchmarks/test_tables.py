@@ -118,17 +118,19 @@ def test_a_damaged_row_is_refused(tmp_path, content, message):
         opened(path)
 
 
-def test_images_inside_a_parquet_are_refused(tmp_path):
+def test_a_parquet_with_images_in_it_is_a_source(tmp_path):
     columns = {"image": [{"bytes": b"x", "path": "0.png"}], "caption": ["a"]}
     path = write_table(tmp_path / "a.parquet", columns)
+    found = opened(path)
+    assert (found.kind, list(found.images)) == ("source", [b"x"])
     with pytest.raises(DataError, match=r"row 1: found .*; expected an image's path"):
-        opened(path)
+        opened(path, kind="table")
 
 
 def test_a_damaged_parquet_is_refused(tmp_path):
     path = write_table(tmp_path / "a.parquet", {"image": ["0.png"] * 99, "caption": ZH[:1] * 99})
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(DataError, match=r"a.parquet is no benchmark of a known kind"):
+    with pytest.raises(DataError, match=r"a.parquet cannot be read: Parquet magic bytes not"):
         opened(path)
 
 

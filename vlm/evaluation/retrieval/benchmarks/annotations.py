@@ -50,16 +50,16 @@ def is_m2_encoder(path: Path) -> bool:
 
 def list_m2_encoder(source: RetrievalSource) -> Listing:
     """List the images and captions; an image on two lines has the captions of both."""
-    choose_split((), source.split, source.path)
+    choose_split((), source.split, source.file)
     names, rows = [], []
-    for place, record in objects_of(source.path):
-        where = f"{source.path}, {place}"
+    for place, record in objects_of(source.file):
+        where = f"{source.file}, {place}"
         name = record.get("image")
         if not isinstance(name, str) or "caption" not in record:
             raise DataError(f'{where} has no "image" with a "caption"; found {", ".join(record)}')
         names.append(name)
         rows += [Row(text, (name,), place) for text in texts_in(record["caption"], where)]
-    return listing_of_files(names, ImageFolder(source.images, source.path.parent), rows=rows)
+    return listing_of_files(names, ImageFolder(source.images, source.file.parent), rows=rows)
 
 
 def is_karpathy(path: Path) -> bool:
@@ -73,7 +73,7 @@ def is_karpathy(path: Path) -> bool:
 
 def list_karpathy(source: RetrievalSource) -> Listing:
     """List the images of a split; what Karpathy calls `restval` is part of `train`."""
-    path = source.path
+    path = source.file
     record = object_in(decoded(path.read_bytes(), str(path)), str(path))
     images = list(_karpathy_images(record, path))
     split = choose_split((of for _, of, _ in images), source.split, path)
@@ -109,8 +109,8 @@ def is_xm3600(path: Path) -> bool:
 
 def list_xm3600(source: RetrievalSource) -> Listing:
     """List the images `KEY.jpg` of a folder, or of `images` in it, and captions by language."""
-    choose_split((), source.split, source.path)
-    path = source.path / _XM3600 if source.path.is_dir() else source.path
+    choose_split((), source.split, source.file)
+    path = source.file / _XM3600 if source.file.is_dir() else source.file
     names, rows = [], []
     for place, record in objects_of(path):
         name = record.get(_XM3600_KEY)
@@ -132,7 +132,7 @@ def is_xtd10(path: Path) -> bool:
 
 def list_xtd10(source: RetrievalSource) -> Listing:
     """List the images, which are COCO's, and the caption of each in every language there is."""
-    folder = source.path
+    folder = source.file
     choose_split((), source.split, folder)
     names = [line.strip() for _, line in lines_of(folder / _XTD_NAMES) if line.strip()]
     rows = []
@@ -163,19 +163,19 @@ def is_numbered_captions(path: Path) -> bool:
 
 def list_numbered_captions(source: RetrievalSource) -> Listing:
     """List the images of a split, or all that the captions name where there is no list of ids."""
-    files = _caption_files(source.path)
+    files = _caption_files(source.file)
     # Of COCO-CN's those that were written for the images.
     main = [file for file in files if file.name == _MAIN]
     if len(files) != 1 and not main:
         several = ", ".join(file.name for file in files)
-        raise DataError(f"{source.path} has several files of captions: {several}; give one of them")
+        raise DataError(f"{source.file} has several files of captions: {several}; give one of them")
     path = (main or files)[0]
     rows = list(_numbered_rows(path))
     folder = ImageFolder(source.images, path.parent)
     named = dict.fromkeys(name for row in rows for name in row.image_ids)
     found = _lists_near(path)
     lists = {of: names for of, names in found.items() if not named.keys().isdisjoint(names[1])}
-    split = choose_split(lists, source.split, source.path)
+    split = choose_split(lists, source.split, source.file)
     if not lists:
         strange = ", ".join(file.name for file, _ in found.values())
         notes = (f"all images of {path.name}; {strange} name none of them",) if strange else ()

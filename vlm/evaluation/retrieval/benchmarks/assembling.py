@@ -15,6 +15,7 @@ from vlm.errors import DataError
 from vlm.evaluation.config import RetrievalSource
 from vlm.evaluation.retrieval.benchmarks.images import ImageFolder, Images
 from vlm.evaluation.retrieval.pairs import RetrievalPairs, Texts, correct_pairs, translations_of
+from vlm.storage.places import shown
 from vlm.text.scripts import MOST, language_by_script
 
 _ALLOWED_SHARE = 0.01
@@ -47,6 +48,8 @@ class Listing:
     missing: frozenset[str] = frozenset()
     """Those of the ids that have no image."""
     looked_in: Path | None = None
+    unusable: Sequence[str] = ()
+    """Why each sample that is in none of these cannot be used."""
     rows: Sequence[Row]
     notes: Sequence[str] = ()
     translated: bool = True
@@ -97,7 +100,8 @@ def assemble(listing: Listing, source: RetrievalSource, *, kind: str) -> Retriev
         DataError: more is wrong than the source allows, nothing is left, a language is neither
             named nor recognised, or one that is asked for has no captions.
     """
-    name = f"{source.path}{f' ({listing.split})' if listing.split else ''}"
+    path = shown(source.path)
+    name = f"{path}{f' ({listing.split})' if listing.split else ''}"
     # Of images with one id the last counts, as in an LMDB.
     positions = {each: position for position, each in enumerate(listing.image_ids)}
     kept = [each for each in positions if each not in listing.missing]
@@ -107,7 +111,10 @@ def assemble(listing: Listing, source: RetrievalSource, *, kind: str) -> Retriev
     rows = zip(listing.rows, cleaned, languages, strict=True)
     texts, pairs, empty, unknown = _by_language(rows, positions, places)
     missing = [f"{each!r} in {listing.looked_in}" for each in positions if each in listing.missing]
-    faults = {"missing_images": missing, "unknown_ids": unknown, "empty_captions": empty}
+    faults = {
+        "missing_images": missing, "unusable_samples": listing.unusable,
+        "unknown_ids": unknown, "empty_captions": empty,
+    }  # fmt: skip
     _check(faults, images=len(positions), captions=len(listing.rows), source=source, name=name)
     if not texts:
         raise DataError(f"{name} has no caption with an image; expected at least one")
@@ -135,7 +142,7 @@ def assemble(listing: Listing, source: RetrievalSource, *, kind: str) -> Retriev
         images=Images(listing.read, np.array([positions[each] for each in kept], np.int64)),
         image_names=kept,
         # Images that are files of their own are named by their paths.
-        addresses=[] if listing.looked_in else [f"{source.path}#{each}" for each in kept],
+        addresses=[] if listing.looked_in else [f"{path}#{each}" for each in kept],
         texts={
             each: Texts(
                 texts=[text.lower().translate(_PLAIN_QUOTES) for text in texts[each]]
@@ -200,9 +207,14 @@ def _check(
 ) -> None:
     """Refuse a benchmark if too much is missing; duplicates are only reported."""
     allowed = _ALLOWED_SHARE if source.allowed_share is None else source.allowed_share
-    totals = {"missing_images": images, "unknown_ids": captions, "empty_captions": captions}
+    samples = images + len(faults["unusable_samples"])
+    totals = {
+        "missing_images": images, "unusable_samples": samples,
+        "unknown_ids": captions, "empty_captions": captions,
+    }  # fmt: skip
     words = {
         "missing_images": "images are not on the disk",
+        "unusable_samples": "samples cannot be used",
         "unknown_ids": "captions name an image that is not listed",
         "empty_captions": "captions are empty",
     }
@@ -224,13 +236,13 @@ def _languages(
     if not unnamed:
         if source.language and rows:
             raise DataError(
-                f"{source.path} names the languages of all its captions: {', '.join(named)}; "
-                f"expected no language, found {source.language!r}"
+                f"{shown(source.path)} names the languages of all its captions: "
+                f"{', '.join(named)}; expected no language, found {source.language!r}"
             )
         return [named[row.language] for row in rows], []
     language, notes = source.language, []
     if not language:
-        language, note = recognised_language(unnamed, str(source.path.name))
+        language, note = recognised_language(unnamed, source.file.name)
         notes = [note]
     return [named[row.language] if row.language else language for row in rows], notes
 

@@ -24,7 +24,7 @@ def is_chinese_clip(path: Path) -> bool:
 
 def list_chinese_clip(source: RetrievalSource) -> Listing:
     """List the images and texts of a split."""
-    folder = source.path
+    folder = source.file
     asked = source.split
     if not folder.is_dir():
         asked = asked or folder.name.removesuffix(_TEXTS)

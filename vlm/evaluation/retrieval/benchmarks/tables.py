@@ -7,10 +7,13 @@ or by language in `zh`, `en`, `caption_zh`, `text_de`, `caption_zh-CN` and so on
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
+
 from vlm.data.fields import CAPTION_FIELDS, caption_fields
 from vlm.data.records import quoted, texts_in
 from vlm.data.scanning import image_column, not_understood
-from vlm.data.tables import columns_of, rows_of
+from vlm.data.tables import columns_of, is_parquet, rows_of
 from vlm.errors import DataError
 from vlm.evaluation.config import RetrievalSource
 from vlm.evaluation.retrieval.benchmarks.assembling import (
@@ -27,8 +30,8 @@ _STEMS = tuple(f"{name}_" for name in CAPTION_FIELDS)
 
 
 def is_table(path: Path) -> bool:
-    """Say whether a path is such a table, or a folder with one."""
-    return bool(_tables_in(path))
+    """Say whether a path is such a table, or a folder with one; one with images in it is none."""
+    return any(map(_names_images, _tables_in(path)))
 
 
 def list_table(source: RetrievalSource) -> Listing:
@@ -36,12 +39,12 @@ def list_table(source: RetrievalSource) -> Listing:
 
     Where there is a column `split`, only the rows of one are taken.
     """
-    tables = _tables_in(source.path)
+    tables = _tables_in(source.file)
     if len(tables) > 1:
         several = ", ".join(table.name for table in tables)
-        raise DataError(f"{source.path} has several tables: {several}; give one of them")
+        raise DataError(f"{source.file} has several tables: {several}; give one of them")
     if not tables:
-        raise not_understood(source.path)
+        raise not_understood(source.file)
     path = tables[0]
     columns = columns_of(path)
     image, texts = image_column(columns), caption_fields(tuple(columns))
@@ -88,6 +91,14 @@ def _repeated_column(
     if language not in named:
         return None, []
     return unnamed, [f"{unnamed!r} is not read: it is in {language}, as {named[language]!r} is"]
+
+
+def _names_images(table: Path) -> bool:
+    if not is_parquet(table):
+        return True
+    schema = pyarrow.parquet.read_schema(table)
+    kind = schema.field(image_column(schema.names)).type
+    return bool(pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind))
 
 
 def _tables_in(path: Path) -> Sequence[Path]:

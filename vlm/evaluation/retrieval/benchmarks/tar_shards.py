@@ -20,12 +20,12 @@ def is_tar_shards(path: Path) -> bool:
 
 def list_tar_shards(source: RetrievalSource) -> Listing:
     """List the samples of a split, in the order of the files' numbers."""
-    if source.path.is_file():
-        choose_split((), source.split, source.path)
-        split, paths = "", [source.path]
+    if source.file.is_file():
+        choose_split((), source.split, source.file)
+        split, paths = "", [source.file]
     else:
-        by_split = tars_in(source.path)
-        split = choose_split((of for of in by_split if of), source.split, source.path)
+        by_split = tars_in(source.file)
+        split = choose_split((of for of in by_split if of), source.split, source.file)
         paths = by_split[split]
     names: list[str] = []
     spans: list[tuple[int, int, int]] = []

@@ -15,6 +15,7 @@ import pyarrow
 
 from vlm.data.records import as_text
 from vlm.data.scanning import Row
+from vlm.errors import VlmError
 from vlm.files import open_whole, sha256_of
 from vlm.storage.cache_folder import once
 
@@ -47,8 +48,8 @@ def table_of(rows: Iterable[Row]) -> pyarrow.Table:
     return pyarrow.Table.from_batches([_batch(list(rows))])
 
 
-def write_index(path: Path, rows: Iterable[Row], about: Mapping[str, Any]) -> None:
-    """Write an index file, whole or not at all.
+def write_index(path: Path, rows: Iterable[Row], about: Mapping[str, Any]) -> pyarrow.Table:
+    """Write an index file, whole or not at all, and map it into memory.
 
     Args:
         path: The file.
@@ -68,6 +69,9 @@ def write_index(path: Path, rows: Iterable[Row], about: Mapping[str, Any]) -> No
                 writer.write_batch(batch)
         file.flush()
         file.write(sha256_of(Path(file.name)).encode())
+    if (table := read_index(path, about)) is None:
+        raise VlmError(f"{path} is gone or changed right after it was written")
+    return table
 
 
 def read_index(path: Path, about: Mapping[str, Any]) -> pyarrow.Table | None:

@@ -14,27 +14,12 @@ from typing import Any, Literal, NamedTuple
 from vlm.data.config import DEFAULT_SPLIT, SourceConfig
 from vlm.data.image_folder import OTHER_SUFFIX, images_below
 from vlm.data.index import ROWS
-from vlm.data.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    ShardEntry,
-    is_data_folder,
-    manifest_in,
-    read_manifest,
-)
+from vlm.data.manifest import MANIFEST_NAME, ShardEntry, is_data_folder, read_manifest
 from vlm.data.records import first_object, listed
 from vlm.data.scanning import SIDE_SUFFIXES, TAR_SUFFIXES, image_column, is_json_lines
 from vlm.data.tables import columns_of
 from vlm.errors import ConfigError, DataError
-from vlm.storage.places import (
-    MissingFileError,
-    expand,
-    is_remote,
-    read_small,
-    shown,
-    state_of,
-    within,
-)
+from vlm.storage.places import expand, is_remote, shown, state_of, within
 
 Kind = Literal["data folder", "tars", "tables", "images"]
 TABLE_SUFFIXES = (
@@ -96,9 +81,10 @@ def layout_of(config: SourceConfig) -> Layout:
     config = replace(config, path=config.path.removeprefix("file://"))
     path = shown(config.path)
     try:
-        if is_remote(path):
-            layout = _layout_at_place(config)
-        elif Path(path).is_dir():
+        if _has_manifest(config.path):
+            entries = read_manifest(config.path).shards_of(config.split, path)
+            layout = Layout("data folder", [_in_manifest(config.path, entry) for entry in entries])
+        elif not is_remote(path) and Path(path).is_dir():
             layout = _layout_of_folder(Path(path), config)
         else:
             layout = _layout_of_files(config)
@@ -115,12 +101,8 @@ def layout_of(config: SourceConfig) -> Layout:
 
 def splits_of(config: SourceConfig) -> list[str]:
     """Return the splits of a data folder; of anything else, the one that is asked for."""
-    if is_remote(config.path):
-        if not _has_suffix(config.path, TAR_SUFFIXES + TABLE_SUFFIXES):
-            return list(_manifest_at(config.path).splits)
-    elif is_data_folder(Path(config.path)):
-        return list(read_manifest(Path(config.path)).splits)
-    return [config.split]
+    has_manifest = _has_manifest(config.path)
+    return list(read_manifest(config.path).splits) if has_manifest else [config.split]
 
 
 def tars_in(folder: Path) -> dict[str, list[Path]]:
@@ -151,48 +133,40 @@ def split_of(path: Path) -> str:
     raise DataError(f"{path} belongs to no split; expected a name like train-00000.tar")
 
 
+def _has_manifest(path: str) -> bool:
+    """Say whether a path or URL is a data folder; what is no file at a place must be one."""
+    if is_remote(path):
+        return not _has_suffix(path, TAR_SUFFIXES + TABLE_SUFFIXES)
+    return is_data_folder(Path(path))
+
+
+def _in_manifest(folder: str, entry: ShardEntry) -> ShardFile:
+    """Return a shard as the manifest of its folder, a path or a URL, lists it."""
+    path = within(folder if is_remote(folder) else str(Path(folder)), entry.name)
+    state = {"bytes": entry.bytes, "sha256": entry.sha256}
+    return ShardFile(path=path, entry=entry, size=entry.bytes, state=state)
+
+
 def _layout_of_files(config: SourceConfig) -> Layout:
     there = not is_remote(config.path) and Path(config.path).exists()
     paths = [config.path] if there else _expanded(config.path)
     kind = _kind_of(paths)
     if kind == "tars" and config.split != DEFAULT_SPLIT:
         raise DataError(f"{shown(config.path)} has no splits; found the split {config.split!r}")
-    return Layout(kind, _files(paths))
-
-
-def _layout_at_place(config: SourceConfig) -> Layout:
-    folder = config.path
-    if _has_suffix(folder, TAR_SUFFIXES + TABLE_SUFFIXES):
-        return _layout_of_files(config)
-    entries = _manifest_at(folder).shards_of(config.split, shown(folder))
-    return Layout("data folder", [shard_of_entry(folder, entry) for entry in entries])
-
-
-def _manifest_at(folder: str) -> Manifest:
-    path = within(folder, MANIFEST_NAME)
-    try:
-        return manifest_in(read_small(path), shown(path))
-    except MissingFileError as error:
-        raise DataError(
-            f"{shown(path)} is not there; expected a data folder, or tars by a pattern such as "
-            f"{shown(within(folder, '{00000..00099}.tar'))}"
-        ) from error
+    return Layout(kind, files_of(paths))
 
 
 def _layout_of_folder(folder: Path, config: SourceConfig) -> Layout:
-    if is_data_folder(folder):
-        entries = read_manifest(folder).shards_of(config.split, folder)
-        return Layout("data folder", [shard_of_entry(str(folder), entry) for entry in entries])
     if tars := tars_in(folder):
         splits = tars if "" not in tars else _by_split(tars[""])
-        return Layout("tars", _files(map(str, _chosen(splits, config, folder))))
+        return Layout("tars", files_of(map(str, _chosen(splits, config, folder))))
     tables = _visible(folder, "*", TABLE_SUFFIXES)
     if not config.image:
         tables = [table for table in tables if _has_images(table)]
-    if len(tables) == 1:
-        return Layout("tables", _files(map(str, tables)))
+    if len(tables) > 1:
+        tables = _chosen(_by_split(tables), config, folder)
     if tables:
-        return Layout("tables", _files(map(str, _chosen(_by_split(tables), config, folder))))
+        return Layout("tables", files_of(map(str, tables)))
     found = images_below(folder)
     if not found.paths:
         raise DataError(
@@ -204,20 +178,13 @@ def _layout_of_folder(folder: Path, config: SourceConfig) -> Layout:
     return Layout("images", files, left_out)
 
 
-def shard_of_entry(folder: str, entry: ShardEntry) -> ShardFile:
-    """Return a shard as the manifest of its folder, a path or a URL, lists it."""
-    path = within(folder, entry.name) if is_remote(folder) else str(Path(folder, entry.name))
-    state = {"bytes": entry.bytes, "sha256": entry.sha256}
-    return ShardFile(path=path, entry=entry, size=entry.bytes, state=state)
-
-
 def local_state(path: str) -> dict[str, Any]:
     """Return what changes when a file of this machine is changed."""
     found = os.stat(path)
     return {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
 
 
-def _files(paths: Iterable[str]) -> list[ShardFile]:
+def files_of(paths: Iterable[str]) -> list[ShardFile]:
     """Return files with the state that they are in, and with prefixes that differ."""
     paths = [path if is_remote(path) else str(Path(path)) for path in paths]
     with ThreadPoolExecutor(_ASKED) as threads:

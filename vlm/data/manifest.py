@@ -10,6 +10,7 @@ from vlm.data.config import Verify
 from vlm.errors import DataError, ShardError
 from vlm.files import sha256_of, write_file
 from vlm.storage.cache_folder import once
+from vlm.storage.places import MissingFileError, is_remote, read_small, shown, within
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -42,22 +43,22 @@ class ShardEntry:
             )
         return path
 
-    def verify(self, path: Path, how: Verify = "once", *, found: str = "") -> None:
+    def verify(self, path: Path, how: Verify = "once") -> None:
         """Compare a file's hash with the shard's; a `ShardError` if they differ.
 
         Once on a machine: that the file as it is now has the hash is remembered in the cache
-        folder. `found` is the hash, if it was computed just now.
+        folder.
         """
         try:
             if how == "each_open":
-                self._compare(path, found)
+                self._compare(path)
             elif how == "once":
-                once(path, self.sha256, partial(self._compare, path, found))
+                once(path, self.sha256, partial(self._compare, path))
         except OSError as error:
             raise ShardError(f"shard {path} cannot be read: {error}") from error
 
-    def _compare(self, path: Path, found: str) -> None:
-        found = found or sha256_of(path)
+    def _compare(self, path: Path) -> None:
+        found = sha256_of(path)
         if found != self.sha256:
             raise ShardError(
                 f"shard {path} is damaged: sha256 {found[:12]}, "
@@ -85,20 +86,36 @@ def is_data_folder(folder: Path) -> bool:
     return (folder / MANIFEST_NAME).is_file()
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read a data folder's manifest; a `DataError` if it is missing or unreadable."""
-    path = folder / MANIFEST_NAME
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder; expected a data folder with a {MANIFEST_NAME}")
-    if not path.is_file():
+def read_manifest(folder: Path | str) -> Manifest:
+    """Read the manifest of a data folder, a path or a URL.
+
+    Raises:
+        DataError: it is missing or not a manifest.
+        PlaceError: the place refuses it or stays away.
+    """
+    address = within(str(folder), MANIFEST_NAME)
+    name = shown(address)
+    if not is_remote(address):
+        if not Path(folder).is_dir():
+            raise DataError(
+                f"{folder} is not a folder; expected a data folder with a {MANIFEST_NAME}"
+            )
+        if not Path(address).is_file():
+            raise DataError(
+                f"{folder} has no {MANIFEST_NAME}; `vlm data index {folder}` writes one for its "
+                "shards"
+            )
+        return _manifest_in(Path(address).read_bytes(), name)
+    try:
+        return _manifest_in(read_small(address), name)
+    except MissingFileError as error:
         raise DataError(
-            f"{folder} has no {MANIFEST_NAME}; `vlm data index {folder}` writes one for its shards"
-        )
-    return manifest_in(path.read_bytes(), path)
+            f"{name} is not there; expected a data folder, or tars by a pattern such as "
+            f"{shown(within(str(folder), '{00000..00099}.tar'))}"
+        ) from error
 
 
-def manifest_in(content: bytes, name: Path | str) -> Manifest:
-    """Return the manifest that a file holds; a `DataError` with its name if it holds none."""
+def _manifest_in(content: bytes, name: str) -> Manifest:
     try:
         record = json.loads(content)
         version = record["format"]

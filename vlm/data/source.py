@@ -5,11 +5,11 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow
@@ -18,18 +18,13 @@ from numpy.typing import NDArray
 from vlm.data.conditions import Conditions
 from vlm.data.config import CACHE_GIB, DEFAULT_SPLIT, SourceConfig, Verify
 from vlm.data.copies import local_copy, node_cache, remote_file
-from vlm.data.index import about_index, read_index, table_of
-from vlm.data.indexing import (
-    about,
-    check_uids,
-    fetched_index,
-    remote_index,
-)
-from vlm.data.layout import layout_of
-from vlm.data.listing import Shard, shards_of
+from vlm.data.index import ROWS, about_index
+from vlm.data.indexing import check_uids, index_of, remote_index, row_counts
+from vlm.data.layout import Layout, ShardFile, layout_of
+from vlm.data.parallel import TYPICAL_BYTES, over
 from vlm.data.records import as_text, listed
 from vlm.data.sample import Sample
-from vlm.data.scanning import bytes_in, scan_tar, tar_content
+from vlm.data.scanning import bytes_in, tar_content
 from vlm.errors import DataError, ShardError
 from vlm.files import read_file
 from vlm.images.decoding import MAX_BYTES, decode_image
@@ -37,7 +32,23 @@ from vlm.storage.node_cache import NodeCache, RemoteFile
 from vlm.storage.places import shown
 from vlm.text.caption_ids import text_id
 
+_COMPARED = 10_000  # shards whose sizes are compared at the start; of more, each when it is opened
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shard:
+    """Samples that are opened together: a tar, or some rows of a table or of a folder's images."""
+
+    file: ShardFile
+    start: int = 0
+    """Its first row in the index of the file."""
+    rows: int
+    kept: NDArray[np.int64] | None = None
+    """The rows that meet the conditions, counted from its first; None is all."""
+
+    def __len__(self) -> int:
+        return self.rows if self.kept is None else len(self.kept)
 
 
 class Source:
@@ -59,8 +70,8 @@ class Source:
         self._verify, self._cache = verify, cache
         self._settings = (verify, keep_open, cache)
         self._ends = list(accumulate(map(len, shards)))
-        self._indexes = lru_cache(keep_open)(partial(_tried, self._read_index))
-        self._tars = lru_cache(keep_open)(partial(_tried, self._open_tar))
+        self._table = _remembered(self._read_index, keep_open)
+        self._tar = _remembered(self._open_tar, keep_open)
 
     @property
     def name(self) -> str:
@@ -85,22 +96,20 @@ class Source:
 
         Nothing is done where the cache has no room for all of them.
         """
-        if not (self._shards and self._shards[0].file.is_remote):
-            return
-        files = {n: self._shards[n].file for n in shards}
-        tars = {n: file for n, file in files.items() if file.is_tar}
+        tars = {n: file for n in shards if (file := self._shards[n].file).is_tar and file.is_remote}
         if sum(file.size for file in tars.values()) <= self._cache.max_bytes:
             self._cache.prefetch(each for n in tars for each in self._files_of(n))
 
     def _files_of(self, number: int) -> list[RemoteFile]:
         """Return what is fetched to read from a tar at a place."""
-        shard = self._shards[number]
-        if shard.index is None:
-            return [remote_index(shard.file), remote_file(shard.file)]
-        return [remote_file(shard.file, sha256=self._noted_hash(number))]
+        file = self._shards[number].file
+        tar = remote_file(file, sha256=self._noted_hash(number))
+        return [remote_index(file), tar] if file.entry else [tar]
 
     def _noted_hash(self, number: int) -> str | None:
-        """Return the SHA-256 that a tar in no manifest had when its index was made."""
+        """Return the SHA-256 that a remote tar in no manifest had when its index was made."""
+        if self._shards[number].file.entry:
+            return None
         sha256: str | None = about_index(self._table(number)).get("sha256")
         return sha256
 
@@ -155,16 +164,15 @@ class Source:
         return f"{place.file.name}#{place.start + row}"
 
     def _record(self, shard: int, row: int) -> dict[str, Any]:
-        found: dict[str, Any] = self._table(shard).slice(row, 1).to_pylist()[0]
-        return found
+        table = self._table(shard)
+        return {name: table[name][row].as_py() for name in table.column_names}
 
     def _image(self, shard: int, found: Mapping[str, Any]) -> bytes:
         if found["image"] is not None:
             image: bytes = found["image"]
             return image
         if found["path"] is None:
-            content = _or_raise(self._tars(shard)).content
-            return bytes_in(content, found["start"], found["size"])
+            return bytes_in(self._tar(shard), found["start"], found["size"])
         path = Path(os.fsdecode(found["path"]))
         try:
             return read_file(path, MAX_BYTES)
@@ -174,10 +182,13 @@ class Source:
 
     def rows(self, shard: int, columns: Sequence[str]) -> list[dict[str, Any]]:
         """Return some columns of the index of a shard, a row a sample."""
+        rows: list[dict[str, Any]] = self._kept(shard, columns).to_pylist()
+        return rows
+
+    def _kept(self, shard: int, columns: Sequence[str] = ("uid",)) -> pyarrow.Table:
         kept = self._shards[shard].kept
         table = self._table(shard).select(list(columns))
-        rows: list[dict[str, Any]] = (table if kept is None else table.take(kept)).to_pylist()
-        return rows
+        return table if kept is None else table.take(kept)
 
     def label_ids(self, key: str, shard: int) -> NDArray[np.int64]:
         """Return a number for a label of each sample of a shard, equal where that is equal."""
@@ -185,13 +196,20 @@ class Source:
         ids = {label: text_id(label) for label in set(labels)}
         return np.array([ids[label] for label in labels], np.int64)
 
-    def damaged(self) -> Iterator[str]:
-        """Give a sentence for every sample that cannot be read, and one for a damaged shard."""
-        for shard in range(len(self._shards)):
-            yield from self.damaged_in(shard)
+    def damaged(self) -> list[str]:
+        """Return a sentence for every sample that cannot be read, and one for a damaged shard.
 
-    def damaged_in(self, shard: int) -> list[str]:
-        """Return the same for one shard."""
+        Where there is much to read, several processes do it; a bar is shown on a terminal.
+        """
+        found = over(
+            self._damaged_in,
+            range(len(self._shards)),
+            size=len(self) * TYPICAL_BYTES,
+            title=f"checking {self.config.split}",
+        )
+        return [sentence for of_shard in found for sentence in of_shard]
+
+    def _damaged_in(self, shard: int) -> list[str]:
         found = []
         for row in range(len(self._shards[shard])):
             try:
@@ -205,12 +223,9 @@ class Source:
 
     def check_uids(self) -> None:
         """Refuse, by a `DataError`, uids that occur twice; the index of every shard is read."""
-        check_uids(
-            [(shard.file.name, partial(self._uids, n)) for n, shard in enumerate(self._shards)]
-        )
-
-    def _uids(self, shard: int) -> list[str]:
-        return [row["uid"] for row in self.rows(shard, ["uid"])]
+        check_uids([
+            (shard.file.name, partial(self._kept, n)) for n, shard in enumerate(self._shards)
+        ])  # fmt: skip
 
     def __reduce__(self) -> tuple[type["Source"], tuple[Any, ...]]:
         """Open the shards anew in another process: a memory map cannot be sent to one."""
@@ -259,66 +274,34 @@ class Source:
         kept = self._shards[shard].kept
         return row if kept is None else int(kept[row])
 
-    def _table(self, number: int) -> pyarrow.Table:
-        return _or_raise(self._indexes(number))
-
     def _read_index(self, number: int) -> pyarrow.Table:
         """Return a shard's part of its index; a tar is not opened for it if it has one."""
         shard = self._shards[number]
-        if shard.index is None:
-            table = fetched_index(shard.file, self.config, self._cache)
-        else:
-            table = self._index_file(shard)
-            if table is None and shard.file.entry:
-                table = _or_raise(self._tars(number)).table
-        if table is not None and shard.file.entry and len(table) != shard.rows:
-            raise ShardError(
-                f"shard {shard.file.name} holds {len(table)} samples, the manifest says "
-                f"{shard.rows}"
-            )
-        if table is None or len(table) < shard.start + shard.rows:
-            raise ShardError(
-                f"{shard.index}, the index of {shard.file.name}, is gone; open it anew"
-            )
-        return table.slice(shard.start, shard.rows)
+        return index_of(shard.file, self.config, self._cache).slice(shard.start, shard.rows)
 
-    def _index_file(self, shard: Shard) -> pyarrow.Table | None:
-        return shard.index and read_index(shard.index, about(shard.file, self.config))
-
-    def _open_tar(self, number: int) -> "_OpenTar":
-        shard = self._shards[number]
-        file, table = shard.file, None
-        if file.entry and shard.index:
-            table = self._index_file(shard)
-        sha256 = None if file.entry else self._noted_hash(number)
-        with local_copy(file, self._cache, sha256=sha256) as path:
-            # What comes from a place was compared when it came.
-            if file.entry and not (file.is_remote and self._verify == "once"):
-                file.entry.verify(path, self._verify)
-            if file.entry and shard.index and table is None:
-                content, rows = scan_tar(path, self.config, prefix=file.prefix)
-                return _OpenTar(content, table_of(rows))
-            return _OpenTar(tar_content(path), None)
+    def _open_tar(self, number: int) -> bytes | mmap.mmap:
+        file, sha256 = self._shards[number].file, self._noted_hash(number)
+        with local_copy(file, self._cache, sha256=sha256, verify=self._verify) as path:
+            return tar_content(path)
 
 
-class _OpenTar(NamedTuple):
-    content: bytes | mmap.mmap
-    table: pyarrow.Table | None
-    """Of one without an index, which was scanned."""
+def _remembered(call: Callable[[int], _T], most: int) -> Callable[[int], _T]:
+    """Remember the last results of a call for a shard, errors too: it is looked through once."""
 
+    @lru_cache(most)
+    def tried(number: int) -> _T | ShardError:
+        try:
+            return call(number)
+        except ShardError as error:
+            return error
 
-def _tried(call: Callable[[int], _T], number: int) -> _T | ShardError:
-    """Return an error as others return a value, so that a damaged shard is looked through once."""
-    try:
-        return call(number)
-    except ShardError as error:
-        return error
+    def remembered(number: int) -> _T:
+        found = tried(number)
+        if isinstance(found, ShardError):
+            raise ShardError(str(found))
+        return found
 
-
-def _or_raise(found: _T | ShardError) -> _T:
-    if isinstance(found, ShardError):
-        raise ShardError(str(found))
-    return found
+    return remembered
 
 
 def open_source(
@@ -349,7 +332,7 @@ def open_source(
     if largest := max((file.size for file in layout.files if file.is_remote), default=0):
         # What is open takes its space on the disk also after it has made room for others.
         keep_open = max(min(keep_open, cache.max_bytes // (2 * largest)), 1)
-    source = Source(config, shards_of(layout, config, cache), verify, keep_open, cache)
+    source = Source(config, _shards_of(layout, config, cache), verify, keep_open, cache)
     if layout.kind == "tables":
         source = source.of_split()
     if config.where:
@@ -358,3 +341,20 @@ def open_source(
         reason = f"has no sample where {' and '.join(config.where)}" if config.where else "is empty"
         raise DataError(f"{source.name} {reason}")
     return source
+
+
+def _shards_of(layout: Layout, config: SourceConfig, cache: NodeCache) -> list[Shard]:
+    """Return a tar as one shard, and a table or the images of a folder in shards of `ROWS` rows."""
+    if len(layout.files) <= _COMPARED:
+        for file in layout.files:
+            if file.entry and not file.is_remote:
+                file.entry.path_in(Path(file.path).parent)
+    shards = []
+    for file, rows in zip(layout.files, row_counts(layout, config, cache), strict=True):
+        size = rows if file.is_tar else ROWS
+        # Paths of images were for the index; without them a source is small to send.
+        shards += [
+            Shard(file=replace(file, images=()), start=start, rows=min(size, rows - start))
+            for start in range(0, rows, size or 1)
+        ]
+    return shards

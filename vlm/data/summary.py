@@ -2,9 +2,8 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
+from typing import NamedTuple
 
 from vlm.data.config import CACHE_GIB, SourceConfig
 from vlm.data.copies import local_copy, node_cache
@@ -15,17 +14,16 @@ from vlm.data.scanning import first_record
 from vlm.data.source import Source
 
 
-@dataclass(slots=True)
-class Summary:
+class Summary(NamedTuple):
     """The samples of a source by what they have."""
 
-    samples: Counter[str] = field(default_factory=Counter)
+    samples: Counter[str]
     """By language, how many have a caption."""
-    captions: Counter[str] = field(default_factory=Counter)
+    captions: Counter[str]
     """By language, the number of captions."""
-    unusable: int = 0
+    unusable: int
     """How many cannot be used."""
-    reason: str = ""
+    reason: str
     """Why the first of these cannot."""
 
 
@@ -33,34 +31,35 @@ def kind_and_fields(config: SourceConfig) -> tuple[Kind, Mapping[str, str], Mapp
     """Return the kind of a source, its fields with their languages, and what it leaves out."""
     layout = layout_of(config)
     file = layout.files[0]
-    if file.images:
-        record = first_record(Path(file.path), file.images, config)
-    else:
-        with local_copy(file, node_cache(CACHE_GIB)) as path:
-            record = first_record(path, (), config)
+    with local_copy(file, node_cache(CACHE_GIB), verify="size") as path:
+        record = first_record(path, file.images, config)
     return layout.kind, understood(record, config), layout.left_out
 
 
 def summary_of(source: Source) -> Summary:
-    """Count what a source holds by the indexes of its shards; a bar is shown on stderr."""
-    total, shards = Summary(), range(len(source.sizes))
-    size = len(source) * TYPICAL_BYTES
-    for found in over(partial(_summary_in, source), shards, size=size, title="counting"):
-        total.samples += found.samples
-        total.captions += found.captions
-        total.unusable += found.unusable
-        total.reason = total.reason or found.reason
-    return total
+    """Count what a source holds by the indexes of its shards; a bar is shown on a terminal."""
+    found = over(
+        partial(_summary_in, source),
+        range(len(source.sizes)),
+        size=len(source) * TYPICAL_BYTES,
+        title="counting",
+    )
+    samples, captions, unusable, reasons = zip(*found, strict=True)
+    return Summary(
+        sum(samples, Counter()),
+        sum(captions, Counter()),
+        sum(unusable),
+        next(filter(None, reasons), ""),
+    )
 
 
 def _summary_in(source: Source, shard: int) -> Summary:
-    found = Summary()
+    samples, captions, errors = Counter[str](), Counter[str](), []
     for row in source.rows(shard, ["captions", "error"]):
         if row["error"] is not None:
-            found.unusable += 1
-            found.reason = found.reason or row["error"]
+            errors.append(row["error"])
             continue
         for language, texts in row["captions"]:
-            found.samples[language] += 1
-            found.captions[language] += len(texts)
-    return found
+            samples[language] += 1
+            captions[language] += len(texts)
+    return Summary(samples, captions, len(errors), (*errors, "")[0])

@@ -24,14 +24,14 @@ def run(options: Options) -> None:
     refuse_several_processes("data index")
     from vlm.data.config import CACHE_GIB
     from vlm.data.copies import node_cache
-    from vlm.data.indexing import index_folder, index_place
+    from vlm.data.indexing import index_folder
     from vlm.data.layout import tars_in
     from vlm.data.sample import described
     from vlm.data.source import open_source
 
     path = Path(options.path)
     if options.out:
-        manifest = index_place(options.source(), options.out, node_cache(CACHE_GIB))
+        manifest = index_folder(options.out, options.source(), node_cache(CACHE_GIB))
     elif path.is_dir() and "" in tars_in(path):
         manifest = index_folder(path, options.source())
     else:

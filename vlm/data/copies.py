@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vlm.data.config import Verify
-from vlm.data.layout import ShardFile, local_state
+from vlm.data.layout import ShardFile, current_state
 from vlm.errors import DataError, ShardError
 from vlm.storage.cache_folder import cache_folder
 from vlm.storage.node_cache import NodeCache, RemoteFile
@@ -65,7 +65,7 @@ def _check(path: Path, file: ShardFile, verify: Verify) -> None:
         file.entry.verify(path, verify)
         return
     try:
-        state = local_state(file.path)
+        state = current_state(file.path)
     except OSError as error:
         raise ShardError(f"shard {path} cannot be read: {error.strerror}") from error
     if file.state != state:

@@ -5,7 +5,7 @@ A file of it is mapped into memory, so that the workers of a machine share it.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -82,23 +82,23 @@ def read_index(path: Path, about: Mapping[str, Any]) -> pyarrow.Table | None:
         digest = file.read(_DIGEST).decode()
         once(path, digest, partial(_compare, content, digest))
         table = pyarrow.ipc.open_file(content).read_all()
-        found = json.loads(table.schema.metadata[b"vlm"])
+        found = about_index(table)
     except (OSError, pyarrow.ArrowException, LookupError, TypeError, ValueError):
         return None
     expected = {"version": VERSION, **about}
     return table if all(found.get(key) == value for key, value in expected.items()) else None
 
 
-def _compare(content: pyarrow.Buffer, digest: str) -> None:
-    """Refuse changed bytes: Arrow checks none, and would read foreign memory by some."""
-    if hashlib.sha256(content).hexdigest() != digest:
-        raise ValueError("its bytes are not those that were written")
-
-
 def about_index(table: pyarrow.Table) -> dict[str, Any]:
     """Return what an index says that it is the index of."""
     found: dict[str, Any] = json.loads(table.schema.metadata[b"vlm"])
     return found
+
+
+def _compare(content: pyarrow.Buffer, digest: str) -> None:
+    """Refuse changed bytes: Arrow checks none, and would read foreign memory by some."""
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise ValueError("its bytes are not those that were written")
 
 
 def _batches(rows: Iterable[Row]) -> Iterator[pyarrow.RecordBatch]:
@@ -115,17 +115,10 @@ def _batches(rows: Iterable[Row]) -> Iterator[pyarrow.RecordBatch]:
 
 def _batch(rows: list[Row]) -> pyarrow.RecordBatch:
     """Return rows in Arrow's form: mappings are pairs there, and messages UTF-8."""
-    changes: dict[str, Callable[[Any], Any]] = {
-        "captions": _pairs, "labels": _pairs, "error": as_text,
-    }  # fmt: skip
-    changed = [
-        row
-        | {name: change(row[name]) for name, change in changes.items() if name in row}
-        | {"languages": "+".join(sorted(row.get("captions", ())))}
-        for row in rows
-    ]
+    changed = []
+    for row in rows:
+        pairs = {name: list(row[name].items()) for name in ("captions", "labels") if name in row}
+        error = as_text(row["error"]) if "error" in row else None
+        languages = "+".join(sorted(row.get("captions", ())))
+        changed.append(row | pairs | {"languages": languages, "error": error})
     return pyarrow.RecordBatch.from_pylist(changed, SCHEMA)
-
-
-def _pairs(mapping: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    return list(mapping.items())

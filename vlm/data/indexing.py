@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from vlm.errors import DataError, ShardError, VlmError
 from vlm.files import sha256_of
 from vlm.storage.cache_folder import cache_folder, locked, once
 from vlm.storage.node_cache import NodeCache, RemoteFile
-from vlm.storage.places import MissingFileError, RefusedError, shown
+from vlm.storage.places import MissingFileError, RefusedError, shown, within
+
+INDEX_FOLDER = "index"
 
 
 def index_of(file: ShardFile, config: SourceConfig, cache: NodeCache) -> pyarrow.Table:
@@ -56,10 +59,9 @@ def index_of(file: ShardFile, config: SourceConfig, cache: NodeCache) -> pyarrow
 
 def remote_index(file: ShardFile) -> RemoteFile:
     """Return the index that may lie next to a shard of a remote data folder."""
-    etag = file.state["sha256"]  # an index belongs to one shard's bytes
-    return RemoteFile(
-        _index_path(*os.path.split(file.name)) + file.path[len(file.name) :], etag=etag
-    )
+    folder, name = os.path.split(file.name)
+    url = within(folder + file.path[len(file.name) :], f"{INDEX_FOLDER}/{name}.arrow")
+    return RemoteFile(url, etag=file.state["sha256"])  # an index belongs to one shard's bytes
 
 
 def row_counts(layout: Layout, config: SourceConfig, cache: NodeCache) -> list[int]:
@@ -104,13 +106,14 @@ def _cached_path(file: ShardFile, config: SourceConfig) -> Path:
     return cache_folder() / "index" / f"{hashlib.sha256(record.encode()).hexdigest()}.arrow"
 
 
-def _index_path(folder: Path | str, name: str) -> str:
-    return os.path.join(folder, "index", f"{name}.arrow")
+def _index_in(folder: Path, file: ShardFile) -> Path:
+    """Return where a data folder has the index of a shard."""
+    return folder / INDEX_FOLDER / f"{os.path.basename(file.name)}.arrow"
 
 
 def _next_to(file: ShardFile, described: dict[str, Any], cache: NodeCache) -> pyarrow.Table | None:
     if not file.is_remote:
-        return read_index(Path(_index_path(*os.path.split(file.path))), described)
+        return read_index(_index_in(Path(file.path).parent, file), described)
     # A bucket that may not be listed refuses what it does not have.
     with suppress(MissingFileError, RefusedError), cache.copy_of(remote_index(file)) as path:
         return read_index(path, described)
@@ -193,16 +196,50 @@ def _counted_by_img2dataset(path: Path) -> int | None:
 # Data folders.
 
 
-def index_folder(folder: Path, config: SourceConfig | None = None) -> Manifest:
-    """Write the manifest of the tars in a folder, and an index of each; return the manifest.
+def index_folder(
+    folder: Path, config: SourceConfig | None = None, cache: NodeCache | None = None
+) -> Manifest:
+    """Write the manifest of tars, and an index of each, to a folder; return the manifest.
 
     The split of a tar is the part of its name before its number: `train-00000.tar`; of `00000.tar`
     it is `train`. A tar whose index is there already is not read again unless it has changed.
 
+    Args:
+        folder: The one with the tars; or what is then put next to those at a place.
+        config: The fields of the tars; with a cache also their place.
+        cache: Where tars at a place are fetched to.
+
     Raises:
         DataError: there is no such folder, no tar in it, one cannot be read, or a key occurs twice
             in a split.
+        PlaceError: one cannot be fetched, or not be kept.
     """
+    config = config or SourceConfig(path=str(folder))
+    files = _tars_at_place(config) if cache else _tars_in_folder(folder)
+    splits: dict[str, list[ShardFile]] = {}
+    for file in files:
+        splits.setdefault(split_of(Path(file.name)), []).append(replace(file, prefix=""))
+    files = [file for of_split in splits.values() for file in of_split]
+    entries = iter(
+        over(
+            partial(_indexed, config=config, folder=folder, cache=cache),
+            files,
+            size=sum(file.size for file in files),
+            title=f"indexing {shown(config.path)}",
+        )
+    )
+    manifest = Manifest(
+        splits={name: tuple(islice(entries, len(of))) for name, of in splits.items()}
+    )
+    for of_split in splits.values():
+        check_uids(
+            [(file.name, partial(read_index, _index_in(folder, file), {})) for file in of_split]
+        )
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def _tars_in_folder(folder: Path) -> list[ShardFile]:
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; expected one with WebDataset shards")
     paths = tars_in(folder).get("", [])
@@ -211,21 +248,10 @@ def index_folder(folder: Path, config: SourceConfig | None = None) -> Manifest:
     for path in paths:
         if path.with_name(f"{path.name}.gz").exists():
             raise DataError(f"found both {path} and {path.name}.gz; expected one of the two")
-    return _index_tars(files_of(map(str, paths)), config or SourceConfig(path=str(folder)), folder)
+    return files_of(map(str, paths))
 
 
-def index_place(config: SourceConfig, out: Path, cache: NodeCache) -> Manifest:
-    """Do the same for tars at a place; what is written is for their folder there.
-
-    Args:
-        config: Names tars of one folder by a URL.
-        out: The folder to write to.
-        cache: Where the tars are fetched to.
-
-    Raises:
-        DataError: the tars are of several folders, or as in `index_folder`.
-        PlaceError: one cannot be fetched, or not be kept.
-    """
+def _tars_at_place(config: SourceConfig) -> Sequence[ShardFile]:
     layout = layout_of(config)
     folders = {os.path.dirname(file.name) for file in layout.files if file.is_remote}
     if layout.kind != "tars" or len(folders) != 1:
@@ -233,49 +259,18 @@ def index_place(config: SourceConfig, out: Path, cache: NodeCache) -> Manifest:
             f"{shown(config.path)} is not a folder of tars at a place; expected an address such as "
             "s3://bucket/folder/*.tar"
         )
-    return _index_tars(layout.files, config, out, cache)
-
-
-def _index_tars(
-    files: Sequence[ShardFile], config: SourceConfig, out: Path, cache: NodeCache | None = None
-) -> Manifest:
-    files = [replace(file, prefix="") for file in files]
-    folder = os.path.dirname(files[0].name)
-    of_files = [split_of(Path(file.name)) for file in files]
-    entries = over(
-        partial(_indexed, config=config, out=out, cache=cache),
-        files,
-        size=sum(file.size for file in files),
-        title=f"indexing {folder}",
-    )
-    splits: dict[str, list[ShardEntry]] = {}
-    for split, entry in zip(of_files, entries, strict=True):
-        splits.setdefault(split, []).append(entry)
-    for of_split in splits.values():
-        check_uids(
-            [
-                (
-                    f"{folder}/{each.name}",
-                    partial(read_index, Path(_index_path(out, each.name)), {}),
-                )
-                for each in of_split
-            ]
-        )
-    manifest = Manifest(splits={split: tuple(found) for split, found in splits.items()})
-    write_manifest(out, manifest)
-    return manifest
+    return layout.files
 
 
 def _indexed(
-    file: ShardFile, *, config: SourceConfig, out: Path, cache: NodeCache | None
+    file: ShardFile, *, config: SourceConfig, folder: Path, cache: NodeCache | None
 ) -> ShardEntry:
     """Return the entry of a tar, after its index is written, unless that is there and fits."""
-    name = os.path.basename(file.name)
-    index = Path(_index_path(out, name))
+    index = _index_in(folder, file)
     table = read_index(index, _about(file, config))
     if table is None:
         table = _made(index, file, config, cache, hashed=True)
-    sha256 = about_index(table)["sha256"]
+    name, sha256 = os.path.basename(file.name), about_index(table)["sha256"]
     return ShardEntry(name=name, samples=len(table), bytes=file.size, sha256=sha256)
 
 

@@ -122,6 +122,8 @@ def tars_in(folder: Path) -> dict[str, list[Path]]:
 def split_of(path: Path) -> str:
     """Return the split that a file's name says: `train` of `train-00000.tar` and of `00000.tar`.
 
+    A table may be called by its split alone: `train.csv`.
+
     Raises:
         DataError: the name is not like one of these.
     """
@@ -130,6 +132,8 @@ def split_of(path: Path) -> str:
         return found[1]
     if stem.isdecimal():
         return "train"
+    if path.name.lower().endswith(TABLE_SUFFIXES):
+        return stem
     raise DataError(f"{path} belongs to no split; expected a name like train-00000.tar")
 
 
@@ -148,12 +152,26 @@ def _in_manifest(folder: str, entry: ShardEntry) -> ShardFile:
 
 
 def _layout_of_files(config: SourceConfig) -> Layout:
-    there = not is_remote(config.path) and Path(config.path).exists()
-    paths = [config.path] if there else _expanded(config.path)
+    path = config.path
+    if not (is_remote(path) or Path(path).exists() or set(path) & set("{*?[")):
+        raise DataError(f"{path} is missing; expected a data folder, tars, tables or images")
+    paths = sorted(expand(path), key=_by_number)
     kind = _kind_of(paths)
     if kind == "tars" and config.split != DEFAULT_SPLIT:
-        raise DataError(f"{shown(config.path)} has no splits; found the split {config.split!r}")
+        raise DataError(f"{shown(path)} has no splits; found the split {config.split!r}")
     return Layout(kind, files_of(paths))
+
+
+def _kind_of(paths: Sequence[str]) -> Kind:
+    if all(_has_suffix(path, TAR_SUFFIXES) for path in paths):
+        return "tars"
+    for path in paths:
+        if not _has_suffix(path, TABLE_SUFFIXES):
+            known = ", ".join((*TAR_SUFFIXES, *TABLE_SUFFIXES))
+            raise DataError(
+                f"{shown(path)} is no known kind of file; expected files of one of {known}"
+            )
+    return "tables"
 
 
 def _layout_of_folder(folder: Path, config: SourceConfig) -> Layout:
@@ -165,31 +183,43 @@ def _layout_of_folder(folder: Path, config: SourceConfig) -> Layout:
         tables = [table for table in tables if _has_images(table)]
     if len(tables) > 1:
         tables = _chosen(_by_split(tables), config, folder)
-    if tables:
-        return Layout("tables", files_of(map(str, tables)))
-    found = images_below(folder)
-    if not found.paths:
+    return Layout("tables", files_of(map(str, tables))) if tables else _layout_of_images(folder)
+
+
+def _layout_of_images(folder: Path) -> Layout:
+    """Cut the images of a folder into shards, with the state of the captions next to them."""
+    images, left_out = images_below(folder)
+    if not images:
         raise DataError(
             f"{folder} holds no samples; expected a {MANIFEST_NAME}, tars, tables of images, or "
             "images with a .txt or .json of the same name"
         )
-    files, captions = _parts_of(folder, found.paths)
-    left_out = found.left_out - Counter({OTHER_SUFFIX: captions})
-    return Layout("images", files, left_out)
-
-
-def local_state(path: str) -> dict[str, Any]:
-    """Return what changes when a file of this machine is changed."""
-    found = os.stat(path)
-    return {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
+    files, captions = [], 0
+    for start in range(0, len(images), ROWS):
+        part, digest, size = images[start : start + ROWS], hashlib.sha256(), 0
+        for path in part:
+            digest.update(os.fsencode(path))
+            for suffix in SIDE_SUFFIXES:
+                with suppress(OSError):
+                    found = os.stat(path.with_suffix(suffix))
+                    digest.update(f"{suffix} {found.st_size} {found.st_mtime_ns}".encode())
+                    size += found.st_size
+                    captions += 1
+        state = {"files": digest.hexdigest()}
+        files.append(ShardFile(path=str(folder), images=part, size=size, state=state))
+    if not captions:
+        raise DataError(
+            f"{folder} holds images without captions, such as {images[0].name}; expected "
+            f"{images[0].with_suffix('.txt').name} or {images[0].with_suffix('.json').name}"
+        )
+    return Layout("images", files, left_out - Counter({OTHER_SUFFIX: captions}))
 
 
 def files_of(paths: Iterable[str]) -> list[ShardFile]:
     """Return files with the state that they are in, and with prefixes that differ."""
     paths = [path if is_remote(path) else str(Path(path)) for path in paths]
     with ThreadPoolExecutor(_ASKED) as threads:
-        ask = threads.map if is_remote(paths[0]) else map
-        states = list(ask(lambda path: (state_of if is_remote(path) else local_state)(path), paths))
+        states = list(threads.map(current_state, paths))
     full = [Path(shown(path)).absolute() for path in paths]
     folder = os.path.commonpath([path.parent for path in full])
     files = []
@@ -201,49 +231,12 @@ def files_of(paths: Iterable[str]) -> list[ShardFile]:
     return files
 
 
-def _parts_of(folder: Path, images: Sequence[Path]) -> tuple[list[ShardFile], int]:
-    """Cut the images of a folder into shards, with the state of the captions next to them.
-
-    Returns the shards, and how many files with captions there are.
-    """
-    files, number = [], 0
-    for start in range(0, len(images), ROWS):
-        part, digest, size = images[start : start + ROWS], hashlib.sha256(), 0
-        for path in part:
-            digest.update(os.fsencode(path))
-            for suffix in SIDE_SUFFIXES:
-                with suppress(OSError):
-                    found = os.stat(path.with_suffix(suffix))
-                    digest.update(f"{suffix} {found.st_size} {found.st_mtime_ns}".encode())
-                    size += found.st_size
-                    number += 1
-        state = {"files": digest.hexdigest()}
-        files.append(ShardFile(path=str(folder), images=part, size=size, state=state))
-    if not number:
-        raise DataError(
-            f"{folder} holds images without captions, such as {images[0].name}; expected "
-            f"{images[0].with_suffix('.txt').name} or {images[0].with_suffix('.json').name}"
-        )
-    return files, number
-
-
-def _expanded(pattern: str) -> list[str]:
-    """Return the files that braces and stars name, in the order of their folders and numbers."""
-    if not is_remote(pattern) and not set(pattern) & set("{*?["):
-        raise DataError(f"{pattern} is missing; expected a data folder, tars, tables or images")
-    return sorted(expand(pattern), key=_by_number)
-
-
-def _kind_of(paths: Sequence[str]) -> Kind:
-    kinds: Mapping[Kind, tuple[str, ...]] = {"tars": TAR_SUFFIXES, "tables": TABLE_SUFFIXES}
-    for kind, suffixes in kinds.items():
-        others = [path for path in paths if not _has_suffix(path, suffixes)]
-        if not others:
-            return kind
-    known = ", ".join((*TAR_SUFFIXES, *TABLE_SUFFIXES))
-    raise DataError(
-        f"{shown(others[0])} is no known kind of file; expected files of one of {known}"
-    )
+def current_state(path: str) -> dict[str, Any]:
+    """Return what changes when a file is changed, its size as `bytes` and more."""
+    if is_remote(path):
+        return state_of(path)
+    found = os.stat(path)
+    return {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
 
 
 def _has_suffix(path: str, suffixes: tuple[str, ...]) -> bool:
@@ -273,13 +266,7 @@ def _has_images(table: Path) -> bool:
 def _by_split(paths: Iterable[Path]) -> dict[str, list[Path]]:
     splits: dict[str, list[Path]] = {}
     for path in paths:
-        try:
-            split = split_of(path)
-        except DataError:
-            if not path.name.lower().endswith(TABLE_SUFFIXES):
-                raise
-            split = path.name.partition(".")[0]  # as in train.csv
-        splits.setdefault(split, []).append(path)
+        splits.setdefault(split_of(path), []).append(path)
     return splits
 
 

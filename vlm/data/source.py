@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from vlm.data.conditions import Conditions
 from vlm.data.config import CACHE_GIB, DEFAULT_SPLIT, SourceConfig, Verify
 from vlm.data.copies import local_copy, node_cache, remote_file
-from vlm.data.index import ROWS, about_index
+from vlm.data.index import ROWS, SCHEMA, about_index
 from vlm.data.indexing import check_uids, index_of, remote_index, row_counts
 from vlm.data.layout import Layout, ShardFile, layout_of
 from vlm.data.parallel import TYPICAL_BYTES, over
@@ -51,27 +51,28 @@ class Shard:
         return self.rows if self.kept is None else len(self.kept)
 
 
+@dataclass(eq=False, repr=False)
 class Source:
     """The samples of a source in their order; `open_source` makes one.
 
     Shards are opened when a sample of theirs is read. It can be sent to another process.
     """
 
-    def __init__(
-        self,
-        config: SourceConfig,
-        shards: Sequence[Shard],
-        verify: Verify,
-        keep_open: int,
-        cache: NodeCache,
-    ) -> None:
-        self.config = config
-        self._shards = shards
-        self._verify, self._cache = verify, cache
-        self._settings = (verify, keep_open, cache)
-        self._ends = list(accumulate(map(len, shards)))
-        self._table = _remembered(self._read_index, keep_open)
-        self._tar = _remembered(self._open_tar, keep_open)
+    config: SourceConfig
+    shards: Sequence[Shard]
+    verify: Verify
+    keep_open: int
+    cache: NodeCache
+
+    def __post_init__(self) -> None:
+        self._ends = list(accumulate(map(len, self.shards)))
+        self._table = _remembered(self._read_index, self.keep_open)
+        self._columns = _remembered(self._read_columns, self.keep_open)
+        self._tar = _remembered(self._open_tar, self.keep_open)
+
+    def __reduce__(self) -> tuple[type["Source"], tuple[Any, ...]]:
+        """Open the shards anew in another process: a memory map cannot be sent to one."""
+        return type(self), (self.config, self.shards, self.verify, self.keep_open, self.cache)
 
     @property
     def name(self) -> str:
@@ -81,34 +82,33 @@ class Source:
     @property
     def sizes(self) -> list[int]:
         """The number of samples in each shard."""
-        return list(map(len, self._shards))
+        return list(map(len, self.shards))
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def keeping_open(self, number: int) -> "Source":
         """Return the same source with at most `number` shards open in a process."""
-        verify, keep_open, cache = self._settings
-        return Source(self.config, self._shards, verify, min(number, keep_open), cache)
+        return replace(self, keep_open=min(number, self.keep_open))
 
     def prefetch(self, shards: Iterable[int]) -> None:
         """Begin to fetch shards of a remote source that are read next.
 
         Nothing is done where the cache has no room for all of them.
         """
-        tars = {n: file for n in shards if (file := self._shards[n].file).is_tar and file.is_remote}
-        if sum(file.size for file in tars.values()) <= self._cache.max_bytes:
-            self._cache.prefetch(each for n in tars for each in self._files_of(n))
+        tars = {n: file for n in shards if (file := self.shards[n].file).is_tar and file.is_remote}
+        if sum(file.size for file in tars.values()) <= self.cache.max_bytes:
+            self.cache.prefetch(each for n in tars for each in self._files_of(n))
 
     def _files_of(self, number: int) -> list[RemoteFile]:
         """Return what is fetched to read from a tar at a place."""
-        file = self._shards[number].file
+        file = self.shards[number].file
         tar = remote_file(file, sha256=self._noted_hash(number))
         return [remote_index(file), tar] if file.entry else [tar]
 
     def _noted_hash(self, number: int) -> str | None:
         """Return the SHA-256 that a remote tar in no manifest had when its index was made."""
-        if self._shards[number].file.entry:
+        if self.shards[number].file.entry:
             return None
         sha256: str | None = about_index(self._table(number)).get("sha256")
         return sha256
@@ -148,7 +148,7 @@ class Source:
         if not 0 <= index < len(self):
             raise IndexError(index)
         shard = bisect_right(self._ends, index)
-        return shard, index - self._ends[shard] + len(self._shards[shard])
+        return shard, index - self._ends[shard] + len(self.shards[shard])
 
     def address(self, shard: int, row: int) -> str:
         """Return where a sample lies: the file of its image, or `SHARD#ROW`, rows from 0."""
@@ -160,12 +160,11 @@ class Source:
     def _address(self, shard: int, row: int, found: Mapping[str, Any]) -> str:
         if found.get("path") is not None:
             return as_text(os.fsdecode(found["path"]))
-        place = self._shards[shard]
+        place = self.shards[shard]
         return f"{place.file.name}#{place.start + row}"
 
     def _record(self, shard: int, row: int) -> dict[str, Any]:
-        table = self._table(shard)
-        return {name: table[name][row].as_py() for name in table.column_names}
+        return {name: column[row].as_py() for name, column in self._columns(shard).items()}
 
     def _image(self, shard: int, found: Mapping[str, Any]) -> bytes:
         if found["image"] is not None:
@@ -186,7 +185,7 @@ class Source:
         return rows
 
     def _kept(self, shard: int, columns: Sequence[str] = ("uid",)) -> pyarrow.Table:
-        kept = self._shards[shard].kept
+        kept = self.shards[shard].kept
         table = self._table(shard).select(list(columns))
         return table if kept is None else table.take(kept)
 
@@ -203,7 +202,7 @@ class Source:
         """
         found = over(
             self._damaged_in,
-            range(len(self._shards)),
+            range(len(self.shards)),
             size=len(self) * TYPICAL_BYTES,
             title=f"checking {self.config.split}",
         )
@@ -211,7 +210,7 @@ class Source:
 
     def _damaged_in(self, shard: int) -> list[str]:
         found = []
-        for row in range(len(self._shards[shard])):
+        for row in range(len(self.shards[shard])):
             try:
                 sample = self.at(shard, row)
                 decode_image(sample.image, name=f"{sample.uid} ({sample.address})")
@@ -224,12 +223,8 @@ class Source:
     def check_uids(self) -> None:
         """Refuse, by a `DataError`, uids that occur twice; the index of every shard is read."""
         check_uids([
-            (shard.file.name, partial(self._kept, n)) for n, shard in enumerate(self._shards)
+            (shard.file.name, partial(self._kept, n)) for n, shard in enumerate(self.shards)
         ])  # fmt: skip
-
-    def __reduce__(self) -> tuple[type["Source"], tuple[Any, ...]]:
-        """Open the shards anew in another process: a memory map cannot be sent to one."""
-        return type(self), (self.config, self._shards, *self._settings)
 
     def where(self, where: Sequence[str]) -> "Source":
         """Return the samples that meet all conditions; the index of every shard is read.
@@ -238,7 +233,7 @@ class Source:
             DataError: one is not a condition, or asks for a key that no sample has.
         """
         conditions = Conditions(where)
-        chosen = self._with([conditions.rows_of(self._table(n)) for n in range(len(self._shards))])
+        chosen = self._with([conditions.rows_of(self._table(n)) for n in range(len(self.shards))])
         conditions.check_keys(self.name)
         return chosen
 
@@ -249,7 +244,7 @@ class Source:
             DataError: there is no such split.
         """
         splits = [
-            self._table(n)["split"].to_numpy(zero_copy_only=False) for n in range(len(self._shards))
+            self._table(n)["split"].to_numpy(zero_copy_only=False) for n in range(len(self.shards))
         ]
         known = {split for of_shard in splits for split in of_shard if split}
         if not known and self.config.split == DEFAULT_SPLIT:
@@ -263,25 +258,29 @@ class Source:
         """Return the samples in some rows of the shards; what has none left is no shard."""
         shards = [
             replace(shard, kept=kept if shard.kept is None else np.intersect1d(kept, shard.kept))
-            for shard, kept in zip(self._shards, rows, strict=True)
+            for shard, kept in zip(self.shards, rows, strict=True)
         ]
-        return Source(self.config, [shard for shard in shards if len(shard)], *self._settings)
+        return replace(self, shards=[shard for shard in shards if len(shard)])
 
     def _row(self, shard: int, row: int) -> int:
         """Return where a row lies in the shard's part of the index."""
-        if not 0 <= row < len(self._shards[shard]):
+        if not 0 <= row < len(self.shards[shard]):
             raise IndexError(row)
-        kept = self._shards[shard].kept
+        kept = self.shards[shard].kept
         return row if kept is None else int(kept[row])
 
     def _read_index(self, number: int) -> pyarrow.Table:
         """Return a shard's part of its index; a tar is not opened for it if it has one."""
-        shard = self._shards[number]
-        return index_of(shard.file, self.config, self._cache).slice(shard.start, shard.rows)
+        shard = self.shards[number]
+        return index_of(shard.file, self.config, self.cache).slice(shard.start, shard.rows)
+
+    def _read_columns(self, number: int) -> dict[str, pyarrow.ChunkedArray]:
+        """Return the same by column: to look each up takes as long as to read its value."""
+        return dict(zip(SCHEMA.names, self._table(number).columns, strict=True))
 
     def _open_tar(self, number: int) -> bytes | mmap.mmap:
-        file, sha256 = self._shards[number].file, self._noted_hash(number)
-        with local_copy(file, self._cache, sha256=sha256, verify=self._verify) as path:
+        file, sha256 = self.shards[number].file, self._noted_hash(number)
+        with local_copy(file, self.cache, sha256=sha256, verify=self.verify) as path:
             return tar_content(path)
 
 

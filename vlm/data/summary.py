@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
-from typing import NamedTuple
 
 from vlm.data.config import CACHE_GIB, SourceConfig
 from vlm.data.copies import local_copy, node_cache
@@ -12,19 +11,6 @@ from vlm.data.layout import Kind, layout_of
 from vlm.data.parallel import TYPICAL_BYTES, over
 from vlm.data.scanning import first_record
 from vlm.data.source import Source
-
-
-class Summary(NamedTuple):
-    """The samples of a source by what they have."""
-
-    samples: Counter[str]
-    """By language, how many have a caption."""
-    captions: Counter[str]
-    """By language, the number of captions."""
-    unusable: int
-    """How many cannot be used."""
-    reason: str
-    """Why the first of these cannot."""
 
 
 def kind_and_fields(config: SourceConfig) -> tuple[Kind, Mapping[str, str], Mapping[str, int]]:
@@ -36,30 +22,31 @@ def kind_and_fields(config: SourceConfig) -> tuple[Kind, Mapping[str, str], Mapp
     return layout.kind, understood(record, config), layout.left_out
 
 
-def summary_of(source: Source) -> Summary:
-    """Count what a source holds by the indexes of its shards; a bar is shown on a terminal."""
-    found = over(
-        partial(_summary_in, source),
+def counts_of(source: Source) -> tuple[Counter[str], Counter[str], list[str]]:
+    """Count what a source holds by the indexes of its shards; a bar is shown on a terminal.
+
+    Returns:
+        By language how many samples have a caption, by language the number of captions, and why
+        each sample that cannot be used cannot.
+    """
+    samples, captions, errors = Counter[str](), Counter[str](), list[str]()
+    for found in over(
+        partial(_counts_in, source),
         range(len(source.sizes)),
         size=len(source) * TYPICAL_BYTES,
         title="counting",
-    )
-    samples, captions, unusable, reasons = zip(*found, strict=True)
-    return Summary(
-        sum(samples, Counter()),
-        sum(captions, Counter()),
-        sum(unusable),
-        next(filter(None, reasons), ""),
-    )
+    ):
+        samples += found[0]
+        captions += found[1]
+        errors += found[2]
+    return samples, captions, errors
 
 
-def _summary_in(source: Source, shard: int) -> Summary:
-    samples, captions, errors = Counter[str](), Counter[str](), []
-    for row in source.rows(shard, ["captions", "error"]):
-        if row["error"] is not None:
-            errors.append(row["error"])
-            continue
-        for language, texts in row["captions"]:
-            samples[language] += 1
-            captions[language] += len(texts)
-    return Summary(samples, captions, len(errors), (*errors, "")[0])
+def _counts_in(source: Source, shard: int) -> tuple[Counter[str], Counter[str], list[str]]:
+    rows = source.rows(shard, ["captions", "error"])
+    found = [each for row in rows if row["error"] is None for each in row["captions"]]
+    captions = Counter[str]()
+    for language, texts in found:
+        captions[language] += len(texts)
+    samples = Counter(language for language, _ in found)
+    return samples, captions, [row["error"] for row in rows if row["error"] is not None]

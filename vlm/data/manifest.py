@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 from vlm.data.config import Verify
@@ -49,21 +48,21 @@ class ShardEntry:
         Once on a machine: that the file as it is now has the hash is remembered in the cache
         folder.
         """
+
+        def compare() -> None:
+            if (found := sha256_of(path)) != self.sha256:
+                raise ShardError(
+                    f"shard {path} is damaged: sha256 {found[:12]}, "
+                    f"the manifest says {self.sha256[:12]}"
+                )
+
         try:
             if how == "each_open":
-                self._compare(path)
+                compare()
             elif how == "once":
-                once(path, self.sha256, partial(self._compare, path))
+                once(path, self.sha256, compare)
         except OSError as error:
             raise ShardError(f"shard {path} cannot be read: {error}") from error
-
-    def _compare(self, path: Path) -> None:
-        found = sha256_of(path)
-        if found != self.sha256:
-            raise ShardError(
-                f"shard {path} is damaged: sha256 {found[:12]}, "
-                f"the manifest says {self.sha256[:12]}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,29 +92,23 @@ def read_manifest(folder: Path | str) -> Manifest:
         DataError: it is missing or not a manifest.
         PlaceError: the place refuses it or stays away.
     """
-    address = within(str(folder), MANIFEST_NAME)
-    name = shown(address)
-    if not is_remote(address):
-        if not Path(folder).is_dir():
-            raise DataError(
-                f"{folder} is not a folder; expected a data folder with a {MANIFEST_NAME}"
-            )
-        if not Path(address).is_file():
-            raise DataError(
-                f"{folder} has no {MANIFEST_NAME}; `vlm data index {folder}` writes one for its "
-                "shards"
-            )
-        return _manifest_in(Path(address).read_bytes(), name)
+    path = within(str(folder), MANIFEST_NAME)
+    name = shown(path)
     try:
-        return _manifest_in(read_small(address), name)
+        content = read_small(path) if is_remote(path) else Path(path).read_bytes()
     except MissingFileError as error:
         raise DataError(
             f"{name} is not there; expected a data folder, or tars by a pattern such as "
             f"{shown(within(str(folder), '{00000..00099}.tar'))}"
         ) from error
-
-
-def _manifest_in(content: bytes, name: str) -> Manifest:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        if not Path(folder).is_dir():
+            raise DataError(
+                f"{folder} is not a folder; expected a data folder with a {MANIFEST_NAME}"
+            ) from error
+        raise DataError(
+            f"{folder} has no {MANIFEST_NAME}; `vlm data index {folder}` writes one for its shards"
+        ) from error
     try:
         record = json.loads(content)
         version = record["format"]

@@ -121,8 +121,8 @@ class Source:
             DataError: the sample cannot be used.
             PlaceError: the shard cannot be fetched, or not be kept here.
         """
-        row = self._row(shard, row)
-        found = self._record(shard, row)
+        at = self._row(shard, row)
+        found = {name: column[at].as_py() for name, column in self._columns(shard).items()}
         if found["error"] is not None:
             raise DataError(found["error"])
         return Sample(
@@ -133,38 +133,26 @@ class Source:
             source=found["source"],
             licence=found["licence"],
             labels=dict(found["labels"]),
-            address=self._address(shard, row, found),
+            address=self.address(shard, row),
         )
 
     def __getitem__(self, index: int) -> Sample:
         """Return the sample at `index` in [0, len); errors as in `at`."""
-        return self.at(*self._place(index))
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        shard = bisect_right(self._ends, index)
+        return self.at(shard, index - self._ends[shard] + len(self.shards[shard]))
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
 
-    def _place(self, index: int) -> tuple[int, int]:
-        """Return the number of a sample's shard, and its row there."""
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        shard = bisect_right(self._ends, index)
-        return shard, index - self._ends[shard] + len(self.shards[shard])
-
     def address(self, shard: int, row: int) -> str:
         """Return where a sample lies: the file of its image, or `SHARD#ROW`, rows from 0."""
-        row, found = self._row(shard, row), {}
+        at, place = self._row(shard, row), self.shards[shard]
         with suppress(ShardError):
-            found = self._record(shard, row)
-        return self._address(shard, row, found)
-
-    def _address(self, shard: int, row: int, found: Mapping[str, Any]) -> str:
-        if found.get("path") is not None:
-            return as_text(os.fsdecode(found["path"]))
-        place = self.shards[shard]
-        return f"{place.file.name}#{place.start + row}"
-
-    def _record(self, shard: int, row: int) -> dict[str, Any]:
-        return {name: column[row].as_py() for name, column in self._columns(shard).items()}
+            if (path := self._columns(shard)["path"][at].as_py()) is not None:
+                return as_text(os.fsdecode(path))
+        return f"{place.file.name}#{place.start + at}"
 
     def _image(self, shard: int, found: Mapping[str, Any]) -> bytes:
         if found["image"] is not None:

@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +59,9 @@ def write_index(path: Path, rows: Iterable[Row], about: Mapping[str, Any]) -> py
         VlmError: it cannot be written.
     """
     schema = SCHEMA.with_metadata({"vlm": json.dumps({"version": VERSION, **about})})
-    # The rows come first, because what is wrong with them is no error of writing.
-    batches = _batches(rows)
-    first = list(islice(batches, 1))
     with open_whole(path) as file:
         with pyarrow.ipc.new_file(file, schema) as writer:
-            for batch in chain(first, batches):
+            for batch in _batches(rows):
                 writer.write_batch(batch)
         file.flush()
         file.write(sha256_of(Path(file.name)).encode())

@@ -156,22 +156,16 @@ def _layout_of_files(config: SourceConfig) -> Layout:
     if not (is_remote(path) or Path(path).exists() or set(path) & set("{*?[")):
         raise DataError(f"{path} is missing; expected a data folder, tars, tables or images")
     paths = sorted(expand(path), key=_by_number)
-    kind = _kind_of(paths)
+    kind: Kind = "tars" if _has_suffix(paths[0], TAR_SUFFIXES) else "tables"
+    for file in paths:
+        if not _has_suffix(file, TAR_SUFFIXES if kind == "tars" else TABLE_SUFFIXES):
+            known = ", ".join((*TAR_SUFFIXES, *TABLE_SUFFIXES))
+            raise DataError(
+                f"{shown(file)} is no known kind of file; expected files of one of {known}"
+            )
     if kind == "tars" and config.split != DEFAULT_SPLIT:
         raise DataError(f"{shown(path)} has no splits; found the split {config.split!r}")
     return Layout(kind, files_of(paths))
-
-
-def _kind_of(paths: Sequence[str]) -> Kind:
-    if all(_has_suffix(path, TAR_SUFFIXES) for path in paths):
-        return "tars"
-    for path in paths:
-        if not _has_suffix(path, TABLE_SUFFIXES):
-            known = ", ".join((*TAR_SUFFIXES, *TABLE_SUFFIXES))
-            raise DataError(
-                f"{shown(path)} is no known kind of file; expected files of one of {known}"
-            )
-    return "tables"
 
 
 def _layout_of_folder(folder: Path, config: SourceConfig) -> Layout:

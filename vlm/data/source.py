@@ -96,7 +96,9 @@ class Source:
 
         Nothing is done where the cache has no room for all of them.
         """
-        tars = {n: file for n in shards if (file := self.shards[n].file).is_tar and file.is_remote}
+        if not self.shards or not self.shards[0].file.is_remote:
+            return
+        tars = {n: self.shards[n].file for n in shards if self.shards[n].file.is_tar}
         if sum(file.size for file in tars.values()) <= self.cache.max_bytes:
             self.cache.prefetch(each for n in tars for each in self._files_of(n))
 
@@ -221,7 +223,7 @@ class Source:
             DataError: one is not a condition, or asks for a key that no sample has.
         """
         conditions = Conditions(where)
-        chosen = self._with([conditions.rows_of(self._table(n)) for n in range(len(self.shards))])
+        chosen = self._choose(conditions.rows_of)
         conditions.check_keys(self.name)
         return chosen
 
@@ -231,24 +233,28 @@ class Source:
         Raises:
             DataError: there is no such split.
         """
-        splits = [
-            self._table(n)["split"].to_numpy(zero_copy_only=False) for n in range(len(self.shards))
-        ]
-        known = {split for of_shard in splits for split in of_shard if split}
-        if not known and self.config.split == DEFAULT_SPLIT:
+        split = self.config.split
+        columns = [self._table(n)["split"] for n in range(len(self.shards))]
+        known = {name for column in columns for name in column.unique().to_pylist() if name}
+        if not known and split == DEFAULT_SPLIT:
             return self
-        if self.config.split not in known:
+        if split not in known:
             has = f"its splits are {listed(sorted(known))}" if known else "it has no splits"
-            raise DataError(f"{self.config.path} has no split {self.config.split!r}; {has}")
-        return self._with([np.flatnonzero(of_shard == self.config.split) for of_shard in splits])
+            raise DataError(f"{self.config.path} has no split {split!r}; {has}")
+        return self._choose(
+            lambda table: np.flatnonzero(table["split"].to_numpy(zero_copy_only=False) == split)
+        )
 
-    def _with(self, rows: Sequence[NDArray[np.int64]]) -> "Source":
-        """Return the samples in some rows of the shards; what has none left is no shard."""
-        shards = [
-            replace(shard, kept=kept if shard.kept is None else np.intersect1d(kept, shard.kept))
-            for shard, kept in zip(self.shards, rows, strict=True)
-        ]
-        return replace(self, shards=[shard for shard in shards if len(shard)])
+    def _choose(self, rows_of: Callable[[pyarrow.Table], NDArray[np.int64]]) -> "Source":
+        """Return the samples in some rows of each index; what has none left is no shard."""
+        shards = []
+        for number, shard in enumerate(self.shards):
+            kept = rows_of(self._table(number))
+            if shard.kept is not None:
+                kept = np.intersect1d(kept, shard.kept)
+            if len(kept):
+                shards.append(replace(shard, kept=kept))
+        return replace(self, shards=shards)
 
     def _row(self, shard: int, row: int) -> int:
         """Return where a row lies in the shard's part of the index."""

@@ -166,7 +166,11 @@ def index_and_note(folder):
 
 
 @pytest.mark.distributed
-def test_two_processes_at_a_time_share_the_work_of_one(tars):
+@pytest.mark.parametrize("kind", ["tars", "data folder without indexes"])
+def test_two_processes_at_a_time_share_the_work_of_one(tars, kind):
+    if kind != "tars":
+        index_folder(tars)
+        shutil.rmtree(tars / "index")
     with PROCESSES.Pool(2) as workers:
         calls = [(os.environ["VLM_CACHE"], index_and_note, tars)] * 2
         assert workers.starmap(_in_cache, calls, chunksize=1) == [EN, EN]
@@ -290,9 +294,15 @@ def test_a_shard_is_hashed_again_where_it_or_its_manifest_changed(tmp_path, hash
 
 def test_an_index_is_made_of_verified_bytes_alone_however_shards_are_verified(tmp_path, hashed):
     config = SourceConfig(path=str(write_split(tmp_path, make_samples(12))))
+    path = tmp_path / "train-00000.tar.gz"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ShardError, match=f"{path} is damaged: sha256"):
+        open_source(config, verify="size")[0]
+    path.write_bytes(content)
     for _ in range(2):
         assert list(open_source(config, verify="size")) == make_samples(12)
-    assert len(hashed) == 3
+    assert len(hashed) == 1 + 3
 
 
 @pytest.mark.parametrize("indexed", [True, False])

@@ -9,7 +9,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vlm.data.manifest import MANIFEST_NAME, ShardEntry, read_manifest
+from vlm.data.config import SourceConfig
+from vlm.data.copies import check_unchanged
+from vlm.data.layout import layout_of
+from vlm.data.manifest import MANIFEST_NAME, ShardEntry
 from vlm.data.records import (
     Advance,
     Member,
@@ -233,11 +236,12 @@ def _files_of(source: Path, split: str) -> list[_File]:
 
 def _files_in(folder: Path, split: str) -> Iterator[_File]:
     if (folder / MANIFEST_NAME).is_file():
-        for entry in read_manifest(folder).shards_of(split, folder):
-            path = entry.path_in(folder)
+        for file in layout_of(SourceConfig(path=str(folder), split=split)).files:
+            check_unchanged(file)
+            path = Path(file.path)
             if suffix_of(path) not in TAR_SUFFIXES:
                 raise DataError(f"{path} is no shard; expected one of {', '.join(TAR_SUFFIXES)}")
-            yield _File(path, entry.bytes, entry)
+            yield _File(path, file.size, file.entry)
         return
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vlm.data.config import Verify
-from vlm.data.layout import ShardFile, current_state
+from vlm.data.layout import ShardFile, local_state
 from vlm.errors import DataError, ShardError
 from vlm.storage.cache_folder import cache_folder
 from vlm.storage.node_cache import NodeCache, RemoteFile
@@ -39,7 +39,9 @@ def local_copy(
     if not file.is_remote:
         path = Path(file.path)
         if not file.images:
-            _check(path, file, verify)
+            check_unchanged(file)
+        if file.entry:
+            file.entry.verify(path, verify)
         yield path
         return
     assert cache is not None, "only local files do without"
@@ -58,15 +60,16 @@ def remote_file(file: ShardFile, *, sha256: str | None = None) -> RemoteFile:
     return RemoteFile(file.path, file.size, state.get("sha256", sha256), state.get("etag", ""))
 
 
-def _check(path: Path, file: ShardFile, verify: Verify) -> None:
-    """Refuse a local file that is not what it was when it was listed."""
-    if file.entry:
-        file.entry.path_in(path.parent)
-        file.entry.verify(path, verify)
-        return
+def check_unchanged(file: ShardFile) -> None:
+    """Refuse, by a `ShardError`, a local file that is not what it was when it was listed."""
     try:
-        state = current_state(file.path)
+        found = local_state(file.path)
     except OSError as error:
-        raise ShardError(f"shard {path} cannot be read: {error.strerror}") from error
-    if file.state != state:
-        raise ShardError(f"shard {path} has changed since the source was opened")
+        lost = "is missing; the manifest lists it" if file.entry else "cannot be read"
+        raise ShardError(f"shard {file.path} {lost}: {error.strerror}") from error
+    if file.entry and found["bytes"] != file.size:
+        raise ShardError(
+            f"shard {file.path} is damaged: {found['bytes']} bytes, the manifest says {file.size}"
+        )
+    if not file.entry and found != file.state:
+        raise ShardError(f"shard {file.path} has changed since the source was opened")

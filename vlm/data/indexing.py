@@ -284,12 +284,12 @@ def check_uids(indexes: Sequence[tuple[str, Callable[[], pyarrow.Table]]]) -> No
     Raises:
         DataError: a uid occurs twice.
     """
-    hashes = [np.fromiter(map(hash, _uids(index())), np.int64) for _, index in indexes]
+    hashes = [np.fromiter(map(hash, index()["uid"].to_pylist()), np.int64) for _, index in indexes]
     ordered = np.sort(np.concatenate(hashes))
     twice = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
     seen: dict[str, str] = {}
     for name, index in indexes if twice else ():
-        for uid in _uids(index()):
+        for uid in index()["uid"].to_pylist():
             if uid in seen:
                 raise DataError(
                     f"the key {uid!r} is in {seen[uid]} and in {name}; expected every key of a "
@@ -297,8 +297,3 @@ def check_uids(indexes: Sequence[tuple[str, Callable[[], pyarrow.Table]]]) -> No
                 )
             if hash(uid) in twice:
                 seen[uid] = name
-
-
-def _uids(index: pyarrow.Table) -> list[str]:
-    uids: list[str] = index["uid"].to_pylist()
-    return uids

@@ -61,6 +61,10 @@ class ShardFile:
         return shown(self.path)
 
 
+class NoSamplesError(DataError):
+    """A folder holds no images with captions."""
+
+
 class Layout(NamedTuple):
     """What a path holds."""
 
@@ -184,7 +188,7 @@ def _layout_of_images(folder: Path) -> Layout:
     """Cut the images of a folder into shards, with the state of the captions next to them."""
     images, left_out = images_below(folder)
     if not images:
-        raise DataError(
+        raise NoSamplesError(
             f"{folder} holds no samples; expected a {MANIFEST_NAME}, tars, tables of images, or "
             "images with a .txt or .json of the same name"
         )
@@ -202,7 +206,7 @@ def _layout_of_images(folder: Path) -> Layout:
         state = {"files": digest.hexdigest()}
         files.append(ShardFile(path=str(folder), images=part, size=size, state=state))
     if not captions:
-        raise DataError(
+        raise NoSamplesError(
             f"{folder} holds images without captions, such as {images[0].name}; expected "
             f"{images[0].with_suffix('.txt').name} or {images[0].with_suffix('.json').name}"
         )
@@ -213,7 +217,8 @@ def files_of(paths: Iterable[str]) -> list[ShardFile]:
     """Return files with the state that they are in, and with prefixes that differ."""
     paths = [path if is_remote(path) else str(Path(path)) for path in paths]
     with ThreadPoolExecutor(_ASKED) as threads:
-        states = list(threads.map(current_state, paths))
+        ask = state_of if is_remote(paths[0]) else local_state
+        states = list(threads.map(ask, paths))
     full = [Path(shown(path)).absolute() for path in paths]
     folder = os.path.commonpath([path.parent for path in full])
     files = []
@@ -225,10 +230,8 @@ def files_of(paths: Iterable[str]) -> list[ShardFile]:
     return files
 
 
-def current_state(path: str) -> dict[str, Any]:
-    """Return what changes when a file is changed, its size as `bytes` and more."""
-    if is_remote(path):
-        return state_of(path)
+def local_state(path: str) -> dict[str, Any]:
+    """Return what changes when a file of this machine is changed."""
     found = os.stat(path)
     return {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
 

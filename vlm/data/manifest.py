@@ -30,18 +30,6 @@ class ShardEntry:
             if not isinstance(count, int) or count < 0:
                 raise ValueError(f"{self.name} has {count!r} samples or bytes")
 
-    def path_in(self, folder: Path) -> Path:
-        """Return the shard's path; a `ShardError` if it is missing or has another size."""
-        path = folder / self.name
-        if not path.is_file():
-            raise ShardError(f"shard {path} is missing; the manifest lists it")
-        size = path.stat().st_size
-        if size != self.bytes:
-            raise ShardError(
-                f"shard {path} is damaged: {size} bytes, the manifest says {self.bytes}"
-            )
-        return path
-
     def verify(self, path: Path, how: Verify = "once") -> None:
         """Compare a file's hash with the shard's; a `ShardError` if they differ.
 

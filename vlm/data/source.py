@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from vlm.data.conditions import Conditions
 from vlm.data.config import CACHE_GIB, DEFAULT_SPLIT, SourceConfig, Verify
-from vlm.data.copies import local_copy, node_cache, remote_file
+from vlm.data.copies import check_unchanged, local_copy, node_cache, remote_file
 from vlm.data.index import ROWS, SCHEMA, about_index
 from vlm.data.indexing import check_uids, index_of, remote_index, row_counts
 from vlm.data.layout import Layout, ShardFile, layout_of
@@ -341,7 +341,7 @@ def _shards_of(layout: Layout, config: SourceConfig, cache: NodeCache) -> list[S
     if len(layout.files) <= _COMPARED:
         for file in layout.files:
             if file.entry and not file.is_remote:
-                file.entry.path_in(Path(file.path).parent)
+                check_unchanged(file)
     shards = []
     for file, rows in zip(layout.files, row_counts(layout, config, cache), strict=True):
         size = rows if file.is_tar else ROWS

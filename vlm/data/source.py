@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow
@@ -66,8 +66,7 @@ class Source:
 
     def __post_init__(self) -> None:
         self._ends = list(accumulate(map(len, self.shards)))
-        self._table = _remembered(self._read_index, self.keep_open)
-        self._columns = _remembered(self._read_columns, self.keep_open)
+        self._index = _remembered(self._read_index, self.keep_open)
         self._tar = _remembered(self._open_tar, self.keep_open)
 
     def __reduce__(self) -> tuple[type["Source"], tuple[Any, ...]]:
@@ -112,7 +111,7 @@ class Source:
         """Return the SHA-256 that a remote tar in no manifest had when its index was made."""
         if self.shards[number].file.entry:
             return None
-        sha256: str | None = about_index(self._table(number)).get("sha256")
+        sha256: str | None = about_index(self._index(number).table).get("sha256")
         return sha256
 
     def at(self, shard: int, row: int) -> Sample:
@@ -124,7 +123,7 @@ class Source:
             PlaceError: the shard cannot be fetched, or not be kept here.
         """
         at = self._row(shard, row)
-        found = {name: column[at].as_py() for name, column in self._columns(shard).items()}
+        found = {name: column[at].as_py() for name, column in self._index(shard).columns.items()}
         if found["error"] is not None:
             raise DataError(found["error"])
         return Sample(
@@ -152,7 +151,7 @@ class Source:
         """Return where a sample lies: the file of its image, or `SHARD#ROW`, rows from 0."""
         at, place = self._row(shard, row), self.shards[shard]
         with suppress(ShardError):
-            if (path := self._columns(shard)["path"][at].as_py()) is not None:
+            if (path := self._index(shard).columns["path"][at].as_py()) is not None:
                 return as_text(os.fsdecode(path))
         return f"{place.file.name}#{place.start + at}"
 
@@ -176,7 +175,7 @@ class Source:
 
     def _kept(self, shard: int, columns: Sequence[str] = ("uid",)) -> pyarrow.Table:
         kept = self.shards[shard].kept
-        table = self._table(shard).select(list(columns))
+        table = self._index(shard).table.select(list(columns))
         return table if kept is None else table.take(kept)
 
     def label_ids(self, key: str, shard: int) -> NDArray[np.int64]:
@@ -234,7 +233,7 @@ class Source:
             DataError: there is no such split.
         """
         split = self.config.split
-        columns = [self._table(n)["split"] for n in range(len(self.shards))]
+        columns = [self._index(n).table["split"] for n in range(len(self.shards))]
         known = {name for column in columns for name in column.unique().to_pylist() if name}
         if not known and split == DEFAULT_SPLIT:
             return self
@@ -249,7 +248,7 @@ class Source:
         """Return the samples in some rows of each index; what has none left is no shard."""
         shards = []
         for number, shard in enumerate(self.shards):
-            kept = rows_of(self._table(number))
+            kept = rows_of(self._index(number).table)
             if shard.kept is not None:
                 kept = np.intersect1d(kept, shard.kept)
             if len(kept):
@@ -263,19 +262,22 @@ class Source:
         kept = self.shards[shard].kept
         return row if kept is None else int(kept[row])
 
-    def _read_index(self, number: int) -> pyarrow.Table:
+    def _read_index(self, number: int) -> "_Index":
         """Return a shard's part of its index; a tar is not opened for it if it has one."""
         shard = self.shards[number]
-        return index_of(shard.file, self.config, self.cache).slice(shard.start, shard.rows)
-
-    def _read_columns(self, number: int) -> dict[str, pyarrow.ChunkedArray]:
-        """Return the same by column: to look each up takes as long as to read its value."""
-        return dict(zip(SCHEMA.names, self._table(number).columns, strict=True))
+        table = index_of(shard.file, self.config, self.cache).slice(shard.start, shard.rows)
+        return _Index(table, dict(zip(SCHEMA.names, table.columns, strict=True)))
 
     def _open_tar(self, number: int) -> bytes | mmap.mmap:
         file, sha256 = self.shards[number].file, self._noted_hash(number)
         with local_copy(file, self.cache, sha256=sha256, verify=self.verify) as path:
             return tar_content(path)
+
+
+class _Index(NamedTuple):
+    table: pyarrow.Table
+    columns: dict[str, pyarrow.ChunkedArray]
+    """Those of the table: to look one up there takes as long as to read a value of it."""
 
 
 def _remembered(call: Callable[[int], _T], most: int) -> Callable[[int], _T]:

@@ -66,16 +66,16 @@ def test_show_counts_what_cannot_be_used_and_what_is_left_out(tmp_path, table, c
     assert run(capsys, "show", table).splitlines()[1:4] == [
         "field zh: zh",
         "zh: 2 captions of 2 samples",
-        f"cannot be used: 1 samples; the first: {table}, line 4: found no caption in 'image', "
+        f"cannot be used: 1 sample; the first: {table}, line 4: found no caption in 'image', "
         "'zh'; expected at least one",
     ]
     table.unlink()
     (tmp_path / "0.txt").write_text(ZH[0])
     (tmp_path / "notes.doc").touch()
     assert run(capsys, "show", tmp_path).splitlines()[:4] == [
-        f"{tmp_path}: images, 3 samples in 1 shards",
+        f"{tmp_path}: images, 3 samples in 1 shard",
         "field txt: zh or en by script",
-        "zh: 1 captions of 1 samples",
+        "zh: 1 caption of 1 sample",
         "left out: 1 with another suffix",
     ]
 
@@ -84,7 +84,7 @@ def test_show_counts_a_data_folder_by_its_split(tmp_path, capsys):
     write_split(tmp_path, make_samples(3))
     write_split(tmp_path, make_samples(2), split="val")
     said = run(capsys, "show", tmp_path, "--split", "val")
-    assert said.startswith(f"{tmp_path}: data folder, 2 samples in 1 shards\nfield json.captions")
+    assert said.startswith(f"{tmp_path}: data folder, 2 samples in 1 shard\nfield json.captions")
     assert "zh: 4 captions of 2 samples" in said
 
 
@@ -116,7 +116,7 @@ def test_index_writes_a_manifest_of_a_folder_of_tars(tars, capsys):
 
 def test_index_of_anything_else_is_in_the_cache(tars, table, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("VLM_CACHE", str(tmp_path / "cache"))
-    assert run(capsys, "index", table) == "train: 3 samples in 1 shards\n"
+    assert run(capsys, "index", table) == "train: 3 samples in 1 shard\n"
     assert run(capsys, "index", f"{tars}/*.tar") == "train: 6 samples in 2 shards\n"
     assert len(list((tmp_path / "cache/index").glob("*.arrow"))) == 3
     assert not (tars / "manifest.json").exists()

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.builders import make_sample
-from vlm.data.conditions import Conditions, parse_condition
+from vlm.data.conditions import Conditions
 from vlm.data.index import table_of
 from vlm.errors import DataError
 
@@ -69,7 +69,7 @@ def test_a_label_goes_before_a_field_of_its_name():
 @pytest.mark.parametrize("text", ["", "source", "=photo", "source=", "!=photo", "source!="])
 def test_a_text_that_is_no_condition_is_refused(text):
     with pytest.raises(DataError, match="is not a condition; expected KEY=VALUE or KEY!=VALUE"):
-        parse_condition(text)
+        Conditions([text])
 
 
 def test_a_sample_that_cannot_be_used_stays_so_that_its_reader_says_why():

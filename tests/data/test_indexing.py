@@ -1,6 +1,7 @@
 """Indexes are made once, survive being interrupted, and are never those of something else."""
 
 import os
+import shutil
 import signal
 
 import pytest
@@ -40,7 +41,6 @@ def scanned(monkeypatch):
         return scan(path, config, **settings)
 
     monkeypatch.setattr(indexing, "scan_tar", scan_and_note)
-    monkeypatch.setattr(source, "scan_tar", scan_and_note)
     return names
 
 
@@ -97,12 +97,16 @@ def test_a_folder_of_images_is_read_again_where_a_caption_changed(tmp_path):
     assert len(list(open_tars(tmp_path / "f").damaged())) == 1
 
 
-def test_an_index_that_vanishes_is_an_error_of_its_shard(tars, cache):
-    samples = open_tars(tars)
+def test_an_index_that_vanishes_is_made_again_and_for_images_an_error(tars, cache, tmp_path):
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f/a.png").write_bytes(make_samples(1)[0].image)
+    (tmp_path / "f/a.txt").write_text("a cat")
+    samples, images = open_tars(tars), open_tars(tmp_path / "f")
     for path in cache.rglob("*.arrow"):
         path.unlink()
-    with pytest.raises(ShardError, match=r"the index of .*00000\.tar, is gone"):
-        samples[0]
+    assert captions_of(samples) == EN
+    with pytest.raises(ShardError, match=f"{tmp_path}/f has changed since the source was opened"):
+        images[0]
 
 
 def test_a_cache_folder_that_cannot_be_written_is_named(tars, monkeypatch):
@@ -162,7 +166,11 @@ def index_and_note(folder):
 
 
 @pytest.mark.distributed
-def test_two_processes_at_a_time_share_the_work_of_one(tars):
+@pytest.mark.parametrize("kind", ["tars", "data folder without indexes"])
+def test_two_processes_at_a_time_share_the_work_of_one(tars, kind):
+    if kind != "tars":
+        index_folder(tars)
+        shutil.rmtree(tars / "index")
     with PROCESSES.Pool(2) as workers:
         calls = [(os.environ["VLM_CACHE"], index_and_note, tars)] * 2
         assert workers.starmap(_in_cache, calls, chunksize=1) == [EN, EN]
@@ -220,12 +228,22 @@ def test_only_a_changed_tar_of_a_data_folder_is_looked_through_again(tars, scann
     assert scanned == ["00001.tar"]
 
 
-def test_rows_of_an_index_are_those_of_a_scan(tmp_path):
+def test_an_index_next_to_a_shard_and_one_in_the_cache_folder_hold_the_same(tmp_path, cache):
     folder = write_split(tmp_path, make_samples(12))
-    scanned = list(open_split(folder))
+    cached = list(open_split(folder))
+    assert len(list((cache / "index").glob("*.arrow"))) == 3
+    shutil.rmtree(cache)
     index_folder(folder)
-    assert (folder / "index").is_dir()
-    assert list(open_split(folder)) == scanned == make_samples(12)
+    assert len(list((folder / "index").iterdir())) == 3
+    assert list(open_split(folder)) == cached == make_samples(12)
+    assert not (cache / "index").exists()
+
+
+def test_a_shard_of_a_data_folder_without_indexes_is_looked_through_once(tmp_path, scanned):
+    folder = write_split(tmp_path, make_samples(12))
+    for _ in range(2):
+        assert list(open_split(folder)) == make_samples(12)
+    assert scanned == [f"train-0000{number}.tar.gz" for number in range(3)]
 
 
 # Verification
@@ -241,11 +259,19 @@ def hashed(monkeypatch):
     return names
 
 
+def indexed_elsewhere(folder):
+    """Index a folder as on another machine, whose cache folder this one has not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLM_CACHE", str(folder / "elsewhere"))
+        index_folder(folder)
+
+
 @pytest.mark.parametrize(("verify", "expected"), [("once", 3), ("each_open", 6), ("size", 0)])
 def test_shards_are_hashed_when_they_are_first_opened_and_then_as_asked(
     tmp_path, hashed, verify, expected
 ):
     config = SourceConfig(path=str(write_split(tmp_path, make_samples(12))))
+    indexed_elsewhere(tmp_path)
     samples = open_source(config, verify=verify)
     assert hashed == []
     list(samples)
@@ -266,20 +292,40 @@ def test_a_shard_is_hashed_again_where_it_or_its_manifest_changed(tmp_path, hash
         open_split(folder)[0]
 
 
-def test_verification_needs_no_cache_folder(tmp_path, hashed, monkeypatch):
-    monkeypatch.setenv("VLM_CACHE", "/proc/nothing")
+def test_an_index_is_made_of_verified_bytes_alone_however_shards_are_verified(tmp_path, hashed):
+    config = SourceConfig(path=str(write_split(tmp_path, make_samples(12))))
+    path = tmp_path / "train-00000.tar.gz"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ShardError, match=f"{path} is damaged: sha256"):
+        open_source(config, verify="size")[0]
+    path.write_bytes(content)
+    for _ in range(2):
+        assert list(open_source(config, verify="size")) == make_samples(12)
+    assert len(hashed) == 1 + 3
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_data_folder_needs_no_cache_folder(tmp_path, hashed, monkeypatch, indexed):
     folder = write_split(tmp_path, make_samples(2))
+    if indexed:
+        indexed_elsewhere(folder)
+    monkeypatch.setenv("VLM_CACHE", "/proc/nothing")
     for _ in range(2):
         assert list(open_split(folder)) == make_samples(2)
-    assert len(hashed) == 2
+    assert len(hashed) == (2 if indexed else 4)  # also before its index is made
 
 
-def test_no_more_shards_are_kept_open_than_asked(tmp_path, scanned):
+def test_no_more_shards_are_kept_open_than_asked(tmp_path, monkeypatch):
+    opened, tar_content = [], source.tar_content
+    monkeypatch.setattr(
+        source, "tar_content", lambda path: opened.append(path.name[10]) or tar_content(path)
+    )
     config = SourceConfig(path=str(write_split(tmp_path, make_samples(12))))
     samples = open_source(config, keep_open=2)
     for index in (0, 5, 1, 6, 10, 0):
         assert samples[index] == make_samples(12)[index]
-    assert [name[10] for name in scanned] == ["0", "1", "2", "0"]
+    assert opened == ["0", "1", "2", "0"]
 
 
 # Keys

@@ -233,7 +233,7 @@ def test_a_column_of_splits_divides_a_table(tmp_path):
 
 def test_a_long_table_is_cut_into_shards(tmp_path, monkeypatch):
     monkeypatch.setattr("vlm.data.index.ROWS", 3)
-    monkeypatch.setattr("vlm.data.listing.ROWS", 3)
+    monkeypatch.setattr("vlm.data.source.ROWS", 3)
     write_images(tmp_path)
     rows = [{"image": f"{n % 4}.png", "en": f"caption {n}"} for n in range(7)]
     source = source_of(write_table(tmp_path / "a.csv", rows))

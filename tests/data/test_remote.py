@@ -28,7 +28,7 @@ from vlm.batches.loader import TrainingLoader
 from vlm.batches.mixture import BatchOrder, Mixture
 from vlm.batches.order import SourceOrder
 from vlm.cli.main import main
-from vlm.data import copies, layout
+from vlm.data import copies, layout, manifest
 from vlm.data.config import SourceConfig
 from vlm.data.indexing import index_folder
 from vlm.data.source import open_source
@@ -61,8 +61,8 @@ def web(tars, tmp_path):
 @pytest.fixture
 def impatient(monkeypatch):
     monkeypatch.setattr(copies, "NodeCache", partial(NodeCache, patience=0.5))
-    for name in ("read_small", "state_of"):
-        monkeypatch.setattr(layout, name, partial(getattr(layout, name), patience=0.5))
+    for module, name in ((layout, "state_of"), (manifest, "read_small")):
+        monkeypatch.setattr(module, name, partial(getattr(module, name), patience=0.5))
 
 
 def opened(path, *, cache_gib=1.0, verify="once", **settings):
@@ -125,7 +125,7 @@ def test_shards_without_an_index_are_looked_through_once(web, cache):
         assert fields_of(opened(web.url("pairs"))) == fields_of(opened(web.folder / "pairs"))
     assert fetched(web, *TARS) == TARS
     assert len(web.log("HEAD", ".arrow")) == 4
-    assert len(list((cache / "index").glob("*.arrow"))) == 4
+    assert len(list((cache / "index").glob("*.arrow"))) == 8  # of the URL, and of the folder
 
 
 def test_a_place_may_refuse_an_index_that_it_does_not_have(web):

@@ -82,7 +82,7 @@ class DataConfig:
     """Processes that decode images, for each training process; 0 decodes in that process."""
     verify: Verify = "once"
     """When the SHA-256 of a data folder's shards is compared with its manifest: `once` on a
-    machine, at `each_open`, or never (`size`). Sizes always are."""
+    machine, at `each_open`, or only before an index is made of it (`size`). Sizes always are."""
     cache_gib: float = CACHE_GIB
     """Disk space of a node, in GiB, for copies of shards at a place, in the folder `shards` of the
     cache folder (`VLM_CACHE`). Those that make room are gone once no process reads them."""

@@ -17,22 +17,16 @@ def run(options: Options) -> None:
     """Read everything once, all splits of a data folder; print what each split holds."""
     refuse_several_processes("data check")
     from vlm.data.layout import splits_of
-    from vlm.data.parallel import TYPICAL_BYTES, over
+    from vlm.data.sample import counted
     from vlm.data.source import open_source
 
     for split in splits_of(options.source()):
         source = open_source(replace(options.source(), split=split), verify="each_open")
-        of_shards = over(
-            source.damaged_in,
-            range(len(source.sizes)),
-            size=len(source) * TYPICAL_BYTES,
-            title=f"checking {split}",
-        )
-        if found := [sentence for of_shard in of_shards for sentence in of_shard]:
+        if found := source.damaged():
             more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
             raise DataError(
-                f"{split}: {len(found)} of {len(source)} samples cannot be read: "
+                f"{split}: {len(found)} of {counted(len(source), 'sample')} cannot be read: "
                 + "; ".join(found[:_NAMED]) + more
             )  # fmt: skip
         source.check_uids()
-        print(f"{split}: {len(source)} samples, all readable")
+        print(f"{split}: {counted(len(source), 'sample')}, all readable")

@@ -24,18 +24,19 @@ def run(options: Options) -> None:
     refuse_several_processes("data index")
     from vlm.data.config import CACHE_GIB
     from vlm.data.copies import node_cache
-    from vlm.data.indexing import index_folder, index_place
+    from vlm.data.indexing import index_folder
     from vlm.data.layout import tars_in
+    from vlm.data.sample import described
     from vlm.data.source import open_source
 
     path = Path(options.path)
     if options.out:
-        manifest = index_place(options.source(), options.out, node_cache(CACHE_GIB))
+        manifest = index_folder(options.out, options.source(), node_cache(CACHE_GIB))
     elif path.is_dir() and "" in tars_in(path):
         manifest = index_folder(path, options.source())
     else:
         source = open_source(options.source())
-        print(f"{options.split}: {len(source)} samples in {len(source.sizes)} shards")
+        print(f"{options.split}: {described(source.sizes)}")
         return
     for split, entries in manifest.splits.items():
-        print(f"{split}: {sum(e.samples for e in entries)} samples in {len(entries)} shards")
+        print(f"{split}: {described([entry.samples for entry in entries])}")

@@ -24,26 +24,28 @@ class Options(SourceOptions):
 def run(options: Options) -> None:
     """Print the kind and the fields, counts, what cannot be used, and the first samples."""
     refuse_several_processes("data show")
+    from vlm.data.sample import counted, described
     from vlm.data.source import open_source
-    from vlm.data.summary import kind_and_fields, summary_of
+    from vlm.data.summary import counts_of, kind_and_fields
     from vlm.images.decoding import decode_image
 
     config = options.source()
     kind, fields, left_out = kind_and_fields(config)
     source = open_source(config)
-    found = summary_of(source)
-    print(f"{config.path}: {kind}, {len(source):,} samples in {len(source.sizes):,} shards")
+    samples, captions, errors = counts_of(source)
+    print(f"{config.path}: {kind}, {described(source.sizes)}")
     for field, language in fields.items():
         print(f"field {field}: {language}")
-    for language, samples in found.samples.most_common():
-        print(f"{language}: {found.captions[language]:,} captions of {samples:,} samples")
+    for language, number in samples.most_common():
+        of_language = counted(captions[language], "caption")
+        print(f"{language}: {of_language} of {counted(number, 'sample')}")
     for reason, count in left_out.items():
         print(f"left out: {count:,} {reason}")
-    if found.unusable:
-        print(f"cannot be used: {found.unusable:,} samples; the first: {found.reason}")
+    if errors:
+        print(f"cannot be used: {counted(len(errors), 'sample')}; the first: {errors[0]}")
     for sample in islice(_usable(source), _SHOWN):
         width, height = decode_image(sample.image, name=sample.address).size
-        print(f"{sample.uid}: {width} x {height} pixels, {dict(sample.captions)}")
+        print(f"{sample.uid}: {width} x {height} pixels, {sample.captions}")
 
 
 def _usable(source: "Source") -> Iterator["Sample"]:

@@ -3,7 +3,6 @@
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -118,10 +117,7 @@ def _stream(
     ) as bar:  # fmt: skip
         for file, config in files:
             end = bar.n + file.size
-            folder = nullcontext(Path(file.path)) if file.images else None
-            with folder or local_copy(file, node_cache(CACHE_GIB)) as path:
-                if file.entry and not file.is_remote:  # what is fetched is compared then
-                    file.entry.verify(path)
+            with local_copy(file, node_cache(CACHE_GIB)) as path:
                 for of, text in _captions_in(file, path, config, language, bar.update):
                     found[of] += 1
                     if of == language:

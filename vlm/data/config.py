@@ -9,7 +9,7 @@ from vlm.errors import ConfigError
 
 Verify = Literal["once", "each_open", "size"]
 """When a shard's SHA-256 is compared with its manifest: once on a machine, whenever it is opened,
-or never; its size always is."""
+or only before an index is made of it; its size always is."""
 CACHE_GIB = 100.0
 """Of the cache folder's disk, what copies of remote files may take."""
 DEFAULT_SPLIT = "train"

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vlm.data.config import Verify
 from vlm.data.layout import ShardFile, local_state
 from vlm.errors import DataError, ShardError
 from vlm.storage.cache_folder import cache_folder
@@ -19,14 +20,16 @@ def node_cache(gib: float) -> NodeCache:
 
 @contextmanager
 def local_copy(
-    file: ShardFile, cache: NodeCache | None, *, sha256: str | None = None
+    file: ShardFile, cache: NodeCache | None, *, sha256: str | None = None, verify: Verify = "once"
 ) -> Iterator[Path]:
     """Give the path of a file's bytes, which is not removed while the block runs.
 
     Args:
-        file: A tar or a table.
+        file: A tar or a table; of images, their folder is given as it is.
         cache: Where remote ones are kept; None if there are none.
         sha256: What the bytes of a remote one were when its index was made, if that is known.
+        verify: When the bytes of a local one are compared with its manifest; those of a remote one
+            were when they came.
 
     Raises:
         ShardError: it is missing, or not what it was when it was listed.
@@ -34,11 +37,18 @@ def local_copy(
         PlaceError: it cannot be fetched, or not be kept.
     """
     if not file.is_remote:
-        yield _unchanged(file)
+        path = Path(file.path)
+        if not file.images:
+            check_unchanged(file)
+        if file.entry:
+            file.entry.verify(path, verify)
+        yield path
         return
     assert cache is not None, "only local files do without"
     with cache.copy_of(remote_file(file, sha256=sha256)) as path:
         try:
+            if file.entry and verify == "each_open":
+                file.entry.verify(path, verify)
             yield path
         except DataError as error:
             raise type(error)(str(error).replace(str(path), file.name)) from error
@@ -50,15 +60,16 @@ def remote_file(file: ShardFile, *, sha256: str | None = None) -> RemoteFile:
     return RemoteFile(file.path, file.size, state.get("sha256", sha256), state.get("etag", ""))
 
 
-def _unchanged(file: ShardFile) -> Path:
-    """Return the path of a local file, if that is what it was."""
-    path = Path(file.path)
-    if file.entry:
-        return file.entry.path_in(path.parent)
+def check_unchanged(file: ShardFile) -> None:
+    """Refuse, by a `ShardError`, a local file that is not what it was when it was listed."""
     try:
-        state = local_state(file.path)
+        found = local_state(file.path)
     except OSError as error:
-        raise ShardError(f"shard {path} cannot be read: {error.strerror}") from error
-    if file.state != state:
-        raise ShardError(f"shard {path} has changed since the source was opened")
-    return path
+        lost = "is missing; the manifest lists it" if file.entry else "cannot be read"
+        raise ShardError(f"shard {file.path} {lost}: {error.strerror}") from error
+    if file.entry and found["bytes"] != file.size:
+        raise ShardError(
+            f"shard {file.path} is damaged: {found['bytes']} bytes, the manifest says {file.size}"
+        )
+    if not file.entry and found != file.state:
+        raise ShardError(f"shard {file.path} has changed since the source was opened")

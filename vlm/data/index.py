@@ -5,9 +5,8 @@ A file of it is mapped into memory, so that the workers of a machine share it.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pyarrow
 
 from vlm.data.records import as_text
 from vlm.data.scanning import Row
+from vlm.errors import VlmError
 from vlm.files import open_whole, sha256_of
 from vlm.storage.cache_folder import once
 
@@ -47,8 +47,8 @@ def table_of(rows: Iterable[Row]) -> pyarrow.Table:
     return pyarrow.Table.from_batches([_batch(list(rows))])
 
 
-def write_index(path: Path, rows: Iterable[Row], about: Mapping[str, Any]) -> None:
-    """Write an index file, whole or not at all.
+def write_index(path: Path, rows: Iterable[Row], about: Mapping[str, Any]) -> pyarrow.Table:
+    """Write an index file, whole or not at all, and map it into memory.
 
     Args:
         path: The file.
@@ -59,15 +59,15 @@ def write_index(path: Path, rows: Iterable[Row], about: Mapping[str, Any]) -> No
         VlmError: it cannot be written.
     """
     schema = SCHEMA.with_metadata({"vlm": json.dumps({"version": VERSION, **about})})
-    # The rows come first, because what is wrong with them is no error of writing.
-    batches = _batches(rows)
-    first = list(islice(batches, 1))
     with open_whole(path) as file:
         with pyarrow.ipc.new_file(file, schema) as writer:
-            for batch in chain(first, batches):
+            for batch in _batches(rows):
                 writer.write_batch(batch)
         file.flush()
         file.write(sha256_of(Path(file.name)).encode())
+    if (table := read_index(path, about)) is None:
+        raise VlmError(f"{path} is gone or changed right after it was written")
+    return table
 
 
 def read_index(path: Path, about: Mapping[str, Any]) -> pyarrow.Table | None:
@@ -78,23 +78,23 @@ def read_index(path: Path, about: Mapping[str, Any]) -> pyarrow.Table | None:
         digest = file.read(_DIGEST).decode()
         once(path, digest, partial(_compare, content, digest))
         table = pyarrow.ipc.open_file(content).read_all()
-        found = json.loads(table.schema.metadata[b"vlm"])
+        found = about_index(table)
     except (OSError, pyarrow.ArrowException, LookupError, TypeError, ValueError):
         return None
     expected = {"version": VERSION, **about}
     return table if all(found.get(key) == value for key, value in expected.items()) else None
 
 
-def _compare(content: pyarrow.Buffer, digest: str) -> None:
-    """Refuse changed bytes: Arrow checks none, and would read foreign memory by some."""
-    if hashlib.sha256(content).hexdigest() != digest:
-        raise ValueError("its bytes are not those that were written")
-
-
 def about_index(table: pyarrow.Table) -> dict[str, Any]:
     """Return what an index says that it is the index of."""
     found: dict[str, Any] = json.loads(table.schema.metadata[b"vlm"])
     return found
+
+
+def _compare(content: pyarrow.Buffer, digest: str) -> None:
+    """Refuse changed bytes: Arrow checks none, and would read foreign memory by some."""
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise ValueError("its bytes are not those that were written")
 
 
 def _batches(rows: Iterable[Row]) -> Iterator[pyarrow.RecordBatch]:
@@ -111,17 +111,10 @@ def _batches(rows: Iterable[Row]) -> Iterator[pyarrow.RecordBatch]:
 
 def _batch(rows: list[Row]) -> pyarrow.RecordBatch:
     """Return rows in Arrow's form: mappings are pairs there, and messages UTF-8."""
-    changes: dict[str, Callable[[Any], Any]] = {
-        "captions": _pairs, "labels": _pairs, "error": as_text,
-    }  # fmt: skip
-    changed = [
-        row
-        | {name: change(row[name]) for name, change in changes.items() if name in row}
-        | {"languages": "+".join(sorted(row.get("captions", ())))}
-        for row in rows
-    ]
+    changed = []
+    for row in rows:
+        pairs = {name: list(row[name].items()) for name in ("captions", "labels") if name in row}
+        error = as_text(row["error"]) if "error" in row else None
+        languages = "+".join(sorted(row.get("captions", ())))
+        changed.append(row | pairs | {"languages": languages, "error": error})
     return pyarrow.RecordBatch.from_pylist(changed, SCHEMA)
-
-
-def _pairs(mapping: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    return list(mapping.items())

@@ -14,27 +14,12 @@ from typing import Any, Literal, NamedTuple
 from vlm.data.config import DEFAULT_SPLIT, SourceConfig
 from vlm.data.image_folder import OTHER_SUFFIX, images_below
 from vlm.data.index import ROWS
-from vlm.data.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    ShardEntry,
-    is_data_folder,
-    manifest_in,
-    read_manifest,
-)
+from vlm.data.manifest import MANIFEST_NAME, ShardEntry, is_data_folder, read_manifest
 from vlm.data.records import first_object, listed
 from vlm.data.scanning import SIDE_SUFFIXES, TAR_SUFFIXES, image_column, is_json_lines
 from vlm.data.tables import columns_of
 from vlm.errors import ConfigError, DataError
-from vlm.storage.places import (
-    MissingFileError,
-    expand,
-    is_remote,
-    read_small,
-    shown,
-    state_of,
-    within,
-)
+from vlm.storage.places import expand, is_remote, shown, state_of, within
 
 Kind = Literal["data folder", "tars", "tables", "images"]
 TABLE_SUFFIXES = (
@@ -100,9 +85,10 @@ def layout_of(config: SourceConfig) -> Layout:
     config = replace(config, path=config.path.removeprefix("file://"))
     path = shown(config.path)
     try:
-        if is_remote(path):
-            layout = _layout_at_place(config)
-        elif Path(path).is_dir():
+        if has_manifest(config.path):
+            entries = read_manifest(config.path).shards_of(config.split, path)
+            layout = Layout("data folder", [_in_manifest(config.path, entry) for entry in entries])
+        elif not is_remote(path) and Path(path).is_dir():
             layout = _layout_of_folder(Path(path), config)
         else:
             layout = _layout_of_files(config)
@@ -119,18 +105,7 @@ def layout_of(config: SourceConfig) -> Layout:
 
 def splits_of(config: SourceConfig) -> list[str]:
     """Return the splits of a data folder; of anything else, the one that is asked for."""
-    if not has_manifest(config.path):
-        return [config.split]
-    if is_remote(config.path):
-        return list(_manifest_at(config.path).splits)
-    return list(read_manifest(Path(config.path.removeprefix("file://"))).splits)
-
-
-def has_manifest(path: str) -> bool:
-    """Say whether a path or URL is a data folder; what is no file at a place must be one."""
-    if is_remote(path):
-        return not _has_suffix(path, TAR_SUFFIXES + TABLE_SUFFIXES)
-    return is_data_folder(Path(path.removeprefix("file://")))
+    return list(read_manifest(config.path).splits) if has_manifest(config.path) else [config.split]
 
 
 def tars_in(folder: Path) -> dict[str, list[Path]]:
@@ -150,6 +125,8 @@ def tars_in(folder: Path) -> dict[str, list[Path]]:
 def split_of(path: Path) -> str:
     """Return the split that a file's name says: `train` of `train-00000.tar` and of `00000.tar`.
 
+    A table may be called by its split alone: `train.csv`.
+
     Raises:
         DataError: the name is not like one of these.
     """
@@ -158,83 +135,93 @@ def split_of(path: Path) -> str:
         return found[1]
     if stem.isdecimal():
         return "train"
+    if path.name.lower().endswith(TABLE_SUFFIXES):
+        return stem
     raise DataError(f"{path} belongs to no split; expected a name like train-00000.tar")
 
 
-def _layout_of_files(config: SourceConfig) -> Layout:
-    there = not is_remote(config.path) and Path(config.path).exists()
-    paths = [config.path] if there else _expanded(config.path)
-    kind = _kind_of(paths)
-    if kind == "tars" and config.split != DEFAULT_SPLIT:
-        raise DataError(f"{shown(config.path)} has no splits; found the split {config.split!r}")
-    return Layout(kind, _files(paths))
+def has_manifest(path: str) -> bool:
+    """Say whether a path or URL is a data folder; what is no file at a place must be one."""
+    if is_remote(path):
+        return not _has_suffix(path, TAR_SUFFIXES + TABLE_SUFFIXES)
+    return is_data_folder(Path(path.removeprefix("file://")))
 
 
-def _layout_at_place(config: SourceConfig) -> Layout:
-    folder = config.path
-    if not has_manifest(folder):
-        return _layout_of_files(config)
-    entries = _manifest_at(folder).shards_of(config.split, shown(folder))
-    return Layout("data folder", [shard_of_entry(folder, entry) for entry in entries])
-
-
-def _manifest_at(folder: str) -> Manifest:
-    path = within(folder, MANIFEST_NAME)
-    try:
-        return manifest_in(read_small(path), shown(path))
-    except MissingFileError as error:
-        raise DataError(
-            f"{shown(path)} is not there; expected a data folder, or tars by a pattern such as "
-            f"{shown(within(folder, '{00000..00099}.tar'))}"
-        ) from error
-
-
-def _layout_of_folder(folder: Path, config: SourceConfig) -> Layout:
-    if is_data_folder(folder):
-        entries = read_manifest(folder).shards_of(config.split, folder)
-        return Layout("data folder", [shard_of_entry(str(folder), entry) for entry in entries])
-    if tars := tars_in(folder):
-        splits = tars if "" not in tars else _by_split(tars[""])
-        return Layout("tars", _files(map(str, _chosen(splits, config, folder))))
-    tables = _visible(folder, "*", TABLE_SUFFIXES)
-    if not config.image:
-        tables = [table for table in tables if _has_images(table)]
-    if len(tables) == 1:
-        return Layout("tables", _files(map(str, tables)))
-    if tables:
-        return Layout("tables", _files(map(str, _chosen(_by_split(tables), config, folder))))
-    found = images_below(folder)
-    if not found.paths:
-        raise NoSamplesError(
-            f"{folder} holds no samples; expected a {MANIFEST_NAME}, tars, tables of images, or "
-            "images with a .txt or .json of the same name"
-        )
-    if config.split != DEFAULT_SPLIT:
-        raise DataError(f"{folder} has no splits; found the split {config.split!r}")
-    files, captions = _parts_of(folder, found.paths)
-    left_out = found.left_out - Counter({OTHER_SUFFIX: captions})
-    return Layout("images", files, left_out)
-
-
-def shard_of_entry(folder: str, entry: ShardEntry) -> ShardFile:
+def _in_manifest(folder: str, entry: ShardEntry) -> ShardFile:
     """Return a shard as the manifest of its folder, a path or a URL, lists it."""
-    path = within(folder, entry.name) if is_remote(folder) else str(Path(folder, entry.name))
+    path = within(folder if is_remote(folder) else str(Path(folder)), entry.name)
     state = {"bytes": entry.bytes, "sha256": entry.sha256}
     return ShardFile(path=path, entry=entry, size=entry.bytes, state=state)
 
 
-def local_state(path: str) -> dict[str, Any]:
-    """Return what changes when a file of this machine is changed."""
-    found = os.stat(path)
-    return {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
+def _layout_of_files(config: SourceConfig) -> Layout:
+    path = config.path
+    if not (is_remote(path) or Path(path).exists() or set(path) & set("{*?[")):
+        raise DataError(f"{path} is missing; expected a data folder, tars, tables or images")
+    paths = sorted(expand(path), key=_by_number)
+    kind: Kind = "tars" if _has_suffix(paths[0], TAR_SUFFIXES) else "tables"
+    for file in paths:
+        if not _has_suffix(file, TAR_SUFFIXES if kind == "tars" else TABLE_SUFFIXES):
+            known = ", ".join((*TAR_SUFFIXES, *TABLE_SUFFIXES))
+            raise DataError(
+                f"{shown(file)} is no known kind of file; expected files of one of {known}"
+            )
+    if kind == "tars" and config.split != DEFAULT_SPLIT:
+        raise DataError(f"{shown(path)} has no splits; found the split {config.split!r}")
+    return Layout(kind, files_of(paths))
 
 
-def _files(paths: Iterable[str]) -> list[ShardFile]:
+def _layout_of_folder(folder: Path, config: SourceConfig) -> Layout:
+    if tars := tars_in(folder):
+        splits = tars if "" not in tars else _by_split(tars[""])
+        return Layout("tars", files_of(map(str, _chosen(splits, config, folder))))
+    tables = _visible(folder, "*", TABLE_SUFFIXES)
+    if not config.image:
+        tables = [table for table in tables if _has_images(table)]
+    if len(tables) > 1:
+        tables = _chosen(_by_split(tables), config, folder)
+    if tables:
+        return Layout("tables", files_of(map(str, tables)))
+    return _layout_of_images(folder, config.split)
+
+
+def _layout_of_images(folder: Path, split: str) -> Layout:
+    """Cut the images of a folder into shards, with the state of the captions next to them."""
+    images, left_out = images_below(folder)
+    if not images:
+        raise NoSamplesError(
+            f"{folder} holds no samples; expected a {MANIFEST_NAME}, tars, tables of images, or "
+            "images with a .txt or .json of the same name"
+        )
+    if split != DEFAULT_SPLIT:
+        raise DataError(f"{folder} has no splits; found the split {split!r}")
+    files, captions = [], 0
+    for start in range(0, len(images), ROWS):
+        part, digest, size = images[start : start + ROWS], hashlib.sha256(), 0
+        for path in part:
+            digest.update(os.fsencode(path))
+            for suffix in SIDE_SUFFIXES:
+                with suppress(OSError):
+                    found = os.stat(path.with_suffix(suffix))
+                    digest.update(f"{suffix} {found.st_size} {found.st_mtime_ns}".encode())
+                    size += found.st_size
+                    captions += 1
+        state = {"files": digest.hexdigest()}
+        files.append(ShardFile(path=str(folder), images=part, size=size, state=state))
+    if not captions:
+        raise NoSamplesError(
+            f"{folder} holds images without captions, such as {images[0].name}; expected "
+            f"{images[0].with_suffix('.txt').name} or {images[0].with_suffix('.json').name}"
+        )
+    return Layout("images", files, left_out - Counter({OTHER_SUFFIX: captions}))
+
+
+def files_of(paths: Iterable[str]) -> list[ShardFile]:
     """Return files with the state that they are in, and with prefixes that differ."""
     paths = [path if is_remote(path) else str(Path(path)) for path in paths]
     with ThreadPoolExecutor(_ASKED) as threads:
-        ask = threads.map if is_remote(paths[0]) else map
-        states = list(ask(lambda path: (state_of if is_remote(path) else local_state)(path), paths))
+        ask = state_of if is_remote(paths[0]) else local_state
+        states = list(threads.map(ask, paths))
     full = [Path(shown(path)).absolute() for path in paths]
     folder = os.path.commonpath([path.parent for path in full])
     files = []
@@ -246,49 +233,10 @@ def _files(paths: Iterable[str]) -> list[ShardFile]:
     return files
 
 
-def _parts_of(folder: Path, images: Sequence[Path]) -> tuple[list[ShardFile], int]:
-    """Cut the images of a folder into shards, with the state of the captions next to them.
-
-    Returns the shards, and how many files with captions there are.
-    """
-    files, number = [], 0
-    for start in range(0, len(images), ROWS):
-        part, digest, size = images[start : start + ROWS], hashlib.sha256(), 0
-        for path in part:
-            digest.update(os.fsencode(path))
-            for suffix in SIDE_SUFFIXES:
-                with suppress(OSError):
-                    found = os.stat(path.with_suffix(suffix))
-                    digest.update(f"{suffix} {found.st_size} {found.st_mtime_ns}".encode())
-                    size += found.st_size
-                    number += 1
-        state = {"files": digest.hexdigest()}
-        files.append(ShardFile(path=str(folder), images=part, size=size, state=state))
-    if not number:
-        raise NoSamplesError(
-            f"{folder} holds images without captions, such as {images[0].name}; expected "
-            f"{images[0].with_suffix('.txt').name} or {images[0].with_suffix('.json').name}"
-        )
-    return files, number
-
-
-def _expanded(pattern: str) -> list[str]:
-    """Return the files that braces and stars name, in the order of their folders and numbers."""
-    if not is_remote(pattern) and not set(pattern) & set("{*?["):
-        raise DataError(f"{pattern} is missing; expected a data folder, tars, tables or images")
-    return sorted(expand(pattern), key=_by_number)
-
-
-def _kind_of(paths: Sequence[str]) -> Kind:
-    kinds: Mapping[Kind, tuple[str, ...]] = {"tars": TAR_SUFFIXES, "tables": TABLE_SUFFIXES}
-    for kind, suffixes in kinds.items():
-        others = [path for path in paths if not _has_suffix(path, suffixes)]
-        if not others:
-            return kind
-    known = ", ".join((*TAR_SUFFIXES, *TABLE_SUFFIXES))
-    raise DataError(
-        f"{shown(others[0])} is no known kind of file; expected files of one of {known}"
-    )
+def local_state(path: str) -> dict[str, Any]:
+    """Return what changes when a file of this machine is changed."""
+    found = os.stat(path)
+    return {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
 
 
 def _has_suffix(path: str, suffixes: tuple[str, ...]) -> bool:
@@ -318,13 +266,7 @@ def _has_images(table: Path) -> bool:
 def _by_split(paths: Iterable[Path]) -> dict[str, list[Path]]:
     splits: dict[str, list[Path]] = {}
     for path in paths:
-        try:
-            split = split_of(path)
-        except DataError:
-            if not path.name.lower().endswith(TABLE_SUFFIXES):
-                raise
-            split = path.name.partition(".")[0]  # as in train.csv
-        splits.setdefault(split, []).append(path)
+        splits.setdefault(split_of(path), []).append(path)
     return splits
 
 

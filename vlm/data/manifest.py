@@ -3,13 +3,13 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 from vlm.data.config import Verify
 from vlm.errors import DataError, ShardError
 from vlm.files import sha256_of, write_file
 from vlm.storage.cache_folder import once
+from vlm.storage.places import MissingFileError, is_remote, read_small, shown, within
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -30,39 +30,27 @@ class ShardEntry:
             if not isinstance(count, int) or count < 0:
                 raise ValueError(f"{self.name} has {count!r} samples or bytes")
 
-    def path_in(self, folder: Path) -> Path:
-        """Return the shard's path; a `ShardError` if it is missing or has another size."""
-        path = folder / self.name
-        if not path.is_file():
-            raise ShardError(f"shard {path} is missing; the manifest lists it")
-        size = path.stat().st_size
-        if size != self.bytes:
-            raise ShardError(
-                f"shard {path} is damaged: {size} bytes, the manifest says {self.bytes}"
-            )
-        return path
-
-    def verify(self, path: Path, how: Verify = "once", *, found: str = "") -> None:
+    def verify(self, path: Path, how: Verify = "once") -> None:
         """Compare a file's hash with the shard's; a `ShardError` if they differ.
 
         Once on a machine: that the file as it is now has the hash is remembered in the cache
-        folder. `found` is the hash, if it was computed just now.
+        folder.
         """
+
+        def compare() -> None:
+            if (found := sha256_of(path)) != self.sha256:
+                raise ShardError(
+                    f"shard {path} is damaged: sha256 {found[:12]}, "
+                    f"the manifest says {self.sha256[:12]}"
+                )
+
         try:
             if how == "each_open":
-                self._compare(path, found)
+                compare()
             elif how == "once":
-                once(path, self.sha256, partial(self._compare, path, found))
+                once(path, self.sha256, compare)
         except OSError as error:
             raise ShardError(f"shard {path} cannot be read: {error}") from error
-
-    def _compare(self, path: Path, found: str) -> None:
-        found = found or sha256_of(path)
-        if found != self.sha256:
-            raise ShardError(
-                f"shard {path} is damaged: sha256 {found[:12]}, "
-                f"the manifest says {self.sha256[:12]}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,20 +73,30 @@ def is_data_folder(folder: Path) -> bool:
     return (folder / MANIFEST_NAME).is_file()
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read a data folder's manifest; a `DataError` if it is missing or unreadable."""
-    path = folder / MANIFEST_NAME
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder; expected a data folder with a {MANIFEST_NAME}")
-    if not path.is_file():
+def read_manifest(folder: Path | str) -> Manifest:
+    """Read the manifest of a data folder, a path or a URL.
+
+    Raises:
+        DataError: it is missing or not a manifest.
+        PlaceError: the place refuses it or stays away.
+    """
+    path = within(str(folder), MANIFEST_NAME)
+    name = shown(path)
+    try:
+        content = read_small(path) if is_remote(path) else Path(path).read_bytes()
+    except MissingFileError as error:
+        raise DataError(
+            f"{name} is not there; expected a data folder, or tars by a pattern such as "
+            f"{shown(within(str(folder), '{00000..00099}.tar'))}"
+        ) from error
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        if not Path(folder).is_dir():
+            raise DataError(
+                f"{folder} is not a folder; expected a data folder with a {MANIFEST_NAME}"
+            ) from error
         raise DataError(
             f"{folder} has no {MANIFEST_NAME}; `vlm data index {folder}` writes one for its shards"
-        )
-    return manifest_in(path.read_bytes(), path)
-
-
-def manifest_in(content: bytes, name: Path | str) -> Manifest:
-    """Return the manifest that a file holds; a `DataError` with its name if it holds none."""
+        ) from error
     try:
         record = json.loads(content)
         version = record["format"]

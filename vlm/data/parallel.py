@@ -2,9 +2,10 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any, TypeVar
+from functools import partial
+from typing import TypeVar
 
 from tqdm import tqdm
 
@@ -18,8 +19,8 @@ _Result = TypeVar("_Result")
 
 def over(
     function: Callable[[_Item], _Result], items: Sequence[_Item], *, size: int, title: str
-) -> Iterator[_Result]:
-    """Give the results of a function in the order of the items, with a bar on a terminal.
+) -> list[_Result]:
+    """Return the results of a function in the order of the items; a bar is shown on a terminal.
 
     Args:
         function: One that can be sent to a process.
@@ -28,14 +29,9 @@ def over(
         title: What the bar is called.
     """
     processes = min(len(items), len(os.sched_getaffinity(0))) if size > LITTLE else 1
-    shown: dict[str, Any] = {"total": len(items), "desc": title, "unit": "shard"}
-    shown["disable"] = not sys.stderr.isatty()
+    shown = items and sys.stderr.isatty()
+    bar = partial(tqdm, total=len(items), desc=title, unit="shard", disable=not shown)
     if processes < 2:
-        yield from tqdm(map(function, items), **shown)
-        return
+        return list(bar(map(function, items)))
     with ProcessPoolExecutor(processes) as executor:
-        try:
-            yield from tqdm(executor.map(function, items), **shown)
-        except BaseException:
-            executor.shutdown(cancel_futures=True)  # an error is not kept waiting
-            raise
+        return list(bar(executor.map(function, items)))

@@ -24,3 +24,13 @@ class Sample:
     """Further labels, for example the class used in zero-shot classification."""
     address: str = field(default="", compare=False)
     """Where it was read from, `FOLDER/SHARD#ROW`; empty for a sample that is in no shard yet."""
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number of things, as in `1 sample` and `2,000 samples`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def described(sizes: Sequence[int]) -> str:
+    """Return how many samples there are in shards of some sizes: `2,000 samples in 3 shards`."""
+    return f"{counted(sum(sizes), 'sample')} in {counted(len(sizes), 'shard')}"

@@ -5,7 +5,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
@@ -17,19 +17,14 @@ from numpy.typing import NDArray
 
 from vlm.data.conditions import Conditions
 from vlm.data.config import CACHE_GIB, DEFAULT_SPLIT, SourceConfig, Verify
-from vlm.data.copies import local_copy, node_cache, remote_file
-from vlm.data.index import about_index, read_index, table_of
-from vlm.data.indexing import (
-    about,
-    check_uids,
-    fetched_index,
-    remote_index,
-)
-from vlm.data.layout import layout_of
-from vlm.data.listing import Shard, shards_of
+from vlm.data.copies import check_unchanged, local_copy, node_cache, remote_file
+from vlm.data.index import ROWS, SCHEMA, about_index
+from vlm.data.indexing import check_uids, index_of, remote_index, row_counts
+from vlm.data.layout import Layout, ShardFile, layout_of
+from vlm.data.parallel import TYPICAL_BYTES, over
 from vlm.data.records import as_text, listed
 from vlm.data.sample import Sample
-from vlm.data.scanning import bytes_in, scan_tar, tar_content
+from vlm.data.scanning import bytes_in, tar_content
 from vlm.errors import DataError, ShardError
 from vlm.files import read_file
 from vlm.images.decoding import MAX_BYTES, decode_image
@@ -37,30 +32,46 @@ from vlm.storage.node_cache import NodeCache, RemoteFile
 from vlm.storage.places import shown
 from vlm.text.caption_ids import text_id
 
+_COMPARED = 10_000  # shards whose sizes are compared at the start; of more, each when it is opened
 _T = TypeVar("_T")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shard:
+    """Samples that are opened together: a tar, or some rows of a table or of a folder's images."""
+
+    file: ShardFile
+    start: int = 0
+    """Its first row in the index of the file."""
+    rows: int
+    kept: NDArray[np.int64] | None = None
+    """The rows that meet the conditions, counted from its first; None is all."""
+
+    def __len__(self) -> int:
+        return self.rows if self.kept is None else len(self.kept)
+
+
+@dataclass(eq=False, repr=False)
 class Source:
     """The samples of a source in their order; `open_source` makes one.
 
     Shards are opened when a sample of theirs is read. It can be sent to another process.
     """
 
-    def __init__(
-        self,
-        config: SourceConfig,
-        shards: Sequence[Shard],
-        verify: Verify,
-        keep_open: int,
-        cache: NodeCache,
-    ) -> None:
-        self.config = config
-        self._shards = shards
-        self._verify, self._cache = verify, cache
-        self._settings = (verify, keep_open, cache)
-        self._ends = list(accumulate(map(len, shards)))
-        self._indexes = lru_cache(keep_open)(partial(_tried, self._read_index))
-        self._tars = lru_cache(keep_open)(partial(_tried, self._open_tar))
+    config: SourceConfig
+    shards: Sequence[Shard]
+    verify: Verify
+    keep_open: int
+    cache: NodeCache
+
+    def __post_init__(self) -> None:
+        self._ends = list(accumulate(map(len, self.shards)))
+        self._index = _remembered(self._read_index, self.keep_open)
+        self._tar = _remembered(self._open_tar, self.keep_open)
+
+    def __reduce__(self) -> tuple[type["Source"], tuple[Any, ...]]:
+        """Open the shards anew in another process: a memory map cannot be sent to one."""
+        return type(self), (self.config, self.shards, self.verify, self.keep_open, self.cache)
 
     @property
     def name(self) -> str:
@@ -70,38 +81,37 @@ class Source:
     @property
     def sizes(self) -> list[int]:
         """The number of samples in each shard."""
-        return list(map(len, self._shards))
+        return list(map(len, self.shards))
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def keeping_open(self, number: int) -> "Source":
         """Return the same source with at most `number` shards open in a process."""
-        verify, keep_open, cache = self._settings
-        return Source(self.config, self._shards, verify, min(number, keep_open), cache)
+        return replace(self, keep_open=min(number, self.keep_open))
 
     def prefetch(self, shards: Iterable[int]) -> None:
         """Begin to fetch shards of a remote source that are read next.
 
         Nothing is done where the cache has no room for all of them.
         """
-        if not (self._shards and self._shards[0].file.is_remote):
+        if not self.shards or not self.shards[0].file.is_remote:
             return
-        files = {n: self._shards[n].file for n in shards}
-        tars = {n: file for n, file in files.items() if file.is_tar}
-        if sum(file.size for file in tars.values()) <= self._cache.max_bytes:
-            self._cache.prefetch(each for n in tars for each in self._files_of(n))
+        tars = {n: self.shards[n].file for n in shards if self.shards[n].file.is_tar}
+        if sum(file.size for file in tars.values()) <= self.cache.max_bytes:
+            self.cache.prefetch(each for n in tars for each in self._files_of(n))
 
     def _files_of(self, number: int) -> list[RemoteFile]:
         """Return what is fetched to read from a tar at a place."""
-        shard = self._shards[number]
-        if shard.index is None:
-            return [remote_index(shard.file), remote_file(shard.file)]
-        return [remote_file(shard.file, sha256=self._noted_hash(number))]
+        file = self.shards[number].file
+        tar = remote_file(file, sha256=self._noted_hash(number))
+        return [remote_index(file), tar] if file.entry else [tar]
 
     def _noted_hash(self, number: int) -> str | None:
-        """Return the SHA-256 that a tar in no manifest had when its index was made."""
-        sha256: str | None = about_index(self._table(number)).get("sha256")
+        """Return the SHA-256 that a remote tar in no manifest had when its index was made."""
+        if self.shards[number].file.entry:
+            return None
+        sha256: str | None = about_index(self._index(number).table).get("sha256")
         return sha256
 
     def at(self, shard: int, row: int) -> Sample:
@@ -112,8 +122,8 @@ class Source:
             DataError: the sample cannot be used.
             PlaceError: the shard cannot be fetched, or not be kept here.
         """
-        row = self._row(shard, row)
-        found = self._record(shard, row)
+        at = self._row(shard, row)
+        found = {name: column[at].as_py() for name, column in self._index(shard).columns.items()}
         if found["error"] is not None:
             raise DataError(found["error"])
         return Sample(
@@ -124,47 +134,33 @@ class Source:
             source=found["source"],
             licence=found["licence"],
             labels=dict(found["labels"]),
-            address=self._address(shard, row, found),
+            address=self.address(shard, row),
         )
 
     def __getitem__(self, index: int) -> Sample:
         """Return the sample at `index` in [0, len); errors as in `at`."""
-        return self.at(*self._place(index))
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        shard = bisect_right(self._ends, index)
+        return self.at(shard, index - self._ends[shard] + len(self.shards[shard]))
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
 
-    def _place(self, index: int) -> tuple[int, int]:
-        """Return the number of a sample's shard, and its row there."""
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        shard = bisect_right(self._ends, index)
-        return shard, index - self._ends[shard] + len(self._shards[shard])
-
     def address(self, shard: int, row: int) -> str:
         """Return where a sample lies: the file of its image, or `SHARD#ROW`, rows from 0."""
-        row, found = self._row(shard, row), {}
+        at, place = self._row(shard, row), self.shards[shard]
         with suppress(ShardError):
-            found = self._record(shard, row)
-        return self._address(shard, row, found)
-
-    def _address(self, shard: int, row: int, found: Mapping[str, Any]) -> str:
-        if found.get("path") is not None:
-            return as_text(os.fsdecode(found["path"]))
-        place = self._shards[shard]
-        return f"{place.file.name}#{place.start + row}"
-
-    def _record(self, shard: int, row: int) -> dict[str, Any]:
-        found: dict[str, Any] = self._table(shard).slice(row, 1).to_pylist()[0]
-        return found
+            if (path := self._index(shard).columns["path"][at].as_py()) is not None:
+                return as_text(os.fsdecode(path))
+        return f"{place.file.name}#{place.start + at}"
 
     def _image(self, shard: int, found: Mapping[str, Any]) -> bytes:
         if found["image"] is not None:
             image: bytes = found["image"]
             return image
         if found["path"] is None:
-            content = _or_raise(self._tars(shard)).content
-            return bytes_in(content, found["start"], found["size"])
+            return bytes_in(self._tar(shard), found["start"], found["size"])
         path = Path(os.fsdecode(found["path"]))
         try:
             return read_file(path, MAX_BYTES)
@@ -174,10 +170,13 @@ class Source:
 
     def rows(self, shard: int, columns: Sequence[str]) -> list[dict[str, Any]]:
         """Return some columns of the index of a shard, a row a sample."""
-        kept = self._shards[shard].kept
-        table = self._table(shard).select(list(columns))
-        rows: list[dict[str, Any]] = (table if kept is None else table.take(kept)).to_pylist()
+        rows: list[dict[str, Any]] = self._kept(shard, columns).to_pylist()
         return rows
+
+    def _kept(self, shard: int, columns: Sequence[str] = ("uid",)) -> pyarrow.Table:
+        kept = self.shards[shard].kept
+        table = self._index(shard).table.select(list(columns))
+        return table if kept is None else table.take(kept)
 
     def label_ids(self, key: str, shard: int) -> NDArray[np.int64]:
         """Return a number for a label of each sample of a shard, equal where that is equal."""
@@ -185,15 +184,22 @@ class Source:
         ids = {label: text_id(label) for label in set(labels)}
         return np.array([ids[label] for label in labels], np.int64)
 
-    def damaged(self) -> Iterator[str]:
-        """Give a sentence for every sample that cannot be read, and one for a damaged shard."""
-        for shard in range(len(self._shards)):
-            yield from self.damaged_in(shard)
+    def damaged(self) -> list[str]:
+        """Return a sentence for every sample that cannot be read, and one for a damaged shard.
 
-    def damaged_in(self, shard: int) -> list[str]:
-        """Return the same for one shard."""
+        Where there is much to read, several processes do it; a bar is shown on a terminal.
+        """
+        found = over(
+            self._damaged_in,
+            range(len(self.shards)),
+            size=len(self) * TYPICAL_BYTES,
+            title=f"checking {self.config.split}",
+        )
+        return [sentence for of_shard in found for sentence in of_shard]
+
+    def _damaged_in(self, shard: int) -> list[str]:
         found = []
-        for row in range(len(self._shards[shard])):
+        for row in range(len(self.shards[shard])):
             try:
                 sample = self.at(shard, row)
                 decode_image(sample.image, name=f"{sample.uid} ({sample.address})")
@@ -205,16 +211,9 @@ class Source:
 
     def check_uids(self) -> None:
         """Refuse, by a `DataError`, uids that occur twice; the index of every shard is read."""
-        check_uids(
-            [(shard.file.name, partial(self._uids, n)) for n, shard in enumerate(self._shards)]
-        )
-
-    def _uids(self, shard: int) -> list[str]:
-        return [row["uid"] for row in self.rows(shard, ["uid"])]
-
-    def __reduce__(self) -> tuple[type["Source"], tuple[Any, ...]]:
-        """Open the shards anew in another process: a memory map cannot be sent to one."""
-        return type(self), (self.config, self._shards, *self._settings)
+        check_uids([
+            (shard.file.name, partial(self._kept, n)) for n, shard in enumerate(self.shards)
+        ])  # fmt: skip
 
     def where(self, where: Sequence[str]) -> "Source":
         """Return the samples that meet all conditions; the index of every shard is read.
@@ -223,7 +222,7 @@ class Source:
             DataError: one is not a condition, or asks for a key that no sample has.
         """
         conditions = Conditions(where)
-        chosen = self._with([conditions.rows_of(self._table(n)) for n in range(len(self._shards))])
+        chosen = self._choose(conditions.rows_of)
         conditions.check_keys(self.name)
         return chosen
 
@@ -233,92 +232,71 @@ class Source:
         Raises:
             DataError: there is no such split.
         """
-        splits = [
-            self._table(n)["split"].to_numpy(zero_copy_only=False) for n in range(len(self._shards))
-        ]
-        known = {split for of_shard in splits for split in of_shard if split}
-        if not known and self.config.split == DEFAULT_SPLIT:
+        split = self.config.split
+        columns = [self._index(n).table["split"] for n in range(len(self.shards))]
+        known = {name for column in columns for name in column.unique().to_pylist() if name}
+        if not known and split == DEFAULT_SPLIT:
             return self
-        if self.config.split not in known:
+        if split not in known:
             has = f"its splits are {listed(sorted(known))}" if known else "it has no splits"
-            raise DataError(f"{self.config.path} has no split {self.config.split!r}; {has}")
-        return self._with([np.flatnonzero(of_shard == self.config.split) for of_shard in splits])
+            raise DataError(f"{self.config.path} has no split {split!r}; {has}")
+        return self._choose(
+            lambda table: np.flatnonzero(table["split"].to_numpy(zero_copy_only=False) == split)
+        )
 
-    def _with(self, rows: Sequence[NDArray[np.int64]]) -> "Source":
-        """Return the samples in some rows of the shards; what has none left is no shard."""
-        shards = [
-            replace(shard, kept=kept if shard.kept is None else np.intersect1d(kept, shard.kept))
-            for shard, kept in zip(self._shards, rows, strict=True)
-        ]
-        return Source(self.config, [shard for shard in shards if len(shard)], *self._settings)
+    def _choose(self, rows_of: Callable[[pyarrow.Table], NDArray[np.int64]]) -> "Source":
+        """Return the samples in some rows of each index; what has none left is no shard."""
+        shards = []
+        for number, shard in enumerate(self.shards):
+            kept = rows_of(self._index(number).table)
+            if shard.kept is not None:
+                kept = np.intersect1d(kept, shard.kept)
+            if len(kept):
+                shards.append(replace(shard, kept=kept))
+        return replace(self, shards=shards)
 
     def _row(self, shard: int, row: int) -> int:
         """Return where a row lies in the shard's part of the index."""
-        if not 0 <= row < len(self._shards[shard]):
+        if not 0 <= row < len(self.shards[shard]):
             raise IndexError(row)
-        kept = self._shards[shard].kept
+        kept = self.shards[shard].kept
         return row if kept is None else int(kept[row])
 
-    def _table(self, number: int) -> pyarrow.Table:
-        return _or_raise(self._indexes(number))
-
-    def _read_index(self, number: int) -> pyarrow.Table:
+    def _read_index(self, number: int) -> "_Index":
         """Return a shard's part of its index; a tar is not opened for it if it has one."""
-        shard = self._shards[number]
-        if shard.index is None:
-            table = fetched_index(shard.file, self.config, self._cache)
-        else:
-            table = self._index_file(shard)
-            if table is None and shard.file.entry:
-                table = _or_raise(self._tars(number)).table
-        if table is not None and shard.file.entry and len(table) != shard.rows:
-            raise ShardError(
-                f"shard {shard.file.name} holds {len(table)} samples, the manifest says "
-                f"{shard.rows}"
-            )
-        if table is None or len(table) < shard.start + shard.rows:
-            raise ShardError(
-                f"{shard.index}, the index of {shard.file.name}, is gone; open it anew"
-            )
-        return table.slice(shard.start, shard.rows)
+        shard = self.shards[number]
+        table = index_of(shard.file, self.config, self.cache).slice(shard.start, shard.rows)
+        return _Index(table, dict(zip(SCHEMA.names, table.columns, strict=True)))
 
-    def _index_file(self, shard: Shard) -> pyarrow.Table | None:
-        return shard.index and read_index(shard.index, about(shard.file, self.config))
-
-    def _open_tar(self, number: int) -> "_OpenTar":
-        shard = self._shards[number]
-        file, table = shard.file, None
-        if file.entry and shard.index:
-            table = self._index_file(shard)
-        sha256 = None if file.entry else self._noted_hash(number)
-        with local_copy(file, self._cache, sha256=sha256) as path:
-            # What comes from a place was compared when it came.
-            if file.entry and not (file.is_remote and self._verify == "once"):
-                file.entry.verify(path, self._verify)
-            if file.entry and shard.index and table is None:
-                content, rows = scan_tar(path, self.config, prefix=file.prefix)
-                return _OpenTar(content, table_of(rows))
-            return _OpenTar(tar_content(path), None)
+    def _open_tar(self, number: int) -> bytes | mmap.mmap:
+        file, sha256 = self.shards[number].file, self._noted_hash(number)
+        with local_copy(file, self.cache, sha256=sha256, verify=self.verify) as path:
+            return tar_content(path)
 
 
-class _OpenTar(NamedTuple):
-    content: bytes | mmap.mmap
-    table: pyarrow.Table | None
-    """Of one without an index, which was scanned."""
+class _Index(NamedTuple):
+    table: pyarrow.Table
+    columns: dict[str, pyarrow.ChunkedArray]
+    """Those of the table: to look one up there takes as long as to read a value of it."""
 
 
-def _tried(call: Callable[[int], _T], number: int) -> _T | ShardError:
-    """Return an error as others return a value, so that a damaged shard is looked through once."""
-    try:
-        return call(number)
-    except ShardError as error:
-        return error
+def _remembered(call: Callable[[int], _T], most: int) -> Callable[[int], _T]:
+    """Remember the last results of a call for a shard, errors too: it is looked through once."""
 
+    @lru_cache(most)
+    def tried(number: int) -> _T | ShardError:
+        try:
+            return call(number)
+        except ShardError as error:
+            return error
 
-def _or_raise(found: _T | ShardError) -> _T:
-    if isinstance(found, ShardError):
-        raise ShardError(str(found))
-    return found
+    def remembered(number: int) -> _T:
+        found = tried(number)
+        if isinstance(found, ShardError):
+            raise ShardError(str(found))
+        return found
+
+    return remembered
 
 
 def open_source(
@@ -349,7 +327,7 @@ def open_source(
     if largest := max((file.size for file in layout.files if file.is_remote), default=0):
         # What is open takes its space on the disk also after it has made room for others.
         keep_open = max(min(keep_open, cache.max_bytes // (2 * largest)), 1)
-    source = Source(config, shards_of(layout, config, cache), verify, keep_open, cache)
+    source = Source(config, _shards_of(layout, config, cache), verify, keep_open, cache)
     if layout.kind == "tables":
         source = source.of_split()
     if config.where:
@@ -358,3 +336,20 @@ def open_source(
         reason = f"has no sample where {' and '.join(config.where)}" if config.where else "is empty"
         raise DataError(f"{source.name} {reason}")
     return source
+
+
+def _shards_of(layout: Layout, config: SourceConfig, cache: NodeCache) -> list[Shard]:
+    """Return a tar as one shard, and a table or the images of a folder in shards of `ROWS` rows."""
+    if len(layout.files) <= _COMPARED:
+        for file in layout.files:
+            if file.entry and not file.is_remote:
+                check_unchanged(file)
+    shards = []
+    for file, rows in zip(layout.files, row_counts(layout, config, cache), strict=True):
+        size = rows if file.is_tar else ROWS
+        # Paths of images were for the index; without them a source is small to send.
+        shards += [
+            Shard(file=replace(file, images=()), start=start, rows=min(size, rows - start))
+            for start in range(0, rows, size or 1)
+        ]
+    return shards

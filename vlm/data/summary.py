@@ -2,9 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 from vlm.data.config import CACHE_GIB, SourceConfig
 from vlm.data.copies import local_copy, node_cache
@@ -15,52 +13,40 @@ from vlm.data.scanning import first_record
 from vlm.data.source import Source
 
 
-@dataclass(slots=True)
-class Summary:
-    """The samples of a source by what they have."""
-
-    samples: Counter[str] = field(default_factory=Counter)
-    """By language, how many have a caption."""
-    captions: Counter[str] = field(default_factory=Counter)
-    """By language, the number of captions."""
-    unusable: int = 0
-    """How many cannot be used."""
-    reason: str = ""
-    """Why the first of these cannot."""
-
-
 def kind_and_fields(config: SourceConfig) -> tuple[Kind, Mapping[str, str], Mapping[str, int]]:
     """Return the kind of a source, its fields with their languages, and what it leaves out."""
     layout = layout_of(config)
     file = layout.files[0]
-    if file.images:
-        record = first_record(Path(file.path), file.images, config)
-    else:
-        with local_copy(file, node_cache(CACHE_GIB)) as path:
-            record = first_record(path, (), config)
+    with local_copy(file, node_cache(CACHE_GIB), verify="size") as path:
+        record = first_record(path, file.images, config)
     return layout.kind, understood(record, config), layout.left_out
 
 
-def summary_of(source: Source) -> Summary:
-    """Count what a source holds by the indexes of its shards; a bar is shown on stderr."""
-    total, shards = Summary(), range(len(source.sizes))
-    size = len(source) * TYPICAL_BYTES
-    for found in over(partial(_summary_in, source), shards, size=size, title="counting"):
-        total.samples += found.samples
-        total.captions += found.captions
-        total.unusable += found.unusable
-        total.reason = total.reason or found.reason
-    return total
+def counts_of(source: Source) -> tuple[Counter[str], Counter[str], list[str]]:
+    """Count what a source holds by the indexes of its shards; a bar is shown on a terminal.
+
+    Returns:
+        By language how many samples have a caption, by language the number of captions, and why
+        each sample that cannot be used cannot.
+    """
+    samples, captions, errors = Counter[str](), Counter[str](), list[str]()
+    for found in over(
+        partial(_counts_in, source),
+        range(len(source.sizes)),
+        size=len(source) * TYPICAL_BYTES,
+        title="counting",
+    ):
+        samples += found[0]
+        captions += found[1]
+        errors += found[2]
+    return samples, captions, errors
 
 
-def _summary_in(source: Source, shard: int) -> Summary:
-    found = Summary()
-    for row in source.rows(shard, ["captions", "error"]):
-        if row["error"] is not None:
-            found.unusable += 1
-            found.reason = found.reason or row["error"]
-            continue
-        for language, texts in row["captions"]:
-            found.samples[language] += 1
-            found.captions[language] += len(texts)
-    return found
+def _counts_in(source: Source, shard: int) -> tuple[Counter[str], Counter[str], list[str]]:
+    rows = source.rows(shard, ["captions", "error"])
+    found = [each for row in rows if row["error"] is None for each in row["captions"]]
+    captions = Counter[str]()
+    for language, texts in found:
+        captions[language] += len(texts)
+    samples = Counter(language for language, _ in found)
+    return samples, captions, [row["error"] for row in rows if row["error"] is not None]

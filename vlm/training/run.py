@@ -18,6 +18,7 @@ from vlm.batches.batch import Batch, SkippedSample
 from vlm.batches.loader import TrainingLoader
 from vlm.batches.mixture import DataState
 from vlm.bundle import Bundle, save_bundle
+from vlm.data.sample import described
 from vlm.errors import TrainingError
 from vlm.files import write_file
 from vlm.models.encoder import MAIN, Encoder
@@ -107,10 +108,7 @@ class Run:
     def _sources(self) -> list[str]:
         """Say how much each source has, and its share where there are several."""
         examples, order = self.loader.examples, self.loader.order
-        found = [
-            f"{source.name}: {len(source):,} samples in {len(source.sizes):,} shards"
-            for source in examples.sources
-        ]
+        found = [f"{source.name}: {described(source.sizes)}" for source in examples.sources]
         if len(found) == 1:
             return found
         shares = order.mixture.shares(self.data.batch)

@@ -168,7 +168,7 @@ def test_a_file_that_only_claims_to_be_packed_is_refused(tmp_path):
 
 
 def test_a_line_without_end_does_not_fill_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("vlm.data.records.LONGEST", 1000)
+    monkeypatch.setattr("vlm.records.texts.LONGEST", 1000)
     assert read(write(tmp_path / "a.txt", "a" * 999 + "\nb")) == ["a" * 999, "b"]
     path = write(tmp_path / "b.txt", "a\n")
     os.truncate(path, 10_000_000)

@@ -48,7 +48,7 @@ def entry_of(path: Path) -> ShardEntry:
     content = path.read_bytes()
     return ShardEntry(
         name=path.name,
-        samples=len(scan_tar(path, SourceConfig(path=str(path))).rows),
+        samples=len(scan_tar(path, SourceConfig(path=str(path)))),
         bytes=len(content),
         sha256=hashlib.sha256(content).hexdigest(),
     )

@@ -13,9 +13,10 @@ from vlm.data.config import CACHE_GIB, DEFAULT_SPLIT, SourceConfig
 from vlm.data.copies import local_copy, node_cache
 from vlm.data.fields import captions_of, no_caption, own_fields
 from vlm.data.layout import TABLE_SUFFIXES, NoSamplesError, ShardFile, layout_of, local_state
-from vlm.data.records import Advance, lines_of, listed, paragraphs_of
-from vlm.data.scanning import TAR_SUFFIXES, records_in
+from vlm.data.scanning import records_in
 from vlm.errors import DataError
+from vlm.records.tars import TAR_SUFFIXES
+from vlm.records.texts import Advance, lines_of, listed, paragraphs_of
 from vlm.storage.places import expand, is_remote, shown, state_of
 from vlm.text.scripts import MOST, language_by_script
 

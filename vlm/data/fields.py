@@ -7,8 +7,8 @@ from itertools import chain
 from typing import Any
 
 from vlm.data.config import SourceConfig
-from vlm.data.records import LANGUAGE_TAG, languages_of, quoted, texts_in, whole_characters
 from vlm.errors import DataError
+from vlm.records.texts import LANGUAGE_TAG, languages_of, quoted, texts_in, whole_characters
 from vlm.text.scripts import language_by_script
 
 UNKNOWN_LANGUAGE = "und"

@@ -12,10 +12,10 @@ from typing import Any
 
 import pyarrow
 
-from vlm.data.records import as_text
 from vlm.data.scanning import Row
 from vlm.errors import VlmError
 from vlm.files import open_whole, sha256_of
+from vlm.records.texts import as_text
 from vlm.storage.cache_folder import once
 
 VERSION = 2

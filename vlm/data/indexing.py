@@ -143,7 +143,7 @@ def _rows_of(file: ShardFile, path: Path, config: SourceConfig) -> Iterable[Row]
     if file.images:
         return scan_images(file.images, path, config)
     if file.is_tar:
-        return scan_tar(path, config, prefix=file.prefix).rows
+        return scan_tar(path, config, prefix=file.prefix)
     if file.is_remote:
         _check_images(path, file, config)
     return scan_table(path, config, prefix=file.prefix)

@@ -15,10 +15,11 @@ from vlm.data.config import DEFAULT_SPLIT, SourceConfig
 from vlm.data.image_folder import OTHER_SUFFIX, images_below
 from vlm.data.index import ROWS
 from vlm.data.manifest import MANIFEST_NAME, ShardEntry, is_data_folder, read_manifest
-from vlm.data.records import first_object, listed
-from vlm.data.scanning import SIDE_SUFFIXES, TAR_SUFFIXES, image_column, is_json_lines
-from vlm.data.tables import columns_of
+from vlm.data.scanning import SIDE_SUFFIXES, image_column, is_json_lines
 from vlm.errors import ConfigError, DataError
+from vlm.records.tables import columns_of
+from vlm.records.tars import TAR_SUFFIXES
+from vlm.records.texts import first_object, listed
 from vlm.storage.places import expand, is_remote, shown, state_of, within
 
 Kind = Literal["data folder", "tars", "tables", "images"]

@@ -1,73 +1,42 @@
 """What is in a tar, a table or a folder of images, sample by sample: rows of an index."""
 
-import gzip
-import io
-import mmap
 import os
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from webdataset.tariterators import base_plus_ext
+from typing import Any
 
 from vlm.data.config import SourceConfig
 from vlm.data.fields import CAPTION_FIELDS, caption_fields, parts_of, value_at
 from vlm.data.image_folder import IMAGE_SUFFIXES
-from vlm.data.records import (
-    BLOCK,
-    DAMAGE,
+from vlm.errors import DataError
+from vlm.files import lines_in, read_file
+from vlm.images.decoding import MAX_BYTES
+from vlm.records.tables import IMAGE_COLUMNS, columns_of, rows_of
+from vlm.records.tars import TAR_SUFFIXES, Content, Member, bytes_in, members_by_key
+from vlm.records.texts import (
     LONGEST,
     Advance,
     as_text,
     decoded,
-    guarded,
     ignore,
     object_in,
     objects_of,
     quoted,
     whole_characters,
 )
-from vlm.data.tables import IMAGE_COLUMNS, columns_of, rows_of
-from vlm.errors import DataError, ShardError
-from vlm.files import lines_in, read_file
-from vlm.images.decoding import MAX_BYTES
 
 Row = dict[str, Any]
 """One sample but for the bytes of an image that lies elsewhere, by the columns of an index."""
-Content = bytes | mmap.mmap
-"""The bytes of a tar, unpacked."""
 
-TAR_SUFFIXES = (".tar", ".tar.gz")
 SIDE_SUFFIXES = (".txt", ".json")
 IMAGE_EXTENSIONS = frozenset(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
 _OWN_COLUMNS = ("concept", "source", "licence", "labels")
-# Shards of small images unpack to a few times their size, zeros to a thousand times.
-_LARGEST_RATIO = 50
-_LITTLE = 1 << 25  # bytes that may come of anything
-_LONGEST_END = 1 << 16  # bytes: six times what tar and Python's tarfile write at the most
 _FIRST = 100  # rows of a table: where none of their images is there, the folder is wrong
 
 
-class Member(NamedTuple):
-    """Where one file of a sample lies in a tar, unpacked."""
-
-    start: int
-    size: int
-
-
-class ScannedTar(NamedTuple):
-    """A tar, looked through from its beginning to its end."""
-
-    content: Content
-    """The bytes in which rows have the places of images."""
-    rows: list[Row]
-
-
-def scan_tar(path: Path, config: SourceConfig, *, prefix: str = "") -> ScannedTar:
+def scan_tar(path: Path, config: SourceConfig, *, prefix: str = "") -> list[Row]:
     """Find the samples of a `.tar` or `.tar.gz`; a sample that cannot be used says why.
 
     Args:
@@ -78,7 +47,8 @@ def scan_tar(path: Path, config: SourceConfig, *, prefix: str = "") -> ScannedTa
     Raises:
         ShardError: the tar cannot be read to its end, or a member is there twice.
     """
-    content, samples, rows = *members_by_key(path), []
+    content, samples = members_by_key(path)
+    rows: list[Row] = []
     for key, members in samples.items():
         where = f"{path}, sample {key!r}"
         rows.append(row := {"uid": as_text(f"{prefix}{key}")})
@@ -91,54 +61,7 @@ def scan_tar(path: Path, config: SourceConfig, *, prefix: str = "") -> ScannedTa
             if images[0].size > MAX_BYTES:
                 raise DataError(f"{where} has an image of {images[0].size} bytes")
             row |= images[0]._asdict() | parts_of(record, config, name=row["uid"], where=where)
-    return ScannedTar(content, rows)
-
-
-def members_by_key(path: Path) -> tuple[Content, dict[str, dict[str, Member]]]:
-    """Return the bytes of a tar, and its members by key and by extension in lower case.
-
-    A key is the name up to the first dot of its last part; members of one key need not be
-    neighbours. Folders and hidden files are left out. Errors as in `scan_tar`.
-    """
-    content, samples = tar_content(path), dict[str, dict[str, Member]]()
-    for _, (key, extension, member) in guarded(path, _members_of(content)):
-        if extension in samples.setdefault(key, {}):
-            raise ShardError(f"{path} cannot be read: {key}.{extension} occurs twice")
-        samples[key][extension] = member
-    return content, samples
-
-
-def _members_of(content: Content) -> Iterator[tuple[str, tuple[str, str, Member]]]:
-    file = io.BytesIO(content) if isinstance(content, bytes) else content
-    with tarfile.open(fileobj=file, mode="r:") as archive:
-        for member in iter(archive.next, None):
-            archive.members.clear()  # type: ignore[attr-defined] # it would grow with the tar
-            if member.size < 0:  # the next header would be an earlier one, for ever
-                raise tarfile.ReadError(f"{member.name} has the size {member.size}")
-            key, extension = base_plus_ext(member.name)
-            if key is None or member.isdir():
-                continue
-            extension, place = extension.lower(), Member(member.offset_data, member.size)
-            if not member.isfile() or member.issparse():  # its bytes are elsewhere, or scattered
-                extension, place = f"{extension} (a link, device or file with holes)", Member(0, 0)
-            yield f"sample {key!r}", (key, extension, place)
-        _check_end(archive)
-
-
-def _check_end(archive: tarfile.TarFile) -> None:
-    """Read what follows the last member: the end of a tar is two blocks of zeros or more.
-
-    tarfile by itself also takes a damaged header, or the end of the file, for the end.
-    """
-    assert archive.fileobj is not None, "it is open"
-    zeros, damaged = 0, False
-    for block in iter(partial(archive.fileobj.read, BLOCK), b""):
-        zeros += len(block)
-        damaged = damaged or bool(block.strip(b"\0"))
-    # tarfile has read the first of the two blocks. Zeros without end were samples once: a disk that
-    # loses power leaves them.
-    if damaged or not tarfile.BLOCKSIZE <= zeros <= _LONGEST_END:
-        raise tarfile.ReadError("it does not end as a tar file does; it is cut off or damaged")
+    return rows
 
 
 def record_in(content: Content, members: Mapping[str, Member], where: str) -> dict[str, Any]:
@@ -148,46 +71,6 @@ def record_in(content: Content, members: Mapping[str, Member], where: str) -> di
         if member.size > LONGEST:
             raise DataError(f"{where}, its .{name} is longer than {LONGEST} bytes")
     return _record_of({name: bytes_in(content, *member) for name, member in texts.items()}, where)
-
-
-def tar_content(path: Path) -> Content:
-    """Return a tar's bytes, unpacked; those of a plain one are not read before they are asked for.
-
-    Raises:
-        ShardError: they cannot be read.
-    """
-    try:
-        if path.name.lower().endswith(".gz"):
-            return _unpacked(path)
-        with path.open("rb") as file:
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            # Samples come in random order: by itself the system reads megabytes around each.
-            content.madvise(mmap.MADV_RANDOM)
-            return content
-    except DAMAGE as error:
-        raise ShardError(f"{path} cannot be read: {error}") from error
-
-
-def bytes_in(content: Content, start: int, size: int) -> bytes:
-    """Return some bytes of a tar; those of a mapped one are read at once, not page by page."""
-    if isinstance(content, mmap.mmap) and size:
-        page = start - start % mmap.PAGESIZE
-        content.madvise(mmap.MADV_WILLNEED, page, start + size - page)
-    return bytes(content[start : start + size])
-
-
-def _unpacked(path: Path) -> bytes:
-    blocks, size = [], 0
-    with path.open("rb") as packed, gzip.GzipFile(fileobj=packed) as unpacked:
-        for block in iter(partial(unpacked.read, BLOCK), b""):
-            blocks.append(block)
-            size += len(block)
-            if size > _LITTLE + _LARGEST_RATIO * packed.tell():
-                raise EOFError(
-                    f"its first {packed.tell()} bytes unpack to more than {size}; expected a tar "
-                    "of images"
-                )
-    return b"".join(blocks)
 
 
 @contextmanager
@@ -348,14 +231,6 @@ def image_column(columns: Iterable[str]) -> str:
     """Return the column of images by its name, or an empty string."""
     columns = set(columns)
     return next((name for name in IMAGE_COLUMNS if name in columns), "")
-
-
-def is_tar(path: Path) -> bool:
-    """Say whether a file begins as a tar does, packed or not."""
-    try:
-        return path.is_file() and tarfile.is_tarfile(path)
-    except DAMAGE:
-        return False
 
 
 def is_json_lines(path: Path) -> bool:

@@ -22,12 +22,12 @@ from vlm.data.index import ROWS, SCHEMA, about_index
 from vlm.data.indexing import check_uids, index_of, remote_index, row_counts
 from vlm.data.layout import Layout, ShardFile, layout_of
 from vlm.data.parallel import TYPICAL_BYTES, over
-from vlm.data.records import as_text, listed
 from vlm.data.sample import Sample
-from vlm.data.scanning import bytes_in, tar_content
 from vlm.errors import DataError, ShardError
 from vlm.files import read_file
 from vlm.images.decoding import MAX_BYTES, decode_image
+from vlm.records.tars import bytes_in, tar_content
+from vlm.records.texts import as_text, listed
 from vlm.storage.node_cache import NodeCache, RemoteFile
 from vlm.storage.places import shown
 from vlm.text.caption_ids import text_id

@@ -26,12 +26,12 @@ from tqdm import tqdm
 
 from vlm.data.config import SourceConfig
 from vlm.data.image_folder import IMAGE_SUFFIXES, images_below
-from vlm.data.records import as_text
 from vlm.data.source import open_source
 from vlm.embedding.embedder import IMAGE_BATCH, Embedder
 from vlm.errors import ConfigError, DataError, SearchIndexError, ShardError
 from vlm.files import write_file
 from vlm.images.decoding import ImageSource
+from vlm.records.texts import as_text
 
 DESCRIPTION_NAME = "embeddings.json"
 

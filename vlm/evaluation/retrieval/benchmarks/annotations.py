@@ -13,15 +13,6 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from vlm.data.records import (
-    decoded,
-    first_line,
-    first_object,
-    lines_of,
-    object_in,
-    objects_of,
-    texts_in,
-)
 from vlm.errors import DataError
 from vlm.evaluation.config import RetrievalSource
 from vlm.evaluation.retrieval.benchmarks.assembling import (
@@ -32,6 +23,15 @@ from vlm.evaluation.retrieval.benchmarks.assembling import (
 )
 from vlm.evaluation.retrieval.benchmarks.images import ImageFolder
 from vlm.files import lines_in
+from vlm.records.texts import (
+    decoded,
+    first_line,
+    first_object,
+    lines_of,
+    object_in,
+    objects_of,
+    texts_in,
+)
 
 _HEAD = 1 << 14
 _XM3600, _XM3600_KEY = "captions.jsonl", "image/key"

@@ -9,10 +9,10 @@ import numpy as np
 from jaxtyping import Int64
 
 from vlm.data.fields import UNKNOWN_LANGUAGE
-from vlm.data.records import as_text
 from vlm.data.source import Source, open_source
 from vlm.evaluation.config import RetrievalSource
 from vlm.evaluation.retrieval.benchmarks.assembling import Listing, Row
+from vlm.records.texts import as_text
 
 _COLUMNS = ("uid", "captions", "path", "error")
 

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vlm.data.records import languages_of
 from vlm.errors import DataError
 from vlm.evaluation.config import RetrievalSource
 from vlm.evaluation.retrieval.benchmarks.images import ImageFolder, Images
 from vlm.evaluation.retrieval.pairs import RetrievalPairs, Texts, correct_pairs, translations_of
+from vlm.records.texts import languages_of
 from vlm.storage.places import shown
 from vlm.text.scripts import MOST, language_by_script
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from vlm.data.records import first_object, objects_of, whole_characters
 from vlm.errors import DataError
 from vlm.evaluation.config import RetrievalSource
 from vlm.evaluation.retrieval.benchmarks.assembling import Listing, Row, choose_split
 from vlm.evaluation.retrieval.benchmarks.images import EncodedLines, LmdbValues, open_lmdb
+from vlm.records.texts import first_object, objects_of, whole_characters
 
 _TEXTS, _IMAGES = "_texts.jsonl", "_imgs.tsv"
 _COUNT = "num_images"

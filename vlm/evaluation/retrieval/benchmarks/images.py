@@ -15,8 +15,8 @@ from typing import Any, overload
 import numpy as np
 from jaxtyping import Int64
 
-from vlm.data.scanning import bytes_in, tar_content
 from vlm.errors import DataError
+from vlm.records.tars import bytes_in, tar_content
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")

@@ -11,9 +11,7 @@ import pyarrow
 import pyarrow.parquet
 
 from vlm.data.fields import CAPTION_FIELDS, caption_fields
-from vlm.data.records import quoted, texts_in
 from vlm.data.scanning import image_column, not_understood
-from vlm.data.tables import columns_of, is_parquet, rows_of
 from vlm.errors import DataError
 from vlm.evaluation.config import RetrievalSource
 from vlm.evaluation.retrieval.benchmarks.assembling import (
@@ -24,6 +22,8 @@ from vlm.evaluation.retrieval.benchmarks.assembling import (
     recognised_language,
 )
 from vlm.evaluation.retrieval.benchmarks.images import ImageFolder
+from vlm.records.tables import columns_of, is_parquet, rows_of
+from vlm.records.texts import quoted, texts_in
 
 SUFFIXES = (".csv", ".tsv", ".txt", ".parquet")
 _STEMS = tuple(f"{name}_" for name in CAPTION_FIELDS)

@@ -6,11 +6,12 @@ import numpy as np
 
 from vlm.data.fields import texts_by_tag
 from vlm.data.layout import tars_in
-from vlm.data.scanning import IMAGE_EXTENSIONS, is_tar, members_by_key, record_in
+from vlm.data.scanning import IMAGE_EXTENSIONS, record_in
 from vlm.errors import DataError
 from vlm.evaluation.config import RetrievalSource
 from vlm.evaluation.retrieval.benchmarks.assembling import Listing, Row, choose_split
 from vlm.evaluation.retrieval.benchmarks.images import TarMembers
+from vlm.records.tars import is_tar, members_by_key
 
 
 def is_tar_shards(path: Path) -> bool:

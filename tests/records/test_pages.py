@@ -2,7 +2,7 @@
 
 import pytest
 
-from vlm.data.records import paragraphs_of
+from vlm.records.texts import paragraphs_of
 
 PAGE = """<!DOCTYPE html>
 <html lang="zh">

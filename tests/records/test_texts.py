@@ -10,9 +10,9 @@ import pyarrow.parquet
 import pytest
 
 from vlm.data.captions import SUFFIXES, read_captions
-from vlm.data.records import languages_of
-from vlm.data.tables import rows_of
 from vlm.errors import DataError
+from vlm.records.tables import rows_of
+from vlm.records.texts import languages_of
 
 ROWS = [
     "一只猫，在“墙”上",

@@ -11,7 +11,8 @@ from typing import Any, cast
 import pyarrow
 import pyarrow.parquet
 
-from vlm.data.records import (
+from vlm.errors import DataError
+from vlm.records.texts import (
     BLOCK,
     LONGEST,
     Advance,
@@ -20,7 +21,6 @@ from vlm.data.records import (
     ignore,
     raw_lines,
 )
-from vlm.errors import DataError
 
 IMAGE_COLUMNS = (
     "image", "path", "filename", "filepath", "file_name", "image_path", "image_name", "file",

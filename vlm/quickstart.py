@@ -82,7 +82,10 @@ def run_quickstart(config: TrainConfig) -> tuple[Path, RetrievalRun]:
             raise ConfigError(f"{folder} holds something else than a run; choose another folder")
         shutil.rmtree(folder)
     started = time.perf_counter()
-    bundle = build_run(config).fit()
+    run = build_run(config)
+    if run.evaluate is None:
+        raise ConfigError(f"the quickstart plots recall, and {data} has no split to score")
+    bundle = run.fit()
     seconds = time.perf_counter() - started
     embedder = Embedder.load(bundle)
     scored = score_benchmarks(embedder, data, bundle=bundle)

@@ -127,7 +127,7 @@ def test_samples_of_a_tar_that_cannot_be_used_are_counted_and_say_why(tmp_path):
     path = write_tar(tmp_path / "0.tar", members)
     source = source_of(path)
     assert (len(source), source[0].captions) == (6, {"en": ["a cat"]})
-    said = list(source.damaged())
+    said = [reason for _, reason in source.damaged()]
     assert all(sentence.startswith(f"{path}, sample '") for sentence in said)
     for sentence, part in zip(
         said,
@@ -252,7 +252,7 @@ def test_rows_that_cannot_be_used_are_counted_and_say_why(tmp_path):
     ]  # fmt: skip
     path = write_table(tmp_path / "a.jsonl", rows)
     source = source_of(path)
-    said = list(source.damaged())
+    said = [reason for _, reason in source.damaged()]
     assert len(source) == 5
     assert said[0] == f"{path}, line 2: found ''; expected an image or its path"
     assert said[1].startswith(f"{path}, line 3: found no caption in 'image', 'zh'")
@@ -289,7 +289,7 @@ def test_images_have_the_captions_of_the_files_of_their_names(tmp_path):
     assert (source[0].uid, source[0].captions) == ("0.png", {"zh": [ZH[0]], "en": [EN[0]]})
     assert source[1].captions == {"zh": [ZH[1]]}
     assert source[0].address == str(folder / "0.png")
-    said = list(source.damaged())
+    said = [reason for _, reason in source.damaged()]
     assert len(said) == 8 - 3
     assert said[0] == f"{folder}/2.png has no caption: found no .txt or .json of its name"
 
@@ -385,3 +385,20 @@ def test_a_path_without_a_source_says_what_was_expected(tmp_path, name, said):
         write_tar(tmp_path / "0.tar", [])
     path = name if ":" in name else f"{tmp_path}/{name}"
     assert said in refusal_of(path)
+
+
+def test_an_address_in_a_column_of_images_is_no_path(tmp_path):
+    (tmp_path / "a.csv").write_text(
+        "image,caption\nhttps://host/1.jpg,a cat\n1.png,a dog\n", encoding="utf-8"
+    )
+    (tmp_path / "1.png").write_bytes(encoded(make_image(1)))
+    source = open_source(SourceConfig(path=str(tmp_path / "a.csv")))
+    with pytest.raises(DataError, match=r"line 2: https://host/1\.jpg is a URL, and images are"):
+        source[0]
+    assert source[1].captions == {"en": ["a dog"]}
+
+
+@pytest.mark.parametrize("language", ["Chinese", "zh.cn", ""])
+def test_a_language_that_is_no_code_is_refused(language):
+    with pytest.raises(ConfigError, match="expected a code such as zh or en"):
+        SourceConfig(path="a.csv", captions={language: ("caption",)})

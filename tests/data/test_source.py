@@ -2,6 +2,7 @@
 
 import gzip
 import pickle
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -74,7 +75,7 @@ def test_a_changed_shard_is_found_before_its_first_sample_and_the_others_are_rea
     assert [samples[index] for index in range(10)] == make_samples(10)
     with pytest.raises(ShardError, match=f"shard {path} is damaged: sha256"):
         samples[10]
-    assert list(samples.damaged()) == [str(error_of(samples, 11))]
+    assert samples.damaged() == [(2, str(error_of(samples, 11)))]
 
 
 def error_of(samples, index):
@@ -83,10 +84,27 @@ def error_of(samples, index):
     return caught.value
 
 
-def test_an_empty_split_is_refused(folder):
-    write_manifest(folder, Manifest(splits={"train": ()}))
-    with pytest.raises(DataError, match=f"the split 'train' of {folder} is empty"):
+def test_an_empty_split_is_refused(tmp_path):
+    write_manifest(tmp_path, Manifest(splits={"train": ()}))
+    with pytest.raises(DataError, match=f"the split 'train' of {tmp_path} is empty"):
+        open_split(tmp_path)
+
+
+def test_shards_that_came_after_the_manifest_are_refused(folder):
+    shutil.copy(folder / "train-00000.tar.gz", folder / "train-00009.tar.gz")
+    (folder / ".train-00010.tar").touch()  # a copy in progress, as rsync names it
+    expected = r"holds train-00009\.tar\.gz, which its manifest\.json does not list; expected `vlm"
+    with pytest.raises(DataError, match=expected):
         open_split(folder)
+
+
+def test_a_fingerprint_is_that_of_the_data_wherever_it_lies(folder, tmp_path):
+    before = open_split(folder).fingerprint
+    shutil.copytree(folder, tmp_path / "copy")
+    assert open_split(tmp_path / "copy").fingerprint == before
+    *others, last = read_manifest(folder).splits["train"]
+    write_manifest(folder, Manifest(splits={"train": tuple(others), "rest": (last,)}))
+    assert open_split(folder).fingerprint != before
 
 
 def test_an_unknown_split_is_refused_with_those_there_are(folder):
@@ -144,7 +162,7 @@ def test_damaged_samples_are_all_named_with_their_addresses(tmp_path):
     samples = make_samples(6)
     cut = {number: replace(samples[number], image=samples[number].image[:60]) for number in (1, 4)}
     folder = write_split(tmp_path, [cut.get(n, sample) for n, sample in enumerate(samples)])
-    found = list(open_split(folder).damaged())
+    found = [reason for _, reason in open_split(folder).damaged()]
     assert [sentence.split(")")[0] for sentence in found] == [
         f"sample-000{number} ({folder}/train-00000.tar.gz#{number}" for number in (1, 4)
     ]

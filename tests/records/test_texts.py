@@ -122,3 +122,10 @@ def test_captions_with_a_region_are_found(tmp_path):
     )
     assert list(read_captions([tmp_path], "zh")) == ["猫", "狗", "犬"]
     assert list(read_captions([tmp_path], "en")) == ["a cat", "a dog"]
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("image,caption,caption\n1.jpg,a cat,a dog\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"a\.csv has the column 'caption' twice"):
+        list(rows_of(path))

@@ -85,7 +85,7 @@ def test_going_on_takes_the_remaining_steps_only(inputs, tmp_path):
 def test_a_description_names_model_data_loss_ranks_and_steps(inputs, tmp_path):
     text = build_run(config(inputs, tmp_path)).describe()
     assert [line.split(":")[0] for line in text.splitlines()] == [
-        "model", "data", "loss", "ranks", "steps",
+        "model", "data", "loss", "ranks", "scored", "steps",
     ]  # fmt: skip
     assert "12 samples in 3 shards; captions in zh, en" in text
     assert "0 to 7 of 4 samples" in text

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from vlm.batches.config import (
     MixtureConfig,
     PhaseConfig,
 )
-from vlm.errors import ConfigError
+from vlm.errors import CheckpointError, ConfigError, DataError
 from vlm.training.build import build_run
 from vlm.training.config import CheckpointConfig, EvaluationConfig, ScheduleConfig, TrainConfig
 
@@ -132,6 +133,28 @@ def test_a_mixture_may_change_half_way(inputs, tmp_path):
     assert sorted(seen[:8]) == sorted(set(seen))
 
 
+def test_a_source_that_has_changed_is_refused_when_a_run_goes_on_and_read_under_another_name(
+    inputs, tmp_path
+):
+    shutil.copytree(inputs, tmp_path / "inputs")
+    settings = config(tmp_path / "inputs", tmp_path / "run", steps=9)
+    stop(build_run(settings), step=5)
+    table = tmp_path / "inputs/more.csv"
+    table.write_text(table.read_text(encoding="utf-8") + "20.png,一只大猫\n", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"source 'more\.csv' no longer holds what the run"):
+        build_run(settings, resume=True)
+    shards, more = settings.data.sources
+    renamed = replace(settings.data, sources=(shards, replace(more, name="longer")))
+    batches = uids_by_step(build_run(replace(settings, data=renamed), resume=True))
+    assert len(batches) == 6
+
+
+def test_a_label_to_batch_by_that_no_sample_has_is_refused(inputs, tmp_path):
+    mixture = MixtureConfig(batch_by="cluster")
+    with pytest.raises(ConfigError, match="batch_by is 'cluster', a label that no sample has"):
+        build_run(config(inputs, tmp_path, mixture=mixture))
+
+
 def test_runs_go_on_with_the_streams_that_they_began_with(inputs, tmp_path):
     settings = config(inputs, tmp_path / "whole", streams=2, steps=9)
     whole = uids_by_step(build_run(settings))
@@ -183,10 +206,24 @@ def test_a_schedule_that_is_none_is_refused(phases, message):
         )
 
 
-def test_evaluation_of_a_run_on_sources_needs_a_folder(inputs, tmp_path):
+@pytest.mark.parametrize("sources", [True, False], ids=["sources", "one folder"])
+def test_a_run_on_data_without_a_split_to_score_says_so_and_trains(inputs, tmp_path, sources):
     settings = replace(config(inputs, tmp_path), evaluation=EvaluationConfig(every_steps=3))
-    with pytest.raises(ConfigError, match=r"every_steps is 3, but .*; expected evaluation\.folder"):
-        build_run(settings)
+    if not sources:
+        own = DataConfig(folder=inputs / "shards", batch_size=settings.data.batch_size)
+        settings = replace(settings, data=own)
+    run = build_run(settings)
+    assert "\nscored: nothing, as the data has no split 'val'; evaluation.folder names" in (
+        run.describe()
+    )
+    assert (run.fit() / "vlm.json").is_file()
+
+
+def test_a_split_to_score_that_is_asked_for_must_be_there(inputs, tmp_path):
+    own = DataConfig(folder=inputs / "shards", batch_size=6)
+    asked = EvaluationConfig(every_steps=3, split="best")
+    with pytest.raises(DataError, match="has no split 'best'; its splits are train"):
+        build_run(replace(config(inputs, tmp_path), data=own, evaluation=asked))
 
 
 def test_sources_may_be_paths_alone(inputs, tmp_path):

@@ -19,14 +19,15 @@ def run(options: Options) -> None:
     from vlm.data.layout import splits_of
     from vlm.data.sample import counted
     from vlm.data.source import open_source
+    from vlm.records.texts import listed
 
     for split in splits_of(options.source()):
         source = open_source(replace(options.source(), split=split), verify="each_open")
         if found := source.damaged():
-            more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+            number, reasons = sum(number for number, _ in found), [reason for _, reason in found]
             raise DataError(
-                f"{split}: {len(found)} of {counted(len(source), 'sample')} cannot be read: "
-                + "; ".join(found[:_NAMED]) + more
-            )  # fmt: skip
+                f"{split}: {number:,} of {counted(len(source), 'sample')} cannot be read: "
+                f"{listed(reasons, _NAMED, '; ')}"
+            )
         source.check_uids()
         print(f"{split}: {counted(len(source), 'sample')}, all readable")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vlm.data.source import Source
 
 _SHOWN = 3
+_CAPTIONS = 300  # characters, as a caption may be a whole page
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,12 @@ def run(options: Options) -> None:
     if errors:
         print(f"cannot be used: {counted(len(errors), 'sample')}; the first: {errors[0]}")
     for sample in islice(_usable(source), _SHOWN):
-        width, height = decode_image(sample.image, name=sample.address).size
-        print(f"{sample.uid}: {width} x {height} pixels, {sample.captions}")
+        try:
+            width, height = decode_image(sample.image, name=sample.address).size
+        except DataError as error:
+            print(f"{sample.uid}: cannot be used: {error}")
+            continue
+        print(f"{sample.uid}: {width} x {height} pixels, {sample.captions!s:.{_CAPTIONS}}")
 
 
 def _usable(source: "Source") -> Iterator["Sample"]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vlm.cli.options import ModelOptions, refuse_several_processes
 from vlm.cli.parsing import part_of
-from vlm.data.config import DEFAULT_SPLIT, SourceConfig, SourceFields
+from vlm.data.config import SourceConfig, SourceFields
 from vlm.errors import ConfigError, VlmError
 
 
@@ -24,7 +24,8 @@ class Options(SourceFields, ModelOptions):
     """Data folder, tars, a table of images, or a folder of images with captions next to them, here
     or at a URL."""
     split: str | None = None
-    """Split of the data; null is test_style of a data folder, and train of others."""
+    """Split of the data; null is the only one or test_style of a data folder, and train of
+    others."""
     where: tuple[str, ...] = ()
     """Conditions on samples of the data, such as `source=noto` or `group!=flags`."""
     out: Path
@@ -34,12 +35,11 @@ class Options(SourceFields, ModelOptions):
 
     def source(self, data: str) -> SourceConfig:
         """Return the source to embed."""
-        from vlm.data.layout import has_manifest
+        from vlm.data.layout import default_split
 
-        default = "test_style" if has_manifest(data) else DEFAULT_SPLIT
         return SourceConfig(
             path=data,
-            split=self.split or default,
+            split=self.split or default_split(data, "test_style"),
             images=self.images,
             where=self.where,
             **vars(part_of(self, SourceFields)),

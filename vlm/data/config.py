@@ -1,5 +1,6 @@
 """Where images with captions lie, and what their parts are called there."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ CACHE_GIB = 100.0
 """Of the cache folder's disk, what copies of remote files may take."""
 DEFAULT_SPLIT = "train"
 """Also what is asked of a source without splits."""
+
+_LANGUAGE = re.compile(r"[a-z]{2,3}([-_]\w+)*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,10 @@ class SourceFields:
 
     def __post_init__(self) -> None:
         for language, fields in self.captions.items():
+            if not _LANGUAGE.fullmatch(language):
+                raise ConfigError(
+                    f"captions has the language {language!r}; expected a code such as zh or en"
+                )
             if isinstance(fields, str):
                 raise ConfigError(f"captions.{language} is {fields!r}; expected a list of fields")
 

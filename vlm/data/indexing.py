@@ -24,11 +24,13 @@ from vlm.data.sample import counted
 from vlm.data.scanning import Row, first_record, image_in, scan_images, scan_table, scan_tar
 from vlm.errors import DataError, ShardError, VlmError
 from vlm.files import sha256_of
+from vlm.records.texts import listed
 from vlm.storage.cache_folder import cache_folder, locked, once
 from vlm.storage.node_cache import NodeCache, RemoteFile
 from vlm.storage.places import MissingFileError, RefusedError, shown, within
 
 INDEX_FOLDER = "index"
+_NAMED = 10  # damaged files in an error
 
 
 def index_of(file: ShardFile, config: SourceConfig, cache: NodeCache) -> pyarrow.Table:
@@ -77,7 +79,12 @@ def row_counts(layout: Layout, config: SourceConfig, cache: NodeCache) -> list[i
         size=sum(file.size for file in missing),
         title=f"indexing {shown(config.path)}",
     )
-    of_missing = iter(made)
+    rows_made, faults = list[int](), list[str]()
+    for each in made:
+        rows_made.append(each) if isinstance(each, int) else faults.append(each)
+    if faults:
+        raise DataError(listed(faults, _NAMED, "; "))
+    of_missing = iter(rows_made)
     return [next(of_missing) if rows is None else rows for rows in counts]
 
 
@@ -88,8 +95,12 @@ def _known_rows(file: ShardFile, config: SourceConfig) -> int | None:
     return None if table is None else len(table)
 
 
-def _made_rows(file: ShardFile, *, config: SourceConfig, cache: NodeCache) -> int:
-    return len(index_of(file, config, cache))
+def _made_rows(file: ShardFile, *, config: SourceConfig, cache: NodeCache) -> int | str:
+    """Return the rows, or what is wrong with the file: all that are damaged are named at once."""
+    try:
+        return len(index_of(file, config, cache))
+    except DataError as error:
+        return str(error)
 
 
 def _about(file: ShardFile, config: SourceConfig) -> dict[str, Any]:

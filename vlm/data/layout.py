@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from vlm.data.config import DEFAULT_SPLIT, SourceConfig
 from vlm.data.image_folder import OTHER_SUFFIX, images_below
 from vlm.data.index import ROWS
-from vlm.data.manifest import MANIFEST_NAME, ShardEntry, is_data_folder, read_manifest
+from vlm.data.manifest import MANIFEST_NAME, Manifest, ShardEntry, is_data_folder, read_manifest
 from vlm.data.scanning import SIDE_SUFFIXES, image_column, is_json_lines
 from vlm.errors import ConfigError, DataError
 from vlm.records.tables import columns_of
@@ -87,7 +87,10 @@ def layout_of(config: SourceConfig) -> Layout:
     path = shown(config.path)
     try:
         if has_manifest(config.path):
-            entries = read_manifest(config.path).shards_of(config.split, path)
+            manifest = read_manifest(config.path)
+            entries = manifest.shards_of(config.split, path)
+            if not is_remote(path):
+                _check_all_listed(Path(path), manifest)
             layout = Layout("data folder", [_in_manifest(config.path, entry) for entry in entries])
         elif not is_remote(path) and Path(path).is_dir():
             layout = _layout_of_folder(Path(path), config)
@@ -141,11 +144,29 @@ def split_of(path: Path) -> str:
     raise DataError(f"{path} belongs to no split; expected a name like train-00000.tar")
 
 
+def default_split(path: str, preferred: str) -> str:
+    """Return the split where none is named: of a data folder its only or the preferred one."""
+    splits = splits_of(SourceConfig(path=path)) if has_manifest(path) else [DEFAULT_SPLIT]
+    return splits[0] if len(splits) == 1 else preferred
+
+
 def has_manifest(path: str) -> bool:
     """Say whether a path or URL is a data folder; what is no file at a place must be one."""
     if is_remote(path):
         return not _has_suffix(path, TAR_SUFFIXES + TABLE_SUFFIXES)
     return is_data_folder(Path(path.removeprefix("file://")))
+
+
+def _check_all_listed(folder: Path, manifest: Manifest) -> None:
+    """Refuse tars that came after the manifest: they would be left out in silence."""
+    known = {entry.name for entries in manifest.splits.values() for entry in entries}
+    names = (entry.name for entry in os.scandir(folder))
+    tars = {n for n in names if n.lower().endswith(TAR_SUFFIXES) and not n.startswith(".")}
+    if strange := sorted(tars - known):
+        raise DataError(
+            f"{folder} holds {listed(strange, 3)}, which its {MANIFEST_NAME} does not list; "
+            f"expected `vlm data index {folder}` to have run since"
+        )
 
 
 def _in_manifest(folder: str, entry: ShardEntry) -> ShardFile:

@@ -150,6 +150,11 @@ def _table_rows(path: Path, config: SourceConfig, folder: Path, prefix: str) -> 
                 row["image"] = value
             elif isinstance(value, str) and value:
                 name = whole_characters(value, where)
+                if "://" in name:
+                    raise DataError(
+                        f"{where}: {name:.80} is a URL, and images are not fetched one by one; "
+                        "expected a file, or tars such as img2dataset makes"
+                    )
                 row["path"] = os.fsencode((folder / name).absolute())
             else:
                 raise DataError(f"{where}: found {value!r:.40}; expected an image or its path")

@@ -1,5 +1,6 @@
 """Samples of any source by their index, read from shards that are opened when they are needed."""
 
+import hashlib
 import mmap
 import os
 from bisect import bisect_right
@@ -85,6 +86,17 @@ class Source:
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
+
+    @property
+    def fingerprint(self) -> str:
+        """Names what is read, wherever it lies: every shard's name, bytes and number of samples."""
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            file = shard.file
+            content = file.state.get("sha256", file.size)
+            line = [os.path.basename(file.name), file.prefix, content, len(shard)]
+            digest.update(f"{line}\n".encode())
+        return digest.hexdigest()
 
     def keeping_open(self, number: int) -> "Source":
         """Return the same source with at most `number` shards open in a process."""
@@ -184,8 +196,8 @@ class Source:
         ids = {label: text_id(label) for label in set(labels)}
         return np.array([ids[label] for label in labels], np.int64)
 
-    def damaged(self) -> list[str]:
-        """Return a sentence for every sample that cannot be read, and one for a damaged shard.
+    def damaged(self) -> list[tuple[int, str]]:
+        """Return why samples cannot be read, and how many: those of a damaged shard together.
 
         Where there is much to read, several processes do it; a bar is shown on a terminal.
         """
@@ -195,18 +207,19 @@ class Source:
             size=len(self) * TYPICAL_BYTES,
             title=f"checking {self.config.split}",
         )
-        return [sentence for of_shard in found for sentence in of_shard]
+        return [each for of_shard in found for each in of_shard]
 
-    def _damaged_in(self, shard: int) -> list[str]:
-        found = []
-        for row in range(len(self.shards[shard])):
+    def _damaged_in(self, shard: int) -> list[tuple[int, str]]:
+        found: list[tuple[int, str]] = []
+        rows = len(self.shards[shard])
+        for row in range(rows):
             try:
                 sample = self.at(shard, row)
                 decode_image(sample.image, name=f"{sample.uid} ({sample.address})")
             except ShardError as error:
-                return [str(error)]
+                return [*found, (rows - row, str(error))]
             except DataError as error:
-                found.append(str(error))
+                found.append((1, str(error)))
         return found
 
     def check_uids(self) -> None:

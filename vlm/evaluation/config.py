@@ -27,8 +27,8 @@ class SourceSettings(SourceFields):
     """How a benchmark is asked; a setting that is not given takes what fits the files."""
 
     split: str | None = None
-    """Of a data folder `test_style` by default, of a benchmark the only one, or `test`, of another
-    source `train`."""
+    """By default the only one, else of a data folder `test_style`, of a benchmark `test`, of
+    another source `train`."""
     images: Path | None = None
     """Of a benchmark or a table: the folder of its images, if they are not next to its file."""
     language: str | None = None
@@ -100,7 +100,7 @@ class ClassificationSource:
     """Data folder, here or at a URL, or another source whose samples have labels; default:
     data/emoji."""
     split: str | None = None
-    """Split of the data; default: test_style of a data folder, and train of others."""
+    """Split of the data; default: the only one or test_style of a data folder, train of others."""
     label: str | None = None
     """Label that names a sample's class; default: class."""
     where: Sequence[str] | None = None

@@ -126,6 +126,8 @@ class _TextTable:
         place, first = next(lines, ("line 1", ""))
         self._delimiter = _delimiter(path, first)
         self.header = self._quoted_cells(place, [first])
+        if twice := [name for name in self.header if self.header.count(name) > 1]:
+            raise DataError(f"{path} has the column {twice[0]!r} twice; expected each once")
         tabs = self._delimiter == "\t"
         pairs = len(self.header) == 2 and self.header[0] in IMAGE_COLUMNS
         self._splits = 1 if pairs and not tabs else -1

@@ -213,11 +213,11 @@ def quoted(names: Iterable[str]) -> str:
     return listed(f"{name!r:.60}" for name in names) or "none"
 
 
-def listed(names: Iterable[str], most: int = 12) -> str:
+def listed(names: Iterable[str], most: int = 12, separator: str = ", ") -> str:
     """Join names for a message, and count those beyond `most`."""
     names = list(names)
     rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
+    return separator.join(names[:most]) + rest
 
 
 # Pages.

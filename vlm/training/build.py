@@ -18,7 +18,7 @@ from vlm.batches.mixture import BatchOrder, mixture_of
 from vlm.batches.order import SourceOrder
 from vlm.bundle import Bundle, load_bundle
 from vlm.data.config import SourceConfig
-from vlm.data.manifest import is_data_folder
+from vlm.data.layout import has_manifest, splits_of
 from vlm.data.source import Source, open_source
 from vlm.distributed.groups import world_group
 from vlm.distributed.mesh import ranks_per_node
@@ -33,11 +33,10 @@ from vlm.models.batch_norm import synchronize_batch_norm
 from vlm.models.build import build_from_config, encoder_model_cfg, image_size
 from vlm.models.encoder import Encoder
 from vlm.models.pretraining import PretrainingModel
-from vlm.storage.places import is_remote
 from vlm.text.tokenizer import load_tokenizer
 from vlm.training.adaptation import adapt
 from vlm.training.checkpoint import Checkpoints
-from vlm.training.config import TrainConfig, config_as_yaml
+from vlm.training.config import EvaluationConfig, TrainConfig, config_as_yaml
 from vlm.training.objectives import build_pretraining_model, loss_weights, mask_plan
 from vlm.training.optimizer import build_optimizer
 from vlm.training.reporter import METRICS_NAME, read_records
@@ -204,6 +203,8 @@ def _build_loader(config: TrainConfig, start: Bundle, accelerator: Accelerator) 
     _check_languages(list(sources.values()), config.captions.languages)
     streams = data.streams or accelerator.num_processes // ranks_per_node()
     label = data.mixture.batch_by if data.mixture.batch_by != "source" else ""
+    if label:
+        _check_label(list(sources.values()), label)
     order = BatchOrder(
         [
             SourceOrder(
@@ -268,8 +269,21 @@ def _check_languages(sources: Sequence[Source], languages: Sequence[str]) -> Non
     raise ConfigError(
         f"captions.languages has {', '.join(missing)}, but "
         f"{' and '.join(source.name for source in sources)} have captions in "
-        f"{', '.join(sorted(found)) or 'no language'} only"
+        f"{', '.join(sorted(found)) or 'no language'} only; expected some of these"
     )
+
+
+def _check_label(sources: Sequence[Source], label: str) -> None:
+    """Refuse to batch by a label that no sample has."""
+    shards = [(source, shard) for source in sources for shard in range(len(source.sizes))]
+    for source, shard in shards[:_LOOKED_AT]:
+        if any(label in dict(row["labels"] or ()) for row in source.rows(shard, ["labels"])):
+            return
+    if len(shards) <= _LOOKED_AT:
+        raise ConfigError(
+            f"data.mixture.batch_by is {label!r}, a label that no sample has; expected `source` or "
+            "a label"
+        )
 
 
 def _build_loss(config: TrainConfig, has_bias: bool, ranks: int) -> BilingualLoss:
@@ -321,20 +335,18 @@ def _build_model(config: TrainConfig, start: Bundle) -> PretrainingModel:
     )
 
 
-def _build_evaluation(config: TrainConfig, start: Bundle) -> Callable[[Encoder], dict[str, float]]:
-    """Return a function that every rank calls, since the ranks share the work."""
-    split, languages = config.evaluation.split, config.captions.languages
-    if config.evaluation.every_steps == 0:
-        return lambda encoder: {}
+def _build_evaluation(
+    config: TrainConfig, start: Bundle
+) -> Callable[[Encoder], dict[str, float]] | None:
+    """Return a function that every rank calls, since the ranks share the work; None for none."""
+    plan, languages = config.evaluation, config.captions.languages
+    if plan.every_steps == 0 or (plan.folder is None and not _has_split_to_score(config)):
+        return None
     # Read before the first step, so that a missing split does not end a run half way.
-    folder = str(config.evaluation.folder or config.data.folder)
-    scored = is_remote(folder) or is_data_folder(Path(folder))
-    if config.evaluation.folder is None and (config.data.sources or not scored):
-        raise ConfigError(
-            f"evaluation.every_steps is {config.evaluation.every_steps}, but the run reads no data "
-            "folder with splits; expected evaluation.folder, one to score"
-        )
-    asked = SourceConfig(path=folder, split=split)
+    split, asked = (
+        plan.split,
+        SourceConfig(path=str(plan.folder or config.data.folder), split=plan.split),
+    )
     pairs = pairs_of_split(asked, languages=languages, cache_gib=config.data.cache_gib)
 
     def evaluate(encoder: Encoder) -> dict[str, float]:
@@ -343,3 +355,11 @@ def _build_evaluation(config: TrainConfig, start: Bundle) -> Callable[[Encoder],
         return {f"{split}/{name}": value for name, value in scores.items()}
 
     return evaluate
+
+
+def _has_split_to_score(config: TrainConfig) -> bool:
+    """Say whether the run's own data can be scored; a split that was asked for must be there."""
+    data, split = config.data, config.evaluation.split
+    own = SourceConfig(path=str(data.folder))
+    is_folder = not data.sources and has_manifest(own.path)
+    return is_folder and (split != EvaluationConfig().split or split in splits_of(own))

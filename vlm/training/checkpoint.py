@@ -89,6 +89,27 @@ class OptimizerState:
 
 
 @dataclass(frozen=True)
+class SourceFingerprints:
+    """What a run's sources hold, by their names; when it goes on, they must hold the same."""
+
+    found: Mapping[str, str]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain texts."""
+        return dict(self.found)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Compare with what they were; a `CheckpointError` names one that has changed."""
+        for name, fingerprint in self.found.items():
+            if state.get(name, fingerprint) != fingerprint:
+                raise CheckpointError(
+                    f"the source {name!r} no longer holds what the run has read: its shards have "
+                    "other names, bytes or numbers of samples; expected what they were, or another "
+                    "`name` in data.sources, by which it is read from its start"
+                )
+
+
+@dataclass(frozen=True)
 class Checkpoints:
     """The checkpoints of one run."""
 

@@ -99,7 +99,7 @@ class EvaluationConfig:
     every_steps: int = 0
     """Steps between evaluations, with one at the end; 0 for none."""
     folder: str | Path | None = None
-    """The data folder to score; by default the run's, where that is one."""
+    """The data folder to score; by default the run's, where that is one with such a split."""
     split: str = "val"
     """The split of it to score."""
 

@@ -25,8 +25,9 @@ from vlm.models.encoder import MAIN, Encoder
 from vlm.models.growth import only_new_rows
 from vlm.models.lora import without_lora
 from vlm.models.pretraining import PretrainingModel
+from vlm.storage.places import shown
 from vlm.text.caption_ids import text_id
-from vlm.training.checkpoint import Checkpoints, OptimizerState, Progress
+from vlm.training.checkpoint import Checkpoints, OptimizerState, Progress, SourceFingerprints
 from vlm.training.config import TrainConfig, config_as_yaml
 from vlm.training.optimizer import learning_rate_factor, skip_when_not_finite
 from vlm.training.reporter import Reporter
@@ -74,7 +75,7 @@ class Run:
     data: DataState
     """How far the data has been read."""
     checkpoints: Checkpoints
-    evaluate: Callable[[Encoder], dict[str, float]]
+    evaluate: Callable[[Encoder], dict[str, float]] | None
     """Scores the encoder; the ranks share the work."""
     progress: Progress = field(default_factory=Progress)
     """How far the run has come."""
@@ -100,10 +101,21 @@ class Run:
             "loss": f"{plan.kind} over {candidates:,} candidates (group size {group}, "
             f"micro-batches {config.loss.micro_batches})",
             "ranks": f"{ranks} on {self.accelerator.device.type}, {config.precision}",
+            "scored": self._scored(),
             "steps": f"{self.progress.step:,} to {steps:,} of {data.batch_size:,} samples "
             f"({steps * data.batch_size / samples:.1f} epochs)",
         }
         return "\n".join(f"{name}: {line}" for name, line in lines.items())
+
+    def _scored(self) -> str:
+        """Say what is scored, or why nothing is."""
+        plan = self.config.evaluation
+        if self.evaluate is not None:
+            folder = shown(str(plan.folder or self.config.data.folder))
+            return f"the split {plan.split!r} of {folder}, every {plan.every_steps:,} steps"
+        if plan.every_steps:
+            return f"nothing, as the data has no split {plan.split!r}; evaluation.folder names one"
+        return "nothing, as evaluation.every_steps is 0"
 
     def _sources(self) -> list[str]:
         """Say how much each source has, and its share where there are several."""
@@ -155,6 +167,14 @@ class Run:
             "optimizer": OptimizerState(self._unwrapped, self.optimizer),
             "progress": self.progress,
             "data": self.data,
+            "sources": SourceFingerprints(
+                {
+                    order.name: source.fingerprint
+                    for order, source in zip(
+                        self.loader.order.sources, self.loader.examples.sources, strict=True
+                    )
+                }
+            ),
         }
 
     def _train(self, reporter: Reporter) -> None:
@@ -204,7 +224,7 @@ class Run:
                 reporter.record(step, self._averaged(result) | rates)
                 reported, since, waited = step, time.perf_counter(), 0.0
             pause = time.perf_counter()
-            if evaluates:
+            if evaluates and self.evaluate is not None:
                 reporter.record(step, self.evaluate(self._encoder))
             if saves:
                 self.checkpoints.save(step, self.state)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int
 
-from vlm.data.config import DEFAULT_SPLIT, SourceConfig
-from vlm.data.layout import has_manifest, layout_of
+from vlm.data.config import SourceConfig
+from vlm.data.layout import default_split, layout_of
 from vlm.embedding.bulk import BulkEmbedder
 from vlm.embedding.embedder import Embedder
 from vlm.errors import ConfigError, DataError, VlmError
@@ -119,8 +119,9 @@ def evaluate(
         raise ConfigError(
             f"{bundle or 'the bundle'} does not name its languages; give them with --languages"
         )
-    if source.images is None and not has_manifest(source.config().path):
-        source = replace(source, split=source.split or DEFAULT_SPLIT)
+    if source.images is None and source.split is None:
+        config = source.config()
+        source = replace(source, split=default_split(config.path, config.split))
     templates = read_templates(source.templates, languages)
     classes, images = _read(source, languages)
     digests = bulk.digests_of(images.images)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.data.config import SourceFields
-from vlm.data.layout import has_manifest
+from vlm.data.layout import default_split, has_manifest
 from vlm.errors import ConfigError, DataError
 from vlm.evaluation.config import RetrievalSource
 from vlm.evaluation.retrieval.benchmarks.opening import open_benchmark
@@ -52,7 +52,7 @@ def sources_of(
         }
         source = replace(source, **missing)
         if has_manifest(source.path):
-            split = source.split or folder_split
+            split = source.split or default_split(source.path, folder_split)
             source = replace(source, split=split, name=source.name or split)
         else:
             source = replace(source, name=source.name or _name_of(source.path))
@@ -107,7 +107,8 @@ def open_source(source: RetrievalSource, *, languages: Sequence[str]) -> Retriev
             _refuse(source, ("images",), what=f"{what} that holds its images", owner=owner)
         return pairs
     _refuse(source, _FOR_BENCHMARKS, what="a data folder", owner="the files of a benchmark")
-    config = replace(source, split=source.split or _FOLDER_SPLIT).config()
+    split = source.split or default_split(source.path, _FOLDER_SPLIT)
+    config = replace(source, split=split).config()
     pairs = pairs_of_split(config, languages=source.languages or languages)
     missing = [language for language in source.languages or () if language not in pairs.texts]
     if missing:

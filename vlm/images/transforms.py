@@ -20,11 +20,12 @@ from vlm.images.config import AugmentationConfig, PreprocessConfig
 from vlm.images.decoding import is_jpeg, jpeg_scale, open_image, read_pixels, upright_size
 
 # ITU-R BT.601 luma and the colour axes of NTSC.
-_YIQ_FROM_RGB = torch.tensor(
-    [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]]
+_LUMA = torch.tensor([0.299, 0.587, 0.114])
+# numpy multiplies matrices of this size several times as fast as torch.
+_YIQ_FROM_RGB = np.array(
+    [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]], np.float32
 )
-_RGB_FROM_YIQ = torch.linalg.inv(_YIQ_FROM_RGB)
-_LUMA = _YIQ_FROM_RGB[0]
+_RGB_FROM_YIQ = torch.linalg.inv(torch.from_numpy(_YIQ_FROM_RGB)).numpy()
 
 
 def preprocess_cfg(config: PreprocessConfig, image_size: int) -> dict[str, Any]:
@@ -172,7 +173,7 @@ class TrainingTransform:
         angle = math.radians(rng.uniform(-config.rotation, config.rotation))
         return _Crop(width, height, middle_x, middle_y, angle, rng.random() < config.flip)
 
-    def _sample(self, image: Image.Image, crop: _Crop) -> UInt8[Tensor, "3 height width"]:
+    def _sample(self, image: Image.Image, crop: _Crop) -> UInt8[np.ndarray, "height width 3"]:
         """Sample a crop at the size of the model's input; white where it leaves the image."""
         side = self.image_size
         # The sampler looks at few pixels around each point, so large images are shrunk before.
@@ -188,10 +189,9 @@ class TrainingTransform:
             (side, side), Image.Transform.AFFINE, (a, b, c, d, e, f), self._resampling,
             fillcolor="white",
         )  # fmt: skip
-        # numpy swaps axes several times as fast as torch.
-        return torch.from_numpy(np.ascontiguousarray(np.asarray(sampled).transpose(2, 0, 1)))
+        return np.asarray(sampled)
 
-    def _resize(self, image: Image.Image, crop: _Crop) -> UInt8[Tensor, "3 height width"]:
+    def _resize(self, image: Image.Image, crop: _Crop) -> UInt8[np.ndarray, "height width 3"]:
         """Do what `_sample` does, for a crop that is not turned: smoother, and twice as fast.
 
         The crop begins and ends at whole pixels of the image, the nearest ones.
@@ -204,27 +204,32 @@ class TrainingTransform:
                 (crop.middle_y, crop.height, image.height),
             )
         )
-        view = torch.full((3, side, side), 255, dtype=torch.uint8)
+        view = np.full((side, side, 3), 255, np.uint8)
         if x < x_end and y < y_end:
             part = torch.from_numpy(np.array(image.crop((left, top, right, bottom))))
-            view[:, y:y_end, x:x_end] = F.interpolate(
+            resized = F.interpolate(
                 part.permute(2, 0, 1)[None],
                 size=(y_end - y, x_end - x),
                 mode=self._resampling.name.lower(),
                 antialias=True,
-            )[0]
-        return view.flip(2) if crop.mirrored else view
+            )
+            view[y:y_end, x:x_end] = resized[0].permute(1, 2, 0).numpy()
+        return np.ascontiguousarray(view[:, ::-1]) if crop.mirrored else view
 
     def _normalised(
-        self, pixels: UInt8[Tensor, "3 height width"], rng: random.Random
+        self, pixels: UInt8[np.ndarray, "height width 3"], rng: random.Random
     ) -> Float[Tensor, "3 height width"]:
-        recoloured = self._recolour(pixels.flatten(1).float().div_(255), rng)
-        return recoloured.sub_(self._mean).div_(self._std).view_as(pixels)
+        planes = np.ascontiguousarray(pixels.transpose(2, 0, 1))  # several times as fast as torch
+        recoloured = self._recolour(_unit_range(planes.reshape(3, -1)), pixels, rng)
+        return recoloured.sub_(self._mean).div_(self._std).view(planes.shape)
 
     def _recolour(
-        self, pixels: Float[Tensor, "3 pixels"], rng: random.Random
+        self,
+        planes: Float[Tensor, "3 pixels"],
+        pixels: UInt8[np.ndarray, "height width 3"],
+        rng: random.Random,
     ) -> Float[Tensor, "3 pixels"]:
-        """Change the colours of pixels in [0, 1]."""
+        """Change the colours of an image, which is given plane by plane and pixel by pixel."""
         config = self.augmentation
         brightness, contrast, saturation = (
             1 + rng.uniform(-strength, strength)
@@ -235,15 +240,19 @@ class TrainingTransform:
             saturation = 0.0
         # Turn and scale the colour (I, Q) of YIQ, and keep its luma Y.
         cosine, sine = saturation * math.cos(hue), saturation * math.sin(hue)
-        turn = torch.tensor([[1.0, 0.0, 0.0], [0.0, cosine, -sine], [0.0, sine, cosine]])
-        colours: Tensor = _RGB_FROM_YIQ @ turn @ _YIQ_FROM_RGB * (brightness * contrast)
-        recoloured = colours @ pixels
+        turn = np.array([[1.0, 0.0, 0.0], [0.0, cosine, -sine], [0.0, sine, cosine]], np.float32)
+        colours = _RGB_FROM_YIQ @ turn @ _YIQ_FROM_RGB * (brightness * contrast)
+        recoloured = torch.from_numpy(colours) @ planes
         if contrast != 1:
-            # It moves away from the image's mean grey, which the other changes leave alone. Pixels
-            # are summed as they lie in an image, since the order decides the last bits.
-            grey = brightness * float(_LUMA @ pixels.T.contiguous().mean(dim=0))
+            # It moves away from the image's mean grey, which the other changes leave alone.
+            grey = brightness * float(_LUMA @ _unit_range(pixels.reshape(-1, 3)).mean(dim=0))
             recoloured += (1 - contrast) * grey
         return recoloured.clamp_(0, 1)
+
+
+def _unit_range(values: UInt8[np.ndarray, "..."]) -> Float[Tensor, "..."]:
+    """Bring 8 bits to [0, 1]."""
+    return torch.from_numpy(values.astype(np.float32)).div_(255)
 
 
 def _visible_part(

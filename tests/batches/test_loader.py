@@ -200,6 +200,16 @@ def test_sources_streams_ranks_workers_and_restarts_give_the_same_batches(
     assert found == [batch.uids for batch in expected]
 
 
+def test_what_is_kept_is_not_read_again(tmp_path):
+    split = open_split(write_split(tmp_path, make_samples(4)))
+    kept = examples_of(split, keep_decoded=True)
+    first = kept[key_of(split, 2)]
+    split.at = None  # nothing can be read from it
+    again = kept[key_of(split, 2)]
+    assert again.image.equal(first.image)
+    assert (again.uid, again.captions) == (first.uid, first.captions)
+
+
 def test_keeping_decoded_images_changes_nothing(samples):
     fresh = examples_of(samples)
     kept = examples_of(samples, keep_decoded=True)

@@ -95,7 +95,7 @@ class DataConfig:
     """Ratio of the last 100,000 samples that may be unusable, and replaced by others; beyond it
     the run ends."""
     keep_decoded: bool = False
-    """Keep decoded images in memory: for many epochs over few small images."""
+    """Keep samples and their decoded images in memory: for many epochs over few small images."""
 
     def __post_init__(self) -> None:
         if not self.cache_gib > 0:

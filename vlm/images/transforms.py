@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlm.errors import ConfigError
 from vlm.images.config import AugmentationConfig, PreprocessConfig
-from vlm.images.decoding import is_jpeg, jpeg_scale, open_image, read_pixels, upright_size
+from vlm.images.decoding import EncodedImage, jpeg_scale
 
 # ITU-R BT.601 luma and the colour axes of NTSC.
 _LUMA = torch.tensor([0.299, 0.587, 0.114])
@@ -118,43 +118,22 @@ class TrainingTransform:
         crop = self._draw_crop(image.size, rng)
         return self._normalised(self._sample(image, crop), rng)
 
-    def decode(
-        self,
-        data: bytes,
-        rng: random.Random,
-        *,
-        name: str = "the image",
-        kept: dict[int, Image.Image] | None = None,
-    ) -> Float[Tensor, "3 height width"]:
+    def decode(self, image: EncodedImage, rng: random.Random) -> Float[Tensor, "3 height width"]:
         """Decode an image, change it at random and return it as a normalised tensor.
 
         A JPEG is decoded at the smallest scale at which its crop is no smaller than the model's
         input, and the crop is resized unless it is turned. That takes less time than `__call__` of
         the decoded image, and is close to it; for other formats the tensors are equal.
 
-        Args:
-            data: The encoded image.
-            rng: Decides every change.
-            name: What to call the image in an error.
-            kept: What was decoded of this image before, by scale; what is decoded now is added.
-
         Raises:
             DataError: as for `decode_image`.
         """
-        kept = {} if kept is None else kept
-        opened = open_image(data, name=name)
-
-        def pixels(scale: int) -> Image.Image:
-            if scale not in kept:
-                kept[scale] = read_pixels(opened, name=name, scale=scale)
-            return kept[scale]
-
-        if not is_jpeg(opened):
-            return self(pixels(1), rng)
-        crop = self._draw_crop(upright_size(opened), rng)
-        scale = jpeg_scale(opened, min(crop.width, crop.height) / self.image_size)
+        if image.jpeg_size is None:
+            return self(image.pixels(), rng)
+        crop = self._draw_crop(image.jpeg_size, rng)
+        scale = jpeg_scale(image.jpeg_size, min(crop.width, crop.height) / self.image_size)
         sample = self._sample if crop.angle else self._resize
-        return self._normalised(sample(pixels(scale), crop.in_smaller(scale)), rng)
+        return self._normalised(sample(image.pixels(scale), crop.in_smaller(scale)), rng)
 
     def _draw_crop(self, size: tuple[int, int], rng: random.Random) -> _Crop:
         config = self.augmentation
@@ -214,22 +193,19 @@ class TrainingTransform:
                 antialias=True,
             )
             view[y:y_end, x:x_end] = resized[0].permute(1, 2, 0).numpy()
-        return np.ascontiguousarray(view[:, ::-1]) if crop.mirrored else view
+        return view[:, ::-1] if crop.mirrored else view
 
     def _normalised(
         self, pixels: UInt8[np.ndarray, "height width 3"], rng: random.Random
     ) -> Float[Tensor, "3 height width"]:
-        planes = np.ascontiguousarray(pixels.transpose(2, 0, 1))  # several times as fast as torch
-        recoloured = self._recolour(_unit_range(planes.reshape(3, -1)), pixels, rng)
-        return recoloured.sub_(self._mean).div_(self._std).view(planes.shape)
+        rows = torch.from_numpy(pixels.reshape(-1, 3) / np.float32(255))
+        planes = self._recolour(rows, rng).sub_(self._mean).div_(self._std)
+        return planes.view(3, *pixels.shape[:2])
 
     def _recolour(
-        self,
-        planes: Float[Tensor, "3 pixels"],
-        pixels: UInt8[np.ndarray, "height width 3"],
-        rng: random.Random,
+        self, pixels: Float[Tensor, "pixels 3"], rng: random.Random
     ) -> Float[Tensor, "3 pixels"]:
-        """Change the colours of an image, which is given plane by plane and pixel by pixel."""
+        """Change the colours of pixels in [0, 1]; the colours become planes on the way."""
         config = self.augmentation
         brightness, contrast, saturation = (
             1 + rng.uniform(-strength, strength)
@@ -242,17 +218,12 @@ class TrainingTransform:
         cosine, sine = saturation * math.cos(hue), saturation * math.sin(hue)
         turn = np.array([[1.0, 0.0, 0.0], [0.0, cosine, -sine], [0.0, sine, cosine]], np.float32)
         colours = _RGB_FROM_YIQ @ turn @ _YIQ_FROM_RGB * (brightness * contrast)
-        recoloured = torch.from_numpy(colours) @ planes
+        recoloured = torch.from_numpy(colours) @ pixels.T
         if contrast != 1:
             # It moves away from the image's mean grey, which the other changes leave alone.
-            grey = brightness * float(_LUMA @ _unit_range(pixels.reshape(-1, 3)).mean(dim=0))
+            grey = brightness * float(_LUMA @ pixels.mean(dim=0))
             recoloured += (1 - contrast) * grey
         return recoloured.clamp_(0, 1)
-
-
-def _unit_range(values: UInt8[np.ndarray, "..."]) -> Float[Tensor, "..."]:
-    """Bring 8 bits to [0, 1]."""
-    return torch.from_numpy(values.astype(np.float32)).div_(255)
 
 
 def _visible_part(

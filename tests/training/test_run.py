@@ -230,10 +230,22 @@ def test_a_run_goes_on_with_other_workers_and_reports(inputs, tmp_path):
     build_run(start).fit()
     other = {
         "data": {"workers": 1, "keep_decoded": True}, "report_every": 1, "cpu_threads": 1,
+        "parallel_towers": True,
         "checkpoint": CheckpointConfig(every_steps=3), "evaluation": EvaluationConfig(),
     }  # fmt: skip
     run = build_run(changed(start, other), resume=True)
     assert run.progress == Progress(STEPS, STEPS * BATCH)
+
+
+@pytest.mark.parametrize("loss", [{}, {"micro_batches": 2}], ids=["whole", "micro-batches"])
+def test_towers_that_run_at_once_leave_the_same_weights(inputs, tmp_path, loss):
+    left = set()
+    for parallel in (False, True):
+        settings = {"parallel_towers": parallel, "loss": LossConfig(**loss)}
+        run = build_run(config(inputs, tmp_path / str(parallel), **settings))
+        assert (run.model.text_thread is not None) == parallel
+        left.add((run.fit() / "open_clip_model.safetensors").read_bytes())
+    assert len(left) == 1
 
 
 def test_a_start_that_fails_before_its_first_step_leaves_the_folder_free(inputs, tmp_path):

@@ -32,6 +32,7 @@ from vlm.models.batch_norm import synchronize_batch_norm
 from vlm.models.build import build_from_config, encoder_model_cfg, image_size
 from vlm.models.encoder import Encoder
 from vlm.models.pretraining import PretrainingModel
+from vlm.models.text_thread import TextThread
 from vlm.storage.places import is_remote
 from vlm.text.tokenizer import load_tokenizer
 from vlm.training.adaptation import adapt
@@ -44,10 +45,11 @@ from vlm.training.run import BUNDLE_NAME, CHECKPOINTS_NAME, CONFIG_NAME, Run
 from vlm.training.step import ContrastiveStep
 
 _FREE_ON_RESUME = (
-    "run_folder", "cpu_threads", "report_every", "data.workers", "data.keep_decoded", "evaluation",
-    "data.allowed_share", "data.cache_gib", "data.verify", "data.sources", "data.mixture",
-    "data.skip_batches", "checkpoint", "loss.plan.tile", "loss.plan.keep_logits",
-    "loss.plan.keep_logits_mib", "loss.plan.overlap", "loss.plan.check_finite",
+    "run_folder", "cpu_threads", "parallel_towers", "report_every", "data.workers",
+    "data.keep_decoded", "evaluation", "data.allowed_share", "data.cache_gib", "data.verify",
+    "data.sources", "data.mixture", "data.skip_batches", "checkpoint", "loss.plan.tile",
+    "loss.plan.keep_logits", "loss.plan.keep_logits_mib", "loss.plan.overlap",
+    "loss.plan.check_finite",
 )  # fmt: skip
 """Settings, and sections of them, that may change: what a run has learnt and read stays exact."""
 
@@ -78,7 +80,7 @@ def build_run(config: TrainConfig, *, resume: bool = False) -> Run:
     evaluate = _build_evaluation(config, start)
     # Batch norm is always over the whole batch, so that a run does not depend on its processes.
     model: nn.Module = synchronize_batch_norm(
-        _build_model(config, start), world_group(), accelerator.device
+        _build_model(config, start, accelerator), world_group(), accelerator.device
     )
     model, optimizer = accelerator.prepare(model, build_optimizer(model, config.optimizer))
     run = Run(
@@ -302,7 +304,7 @@ def _build_loss(config: TrainConfig, has_bias: bool, ranks: int) -> BilingualLos
     )
 
 
-def _build_model(config: TrainConfig, start: Bundle) -> PretrainingModel:
+def _build_model(config: TrainConfig, start: Bundle, accelerator: Accelerator) -> PretrainingModel:
     if config.objectives.masked.weights and config.adapt.patch_dropout:
         raise ConfigError(
             f"adapt.patch_dropout is {config.adapt.patch_dropout}, but masked modelling reads "
@@ -310,6 +312,7 @@ def _build_model(config: TrainConfig, start: Bundle) -> PretrainingModel:
         )
     adapt(start.model, config.adapt)
     languages = config.captions.languages
+    alone = accelerator.num_processes == 1 and accelerator.device.type == "cpu"
     return build_pretraining_model(
         start.model,
         config.objectives,
@@ -317,6 +320,7 @@ def _build_model(config: TrainConfig, start: Bundle) -> PretrainingModel:
             name: language for language in languages for name in (language, second_of(language))
         },
         preprocess_cfg=start.preprocess_cfg,
+        text_thread=TextThread(start.model) if config.parallel_towers and alone else None,
     )
 
 

@@ -1,7 +1,10 @@
 """What is read depends on seed and position, never on processes, workers or interruptions."""
 
+import io
+import pickle
 import random
 from collections import Counter
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
@@ -159,6 +162,28 @@ def test_worker_processes_change_nothing(samples, tokenizer):
     shared = read(samples, tokenizer, first=6, last=42, workers=2)
     assert len(alone) == 6
     assert [everything_in(b) for b in alone] == [everything_in(b) for b in shared]
+
+
+def test_a_batch_is_sent_whole_and_with_one_tensor_in_shared_memory(samples, tokenizer):
+    batch = masked(samples, tokenizer, second=True)[0]
+    shared = []
+
+    class Sending(ForkingPickler):
+        def reducer_override(self, value):
+            if isinstance(value, torch.Tensor):
+                shared.append(value)
+            return NotImplemented
+
+    message = io.BytesIO()
+    Sending(message).dump(batch)
+    received = pickle.loads(message.getvalue())
+    assert [each.data_ptr() for each in shared] == [batch.images.data_ptr()]
+    assert everything_in(received) == everything_in(batch)
+    assert torch.equal(received.hidden_patches, batch.hidden_patches)
+    for name, tokens in batch.texts.items():
+        assert received.texts[name].mask.dtype == tokens.mask.dtype == torch.bool
+    for name, mask in batch.hidden_words.items():
+        assert torch.equal(received.hidden_words[name], mask)
 
 
 @pytest.mark.slow

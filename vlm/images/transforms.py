@@ -183,7 +183,7 @@ class TrainingTransform:
                 (crop.middle_y, crop.height, image.height),
             )
         )
-        view = np.full((side, side, 3), 255, np.uint8)
+        view = np.full((3, side, side), 255, np.uint8)
         if x < x_end and y < y_end:
             part = torch.from_numpy(np.array(image.crop((left, top, right, bottom))))
             resized = F.interpolate(
@@ -192,13 +192,14 @@ class TrainingTransform:
                 mode=self._resampling.name.lower(),
                 antialias=True,
             )
-            view[y:y_end, x:x_end] = resized[0].permute(1, 2, 0).numpy()
-        return view[:, ::-1] if crop.mirrored else view
+            view[:, y:y_end, x:x_end] = resized[0].numpy()
+        return (view[:, :, ::-1] if crop.mirrored else view).transpose(1, 2, 0)
 
     def _normalised(
         self, pixels: UInt8[np.ndarray, "height width 3"], rng: random.Random
     ) -> Float[Tensor, "3 height width"]:
-        rows = torch.from_numpy(pixels.reshape(-1, 3) / np.float32(255))
+        # Neither step copies: in memory they lie by pixels or by planes, as the image does.
+        rows = torch.from_numpy((pixels / np.float32(255)).reshape(-1, 3))
         planes = self._recolour(rows, rng).sub_(self._mean).div_(self._std)
         return planes.view(3, *pixels.shape[:2])
 
@@ -220,8 +221,9 @@ class TrainingTransform:
         colours = _RGB_FROM_YIQ @ turn @ _YIQ_FROM_RGB * (brightness * contrast)
         recoloured = torch.from_numpy(colours) @ pixels.T
         if contrast != 1:
-            # It moves away from the image's mean grey, which the other changes leave alone.
-            grey = brightness * float(_LUMA @ pixels.mean(dim=0))
+            # It moves away from the image's mean grey, which the other changes leave alone. That is
+            # summed pixel by pixel, since the order decides the last bits.
+            grey = brightness * float(_LUMA @ pixels.contiguous().mean(dim=0))
             recoloured += (1 - contrast) * grey
         return recoloured.clamp_(0, 1)
 

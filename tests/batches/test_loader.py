@@ -1,7 +1,10 @@
 """What is read depends on seed and position, never on processes, workers or interruptions."""
 
+import io
+import pickle
 import random
 from collections import Counter
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
@@ -161,6 +164,28 @@ def test_worker_processes_change_nothing(samples, tokenizer):
     assert [everything_in(b) for b in alone] == [everything_in(b) for b in shared]
 
 
+def test_a_batch_is_sent_whole_and_with_one_tensor_in_shared_memory(samples, tokenizer):
+    batch = masked(samples, tokenizer, second=True)[0]
+    shared = []
+
+    class Sending(ForkingPickler):
+        def reducer_override(self, value):
+            if isinstance(value, torch.Tensor):
+                shared.append(value)
+            return NotImplemented
+
+    message = io.BytesIO()
+    Sending(message).dump(batch)
+    received = pickle.loads(message.getvalue())
+    assert [each.data_ptr() for each in shared] == [batch.images.data_ptr()]
+    assert everything_in(received) == everything_in(batch)
+    assert torch.equal(received.hidden_patches, batch.hidden_patches)
+    for name, tokens in batch.texts.items():
+        assert received.texts[name].mask.dtype == tokens.mask.dtype == torch.bool
+    for name, mask in batch.hidden_words.items():
+        assert torch.equal(received.hidden_words[name], mask)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("streams", [1, 2, 3, 8])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
@@ -198,6 +223,16 @@ def test_sources_streams_ranks_workers_and_restarts_give_the_same_batches(
         for _ in range(5):
             whole.advance(state)
     assert found == [batch.uids for batch in expected]
+
+
+def test_what_is_kept_is_not_read_again(tmp_path):
+    split = open_split(write_split(tmp_path, make_samples(4)))
+    kept = examples_of(split, keep_decoded=True)
+    first = kept[key_of(split, 2)]
+    split.at = None  # nothing can be read from it
+    again = kept[key_of(split, 2)]
+    assert again.image.equal(first.image)
+    assert (again.uid, again.captions) == (first.uid, first.captions)
 
 
 def test_keeping_decoded_images_changes_nothing(samples):

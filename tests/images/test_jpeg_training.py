@@ -12,8 +12,9 @@ from PIL import Image
 from tests.builders import encoded, make_image
 from tests.images.test_decoding import ORIENTATION, TURNS
 from vlm.errors import DataError
+from vlm.images import decoding
 from vlm.images.config import AugmentationConfig, PreprocessConfig
-from vlm.images.decoding import decode_image
+from vlm.images.decoding import EncodedImage, decode_image
 from vlm.images.transforms import TrainingTransform
 
 SIZE = 32
@@ -45,8 +46,9 @@ def transform(*, side: int = SIZE, resize_mode: str = "squash", **fields: object
     return TrainingTransform(PreprocessConfig(resize_mode=resize_mode, **PLAIN), config, side)
 
 
-def decode(data: bytes, seed: int = 0, *, kept=None, **fields: object) -> torch.Tensor:
-    return transform(**fields).decode(data, random.Random(seed), name="sample-7", kept=kept)
+def decode(data: bytes | EncodedImage, seed: int = 0, **fields: object) -> torch.Tensor:
+    image = EncodedImage(data, name="sample-7") if isinstance(data, bytes) else data
+    return transform(**fields).decode(image, random.Random(seed))
 
 
 def in_full(data: bytes, seed: int = 0, **fields: object) -> torch.Tensor:
@@ -72,7 +74,7 @@ def test_other_formats_give_the_tensor_of_the_decoded_image(file_format, rotatio
     data = encoded(photo(90, 70), file_format)
     one, other = random.Random(seed), random.Random(seed)
     augment = transform(resize_mode="shortest", rotation=rotation, **STRONG)
-    assert torch.equal(augment.decode(data, one), augment(decode_image(data), other))
+    assert torch.equal(augment.decode(EncodedImage(data), one), augment(decode_image(data), other))
     assert one.getstate() == other.getstate()
 
 
@@ -80,30 +82,41 @@ def test_other_formats_give_the_tensor_of_the_decoded_image(file_format, rotatio
 def test_a_jpeg_draws_the_same_random_numbers_as_its_decoded_image(rotation):
     augment = transform(rotation=rotation, **STRONG)
     one, other = random.Random(1), random.Random(1)
-    augment.decode(jpeg(photo(90, 70)), one)
+    augment.decode(EncodedImage(jpeg(photo(90, 70))), one)
     augment(photo(90, 70), other)
     assert one.getstate() == other.getstate()
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Note the scale, size and mode of everything that is decoded."""
+    found: list[tuple[int, tuple[int, int], str]] = []
+    original = decoding.read_pixels
+
+    def noted(image: Image.Image, *, name: str, scale: int = 1) -> Image.Image:
+        pixels = original(image, name=name, scale=scale)
+        found.append((scale, pixels.size, pixels.mode))
+        return pixels
+
+    monkeypatch.setattr(decoding, "read_pixels", noted)
+    return found
 
 
 @pytest.mark.parametrize(
     ("factor", "scale"),
     [(0.5, 1), (1, 1), (1.9, 1), (2, 2), (3.9, 2), (4, 4), (7.9, 4), (8, 8), (20, 8)],
 )
-def test_a_jpeg_is_decoded_at_the_smallest_scale_that_its_crop_allows(factor, scale):
+def test_a_jpeg_is_decoded_at_the_smallest_scale_that_its_crop_allows(factor, scale, reads):
     width, height = round(SIZE * factor), round(SIZE * factor) + 3
-    kept: dict[int, Image.Image] = {}
-    decode(jpeg(photo(width, height)), kept=kept)
-    assert {name: image.size for name, image in kept.items()} == {
-        scale: (-(-width // scale), -(-height // scale))
-    }
+    decode(jpeg(photo(width, height)))
+    assert reads == [(scale, (-(-width // scale), -(-height // scale)), "RGB")]
 
 
-def test_the_scale_of_a_jpeg_follows_from_its_crop_and_not_from_the_image():
-    kept: dict[int, Image.Image] = {}
-    data = jpeg(photo(4 * SIZE, 4 * SIZE))
-    decode(data, kept=kept, crop_area=(0.26, 0.26))
-    decode(data, kept=kept, crop_area=(0.24, 0.24))
-    assert list(kept) == [2, 1]
+def test_the_scale_of_a_jpeg_follows_from_its_crop_and_not_from_the_image(reads):
+    image = EncodedImage(jpeg(photo(4 * SIZE, 4 * SIZE)))
+    decode(image, crop_area=(0.26, 0.26))
+    decode(image, crop_area=(0.24, 0.24))
+    assert [scale for scale, *_ in reads] == [2, 1]
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
@@ -117,7 +130,7 @@ def test_a_jpeg_decoded_smaller_is_close_to_the_full_image_resized(size, side, i
     full = Image.open(io.BytesIO(data)).resize((side, side), resampling)
     preprocess = PreprocessConfig(resize_mode="squash", interpolation=interpolation, **PLAIN)
     augment = TrainingTransform(preprocess, AugmentationConfig(**WHOLE), side)
-    found = augment.decode(data, random.Random(0))
+    found = augment.decode(EncodedImage(data), random.Random(0))
     assert psnr(found, np.asarray(full).transpose(2, 0, 1) / 255) > 38
 
 
@@ -145,11 +158,10 @@ def test_a_jpeg_is_upright_whatever_its_scale(orientation, factor):
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
-def test_a_jpeg_of_another_mode_is_decoded_smaller_as_well(mode):
-    kept: dict[int, Image.Image] = {}
+def test_a_jpeg_of_another_mode_is_decoded_smaller_as_well(mode, reads):
     data = jpeg(photo(130, 130).convert(mode))
-    found = decode(data, kept=kept)
-    assert {scale: image.mode for scale, image in kept.items()} == {4: "RGB"}
+    found = decode(data)
+    assert [(scale, mode) for scale, _, mode in reads] == [(4, "RGB")]
     assert_alike(found, in_full(data))
 
 
@@ -169,18 +181,16 @@ def test_a_jpeg_that_claims_to_be_huge_is_refused_before_it_is_decoded():
         decode(data.replace(sizes, struct.pack(">HH", 8000, 9000)))
 
 
-def test_keeping_what_was_decoded_changes_no_tensor():
-    data, kept = jpeg(photo(200, 170)), {}
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
+def test_an_image_is_decoded_once_at_each_scale_and_gives_the_same_tensors(file_format, reads):
+    data = encoded(photo(200, 170), file_format)
     fields = {"resize_mode": "shortest", "crop_area": (0.01, 1.2), "flip": 0.5}
+    expected = [decode(data, seed, **fields) for seed in range(30)]
+    reads.clear()
+    image = EncodedImage(data)
     for seed in range(30):
-        assert torch.equal(decode(data, seed, kept=kept, **fields), decode(data, seed, **fields))
-    assert sorted(kept) == [1, 2, 4]
-
-
-def test_what_is_kept_is_not_decoded_again():
-    data, kept = jpeg(photo(100, 100)), {}
-    first = decode(data, kept=kept)
-    assert torch.equal(decode(data[: len(data) // 2], kept=kept), first)
+        assert torch.equal(decode(image, seed, **fields), expected[seed])
+    assert sorted(scale for scale, *_ in reads) == ([1, 2, 4] if file_format == "JPEG" else [1])
 
 
 @pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])

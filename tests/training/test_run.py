@@ -1,11 +1,15 @@
 """The loop on tiny data: what is due when, what stops it, and what it refuses to go on with."""
 
+import platform
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.builders import TINY_MODEL, make_sample, make_samples, tiny_tokenizer, write_split
+from tests.support.commands import ROOT
 from vlm.batches.batch import Batch
 from vlm.batches.config import CaptionConfig, DataConfig
 from vlm.errors import ConfigError, DataError, TrainingError
@@ -230,10 +234,22 @@ def test_a_run_goes_on_with_other_workers_and_reports(inputs, tmp_path):
     build_run(start).fit()
     other = {
         "data": {"workers": 1, "keep_decoded": True}, "report_every": 1, "cpu_threads": 1,
+        "parallel_towers": True,
         "checkpoint": CheckpointConfig(every_steps=3), "evaluation": EvaluationConfig(),
     }  # fmt: skip
     run = build_run(changed(start, other), resume=True)
     assert run.progress == Progress(STEPS, STEPS * BATCH)
+
+
+@pytest.mark.parametrize("loss", [{}, {"micro_batches": 2}], ids=["whole", "micro-batches"])
+def test_towers_that_run_at_once_leave_the_same_weights(inputs, tmp_path, loss):
+    left = set()
+    for parallel in (False, True):
+        settings = {"parallel_towers": parallel, "loss": LossConfig(**loss)}
+        run = build_run(config(inputs, tmp_path / str(parallel), **settings))
+        assert (run.model.text_thread is not None) == parallel
+        left.add((run.fit() / "open_clip_model.safetensors").read_bytes())
+    assert len(left) == 1
 
 
 def test_a_start_that_fails_before_its_first_step_leaves_the_folder_free(inputs, tmp_path):
@@ -299,3 +315,22 @@ def test_a_batch_is_split_into_parts_of_about_one_size():
     assert [part.text_rows["en"].tolist() for part in parts] == [[0, 1, 2], [0, 1, 2], [0]]
     assert [len(part.uids) for part in batch.split(1)] == [7]
     assert [len(part.uids) for part in batch.split(9)] == [1] * 7
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+def test_memory_that_a_step_frees_is_kept_for_the_next_one(inputs, tmp_path):
+    script = f"""
+import resource, torch
+from pathlib import Path
+from tests.training.test_run import config
+from vlm.training.build import build_run
+build_run(config(Path({str(inputs)!r}), Path({str(tmp_path)!r})))
+for _ in range(9):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(16, 1 << 20)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    command = [sys.executable, "-c", script]
+    found = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+    # 64 MiB are 32 pages of the largest kind. A few times they may not fit into what is kept.
+    assert min(map(int, found.stdout.split())) < 16

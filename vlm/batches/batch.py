@@ -1,13 +1,15 @@
 """What one training step reads."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from vlm.text.tokenizer import TokenBatch
 
@@ -54,6 +56,17 @@ class Batch:
     def pin_memory(self) -> "Batch":
         """Return the same batch where a GPU copies from while it computes; torch's loader asks."""
         return self._moved(Tensor.pin_memory)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Send all but the images by value to another process.
+
+        A tensor is sent as shared memory, which the reader asks the worker for: tensor by tensor,
+        of a worker that is busy with the next batch.
+        """
+        others = {each.name: getattr(self, each.name) for each in fields(self)}
+        images = others.pop("images")
+        others["texts"] = {name: (each.ids, each.mask) for name, each in self.texts.items()}
+        return _received, (images, tree_map_only(Tensor, Tensor.numpy, others))
 
     def _moved(self, move: Callable[[Tensor], Tensor]) -> "Batch":
         return self._with(move, dict.fromkeys(self.texts, move), self.uids)
@@ -108,3 +121,10 @@ class Batch:
             hidden_patches=None if patches is None else of_samples(patches),
             skipped=self.skipped,
         )
+
+
+def _received(images: Tensor, others: Mapping[str, Any]) -> Batch:
+    """Put together again what a batch was sent as."""
+    tensors = tree_map_only(np.ndarray, torch.from_numpy, others)
+    texts = {name: TokenBatch(*each) for name, each in tensors["texts"].items()}
+    return Batch(**(tensors | {"images": images, "texts": texts}))

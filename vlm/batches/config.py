@@ -97,7 +97,7 @@ class DataConfig:
     """Ratio of the last 100,000 samples that may be unusable, and replaced by others; beyond it
     the run ends."""
     keep_decoded: bool = False
-    """Keep decoded images in memory: for many epochs over few small images."""
+    """Keep samples and their decoded images in memory: for many epochs over few small images."""
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("workers", 0), ("streams", 0)):

@@ -4,9 +4,9 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from typing import NamedTuple
 
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -16,6 +16,7 @@ from vlm.batches.order import SampleKey, SourceOrder
 from vlm.data.sample import Sample
 from vlm.data.source import Source
 from vlm.errors import DataError
+from vlm.images.decoding import EncodedImage
 from vlm.images.transforms import TrainingTransform
 from vlm.text.caption_ids import text_id
 
@@ -38,6 +39,14 @@ class Example:
     """What it came in the place of."""
 
 
+class _Place(NamedTuple):
+    """Where a sample lies, in every epoch."""
+
+    source: int
+    shard: int
+    row: int
+
+
 @dataclass(eq=False)
 class TrainingExamples(Dataset[Example]):
     """Samples with a caption chosen for each language and their image augmented.
@@ -54,11 +63,9 @@ class TrainingExamples(Dataset[Example]):
     captions: CaptionConfig
     seed: int
     keep_decoded: bool = False
-    """Whether each process keeps the images it has decoded."""
-    _decoded: dict[tuple[int, int, int], dict[int, Image.Image]] = field(
-        default_factory=dict, init=False
-    )
-    """By source, shard and row, and by scale."""
+    """Whether each process keeps the samples it has read, with their decoded images."""
+    _samples: dict[_Place, Sample] = field(default_factory=dict, init=False)
+    _images: dict[_Place, EncodedImage] = field(default_factory=dict, init=False)
 
     def prefetch(self, keys: Iterable[SampleKey]) -> None:
         """Begin to fetch remote shards of some samples, and those that their streams read next."""
@@ -74,7 +81,7 @@ class TrainingExamples(Dataset[Example]):
         for attempt in range(1, _ATTEMPTS + 1):
             source, sample = self.sources[key.source], None
             try:
-                sample = source.at(substitute.shard, substitute.row)
+                sample = self._sample(substitute)
                 return replace(self._example(substitute, sample), skipped=tuple(skipped))
             except DataError as error:  # not MemoryError and the like, which are not the sample's
                 address = source.address(substitute.shard, substitute.row)
@@ -85,6 +92,22 @@ class TrainingExamples(Dataset[Example]):
             f"{skipped[0].address} and {_ATTEMPTS - 1} samples in its place cannot be used; the "
             f"last: {skipped[-1].reason}"
         )
+
+    def _sample(self, key: SampleKey) -> Sample:
+        place = _Place(key.source, key.shard, key.row)
+        sample = self._samples.get(place) or self.sources[key.source].at(key.shard, key.row)
+        if self.keep_decoded:
+            self._samples[place] = sample
+        return sample
+
+    def _image(self, key: SampleKey, sample: Sample) -> EncodedImage:
+        place = _Place(key.source, key.shard, key.row)
+        image = self._images.get(place)
+        if image is None:
+            image = EncodedImage(sample.image, name=f"{sample.uid} ({sample.address})")
+        if self.keep_decoded:
+            self._images[place] = image
+        return image
 
     def _example(self, key: SampleKey, sample: Sample) -> Example:
         rng = random.Random(f"{self.seed}/{key.epoch}/{sample.uid}")
@@ -103,10 +126,7 @@ class TrainingExamples(Dataset[Example]):
                 second_of(language): choose_caption(sample, language, 0.0, rng)
                 for language in languages
             }
-        name, kept = f"{sample.uid} ({sample.address})", None
-        if self.keep_decoded:
-            kept = self._decoded.setdefault((key.source, key.shard, key.row), {})
-        image = self.transform.decode(sample.image, rng, name=name, kept=kept)
+        image = self.transform.decode(self._image(key, sample), rng)
         return Example(
             sample.uid, image, text_id(sample.concept), captions, seed=rng.getrandbits(63)
         )

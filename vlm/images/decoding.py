@@ -58,6 +58,35 @@ def decode_image(source: ImageSource, *, name: str = "the image") -> Image.Image
     return read_pixels(open_image(source, name=name), name=name)
 
 
+class EncodedImage:
+    """An encoded image, decoded once at each scale that it is asked for.
+
+    Args:
+        data: The encoded image.
+        name: What to call it in an error.
+
+    Raises:
+        DataError: as for `decode_image`; what is wrong with the pixels, when they are asked for.
+    """
+
+    def __init__(self, data: bytes, *, name: str = "the image") -> None:
+        opened = open_image(data, name=name)
+        self.jpeg_size = _upright_size(opened) if _is_jpeg(opened) else None
+        """Width and height of an upright JPEG, which alone can be decoded smaller than it is."""
+        self._data, self._name = data, name
+        self._opened: Image.Image | None = opened
+        self._pixels: dict[int, Image.Image] = {}
+
+    def pixels(self, scale: int = 1) -> Image.Image:
+        """Return it upright, in RGB, on white; a JPEG's sides may be `scale` times shorter."""
+        if scale not in self._pixels:
+            # What is open can be read once.
+            opened = self._opened or open_image(self._data, name=self._name)
+            self._opened = None
+            self._pixels[scale] = read_pixels(opened, name=self._name, scale=scale)
+        return self._pixels[scale]
+
+
 def open_image(source: Path | bytes, *, name: str) -> Image.Image:
     """Open an encoded image without reading its pixels; a `DataError` as for `decode_image`."""
     with _errors_of(name):
@@ -70,23 +99,22 @@ def open_image(source: Path | bytes, *, name: str) -> Image.Image:
             return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
-def is_jpeg(image: Image.Image) -> bool:
-    """Whether an open image is a JPEG, which alone can be decoded smaller than it is."""
+def _is_jpeg(image: Image.Image) -> bool:
     return isinstance(image, JpegImageFile)
 
 
-def upright_size(jpeg: Image.Image) -> tuple[int, int]:
+def _upright_size(jpeg: Image.Image) -> tuple[int, int]:
     """Return width and height of an open JPEG once it is upright; its EXIF precedes its pixels."""
     width, height = jpeg.size
     return (height, width) if _upright_turn(jpeg) in _QUARTER_TURNS else (width, height)
 
 
-def jpeg_scale(jpeg: Image.Image, shrink: float) -> int:
-    """Return how many times smaller an open JPEG can be decoded: a power of 2 up to `shrink`.
+def jpeg_scale(size: tuple[int, int], shrink: float) -> int:
+    """Return how many times smaller a JPEG of a size can be decoded: a power of 2 up to `shrink`.
 
     Its blocks of 8 x 8 frequencies are unpacked to 4 x 4, 2 x 2 or one pixel.
     """
-    return max(scale for scale in (1, 2, 4, 8) if scale <= max(1, min(shrink, *jpeg.size)))
+    return max(scale for scale in (1, 2, 4, 8) if scale <= max(1, min(shrink, *size)))
 
 
 def read_pixels(image: Image.Image, *, name: str, scale: int = 1) -> Image.Image:
@@ -113,7 +141,7 @@ def read_pixels(image: Image.Image, *, name: str, scale: int = 1) -> Image.Image
             upright = Image.new("RGBA", transparent.size, "white")
             upright.alpha_composite(transparent)
         # A JPEG holds nothing but its pixels by now; open images of other formats hold decoders.
-        return upright if is_jpeg(upright) and upright.mode == "RGB" else upright.convert("RGB")
+        return upright if _is_jpeg(upright) and upright.mode == "RGB" else upright.convert("RGB")
 
 
 def _upright_turn(image: Image.Image) -> Image.Transpose | None:

@@ -17,14 +17,15 @@ from torch import Tensor
 
 from vlm.errors import ConfigError
 from vlm.images.config import AugmentationConfig, PreprocessConfig
-from vlm.images.decoding import is_jpeg, jpeg_scale, open_image, read_pixels, upright_size
+from vlm.images.decoding import EncodedImage, jpeg_scale
 
 # ITU-R BT.601 luma and the colour axes of NTSC.
-_YIQ_FROM_RGB = torch.tensor(
-    [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]]
+_LUMA = torch.tensor([0.299, 0.587, 0.114])
+# numpy multiplies matrices of this size several times as fast as torch.
+_YIQ_FROM_RGB = np.array(
+    [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]], np.float32
 )
-_RGB_FROM_YIQ = torch.linalg.inv(_YIQ_FROM_RGB)
-_LUMA = _YIQ_FROM_RGB[0]
+_RGB_FROM_YIQ = torch.linalg.inv(torch.from_numpy(_YIQ_FROM_RGB)).numpy()
 
 
 def preprocess_cfg(config: PreprocessConfig, image_size: int) -> dict[str, Any]:
@@ -117,43 +118,22 @@ class TrainingTransform:
         crop = self._draw_crop(image.size, rng)
         return self._normalised(self._sample(image, crop), rng)
 
-    def decode(
-        self,
-        data: bytes,
-        rng: random.Random,
-        *,
-        name: str = "the image",
-        kept: dict[int, Image.Image] | None = None,
-    ) -> Float[Tensor, "3 height width"]:
+    def decode(self, image: EncodedImage, rng: random.Random) -> Float[Tensor, "3 height width"]:
         """Decode an image, change it at random and return it as a normalised tensor.
 
         A JPEG is decoded at the smallest scale at which its crop is no smaller than the model's
         input, and the crop is resized unless it is turned. That takes less time than `__call__` of
         the decoded image, and is close to it; for other formats the tensors are equal.
 
-        Args:
-            data: The encoded image.
-            rng: Decides every change.
-            name: What to call the image in an error.
-            kept: What was decoded of this image before, by scale; what is decoded now is added.
-
         Raises:
             DataError: as for `decode_image`.
         """
-        kept = {} if kept is None else kept
-        opened = open_image(data, name=name)
-
-        def pixels(scale: int) -> Image.Image:
-            if scale not in kept:
-                kept[scale] = read_pixels(opened, name=name, scale=scale)
-            return kept[scale]
-
-        if not is_jpeg(opened):
-            return self(pixels(1), rng)
-        crop = self._draw_crop(upright_size(opened), rng)
-        scale = jpeg_scale(opened, min(crop.width, crop.height) / self.image_size)
+        if image.jpeg_size is None:
+            return self(image.pixels(), rng)
+        crop = self._draw_crop(image.jpeg_size, rng)
+        scale = jpeg_scale(image.jpeg_size, min(crop.width, crop.height) / self.image_size)
         sample = self._sample if crop.angle else self._resize
-        return self._normalised(sample(pixels(scale), crop.in_smaller(scale)), rng)
+        return self._normalised(sample(image.pixels(scale), crop.in_smaller(scale)), rng)
 
     def _draw_crop(self, size: tuple[int, int], rng: random.Random) -> _Crop:
         config = self.augmentation
@@ -172,7 +152,7 @@ class TrainingTransform:
         angle = math.radians(rng.uniform(-config.rotation, config.rotation))
         return _Crop(width, height, middle_x, middle_y, angle, rng.random() < config.flip)
 
-    def _sample(self, image: Image.Image, crop: _Crop) -> UInt8[Tensor, "3 height width"]:
+    def _sample(self, image: Image.Image, crop: _Crop) -> UInt8[np.ndarray, "height width 3"]:
         """Sample a crop at the size of the model's input; white where it leaves the image."""
         side = self.image_size
         # The sampler looks at few pixels around each point, so large images are shrunk before.
@@ -188,10 +168,9 @@ class TrainingTransform:
             (side, side), Image.Transform.AFFINE, (a, b, c, d, e, f), self._resampling,
             fillcolor="white",
         )  # fmt: skip
-        # numpy swaps axes several times as fast as torch.
-        return torch.from_numpy(np.ascontiguousarray(np.asarray(sampled).transpose(2, 0, 1)))
+        return np.asarray(sampled)
 
-    def _resize(self, image: Image.Image, crop: _Crop) -> UInt8[Tensor, "3 height width"]:
+    def _resize(self, image: Image.Image, crop: _Crop) -> UInt8[np.ndarray, "height width 3"]:
         """Do what `_sample` does, for a crop that is not turned: smoother, and twice as fast.
 
         The crop begins and ends at whole pixels of the image, the nearest ones.
@@ -204,27 +183,30 @@ class TrainingTransform:
                 (crop.middle_y, crop.height, image.height),
             )
         )
-        view = torch.full((3, side, side), 255, dtype=torch.uint8)
+        view = np.full((3, side, side), 255, np.uint8)
         if x < x_end and y < y_end:
             part = torch.from_numpy(np.array(image.crop((left, top, right, bottom))))
-            view[:, y:y_end, x:x_end] = F.interpolate(
+            resized = F.interpolate(
                 part.permute(2, 0, 1)[None],
                 size=(y_end - y, x_end - x),
                 mode=self._resampling.name.lower(),
                 antialias=True,
-            )[0]
-        return view.flip(2) if crop.mirrored else view
+            )
+            view[:, y:y_end, x:x_end] = resized[0].numpy()
+        return (view[:, :, ::-1] if crop.mirrored else view).transpose(1, 2, 0)
 
     def _normalised(
-        self, pixels: UInt8[Tensor, "3 height width"], rng: random.Random
+        self, pixels: UInt8[np.ndarray, "height width 3"], rng: random.Random
     ) -> Float[Tensor, "3 height width"]:
-        recoloured = self._recolour(pixels.flatten(1).float().div_(255), rng)
-        return recoloured.sub_(self._mean).div_(self._std).view_as(pixels)
+        # Neither step copies: in memory they lie by pixels or by planes, as the image does.
+        rows = torch.from_numpy((pixels / np.float32(255)).reshape(-1, 3))
+        planes = self._recolour(rows, rng).sub_(self._mean).div_(self._std)
+        return planes.view(3, *pixels.shape[:2])
 
     def _recolour(
-        self, pixels: Float[Tensor, "3 pixels"], rng: random.Random
+        self, pixels: Float[Tensor, "pixels 3"], rng: random.Random
     ) -> Float[Tensor, "3 pixels"]:
-        """Change the colours of pixels in [0, 1]."""
+        """Change the colours of pixels in [0, 1]; the colours become planes on the way."""
         config = self.augmentation
         brightness, contrast, saturation = (
             1 + rng.uniform(-strength, strength)
@@ -235,13 +217,13 @@ class TrainingTransform:
             saturation = 0.0
         # Turn and scale the colour (I, Q) of YIQ, and keep its luma Y.
         cosine, sine = saturation * math.cos(hue), saturation * math.sin(hue)
-        turn = torch.tensor([[1.0, 0.0, 0.0], [0.0, cosine, -sine], [0.0, sine, cosine]])
-        colours: Tensor = _RGB_FROM_YIQ @ turn @ _YIQ_FROM_RGB * (brightness * contrast)
-        recoloured = colours @ pixels
+        turn = np.array([[1.0, 0.0, 0.0], [0.0, cosine, -sine], [0.0, sine, cosine]], np.float32)
+        colours = _RGB_FROM_YIQ @ turn @ _YIQ_FROM_RGB * (brightness * contrast)
+        recoloured = torch.from_numpy(colours) @ pixels.T
         if contrast != 1:
-            # It moves away from the image's mean grey, which the other changes leave alone. Pixels
-            # are summed as they lie in an image, since the order decides the last bits.
-            grey = brightness * float(_LUMA @ pixels.T.contiguous().mean(dim=0))
+            # It moves away from the image's mean grey, which the other changes leave alone. That is
+            # summed pixel by pixel, since the order decides the last bits.
+            grey = brightness * float(_LUMA @ pixels.contiguous().mean(dim=0))
             recoloured += (1 - contrast) * grey
         return recoloured.clamp_(0, 1)
 

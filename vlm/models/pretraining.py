@@ -12,6 +12,7 @@ from vlm.errors import ConfigError
 from vlm.models.batch_norm import keep_locked_statistics
 from vlm.models.encoder import MAIN, UNIMODAL, Encoder
 from vlm.models.masked import Hidden, MaskedModelling
+from vlm.models.text_thread import TextThread
 from vlm.text.tokenizer import TokenBatch
 
 
@@ -74,9 +75,11 @@ class PretrainingModel(nn.Module):
             their own (Kusupati et al. 2022, "Matryoshka Representation Learning", section 3).
         unimodal: Whether a second head that the encoder has is trained.
         teacher: Gives the targets of hidden patches; frozen, and no part of this module.
+        text_thread: Runs the text tower next to the image tower.
 
     Raises:
-        ConfigError: a width is not in [1, embed_dim), or named twice.
+        ConfigError: a width is not in [1, embed_dim), or named twice, or masked modelling, which
+            reads both towers' states, comes with a thread for texts.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class PretrainingModel(nn.Module):
         matryoshka: Sequence[int] = (),
         unimodal: bool = True,
         teacher: Callable[[Tensor], Tensor] | None = None,
+        text_thread: TextThread | None = None,
     ) -> None:
         super().__init__()
         wrong = [width for width in matryoshka if not 0 < width < encoder.embed_dim]
@@ -98,12 +102,18 @@ class PretrainingModel(nn.Module):
             )
         if len(set(matryoshka)) < len(matryoshka):
             raise ConfigError(f"matryoshka is {list(matryoshka)}; expected each width once")
+        if masked is not None and text_thread is not None:
+            raise ConfigError(
+                "parallel_towers is true, but masked modelling reads the states of both towers; "
+                "expected false, or no cmlm_weight and cmim_weight"
+            )
         self.encoder = encoder
         self.masked = masked
         self.languages = languages
         self.matryoshka = tuple(matryoshka)
         self.unimodal = unimodal
         self.teacher = teacher
+        self.text_thread = text_thread
         hides_patches = masked is not None and masked.hides_patches
         for parameter in encoder.untrained_parameters(unimodal=unimodal, patches=hides_patches):
             # Wrappers that average gradients over ranks wait for every parameter that wants one.
@@ -131,12 +141,7 @@ class PretrainingModel(nn.Module):
         encoder = self.encoder
         masked = self.masked if images is not None and texts else None
         if masked is None or hidden is None:  # the features alone are quicker than the states
-            text = {
-                name: self._heads(encoder.text_features(tokens), name)
-                for name, tokens in texts.items()
-            }
-            self._announce(text, on_texts)
-            image = {} if images is None else self._heads(encoder.image_features(images))
+            image, text = self._features(images, texts, on_texts)
             return Encoded(self._joined(image, text), {})
         assert images is not None
         text_states = {name: encoder.text_states(tokens) for name, tokens in texts.items()}
@@ -151,6 +156,28 @@ class PretrainingModel(nn.Module):
         target = None if self.teacher is None else self.teacher(images)
         others = masked(encoder, images, image_states, texts, text_states, hidden, target)
         return Encoded(heads, others)
+
+    def _features(
+        self, images: Tensor | None, texts: Mapping[str, TokenBatch], on_texts: OnTexts | None
+    ) -> tuple[Mapping[str, Tensor], Mapping[str, Mapping[str, Tensor]]]:
+        """Return the heads of images, and those of texts by name."""
+
+        def of_texts() -> dict[str, dict[str, Tensor]]:
+            return {
+                name: self._heads(self.encoder.text_features(tokens), name)
+                for name, tokens in texts.items()
+            }
+
+        def of_images() -> dict[str, Tensor]:
+            return {} if images is None else self._heads(self.encoder.image_features(images))
+
+        if self.text_thread is not None and images is not None and texts:
+            text, image = self.text_thread.run(of_texts, of_images)
+            self._announce(text, on_texts)
+            return image, text
+        text = of_texts()
+        self._announce(text, on_texts)
+        return of_images(), text
 
     def _announce(self, text: Mapping[str, Mapping[str, Tensor]], on_texts: OnTexts | None) -> None:
         if on_texts is not None:

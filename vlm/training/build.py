@@ -1,5 +1,6 @@
 """Build the parts of a run that a configuration names."""
 
+import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
@@ -33,6 +34,7 @@ from vlm.models.batch_norm import synchronize_batch_norm
 from vlm.models.build import build_from_config, encoder_model_cfg, image_size
 from vlm.models.encoder import Encoder
 from vlm.models.pretraining import PretrainingModel
+from vlm.models.text_thread import TextThread
 from vlm.text.tokenizer import load_tokenizer
 from vlm.training.adaptation import adapt
 from vlm.training.checkpoint import Checkpoints
@@ -44,12 +46,16 @@ from vlm.training.run import BUNDLE_NAME, CHECKPOINTS_NAME, CONFIG_NAME, Run
 from vlm.training.step import ContrastiveStep
 
 _FREE_ON_RESUME = (
-    "run_folder", "cpu_threads", "report_every", "data.workers", "data.keep_decoded", "evaluation",
-    "data.allowed_share", "data.cache_gib", "data.verify", "data.sources", "data.mixture",
-    "data.skip_batches", "checkpoint", "loss.plan.tile", "loss.plan.keep_logits",
-    "loss.plan.keep_logits_mib", "loss.plan.overlap", "loss.plan.check_finite",
+    "run_folder", "cpu_threads", "parallel_towers", "report_every", "data.workers",
+    "data.keep_decoded", "evaluation", "data.allowed_share", "data.cache_gib", "data.verify",
+    "data.sources", "data.mixture", "data.skip_batches", "checkpoint", "loss.plan.tile",
+    "loss.plan.keep_logits", "loss.plan.keep_logits_mib", "loss.plan.overlap",
+    "loss.plan.check_finite",
 )  # fmt: skip
 """Settings, and sections of them, that may change: what a run has learnt and read stays exact."""
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_KEPT_BYTES = 1 << 30  # larger tensors, and as much unused memory at a time, still go back
 
 _LOOKED_AT = 100  # shards, for their languages: a start reads little, whatever the size of the data
 
@@ -71,6 +77,8 @@ def build_run(config: TrainConfig, *, resume: bool = False) -> Run:
         cpu=not torch.accelerator.is_available(),
         mixed_precision="bf16" if config.precision == "bf16" else "no",
     )
+    if accelerator.device.type == "cpu":
+        _keep_freed_memory()
     _check_run_folder(config, resume)
     start = build_start(config)
     loader = _build_loader(config, start, accelerator)
@@ -78,7 +86,7 @@ def build_run(config: TrainConfig, *, resume: bool = False) -> Run:
     evaluate = _build_evaluation(config, start)
     # Batch norm is always over the whole batch, so that a run does not depend on its processes.
     model: nn.Module = synchronize_batch_norm(
-        _build_model(config, start), world_group(), accelerator.device
+        _build_model(config, start, accelerator), world_group(), accelerator.device
     )
     model, optimizer = accelerator.prepare(model, build_optimizer(model, config.optimizer))
     run = Run(
@@ -108,6 +116,18 @@ def build_run(config: TrainConfig, *, resume: bool = False) -> Run:
         # Whatever the nodes are now.
         run = replace(run, loader=loader.with_streams(run.data.streams))
     return run
+
+
+def _keep_freed_memory() -> None:
+    """Let this process keep what a step frees for the next one, where its C library is glibc.
+
+    It would give the larger tensors back to the system, which clears every page of them again at
+    each step: a tenth of a small model's time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+        mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
 
 
 def build_start(config: TrainConfig) -> Bundle:
@@ -317,7 +337,7 @@ def _build_loss(config: TrainConfig, has_bias: bool, ranks: int) -> BilingualLos
     )
 
 
-def _build_model(config: TrainConfig, start: Bundle) -> PretrainingModel:
+def _build_model(config: TrainConfig, start: Bundle, accelerator: Accelerator) -> PretrainingModel:
     if config.objectives.masked.weights and config.adapt.patch_dropout:
         raise ConfigError(
             f"adapt.patch_dropout is {config.adapt.patch_dropout}, but masked modelling reads "
@@ -325,6 +345,7 @@ def _build_model(config: TrainConfig, start: Bundle) -> PretrainingModel:
         )
     adapt(start.model, config.adapt)
     languages = config.captions.languages
+    alone = accelerator.num_processes == 1 and accelerator.device.type == "cpu"
     return build_pretraining_model(
         start.model,
         config.objectives,
@@ -332,6 +353,7 @@ def _build_model(config: TrainConfig, start: Bundle) -> PretrainingModel:
             name: language for language in languages for name in (language, second_of(language))
         },
         preprocess_cfg=start.preprocess_cfg,
+        text_thread=TextThread(start.model) if config.parallel_towers and alone else None,
     )
 
 

@@ -136,6 +136,9 @@ class TrainConfig:
 
     A small model is hardly faster with more, and much slower where others use the machine.
     """
+    parallel_towers: bool = False
+    """Run the text tower in a thread of its own, next to the image tower: for a small model and
+    `cpu_threads` of 1. It changes no result, and nothing in several processes or on a GPU."""
     start_from: Path | None = None
     """Bundle to start from: its model, tokenizer and image transform, instead of `model`,
     `tokenizer` and `preprocess`. The optimizer and the schedule start anew."""

@@ -15,6 +15,7 @@ from vlm.models.config import CMIM, CMLM, MaskedConfig
 from vlm.models.encoder import UNIMODAL, Encoder
 from vlm.models.masked import MaskedModelling
 from vlm.models.pretraining import LanguageEmbeddings, PretrainingModel
+from vlm.models.text_thread import TextThread
 from vlm.training.config import ObjectivesConfig
 
 
@@ -52,6 +53,7 @@ def build_pretraining_model(
     *,
     languages: Mapping[str, str],
     preprocess_cfg: Mapping[str, Any],
+    text_thread: TextThread | None = None,
 ) -> PretrainingModel:
     """Put the parts that only training has around an encoder.
 
@@ -60,6 +62,7 @@ def build_pretraining_model(
         config: What is trained.
         languages: The language of each name under which batches have captions.
         preprocess_cfg: open_clip's description of the images.
+        text_thread: Runs the text tower next to the image tower.
 
     Raises:
         VlmError: the parts do not fit the encoder, or the teacher is no bundle.
@@ -89,6 +92,7 @@ def build_pretraining_model(
         matryoshka=config.matryoshka,
         unimodal=config.unimodal_weight > 0,
         teacher=teacher,
+        text_thread=text_thread,
     )
 
 

@@ -18,7 +18,7 @@ class SkippedSample(NamedTuple):
     """A sample that could not be used; another one of its block took its place."""
 
     uid: str
-    """Empty where not even its record could be read."""
+    """Empty where the index of its shard cannot be read."""
     address: str
     reason: str
 

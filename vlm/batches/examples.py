@@ -79,14 +79,13 @@ class TrainingExamples(Dataset[Example]):
         skipped: list[SkippedSample] = []
         substitute = key
         for attempt in range(1, _ATTEMPTS + 1):
-            source, sample = self.sources[key.source], None
             try:
-                sample = self._sample(substitute)
-                return replace(self._example(substitute, sample), skipped=tuple(skipped))
+                return replace(self._example(substitute), skipped=tuple(skipped))
             except DataError as error:  # not MemoryError and the like, which are not the sample's
-                address = source.address(substitute.shard, substitute.row)
-                uid = "" if sample is None else sample.uid
-                skipped.append(SkippedSample(uid, address, str(error)))
+                source, where = self.sources[key.source], (substitute.shard, substitute.row)
+                skipped.append(
+                    SkippedSample(source.uid(*where), source.address(*where), str(error))
+                )
                 substitute = self.orders[key.source].substitute(key, attempt)
         raise DataError(
             f"{skipped[0].address} and {_ATTEMPTS - 1} samples in its place cannot be used; the "
@@ -109,7 +108,8 @@ class TrainingExamples(Dataset[Example]):
             self._images[place] = image
         return image
 
-    def _example(self, key: SampleKey, sample: Sample) -> Example:
+    def _example(self, key: SampleKey) -> Example:
+        sample = self._sample(key)
         rng = random.Random(f"{self.seed}/{key.epoch}/{sample.uid}")
         languages = self.captions.languages
         if not any(sample.captions.get(language) for language in languages):

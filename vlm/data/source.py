@@ -167,6 +167,14 @@ class Source:
                 return as_text(os.fsdecode(path))
         return f"{place.file.name}#{place.start + at}"
 
+    def uid(self, shard: int, row: int) -> str:
+        """Return the uid of a sample, also of one that cannot be used; empty without an index."""
+        at = self._row(shard, row)
+        with suppress(ShardError):
+            uid: str = self._index(shard).columns["uid"][at].as_py()
+            return uid
+        return ""
+
     def _image(self, shard: int, found: Mapping[str, Any]) -> bytes:
         if found["image"] is not None:
             image: bytes = found["image"]

@@ -22,7 +22,7 @@ FIVE = Path(__file__).parents[2] / "configs/evaluate/five_benchmarks.yaml"
 def sources(*words):
     words = ["bundle", *map(str, words)]
     options = parse(eval_retrieval.Options, words, prog="vlm eval retrieval", description="")
-    return sources_in(options, options.data, folder_split="test_style")
+    return sources_in(options, options.data)
 
 
 def written(folder, **content):

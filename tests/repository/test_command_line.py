@@ -7,7 +7,8 @@ import pytest
 
 from vlm.cli.main import VERBS, main
 
-TRAIN = {"config", "run_folder", "seed", "precision", "cpu_threads", "start_from", "tokenizer"} | {
+TRAIN = {"config", "run_folder", "seed", "precision", "cpu_threads", "parallel_towers"} | {
+    "start_from", "tokenizer",
     "report_every", "data", "captions", "preprocess", "augmentation", "model", "loss",
     "objectives", "adapt", "optimizer", "schedule", "evaluation", "checkpoint",
 }  # fmt: skip

@@ -97,7 +97,7 @@ def test_model_files_are_named_by_a_training_file():
 def test_evaluation_files_give_their_command_and_name_published_benchmarks(path):
     words = ["bundle", "--config", str(path)]
     options = parse(eval_retrieval.Options, words, prog="vlm eval retrieval", description="")
-    named = sources_in(options, options.data, folder_split="test_style")
+    named = sources_in(options, options.data)
     assert {source.name.lower() for source in named} <= published_benchmarks().keys()
     assert not any(source.file.is_absolute() for source in named)
     assert f"vlm eval retrieval runs/mine/bundle --config {path.relative_to(ROOT)} " in (

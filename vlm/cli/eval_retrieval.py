@@ -32,7 +32,7 @@ def run(options: Options) -> None:
     """Score the bundle; print a table or JSON, and write the report."""
     options.check_folders()
     plan = options.index_plan()
-    asked = sources_in(options, options.data, folder_split="test_style")
+    asked = sources_in(options, options.data)
     from vlm.distributed.groups import launched_group
     from vlm.evaluation.indexes import check_factories
     from vlm.evaluation.retrieval.run import evaluate

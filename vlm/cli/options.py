@@ -150,7 +150,10 @@ class IndexOptions(ReportOptions):
 
 
 def sources_in(
-    options: SourceSettings, entries: Sequence[str | RetrievalSource], *, folder_split: str
+    options: SourceSettings,
+    entries: Sequence[str | RetrievalSource],
+    *,
+    folder_split: str | None = None,
 ) -> list[RetrievalSource]:
     """Return the benchmarks that are asked; one without a setting takes that of the options."""
     from vlm.evaluation.retrieval.sources import sources_of

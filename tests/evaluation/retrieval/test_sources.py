@@ -204,3 +204,11 @@ def test_settings_in_common_are_for_those_that_give_none(folder, table):
     assert (second.split, second.lower_case, second.allowed_share) == ("b", True, 0.3)
     assert (third.split, third.languages) == ("b", ["zh"])
     assert sources_of([f"y={folder}"], folder_split="val")[0].split == "val"
+
+
+def test_the_only_split_of_a_data_folder_is_asked_where_none_is_named(tmp_path):
+    write_split(tmp_path, make_samples(4), split="mine")
+    (source,) = sources_of([str(tmp_path)])
+    assert (source.split, source.name) == ("mine", "mine")
+    (source,) = sources_of([str(tmp_path)], folder_split="val")
+    assert source.split == "val"

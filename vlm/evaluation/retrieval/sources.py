@@ -25,14 +25,15 @@ def sources_of(
     entries: Sequence[str | Path | RetrievalSource],
     *,
     common: Mapping[str, Any] | None = None,
-    folder_split: str = _FOLDER_SPLIT,
+    folder_split: str | None = None,
 ) -> list[RetrievalSource]:
     """Return the sources, each with a name of its own.
 
     Args:
         entries: `NAME=PATH`, paths, or sources.
         common: Settings for sources that do not give them, by `RetrievalSource`'s field names.
-        folder_split: The split of data folders for which none is given.
+        folder_split: The split of data folders for which none is given; None is the only one or
+            test_style.
 
     Raises:
         ConfigError: there is no entry, one names no path, or two sources have one name.
@@ -52,7 +53,7 @@ def sources_of(
         }
         source = replace(source, **missing)
         if has_manifest(source.path):
-            split = source.split or default_split(source.path, folder_split)
+            split = source.split or folder_split or default_split(source.path, _FOLDER_SPLIT)
             source = replace(source, split=split, name=source.name or split)
         else:
             source = replace(source, name=source.name or _name_of(source.path))

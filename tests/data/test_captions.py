@@ -661,7 +661,7 @@ def test_a_caption_without_a_language_next_to_one_with_it_is_that_one_again(tmp_
 
 
 def write_unnamed(path, captions):
-    """Write captions into fields of whose languages nothing is said."""
+    """Write captions into fields whose names do not give a language."""
     if path.suffix == ".jsonl":
         return write_records(path, *({"caption": caption} for caption in captions))
     if path.suffix == ".tar":

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.builders import IMAGE_SIZE, TINY_MODEL, tiny_model, tiny_tokenizer
+from tests.builders import IMAGE_SIZE, TINY_MODEL, tiny_model
 from vlm.errors import ConfigError
 from vlm.models.build import build_from_config
 from vlm.models.config import MaskedConfig, ModelConfig
@@ -19,21 +19,6 @@ TINY_MULTIWAY = ModelConfig(
         vl_layers=1, embed_dim=24, text_positions=34,
     )
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def batch(tokenizer):
-    images = torch.randn(3, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(1))
-    texts = {
-        "zh": tokenizer.encode(["红苹果", "小狗", "一只灰色的猫"]),
-        "en": tokenizer.encode(["red apple", "small dog", "grey cat"]),
-    }
-    return images, texts
 
 
 def multiway(tokenizer):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.builders import IMAGE_SIZE, tiny_model, tiny_tokenizer
+from tests.builders import IMAGE_SIZE, tiny_model
 from tests.models.test_pretraining import TINY_MULTIWAY
 from vlm.errors import ConfigError
 from vlm.models.build import build_from_config
@@ -16,21 +16,6 @@ from vlm.models.dual_encoder import DualEncoder
 from vlm.models.masked import MaskedModelling
 from vlm.models.pretraining import PretrainingModel
 from vlm.models.text_thread import TextThread
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def batch(tokenizer):
-    images = torch.randn(3, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(1))
-    texts = {
-        "zh": tokenizer.encode(["红苹果", "小狗", "一只灰色的猫"]),
-        "en": tokenizer.encode(["red apple", "small dog", "grey cat"]),
-    }
-    return images, texts
 
 
 def model_of(tokenizer, *, threaded, **options):

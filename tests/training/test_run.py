@@ -317,7 +317,9 @@ def test_a_batch_is_split_into_parts_of_about_one_size():
     assert [len(part.uids) for part in batch.split(9)] == [1] * 7
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt, which is tested here"
+)
 def test_memory_that_a_step_frees_is_kept_for_the_next_one(inputs, tmp_path):
     script = f"""
 import resource, torch

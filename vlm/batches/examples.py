@@ -4,7 +4,6 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
@@ -39,14 +38,6 @@ class Example:
     """What it came in the place of."""
 
 
-class _Place(NamedTuple):
-    """Where a sample lies, in every epoch."""
-
-    source: int
-    shard: int
-    row: int
-
-
 @dataclass(eq=False)
 class TrainingExamples(Dataset[Example]):
     """Samples with a caption chosen for each language and their image augmented.
@@ -64,8 +55,10 @@ class TrainingExamples(Dataset[Example]):
     seed: int
     keep_decoded: bool = False
     """Whether each process keeps the samples it has read, with their decoded images."""
-    _samples: dict[_Place, Sample] = field(default_factory=dict, init=False)
-    _images: dict[_Place, EncodedImage] = field(default_factory=dict, init=False)
+    _kept: dict[tuple[int, int, int], tuple[Sample, EncodedImage]] = field(
+        default_factory=dict, init=False
+    )
+    """By source, shard and row."""
 
     def prefetch(self, keys: Iterable[SampleKey]) -> None:
         """Begin to fetch remote shards of some samples, and those that their streams read next."""
@@ -92,24 +85,19 @@ class TrainingExamples(Dataset[Example]):
             f"last: {skipped[-1].reason}"
         )
 
-    def _sample(self, key: SampleKey) -> Sample:
-        place = _Place(key.source, key.shard, key.row)
-        sample = self._samples.get(place) or self.sources[key.source].at(key.shard, key.row)
+    def _read(self, key: SampleKey) -> tuple[Sample, EncodedImage]:
+        """Return a sample and its image, which keeps its pixels once they are decoded."""
+        place = (key.source, key.shard, key.row)
+        if place in self._kept:
+            return self._kept[place]
+        sample = self.sources[key.source].at(key.shard, key.row)
+        found = sample, EncodedImage(sample.image, name=f"{sample.uid} ({sample.address})")
         if self.keep_decoded:
-            self._samples[place] = sample
-        return sample
-
-    def _image(self, key: SampleKey, sample: Sample) -> EncodedImage:
-        place = _Place(key.source, key.shard, key.row)
-        image = self._images.get(place)
-        if image is None:
-            image = EncodedImage(sample.image, name=f"{sample.uid} ({sample.address})")
-        if self.keep_decoded:
-            self._images[place] = image
-        return image
+            self._kept[place] = found
+        return found
 
     def _example(self, key: SampleKey) -> Example:
-        sample = self._sample(key)
+        sample, image = self._read(key)
         rng = random.Random(f"{self.seed}/{key.epoch}/{sample.uid}")
         languages = self.captions.languages
         if not any(sample.captions.get(language) for language in languages):
@@ -126,9 +114,9 @@ class TrainingExamples(Dataset[Example]):
                 second_of(language): choose_caption(sample, language, 0.0, rng)
                 for language in languages
             }
-        image = self.transform.decode(self._image(key, sample), rng)
+        pixels = self.transform.decode(image, rng)
         return Example(
-            sample.uid, image, text_id(sample.concept), captions, seed=rng.getrandbits(63)
+            sample.uid, pixels, text_id(sample.concept), captions, seed=rng.getrandbits(63)
         )
 
 

@@ -41,7 +41,7 @@ def read_captions(
 
     Blank captions are left out and repeated ones are not. A source is anything that training reads,
     where no image is needed; a `.txt` with a caption a line; an `.html` page; or a folder without
-    samples, of which every text and table is read, and those below, sorted.
+    samples, whose texts and tables are all read, in sorted order and recursively.
 
     The lines of texts are in the language asked for. A caption elsewhere whose language is not
     named is too if most of the first of its file are by their script; else its own script decides.

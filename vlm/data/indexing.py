@@ -172,7 +172,7 @@ def _check_images(path: Path, file: ShardFile, config: SourceConfig) -> None:
 
 
 def _checked(rows: Iterable[Row], file: ShardFile, path: Path) -> Iterator[Row]:
-    """Refuse a file in no manifest of which no sample can be used, or some are missing."""
+    """Pass rows on; refuse an unlisted file with no usable sample, or fewer than counted."""
     number, first, usable = 0, "", False
     for row in rows:
         number += 1

@@ -52,7 +52,7 @@ def _members_of(content: Content) -> Iterator[tuple[str, tuple[str, str, Member]
     file = io.BytesIO(content) if isinstance(content, bytes) else content
     with tarfile.open(fileobj=file, mode="r:") as archive:
         for member in iter(archive.next, None):
-            archive.members.clear()  # type: ignore[attr-defined] # it would grow with the tar
+            archive.members.clear()  # type: ignore[attr-defined] # grows with the tar; not in typeshed
             if member.size < 0:  # the next header would be an earlier one, for ever
                 raise tarfile.ReadError(f"{member.name} has the size {member.size}")
             key, extension = base_plus_ext(member.name)

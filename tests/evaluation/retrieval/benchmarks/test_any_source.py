@@ -2,8 +2,8 @@
 
 import gzip
 import json
-import pickle
 import shutil
+from concurrent.futures import ProcessPoolExecutor
 
 import pyarrow
 import pyarrow.parquet
@@ -11,6 +11,7 @@ import pytest
 
 from tests.builders import THINGS, encoded, make_image, make_samples, write_img2dataset, write_split
 from tests.evaluation.retrieval.benchmarks.opened import opened
+from tests.support.processes import PROCESSES
 from tests.support.web_server import WebServer
 from vlm.errors import ConfigError, DataError
 from vlm.evaluation.config import RetrievalSource
@@ -103,7 +104,8 @@ def test_a_manifest_decides_that_concepts_are_asked_here_and_at_a_url(web, tmp_p
 
 def test_its_images_can_be_sent_to_other_processes(web):
     images = opened(web.url("held.parquet")).images
-    assert list(pickle.loads(pickle.dumps(images))) == list(images)
+    with ProcessPoolExecutor(1, PROCESSES) as executor:
+        assert executor.submit(list, images).result(timeout=60) == list(images)
     assert images[3:5] == [encoded(make_image(3)), encoded(make_image(4))]
 
 

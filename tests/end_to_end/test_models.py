@@ -14,8 +14,8 @@ from vlm.bundle import load_bundle
 from vlm.cli.main import main
 from vlm.embedding.embedder import Embedder
 from vlm.models.config import ImageTowerConfig, ModelConfig, TextTowerConfig
-from vlm.training.build import build_start
 from vlm.training.config import TrainConfig
+from vlm.training.start import build_start
 
 STEPS = 6
 # Towers of M2-Encoder's kind with all that can be trained beside their main head.

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from vlm.errors import CheckpointError
-from vlm.training.checkpoint import Checkpoints, OptimizerState, Progress
+from vlm.training.checkpoint import Checkpoints
 from vlm.training.config import OptimizerConfig
 from vlm.training.optimizer import build_optimizer
+from vlm.training.state import OptimizerState, Progress
 
 
 def build():

@@ -8,7 +8,8 @@ from torch import nn
 from tests.builders import tiny_model, tiny_tokenizer
 from vlm.errors import ConfigError
 from vlm.training.config import OptimizerConfig, ScheduleConfig
-from vlm.training.optimizer import build_optimizer, learning_rate_factor
+from vlm.training.optimizer import build_optimizer
+from vlm.training.schedule import learning_rate_factor
 
 
 def test_only_matrices_and_kernels_decay():

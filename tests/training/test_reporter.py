@@ -1,7 +1,7 @@
 import json
 
-from vlm.training.checkpoint import Progress
 from vlm.training.reporter import METRICS_NAME, Reporter, read_records
+from vlm.training.state import Progress
 
 
 def report(folder, progress, steps):

@@ -17,7 +17,6 @@ from vlm.losses.plan import LossConfig
 from vlm.models.dual_encoder import DualEncoder
 from vlm.text.tokenizer import TokenBatch
 from vlm.training.build import build_run
-from vlm.training.checkpoint import Progress
 from vlm.training.config import (
     CheckpointConfig,
     EvaluationConfig,
@@ -27,6 +26,7 @@ from vlm.training.config import (
 )
 from vlm.training.reporter import METRICS_NAME, read_records
 from vlm.training.skipped import SKIPPED_NAME
+from vlm.training.state import Progress
 
 STEPS, BATCH = 7, 4
 

@@ -12,8 +12,9 @@ from vlm.errors import ConfigError
 from vlm.images.config import PreprocessConfig
 from vlm.models.config import GrowthConfig, ModelConfig
 from vlm.text.extension import extend
-from vlm.training.build import build_run, build_start
+from vlm.training.build import build_run
 from vlm.training.config import CheckpointConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from vlm.training.start import build_start
 from vlm.vocabulary_transfer import grow_bundle
 
 OLD = 320

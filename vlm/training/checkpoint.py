@@ -8,14 +8,13 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.stateful import Stateful
 
 from vlm.errors import CheckpointError
@@ -23,90 +22,6 @@ from vlm.files import sha256_of, write_folder
 
 _STATE = "state.json"
 _FOLDER_NAME = re.compile(r"step-(\d{8})")
-
-
-@dataclass(slots=True)
-class Progress:
-    """How far a run has come."""
-
-    step: int = 0
-    """Optimizer steps taken."""
-    samples: int = 0
-    """Samples read by all processes."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the two numbers."""
-        return asdict(self)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Set the two numbers."""
-        self.step, self.samples = state["step"], state["samples"]
-
-
-@dataclass(frozen=True)
-class OptimizerState:
-    """AdamW's tensors by `PARAMETER.KEY`; its other settings come from the configuration."""
-
-    model: nn.Module
-    """Names the parameters."""
-    optimizer: torch.optim.Optimizer
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the moments and step counts."""
-        names: dict[Tensor, str] = {each: name for name, each in self.model.named_parameters()}
-        return {
-            f"{names[parameter]}.{key}": value
-            for parameter, slots in self.optimizer.state.items()
-            for key, value in slots.items()
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Give each parameter its moments; one that was not trained so far has none yet.
-
-        Raises:
-            ValueError: there are moments for what is not trained, or of another shape.
-        """
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        indices = {parameter: index for index, parameter in enumerate(parameters)}
-        trained = {name: each for name, each in self.model.named_parameters() if each in indices}
-        slots: dict[int, dict[str, Tensor]] = {}
-        for full_name, tensor in state.items():
-            name, key = full_name.rsplit(".", 1)
-            # Step counts are scalars, moments have their parameter's shape.
-            if name not in trained or tensor.shape not in (trained[name].shape, torch.Size()):
-                raise ValueError(
-                    f"it has optimizer state for {name}, which is frozen or of another shape here"
-                )
-            slots.setdefault(indices[trained[name]], {})[key] = tensor
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
-        # The fused step walks a parameter and its moments side by side in memory, so moments must
-        # lie as their parameter does (channels last); a file keeps their values only.
-        for parameter, slot in self.optimizer.state.items():
-            for key, value in slot.items():
-                if value.shape == parameter.shape:
-                    slot[key] = torch.empty_like(parameter).copy_(value)
-
-
-@dataclass(frozen=True)
-class SourceFingerprints:
-    """What a run's sources hold, by their names; when it goes on, they must hold the same."""
-
-    found: Mapping[str, str]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return plain texts."""
-        return dict(self.found)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Compare with what they were; a `CheckpointError` names one that has changed."""
-        for name, fingerprint in self.found.items():
-            if state.get(name, fingerprint) != fingerprint:
-                raise CheckpointError(
-                    f"the source {name!r} no longer holds what the run has read: its shards have "
-                    "other names, bytes or numbers of samples; expected what they were, or another "
-                    "`name` in data.sources, by which it is read from its start"
-                )
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vlm.training.checkpoint import Progress
+from vlm.training.state import Progress
 
 METRICS_NAME = "metrics.jsonl"
 

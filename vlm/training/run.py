@@ -1,9 +1,8 @@
 """One training run: the loop over its steps, and what it reports, keeps and leaves."""
 
-import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,6 @@ from vlm.batches.loader import TrainingLoader
 from vlm.batches.mixture import DataState
 from vlm.bundle import Bundle, save_bundle
 from vlm.data.sample import described
-from vlm.errors import TrainingError
 from vlm.files import write_file
 from vlm.models.encoder import MAIN, Encoder
 from vlm.models.growth import only_new_rows
@@ -27,35 +25,15 @@ from vlm.models.lora import without_lora
 from vlm.models.pretraining import PretrainingModel
 from vlm.storage.places import shown
 from vlm.text.caption_ids import text_id
-from vlm.training.checkpoint import Checkpoints, OptimizerState, Progress, SourceFingerprints
+from vlm.training.checkpoint import Checkpoints
 from vlm.training.config import TrainConfig, config_as_yaml
-from vlm.training.optimizer import learning_rate_factor, skip_when_not_finite
+from vlm.training.guard import check_finite, skip_when_not_finite
 from vlm.training.reporter import Reporter
+from vlm.training.resuming import BUNDLE_NAME, CONFIG_NAME
+from vlm.training.schedule import learning_rate_factor
 from vlm.training.skipped import SkippedLog
-from vlm.training.step import StepOutput
-
-BUNDLE_NAME, CONFIG_NAME, CHECKPOINTS_NAME = "bundle", "config.yaml", "checkpoints"
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What one step measured on this rank; reading the tensors waits for the device."""
-
-    step: int
-    """Steps taken before it."""
-    uids: tuple[str, ...]
-    """The first samples of this rank's batch."""
-    loss: Tensor
-    parts: Mapping[str, Tensor]
-    """What the loss is made of, by head and objective, where it has more than one part."""
-    correct: Tensor
-    """For each image and text in each term, whether its most similar candidate is correct."""
-    candidates: int
-    """How many texts an image was compared with."""
-    gradient_norm: Tensor
-    """Of the averaged gradient, before clipping; the same on every rank."""
-    logit_scale: Tensor
-    learning_rate: float
+from vlm.training.state import OptimizerState, Progress, SourceFingerprints
+from vlm.training.step import StepOutput, StepResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +189,7 @@ class Run:
                 )
             )  # fmt: skip
             if reports or evaluates or saves or step == last:
-                _check_finite(unchecked)  # waits for the device, so that the rate below is true
+                check_finite(unchecked)  # waits for the device, so that the rate below is true
                 unchecked.clear()
                 log.record(progress, gather_object(skipped))
                 skipped = []
@@ -298,20 +276,3 @@ class Run:
             "logit_scale": result.logit_scale.item(),
             "learning_rate": result.learning_rate,
         }
-
-
-def _check_finite(results: Sequence[StepResult]) -> None:
-    """Read the gradient norms of the steps since the last look at them.
-
-    Looking at each step would make the host wait for the device at each. The first norm that is
-    not finite has stopped all updates since (`skip_when_not_finite`). Norms are those of all ranks,
-    so all raise or none.
-    """
-    norms = torch.stack([result.gradient_norm for result in results]).tolist()
-    for result, norm in zip(results, norms, strict=True):
-        if not math.isfinite(norm):
-            raise TrainingError(
-                f"the gradient at step {result.step} is {norm} (loss {result.loss.item():.4g}); "
-                "lower optimizer.learning_rate or look at the batch's images: "
-                + ", ".join(result.uids)
-            )

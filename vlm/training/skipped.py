@@ -12,8 +12,8 @@ from tqdm import tqdm
 from vlm.batches.batch import SkippedSample
 from vlm.errors import TrainingError
 from vlm.files import write_file
-from vlm.training.checkpoint import Progress
 from vlm.training.reporter import read_records
+from vlm.training.state import Progress
 
 SKIPPED_NAME = "skipped.jsonl"
 WINDOW = 100_000

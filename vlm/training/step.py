@@ -30,6 +30,27 @@ class StepOutput(NamedTuple):
     """The contrastive terms of the first head."""
 
 
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step measured on this rank; reading the tensors waits for the device."""
+
+    step: int
+    """Steps taken before it."""
+    uids: tuple[str, ...]
+    """The first samples of this rank's batch."""
+    loss: Tensor
+    parts: Mapping[str, Tensor]
+    """What the loss is made of, by head and objective, where it has more than one part."""
+    correct: Tensor
+    """For each image and text in each term, whether its most similar candidate is correct."""
+    candidates: int
+    """How many texts an image was compared with."""
+    gradient_norm: Tensor
+    """Of the averaged gradient, before clipping; the same on every rank."""
+    logit_scale: Tensor
+    learning_rate: float
+
+
 @dataclass(frozen=True)
 class ContrastiveStep:
     """The forward and backward passes of one step over K micro-batches.

@@ -1,0 +1,116 @@
+"""What a run reads: its sources in their order, and the loader of their batches."""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from functools import partial
+
+import numpy as np
+from accelerate import Accelerator
+
+from vlm.batches.examples import TrainingExamples
+from vlm.batches.loader import TrainingLoader
+from vlm.batches.mixture import BatchOrder, mixture_of
+from vlm.batches.order import SourceOrder
+from vlm.bundle import Bundle
+from vlm.data.source import Source, open_source
+from vlm.distributed.mesh import ranks_per_node
+from vlm.errors import ConfigError
+from vlm.images.config import PreprocessConfig
+from vlm.images.transforms import TrainingTransform
+from vlm.training.config import TrainConfig
+from vlm.training.objectives import mask_plan
+
+_LOOKED_AT = 100  # shards, for their languages: a start reads little, whatever the size of the data
+
+
+def build_loader(config: TrainConfig, start: Bundle, accelerator: Accelerator) -> TrainingLoader:
+    """Open the sources of a run; return the loader of this rank's batches from any of its steps."""
+    data = config.data
+    sources = {
+        name: open_source(each, verify=data.verify, cache_gib=data.cache_gib)
+        for name, each in data.by_name.items()
+    }
+    _check_languages(list(sources.values()), config.captions.languages)
+    streams = data.streams or accelerator.num_processes // ranks_per_node()
+    label = data.mixture.batch_by if data.mixture.batch_by != "source" else ""
+    if label:
+        _check_label(list(sources.values()), label)
+    order = BatchOrder(
+        [
+            SourceOrder(
+                name,
+                np.array(source.sizes),
+                streams,  # of a new run: its nodes, so that each reads its own shards
+                config.seed,
+                groups=partial(source.label_ids, label) if label else None,
+                run=max(data.batch_size // streams, 1),
+            )
+            for name, source in sources.items()
+        ],
+        mixture_of(data, {name: len(source) for name, source in sources.items()}),
+        data.batch_size,
+        seed=config.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    read = -(-streams // accelerator.num_processes)  # streams that a rank reads
+    examples = TrainingExamples(
+        [
+            source.keeping_open(read * each.open_shards)
+            for source, each in zip(sources.values(), order.sources, strict=True)
+        ],
+        order.sources,
+        _training_transform(config, start),
+        config.captions,
+        seed=config.seed,
+        keep_decoded=config.data.keep_decoded,
+    )
+    return TrainingLoader(
+        examples,
+        order,
+        start.tokenizer,
+        workers=config.data.workers,
+        masks=mask_plan(config.objectives.masked, start.model),
+    )
+
+
+def _training_transform(config: TrainConfig, start: Bundle) -> TrainingTransform:
+    """Return the augmentation of a run around the image transform of what it starts from."""
+    size = start.preprocess_cfg["size"]
+    known = {field.name for field in fields(PreprocessConfig)}
+    settings = {name: value for name, value in start.preprocess_cfg.items() if name in known}
+    settings |= {name: tuple(settings[name]) for name in ("mean", "std")}
+    side = size if isinstance(size, int) else size[0]
+    return TrainingTransform(PreprocessConfig(**settings), config.augmentation, side)
+
+
+def _check_languages(sources: Sequence[Source], languages: Sequence[str]) -> None:
+    """Refuse languages that no sample has: their terms of the loss would be 0 all the way."""
+    found: set[str] = set()
+    shards = [(source, shard) for source in sources for shard in range(len(source.sizes))]
+    for source, shard in shards[:_LOOKED_AT]:
+        for row in source.rows(shard, ["languages"]):
+            found |= set(filter(None, row["languages"].split("+")))
+        if found.issuperset(languages):
+            return
+    if len(shards) > _LOOKED_AT:
+        return
+    missing = [language for language in languages if language not in found]
+    raise ConfigError(
+        f"captions.languages has {', '.join(missing)}, but "
+        f"{' and '.join(source.name for source in sources)} have captions in "
+        f"{', '.join(sorted(found)) or 'no language'} only; expected some of these"
+    )
+
+
+def _check_label(sources: Sequence[Source], label: str) -> None:
+    """Refuse to batch by a label that no sample has."""
+    shards = [(source, shard) for source in sources for shard in range(len(source.sizes))]
+    for source, shard in shards[:_LOOKED_AT]:
+        if any(label in dict(row["labels"] or ()) for row in source.rows(shard, ["labels"])):
+            return
+    if len(shards) <= _LOOKED_AT:
+        raise ConfigError(
+            f"data.mixture.batch_by is {label!r}, a label that no sample has; expected `source` or "
+            "a label"
+        )

@@ -1,0 +1,43 @@
+"""The retrieval scores of a run while it trains."""
+
+from collections.abc import Callable
+
+from vlm.bundle import Bundle
+from vlm.data.config import SourceConfig
+from vlm.data.layout import has_manifest, splits_of
+from vlm.distributed.groups import world_group
+from vlm.embedding.embedder import Embedder
+from vlm.evaluation.retrieval.evaluation import evaluate_retrieval
+from vlm.evaluation.retrieval.pairs import pairs_of_split
+from vlm.models.encoder import Encoder
+from vlm.training.config import EvaluationConfig, TrainConfig
+
+
+def build_evaluation(
+    config: TrainConfig, start: Bundle
+) -> Callable[[Encoder], dict[str, float]] | None:
+    """Return a function that every rank calls, since the ranks share the work; None for none."""
+    plan, languages = config.evaluation, config.captions.languages
+    if plan.every_steps == 0 or (plan.folder is None and not _has_split_to_score(config)):
+        return None
+    # Read before the first step, so that a missing split does not end a run half way.
+    split, asked = (
+        plan.split,
+        SourceConfig(path=str(plan.folder or config.data.folder), split=plan.split),
+    )
+    pairs = pairs_of_split(asked, languages=languages, cache_gib=config.data.cache_gib)
+
+    def evaluate(encoder: Encoder) -> dict[str, float]:
+        embedder = Embedder(start, model=encoder)
+        scores = evaluate_retrieval(embedder, pairs, group=world_group())
+        return {f"{split}/{name}": value for name, value in scores.items()}
+
+    return evaluate
+
+
+def _has_split_to_score(config: TrainConfig) -> bool:
+    """Say whether the run's own data can be scored; a split that was asked for must be there."""
+    data, split = config.data, config.evaluation.split
+    own = SourceConfig(path=str(data.folder))
+    is_folder = not data.sources and has_manifest(own.path)
+    return is_folder and (split != EvaluationConfig().split or split in splits_of(own))

@@ -11,11 +11,11 @@ from vlm.training.optimizer import build_optimizer
 from vlm.training.state import OptimizerState, Progress
 
 
-def build():
+def build(name="adamw"):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
     model = model.to(memory_format=torch.channels_last)  # as the image tower lies in memory
-    return model, build_optimizer(model, OptimizerConfig(learning_rate=0.01))
+    return model, build_optimizer(model, OptimizerConfig(name=name, learning_rate=0.01))
 
 
 def parts(model, optimizer, progress):
@@ -41,13 +41,14 @@ def train(model, optimizer, steps):
         optimizer.step()
 
 
-def test_going_on_from_a_checkpoint_is_bitwise_the_same_as_not_stopping(tmp_path):
-    model, optimizer = build()
+@pytest.mark.parametrize("name", ["adamw", "lion"])
+def test_going_on_from_a_checkpoint_is_bitwise_the_same_as_not_stopping(tmp_path, name):
+    model, optimizer = build(name)
     train(model, optimizer, range(3))
     save(tmp_path, model, optimizer, step=3)
     train(model, optimizer, range(3, 6))
 
-    resumed, resumed_optimizer = build()
+    resumed, resumed_optimizer = build(name)
     progress = load(tmp_path, resumed, resumed_optimizer)
     assert progress == Progress(3, 24)
     train(resumed, resumed_optimizer, range(3, 6))

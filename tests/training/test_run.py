@@ -120,9 +120,11 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_leaves_the_weights(
         assert torch.equal(parameters[name], weight), name
 
 
-def test_steps_after_a_gradient_that_is_not_finite_change_nothing(inputs, tmp_path):
+@pytest.mark.parametrize("name", ["adamw", "lion"])
+def test_steps_after_a_gradient_that_is_not_finite_change_nothing(inputs, tmp_path, name):
     """Nobody looks before the next report, and the next gradients may be finite again."""
-    run = build_run(config(inputs, tmp_path, report_every=100))
+    settings = config(inputs, tmp_path, report_every=100, optimizer=OptimizerConfig(name=name))
+    run = build_run(settings)
     batch = next(run.loader.read(run.data, 1))
     run.train_step(batch, 0)
     weights = {name: p.detach().clone() for name, p in run.model.named_parameters()}

@@ -56,27 +56,73 @@ class AdaptationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW (Loshchilov and Hutter 2019)."""
+class TowerRateConfig:
+    """How one tower is trained where it differs from the rest of the model."""
 
+    learning_rate_ratio: float = 1.0
+    """Ratio of its learning rate to the model's; SigLIP trains a pretrained tower at 0.1."""
+    weight_decay: float | None = None
+    """Decay of its matrices and kernels, 0 in SigLIP's pretrained towers; null for the model's."""
+    layer_decay: float = 1.0
+    """Ratio of a stage's learning rate to that of the stage after it, in (0, 1]; the last stage,
+    which holds the projection, has the tower's."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.learning_rate_ratio < math.inf or not 0 < self.layer_decay <= 1:
+            raise ConfigError(
+                f"learning_rate_ratio is {self.learning_rate_ratio} and layer_decay "
+                f"{self.layer_decay}; expected at least 0, and more than 0 up to 1"
+            )
+        if self.weight_decay is not None:
+            _check_at_least_0(self, "weight_decay")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optimizer, and the rates at which parts of the model are trained."""
+
+    name: Literal["adamw", "lion"] = "adamw"
+    """`adamw` (Loshchilov and Hutter 2019), or `lion` (Chen et al. 2023), which needs half of its
+    memory, a learning rate 3 to 10 times lower and a weight decay as much higher."""
     learning_rate: float = 1e-3
     """The highest rate, reached after warm-up."""
     weight_decay: float = 0.1
     """Decay of matrices and kernels; gains, biases and the temperature are left alone."""
     betas: tuple[float, float] = (0.9, 0.98)
+    """Decay of the moments; SigLIP lowers the second one to 0.95 against spikes of the loss."""
     eps: float = 1e-8
+    """Added to the root of AdamW's second moment."""
     max_gradient_norm: float = 1.0
     """Gradients whose norm is larger are scaled down to it."""
+    image: TowerRateConfig = field(default_factory=TowerRateConfig)
+    """The image tower with its projection. What both towers share gets the lower rate and decay."""
+    text: TowerRateConfig = field(default_factory=TowerRateConfig)
+    """The text tower with its projection."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "weight_decay", "eps"):
+            _check_at_least_0(self, name)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"optimizer: betas is {self.betas}; expected two in [0, 1)")
+        if not self.max_gradient_norm > 0:
+            raise ConfigError(
+                f"optimizer: max_gradient_norm is {self.max_gradient_norm}; expected more than 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """Linear warm-up, then half a cosine (Loshchilov and Hutter 2017)."""
+    """The learning rate over the run: linear warm-up, then a decay."""
 
     steps: int = 1000
     """Length of the run, in optimizer steps."""
     warmup_steps: int = 100
     """Steps over which the rate rises to its highest."""
+    shape: Literal["cosine", "linear", "wsd"] = "cosine"
+    """The decay after warm-up: half a cosine (Loshchilov and Hutter 2017), a line (Bergsma et al.
+    2025), or `wsd` (Hu et al. 2024): none at first, then 1 - sqrt(x) (Haegele et al. 2024)."""
+    decay_steps: int | None = None
+    """Steps of the decay at the end of a run of shape `wsd`; null for a fifth of its steps."""
     final_ratio: float = 0.0
     """Ratio of the last learning rate to the highest, in [0, 1]."""
     new_rows_steps: int = 0
@@ -90,6 +136,14 @@ class ScheduleConfig:
                     f"schedule: {name} is {getattr(self, name)} and steps {self.steps}; "
                     f"expected 0 <= {name} < steps"
                 )
+        if not 0 <= self.final_ratio <= 1:
+            raise ConfigError(f"schedule: final_ratio is {self.final_ratio}; expected 0 to 1")
+        most = self.steps - self.warmup_steps
+        if self.decay_steps is not None and not 0 < self.decay_steps <= most:
+            raise ConfigError(
+                f"schedule: decay_steps is {self.decay_steps}; expected 1 to {most}, the steps "
+                "after warm-up"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +212,12 @@ class TrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+def _check_at_least_0(config: object, name: str) -> None:
+    value = getattr(config, name)
+    if not 0 <= value < math.inf:
+        raise ConfigError(f"{name} is {value}; expected a number of at least 0")
 
 
 def config_as_yaml(config: TrainConfig) -> str:

@@ -27,7 +27,8 @@ from vlm.storage.places import shown
 from vlm.text.caption_ids import text_id
 from vlm.training.checkpoint import Checkpoints
 from vlm.training.config import TrainConfig, config_as_yaml
-from vlm.training.guard import check_finite, skip_when_not_finite
+from vlm.training.guard import check_finite, step_when_finite
+from vlm.training.optimizer import RATE_RATIO
 from vlm.training.reporter import Reporter
 from vlm.training.resuming import BUNDLE_NAME, CONFIG_NAME
 from vlm.training.schedule import learning_rate_factor
@@ -216,16 +217,15 @@ class Run:
         rate = self.config.optimizer.learning_rate
         rate *= learning_rate_factor(step, self.config.schedule)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group[RATE_RATIO]
         parts = batch.split(self.config.loss.micro_batches)
         output = self.step([part.to(self.accelerator.device) for part in parts])
         with self._trained_at(step):
             norm: Tensor = self.accelerator.clip_grad_norm_(
                 self.model.parameters(), self.config.optimizer.max_gradient_norm
             )
-            skip_when_not_finite(self.optimizer, norm)
             logit_scale = self._encoder.logit_scales[MAIN].detach()
-            self.optimizer.step()
+            step_when_finite(self.optimizer, norm)
         self.optimizer.zero_grad()
         self._encoder.clamp_logit_scale()
         terms = output.terms.values()

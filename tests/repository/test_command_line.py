@@ -30,6 +30,7 @@ AROUND_PIECES = {"context_length", "begin_of_text", "end_of_text", "padding", "t
 PINNED = {
     "quickstart": TRAIN | {"out"},
     "train": TRAIN | {"resume"},
+    "plot": {"runs", "by", "out"},
     "eval retrieval": SOURCES | INDEXES | EMBEDDER | {"bundle", "config", "json", "out", "cache"},
     "eval classification": {"data", "split", "label", "where", "images", "classes", "templates"}
     | EMBEDDER

@@ -15,6 +15,7 @@ from vlm.files import FULL_DISK
 VERBS = {
     ("quickstart",): ("vlm.cli.quickstart", "train and score a small model on the emoji images"),
     ("train",): ("vlm.cli.train", "train a model; also under `accelerate launch -m vlm train`"),
+    ("plot",): ("vlm.cli.plot", "draw training runs and compare them"),
     ("eval", "retrieval"): ("vlm.cli.eval_retrieval", "score a bundle on retrieval"),
     ("eval", "classification"): ("vlm.cli.eval_classification", "score zero-shot classification"),
     ("eval", "table"): ("vlm.cli.eval_table", "compare results, also with published ones"),

@@ -87,7 +87,7 @@ def recall_curves_png(ranks: Mapping[str, Mapping[str, Ranks]]) -> bytes:
                     k, recalls, where="post", linestyle=_STYLES[direction], linewidth=1.6,
                     color=f"C{languages.index(language) % 10}",
                 )  # fmt: skip
-        axes.set(title=_in_ascii(benchmark), xscale="log", xlabel="k", ylim=(0, 1.02))
+        axes.set(title=in_ascii(benchmark), xscale="log", xlabel="k", ylim=(0, 1.02))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("R@k")
     across = 2 if len(panels) == 1 else 4
@@ -109,7 +109,7 @@ def cosines_png(cosines: Mapping[str, Mapping[str, CosineStatistics]]) -> bytes:
             _draw_spread(axes, found.correct, place - 0.15, _CORRECT, "correct pairs" * first)
             _draw_spread(axes, found.wrong, place + 0.15, _WRONG, "wrong pairs" * first)
         axes.set_yticks(range(len(of_benchmark)), list(of_benchmark))
-        axes.set(title=_in_ascii(benchmark), xlabel="cosine", ylim=(len(of_benchmark) - 0.5, -0.5))
+        axes.set(title=in_ascii(benchmark), xlabel="cosine", ylim=(len(of_benchmark) - 0.5, -0.5))
         axes.grid(alpha=0.3, axis="x")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
@@ -194,8 +194,8 @@ def _class_name(name: str, number: int) -> str:
     return name.replace("$", r"\$")  # a dollar sign begins a formula
 
 
-def _in_ascii(name: str) -> str:
-    """Return a name in letters that the plot's font has."""
+def in_ascii(name: str) -> str:
+    """Return a name in letters that a plot's font has, for matplotlib's text."""
     return name.encode("ascii", "replace").decode().replace("$", r"\$")
 
 

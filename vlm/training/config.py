@@ -225,6 +225,16 @@ def config_as_yaml(config: TrainConfig) -> str:
     return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
 
 
+def flat_settings(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Return settings as YAML nests them by their dotted names."""
+    if not isinstance(settings, Mapping):
+        return {prefix: settings}
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= flat_settings(value, f"{prefix}.{name}" if prefix else str(name))
+    return flat
+
+
 def _plain(value: Any) -> Any:
     """Turn paths into strings and tuples into lists, at every depth."""
     if isinstance(value, Mapping):

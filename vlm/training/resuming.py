@@ -1,12 +1,9 @@
 """What a run's folder holds, and what may change when the run goes on."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import yaml
 
 from vlm.errors import ConfigError
-from vlm.training.config import TrainConfig, config_as_yaml
+from vlm.training.config import TrainConfig, config_as_yaml, flat_settings
 from vlm.training.reporter import METRICS_NAME, read_records
 
 BUNDLE_NAME, CONFIG_NAME, CHECKPOINTS_NAME = "bundle", "config.yaml", "checkpoints"
@@ -37,7 +34,7 @@ def check_run_folder(config: TrainConfig, resume: bool) -> None:
             f"{folder} holds a run already; go on with it by --resume, or choose another run_folder"
         )
     before, now = (
-        _flat(yaml.safe_load(text))
+        flat_settings(yaml.safe_load(text))
         for text in ((folder / CONFIG_NAME).read_text(encoding="utf-8"), config_as_yaml(config))
     )
     changed = [
@@ -51,13 +48,3 @@ def check_run_folder(config: TrainConfig, resume: bool) -> None:
             f"cannot resume {folder} with changed settings: {', '.join(changed)}; expected those "
             f"of its {CONFIG_NAME}, or another run_folder"
         )
-
-
-def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by their dotted names."""
-    if not isinstance(settings, Mapping):
-        return {prefix: settings}
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}.{name}" if prefix else str(name))
-    return flat

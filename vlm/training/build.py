@@ -16,6 +16,7 @@ from vlm.models.batch_norm import synchronize_batch_norm
 from vlm.models.pretraining import PretrainingModel
 from vlm.models.text_thread import TextThread
 from vlm.training.adaptation import adapt
+from vlm.training.averaging import MovingAverage
 from vlm.training.checkpoint import Checkpoints
 from vlm.training.config import TrainConfig
 from vlm.training.objectives import build_pretraining_model, loss_weights
@@ -60,12 +61,14 @@ def build_run(config: TrainConfig, *, resume: bool = False) -> Run:
         _build_model(config, start, accelerator), world_group(), accelerator.device
     )
     model, optimizer = accelerator.prepare(model, build_optimizer(model, config.optimizer))
+    decay = config.averaging.ema_decay
     run = Run(
         config=config,
         accelerator=accelerator,
         start=start,
         model=model,
         optimizer=optimizer,
+        average=None if decay is None else MovingAverage(accelerator.unwrap_model(model), decay),
         step=ContrastiveStep(
             model,
             loss,

@@ -147,6 +147,20 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AveragingConfig:
+    """Averages of the weights, scored next to them and left as bundles of their own."""
+
+    ema_decay: float | None = None
+    """Decay of an exponential moving average, in [0, 1), such as 0.999; null for none."""
+
+    def __post_init__(self) -> None:
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ConfigError(
+                f"averaging: ema_decay is {self.ema_decay}; expected null, or 0 to less than 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """Retrieval scores during the run."""
 
@@ -210,6 +224,7 @@ class TrainConfig:
     adapt: AdaptationConfig = field(default_factory=AdaptationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    averaging: AveragingConfig = field(default_factory=AveragingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 

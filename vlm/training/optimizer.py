@@ -40,7 +40,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     Gains, biases and the temperature do not decay. Towers follow their own settings, as SigLIP's
     pretrained ones do (Zhai et al. 2023, figure 4); all else, such as the temperature and the parts
     that only training has, has the model's. With `layer_decay` the rate of a stage that lies d
-    stages before the last is multiplied by its d-th power (BEiT: Bao et al. 2022, appendix H).
+    stages before the last is multiplied by its d-th power (BEiT: Bao et al. 2022).
     """
     own = _tower_settings(model, config)
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)

@@ -7,6 +7,7 @@ from vlm.training.config import TrainConfig, config_as_yaml, flat_settings
 from vlm.training.reporter import METRICS_NAME, read_records
 
 BUNDLE_NAME, CONFIG_NAME, CHECKPOINTS_NAME = "bundle", "config.yaml", "checkpoints"
+EMA_BUNDLE_NAME = "bundle-ema"
 """What a run leaves in its folder."""
 
 _FREE_ON_RESUME = (

@@ -25,12 +25,13 @@ from vlm.models.lora import without_lora
 from vlm.models.pretraining import PretrainingModel
 from vlm.storage.places import shown
 from vlm.text.caption_ids import text_id
+from vlm.training.averaging import MovingAverage
 from vlm.training.checkpoint import Checkpoints
 from vlm.training.config import TrainConfig, config_as_yaml
 from vlm.training.guard import check_finite, step_when_finite
 from vlm.training.optimizer import RATE_RATIO
 from vlm.training.reporter import Reporter
-from vlm.training.resuming import BUNDLE_NAME, CONFIG_NAME
+from vlm.training.resuming import BUNDLE_NAME, CONFIG_NAME, EMA_BUNDLE_NAME
 from vlm.training.schedule import learning_rate_factor
 from vlm.training.skipped import SkippedLog
 from vlm.training.state import OptimizerState, Progress, SourceFingerprints
@@ -56,6 +57,8 @@ class Run:
     checkpoints: Checkpoints
     evaluate: Callable[[Encoder], dict[str, float]] | None
     """Scores the encoder; the ranks share the work."""
+    average: MovingAverage | None = None
+    """Of the model's weights."""
     progress: Progress = field(default_factory=Progress)
     """How far the run has come."""
 
@@ -124,8 +127,17 @@ class Run:
         ) as reporter:
             self.accelerator.print(self.describe(), file=sys.stderr)
             self._train(reporter)
-        bundle = config.run_folder / BUNDLE_NAME
-        if is_main:
+        bundle = self._save_bundle(BUNDLE_NAME)
+        if self.average is not None:
+            with self.average.in_place():
+                self._save_bundle(EMA_BUNDLE_NAME)
+        self.accelerator.end_training()
+        return bundle
+
+    def _save_bundle(self, name: str) -> Path:
+        """Write the model as it is now; return the bundle's folder."""
+        config, bundle = self.config, self.config.run_folder / name
+        if self.accelerator.is_main_process:
             save_bundle(
                 bundle,
                 model=without_lora(self.start.model),
@@ -135,13 +147,13 @@ class Run:
                 languages=tuple(dict.fromkeys((*self.start.languages, *config.captions.languages))),
                 truncate_dims=config.objectives.matryoshka,
             )
-        self.accelerator.end_training()
         return bundle
 
     @property
     def state(self) -> dict[str, Stateful]:
         """What a checkpoint keeps of the run, by name."""
-        return {
+        averages: dict[str, Stateful] = {} if self.average is None else {"ema": self.average}
+        return averages | {
             "model": self._unwrapped,
             "optimizer": OptimizerState(self._unwrapped, self.optimizer),
             "progress": self.progress,
@@ -204,10 +216,19 @@ class Run:
                 reported, since, waited = step, time.perf_counter(), 0.0
             pause = time.perf_counter()
             if evaluates and self.evaluate is not None:
-                reporter.record(step, self.evaluate(self._encoder))
+                reporter.record(step, self._scores(self.evaluate))
             if saves:
                 self.checkpoints.save(step, self.state)
             since += time.perf_counter() - pause  # the rate is that of training alone
+
+    def _scores(self, evaluate: Callable[[Encoder], dict[str, float]]) -> dict[str, float]:
+        """Return the scores of the weights and those of their average."""
+        scores = evaluate(self._encoder)
+        if self.average is not None:
+            with self.average.in_place():
+                averaged = evaluate(self._encoder)
+            scores |= {name.replace("/", "_ema/", 1): value for name, value in averaged.items()}
+        return scores
 
     def train_step(self, batch: Batch, step: int) -> StepResult:
         """Update the model once on one global batch, of which `batch` is this rank's part."""
@@ -228,6 +249,8 @@ class Run:
             step_when_finite(self.optimizer, norm)
         self.optimizer.zero_grad()
         self._encoder.clamp_logit_scale()
+        if self.average is not None:
+            self.average.update(step + 1)
         terms = output.terms.values()
         return StepResult(
             step=step,

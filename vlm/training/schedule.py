@@ -11,8 +11,8 @@ def learning_rate_factor(step: int, config: ScheduleConfig) -> float:
     With x from 0 to 1 over the decay, what is left of the way down to `final_ratio` is half a
     cosine (Loshchilov and Hutter 2017, equation 5), the line 1 - x, with which Bergsma et al. 2025
     ("Straight to Zero") decay to 0, or for `wsd` 1 - sqrt(x), the best of those that Haegele
-    et al. 2024 compare (section 4); the rate that stays the same before it is MiniCPM's (Hu et
-    al. 2024, section 4).
+    et al. 2024 compare; the rate that stays the same before it is MiniCPM's (Hu et al. 2024,
+    section 4).
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps

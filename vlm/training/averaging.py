@@ -1,0 +1,75 @@
+"""Averages of the weights over steps, which often score better than the last weights alone."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+_STATISTICS = ("running_mean", "running_var")  # of batch norms
+
+
+class MovingAverage:
+    """An exponential moving average of a model's weights; a part of a checkpoint.
+
+    After step t it moves by `1 - min(decay, (1 + t) / (10 + t))` towards the weights, so that it
+    reaches back over at most about a tenth of the steps so far and forgets what it started from
+    (the warm-up of TensorFlow's `ExponentialMovingAverage`). The running statistics of batch norms
+    are averaged like weights, since those of other weights would not fit.
+
+    Averages have the type, device and shards of their weights.
+
+    Args:
+        model: The model, as it is trained; its parameters are the same tensors ever after.
+        decay: In [0, 1); the nearer to 1, the more steps count.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self._model = model
+        statistics = (
+            (name, buffer)
+            for name, buffer in model.named_buffers()
+            if name.rpartition(".")[2] in _STATISTICS
+        )
+        self._live = dict[str, Tensor]((*model.named_parameters(), *statistics))
+        self._averages = {name: each.detach().clone() for name, each in self._live.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after an update, the `step`-th of the run."""
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self._averages.values()), list(self._live.values()), weight)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Put the averages in the place of the weights within a `with` block, bit for bit.
+
+        Every rank enters and leaves it at the same points.
+        """
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # drops copies of the whole weights that a forward pass has left
+        for name, live in self._live.items():
+            weights = live.detach().clone()  # one tensor at a time, for memory
+            live.copy_(self._averages[name])
+            self._averages[name].copy_(weights)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the averages by the names of their weights."""
+        return dict(self._averages)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Set the averages; a `KeyError` names one that is missing."""
+        for name, average in self._averages.items():
+            average.copy_(state[name])

@@ -14,7 +14,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import distributions, version
 from io import BytesIO
 from itertools import cycle, islice
@@ -148,18 +148,26 @@ def measure(system: str, folder: Path, options: argparse.Namespace) -> dict[str,
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if system == PEER:
         environment["PYTHONPATH"] = str(options.peer.resolve())
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
-    peaks = {"peak_mib": 0.0, "peak_own_mib": 0.0}
-    while child.poll() is None:
-        whole, mapped = memory_of(child.pid)
-        peaks["peak_mib"] = max(peaks["peak_mib"], whole)
-        peaks["peak_own_mib"] = max(peaks["peak_own_mib"], whole - mapped)
-        time.sleep(0.25)
-    assert child.stdout is not None, "it is a pipe"
-    if child.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {child.returncode}")
-    found: dict[str, float] = json.loads(child.stdout.read())
+    output, peaks = watched(command, environment)
+    found: dict[str, float] = json.loads(output)
     return found | peaks
+
+
+def watched(command: Sequence[str], environment: Mapping[str, str]) -> tuple[str, dict[str, float]]:
+    """Run a command; return its output and the peaks of memory of all its processes in MiB."""
+    peaks = {"peak_mib": 0.0, "peak_own_mib": 0.0}
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        child = subprocess.Popen(command, stdout=out, stderr=err, env=environment, text=True)
+        while child.poll() is None:
+            whole, mapped = memory_of(child.pid)
+            peaks["peak_mib"] = max(peaks["peak_mib"], whole)
+            peaks["peak_own_mib"] = max(peaks["peak_own_mib"], whole - mapped)
+            time.sleep(0.25)
+        out.seek(0), err.seek(0)
+        if child.returncode:
+            end = err.read()[-3000:]
+            raise SystemExit(f"{' '.join(command)} ended with {child.returncode}:\n{end}")
+        return out.read(), peaks
 
 
 def memory_of(pid: int) -> tuple[float, float]:

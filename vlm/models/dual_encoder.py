@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from vlm.models import image_tower, text_tower
+from vlm.models.attention import pack_attention
 from vlm.models.encoder import MAIN, Encoder, Replacement, States
 from vlm.models.image_tower import ImageTower, PatchLayout
 from vlm.models.text_tower import TextTower
@@ -28,6 +29,7 @@ class DualEncoder(Encoder):
         self._memory_format = image_tower.memory_format_of(visual)
         self.visual = visual.to(memory_format=self._memory_format)
         self.text = text
+        pack_attention(self)
 
     @property
     @override

@@ -7,14 +7,15 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 
 from vlm.errors import ConfigError
+from vlm.models.blocks import recompute
 from vlm.models.build import build_towers
 from vlm.models.image_tower import (
     check_image_tower,
     hide_patches,
+    image_blocks,
     image_groups,
     memory_format_of,
     patch_layout,
-    set_image_checkpointing,
     set_patch_dropout,
     states_of,
 )
@@ -225,26 +226,18 @@ def test_the_last_groups_are_those_that_open_clip_unlocks(vision_cfg):
 
 
 @kinds
-def test_checkpointing_changes_no_gradient_or_is_refused(vision_cfg):
+def test_blocks_hold_most_weights_and_may_be_computed_again(vision_cfg):
     visual, images = image_tower(vision_cfg).eval(), make_images(vision_cfg)
+    blocks = image_blocks(visual)
+    held = {id(each) for block in blocks for each in block.parameters()}
+    assert len(held) > len(list(visual.parameters())) / 2
+    assert len(held) == sum(len(list(block.parameters())) for block in blocks)  # not nested
     parameters = [each for each in visual.parameters() if each.requires_grad]
-    set_image_checkpointing(visual, False)
     wanted = torch.autograd.grad(visual(images).square().sum(), parameters)
-    if not isinstance(visual, TimmModel | VisionTransformer):
-        with pytest.raises(ConfigError, match="no gradient checkpointing"):
-            set_image_checkpointing(visual, True)
-        return
-    set_image_checkpointing(visual, True)
+    recompute(blocks)
     found = torch.autograd.grad(visual(images).square().sum(), parameters)
     for gradient, reference in zip(found, wanted, strict=True):
         torch.testing.assert_close(gradient, reference, rtol=1e-8, atol=1e-10)
-
-
-def test_blocks_that_open_clip_cannot_checkpoint_are_refused():
-    visual = image_tower(VIT | {"scale_attn": True})
-    with pytest.raises(ConfigError, match="no gradient checkpointing"):
-        set_image_checkpointing(visual, True)
-    set_image_checkpointing(visual, False)
 
 
 @pytest.mark.parametrize("changes", [{"attentional_pool": "parallel"}, {"pool_type": "none"}])

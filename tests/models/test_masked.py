@@ -60,7 +60,7 @@ class TinyEncoder(Encoder):
         raise AssertionError
 
     image_features = text_features = image_groups = text_groups = _not_needed
-    set_grad_checkpointing = set_patch_dropout = _not_needed
+    blocks = set_patch_dropout = _not_needed
 
 
 @pytest.fixture

@@ -39,8 +39,16 @@ def kept_statistics(model: nn.Module) -> AbstractContextManager[None]:
 
     For passes over images of another kind than evaluation's. Batches are normalised as ever.
     """
-    norms = [each for each in model.modules() if isinstance(each, _BatchNorm | GroupBatchNorm2d)]
-    return temporarily(norms, "momentum", 0.0)
+    return temporarily(_norms(model), "momentum", 0.0)
+
+
+def has_statistics(model: nn.Module) -> bool:
+    """Say whether a model has batch norms."""
+    return bool(_norms(model))
+
+
+def _norms(model: nn.Module) -> list[nn.Module]:
+    return [each for each in model.modules() if isinstance(each, _BatchNorm | GroupBatchNorm2d)]
 
 
 @contextmanager

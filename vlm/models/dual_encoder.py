@@ -83,9 +83,8 @@ class DualEncoder(Encoder):
         return States(features={MAIN: features.float()}, tokens=states, mask=tokens.mask)
 
     @override
-    def set_grad_checkpointing(self, enable: bool) -> None:
-        image_tower.set_image_checkpointing(self.visual, enable)
-        text_tower.set_text_checkpointing(self.text, enable)
+    def blocks(self) -> list[nn.Module]:
+        return [*image_tower.image_blocks(self.visual), *text_tower.text_blocks(self.text)]
 
     @override
     def set_patch_dropout(self, ratio: float) -> None:

@@ -141,11 +141,11 @@ class Encoder(nn.Module, ABC):
         self.log_logit_scale.clamp_(max=MAX_LOG_LOGIT_SCALE)
 
     @abstractmethod
-    def set_grad_checkpointing(self, enable: bool) -> None:
-        """Recompute activations in the backward pass instead of keeping them, or stop doing so.
+    def blocks(self) -> list[nn.Module]:
+        """Return the layers that the towers repeat, from the input to the output.
 
-        Raises:
-            ConfigError: a tower cannot.
+        They hold most of the weights and activations, and each is called as a whole: what is
+        computed again, compiled or sharded is one block at a time.
         """
 
     @abstractmethod

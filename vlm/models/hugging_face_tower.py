@@ -98,11 +98,7 @@ def token_embedding(tower: HFTextEncoder) -> nn.Embedding:
 
 def groups(tower: HFTextEncoder) -> list[list[nn.Parameter]]:
     """Return the parameters: embeddings, blocks, the last with what follows, the projection."""
-    stack, blocks = next(
-        (name, module)
-        for name, module in tower.transformer.named_modules()
-        if isinstance(module, nn.ModuleList)
-    )
+    stack, repeated = _stack(tower)
     before: list[nn.Parameter] = []
     after: list[nn.Parameter] = []
     seen_blocks = False
@@ -111,21 +107,23 @@ def groups(tower: HFTextEncoder) -> list[list[nn.Parameter]]:
         seen_blocks |= inside
         if not inside:
             (after if seen_blocks else before).append(parameter)
-    layers = [list(block.parameters()) for block in blocks]
+    layers = [list(block.parameters()) for block in repeated]
     layers[-1] += after
     projection = list(tower.proj.parameters())
     return [before, *layers] + ([projection] if projection else [])
 
 
-def set_checkpointing(tower: HFTextEncoder, enable: bool) -> None:
-    """Compute a block's activations again in the backward pass, or do not."""
-    model = tower.transformer
-    # Versions of transformers 5 differ in the name.
-    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    if enable:
-        getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
-    else:
-        getattr(model, f"{kind}_checkpointing_disable")()
+def blocks(tower: HFTextEncoder) -> list[nn.Module]:
+    """Return the layers that the tower repeats."""
+    return list(_stack(tower)[1])
+
+
+def _stack(tower: HFTextEncoder) -> tuple[str, nn.ModuleList]:
+    return next(
+        (name, module)
+        for name, module in tower.transformer.named_modules()
+        if isinstance(module, nn.ModuleList)
+    )
 
 
 def _snake(module: nn.Module) -> str:

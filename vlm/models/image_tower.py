@@ -1,5 +1,6 @@
 """open_clip's image towers: the states of patches, patch dropout, and groups of parameters."""
 
+import re
 from math import isqrt
 from typing import NamedTuple, TypeAlias
 
@@ -7,11 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
-from open_clip.transformer import (
-    PatchDropout,
-    ResidualAttentionBlock,
-    VisionTransformer,
-)
+from open_clip.transformer import PatchDropout, VisionTransformer
 from timm.layers.patch_dropout import (
     PatchDropout as TimmPatchDropout,
     PatchDropoutWithIndices,
@@ -155,20 +152,24 @@ def set_patch_dropout(visual: ImageTower, ratio: float) -> None:
         )
 
 
-def set_image_checkpointing(visual: ImageTower, enable: bool) -> None:
-    """Compute a block's activations again in the backward pass, or do not."""
-    try:
-        if isinstance(visual, VisionTransformer):
-            blocks = visual.transformer.resblocks
-            assert not enable or all(isinstance(each, ResidualAttentionBlock) for each in blocks)
-            visual.set_grad_checkpointing(enable)
-        elif isinstance(visual, TimmModel):
-            visual.trunk.set_grad_checkpointing(enable)
-        else:
-            assert not enable
-    except (AssertionError, AttributeError) as error:
-        if enable:
-            raise ConfigError("the image tower has no gradient checkpointing") from error
+def image_blocks(visual: ImageTower) -> list[nn.Module]:
+    """Return the layers that a tower repeats; those of a timm model are its own, if it has any."""
+    if isinstance(visual, VisionTransformer):
+        return list(visual.transformer.resblocks)
+    if isinstance(visual, ModifiedResNet):
+        stages = (visual.layer1, visual.layer2, visual.layer3, visual.layer4)
+        return [block for stage in stages for block in stage]
+    if not hasattr(visual.trunk, "group_matcher"):
+        return []
+    matched = visual.trunk.group_matcher()["blocks"]
+    patterns = [matched] if isinstance(matched, str) else [pattern for pattern, _ in matched]
+    blocks: dict[str, nn.Module] = {}
+    for name, module in visual.trunk.named_modules():
+        within = any(name.startswith(f"{outer}.") for outer in blocks)
+        is_one = any(re.fullmatch(pattern, name) for pattern in patterns)
+        if is_one and not within and any(module.children()):
+            blocks[name] = module
+    return list(blocks.values())
 
 
 def image_groups(visual: ImageTower) -> list[list[nn.Parameter]]:

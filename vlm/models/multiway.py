@@ -137,9 +137,8 @@ class MultiwayEncoder(Encoder):
             self.log_unimodal_logit_scale.clamp_(max=MAX_LOG_LOGIT_SCALE)
 
     @override
-    def set_grad_checkpointing(self, enable: bool) -> None:
-        self.backbone.encoder.grad_checkpointing = enable
-        self.backbone_vl.grad_checkpointing = enable
+    def blocks(self) -> list[nn.Module]:
+        return [*self.backbone.encoder.layers, *self.backbone_vl.layers]
 
     @override
     def set_patch_dropout(self, ratio: float) -> None:

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vlm.models.multiway_config import POSITION_OFFSET, MultiwayConfig
 
@@ -40,7 +39,6 @@ class MultiwayStack(nn.Module):
         self.embed_positions = nn.ModuleDict(
             {branch: embedding(rows, config.width) for branch, rows in positions.items()}
         )
-        self.grad_checkpointing = False
         _initialise(self.layers)
 
     def forward(
@@ -60,11 +58,7 @@ class MultiwayStack(nn.Module):
         last = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
             # Every earlier layer needs all positions: they are the last one's keys.
-            inputs = (states, branch, key_mask, first_only and number == last)
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                states = checkpoint(layer, *inputs, use_reentrant=False)
-            else:
-                states = layer(*inputs)
+            states = layer(states, branch, key_mask, first_only and number == last)
         normed: Tensor = self.layer_norm[branch](states)
         return normed
 

@@ -8,7 +8,6 @@ from jaxtyping import Float, Int64
 from open_clip.hf_model import HFTextEncoder
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vlm.errors import ConfigError
 from vlm.models import hugging_face_tower
@@ -56,11 +55,11 @@ def encode_tokens(tower: TextTower, tokens: TokenBatch) -> Float[Tensor, "batch 
     states = tower.token_embedding(tokens.ids) + tower.positional_embedding[:length]
     *blocks, last = tower.transformer.resblocks  # the last runs for one position: see below
     for block in blocks:
-        states = _run_block(tower, block, states, causal_mask)
+        states = block(states, attn_mask=causal_mask)
     if isinstance(last, ResidualAttentionBlock):
         pooled = _last_block_at_end_of_text(last, states, tokens)
     else:  # open_clip's blocks with scaled or normalised attention
-        pooled = _at_end_of_text(_run_block(tower, last, states, causal_mask), tokens)
+        pooled = _at_end_of_text(last(states, attn_mask=causal_mask), tokens)
     return _projected(tower, tower.ln_final(pooled))
 
 
@@ -83,7 +82,7 @@ def token_states(
     states = states + positions[: states.shape[1]]
     mask = _attention_mask(tower, ids)
     for block in tower.transformer.resblocks:
-        states = _run_block(tower, block, states, mask)
+        states = block(states, attn_mask=mask)
     states = tower.ln_final(states)
     if tower.cls_emb is not None or tower.pool_type == "last":
         pooled = states[:, -1]
@@ -107,12 +106,13 @@ def feature_width(tower: TextTower) -> int:
     return int(tower.width if unprojected else tower.output_dim)
 
 
-def set_text_checkpointing(tower: TextTower, enable: bool) -> None:
-    """Compute a block's activations again in the backward pass, or do not."""
+def text_blocks(tower: TextTower) -> list[nn.Module]:
+    """Return the layers that a tower repeats, but for the one that `encode_tokens` runs in part."""
     if isinstance(tower, HFTextEncoder):
-        hugging_face_tower.set_checkpointing(tower, enable)
-    else:
-        tower.set_grad_checkpointing(enable)
+        return hugging_face_tower.blocks(tower)
+    blocks = list(tower.transformer.resblocks)
+    in_part = _stops_at_end_of_text(tower) and isinstance(blocks[-1], ResidualAttentionBlock)
+    return blocks[:-1] if in_part else blocks
 
 
 def text_groups(tower: TextTower) -> list[list[nn.Parameter]]:
@@ -181,16 +181,6 @@ def _projected(
     linear = isinstance(projection, nn.Linear)
     features: Tensor = projection(pooled) if linear else pooled @ projection
     return features
-
-
-def _run_block(
-    tower: TextTransformer, block: nn.Module, states: Tensor, mask: Tensor | None
-) -> Tensor:
-    if tower.transformer.grad_checkpointing and torch.is_grad_enabled():
-        output: Tensor = checkpoint(block, states, attn_mask=mask, use_reentrant=False)
-    else:
-        output = block(states, attn_mask=mask)
-    return output
 
 
 def _last_block_at_end_of_text(

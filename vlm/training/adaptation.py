@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from vlm.errors import ConfigError
+from vlm.models.blocks import recompute
 from vlm.models.encoder import Encoder
 from vlm.models.lora import add_lora
 from vlm.training.config import AdaptationConfig
@@ -14,7 +15,7 @@ def adapt(encoder: Encoder, config: AdaptationConfig) -> None:
     """Make an encoder train as configured, in place.
 
     Raises:
-        ConfigError: the encoder has no such stages, layers or patches.
+        ConfigError: the encoder has no such stages, layers, blocks or patches.
     """
     if config.lora_rank and not config.lora_towers:
         raise ConfigError("adapt.lora_towers names no tower; expected image, text or both")
@@ -26,11 +27,25 @@ def adapt(encoder: Encoder, config: AdaptationConfig) -> None:
             lock(groups[side](), unlocked=number, side=side)
     if config.patch_dropout:
         encoder.set_patch_dropout(config.patch_dropout)
-    if config.grad_checkpointing:
-        encoder.set_grad_checkpointing(True)
+    if config.grad_checkpointing != "none":
+        recompute(
+            blocks_of(encoder)[:: config.grad_checkpointing_every],
+            keep_products=config.grad_checkpointing == "selective",
+        )
     if config.lora_rank:
         adapted = [group for side in config.lora_towers for group in groups[side]()]
         add_lora(encoder, adapted, rank=config.lora_rank, alpha=config.lora_alpha)
+
+
+def blocks_of(encoder: Encoder) -> list[nn.Module]:
+    """Return the blocks of an encoder's towers; a `ConfigError` if it has none."""
+    blocks = encoder.blocks()
+    if not blocks:
+        raise ConfigError(
+            "the towers have no blocks to compute again or to compile; expected "
+            "adapt.grad_checkpointing none and compile false"
+        )
+    return blocks
 
 
 def lock(groups: Sequence[Sequence[nn.Parameter]], *, unlocked: int, side: str) -> None:

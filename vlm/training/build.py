@@ -13,9 +13,10 @@ from vlm.distributed.groups import world_group
 from vlm.errors import ConfigError
 from vlm.losses.bilingual import BilingualLoss
 from vlm.models.batch_norm import synchronize_batch_norm
+from vlm.models.blocks import compile_blocks
 from vlm.models.pretraining import PretrainingModel
 from vlm.models.text_thread import TextThread
-from vlm.training.adaptation import adapt
+from vlm.training.adaptation import adapt, blocks_of
 from vlm.training.averaging import MovingAverage
 from vlm.training.checkpoint import Checkpoints
 from vlm.training.config import TrainConfig
@@ -60,6 +61,8 @@ def build_run(config: TrainConfig, *, resume: bool = False) -> Run:
     model: nn.Module = synchronize_batch_norm(
         _build_model(config, start, accelerator), world_group(), accelerator.device
     )
+    if config.compile:
+        compile_blocks(blocks_of(start.model))
     model, optimizer = accelerator.prepare(model, build_optimizer(model, config.optimizer))
     decay = config.averaging.ema_decay
     run = Run(

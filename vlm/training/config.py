@@ -51,8 +51,20 @@ class AdaptationConfig:
     """The towers that have adapters; the other is trained whole, unless it is locked."""
     patch_dropout: float = 0.0
     """Ratio in [0, 1) of an image's patches left out in training (FLIP); not with masked models."""
-    grad_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, about a third more time."""
+    grad_checkpointing: Literal["none", "blocks", "selective"] = "none"
+    """What the towers' blocks compute again in the backward pass.
+
+    `blocks` is everything: least memory, about a third more time. `selective` keeps the outputs of
+    matrix products, convolutions and attention: some of the memory, a few percent more time.
+    """
+    grad_checkpointing_every: int = 1
+    """Compute every n-th block again, counted from the first."""
+
+    def __post_init__(self) -> None:
+        if self.grad_checkpointing_every < 1:
+            raise ConfigError(
+                f"grad_checkpointing_every is {self.grad_checkpointing_every}; expected at least 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +211,8 @@ class TrainConfig:
     """Seed of the initial weights, the order of samples, the choice of captions, augmentation."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the towers; features, loss and weights are float32 in any case."""
+    compile: bool = False
+    """Compile the towers' blocks (`torch.compile`): minutes at the start, then quicker steps."""
     cpu_threads: int = 0
     """CPU threads of each process; 0 leaves the choice to torch.
 

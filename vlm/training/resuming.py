@@ -11,7 +11,8 @@ EMA_BUNDLE_NAME = "bundle-ema"
 """What a run leaves in its folder."""
 
 _FREE_ON_RESUME = (
-    "run_folder", "cpu_threads", "parallel_towers", "report_every", "data.workers",
+    "run_folder", "cpu_threads", "compile", "adapt.grad_checkpointing",
+    "adapt.grad_checkpointing_every", "parallel_towers", "report_every", "data.workers",
     "data.keep_decoded", "evaluation", "data.allowed_share", "data.cache_gib", "data.verify",
     "data.sources", "data.mixture", "data.skip_batches", "checkpoint", "loss.plan.tile",
     "loss.plan.keep_logits", "loss.plan.keep_logits_mib", "loss.plan.overlap",

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from benchmarks.meters import TensorMeter
@@ -116,9 +117,11 @@ def test_compiled_blocks_take_texts_of_any_length_without_compiling_for_each(aga
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for CPUs with g++")
 def test_blocks_compiled_for_the_machine_give_nearly_the_same_gradients():
-    plain = build("transformers")
-    encoder = copy.deepcopy(plain)
-    compile_blocks(encoder.blocks()[:1])
-    expected, found = gradients(plain)[0], gradients(encoder)[0]
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 8), nn.GELU())
+    block, inputs = copy.deepcopy(plain), torch.randn(4, 16)
+    compile_blocks([block])
+    for each in (block, plain):
+        each(inputs).square().sum().backward()
+    for found, expected in zip(block.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad)

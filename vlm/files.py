@@ -77,14 +77,14 @@ def open_whole(path: Path) -> Iterator[BinaryIO]:
     # Of this process alone: another one may write the same file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with _clear_disk_errors(path, *_CANNOT_WRITE):
+        with clear_disk_errors(path, *_CANNOT_WRITE):
             path.parent.mkdir(parents=True, exist_ok=True)
             file = temporary.open("wb")
-        with _clear_disk_errors(path), file:
+        with clear_disk_errors(path), file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        with _clear_disk_errors(path, *_CANNOT_WRITE):
+        with clear_disk_errors(path, *_CANNOT_WRITE):
             temporary.replace(path)
     finally:
         with suppress(OSError):
@@ -100,40 +100,66 @@ def write_folder(path: Path) -> Iterator[Path]:
     Raises:
         VlmError: the disk is full, or `path` cannot be a folder.
     """
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise VlmError(f"cannot write {path}: it is there and is not a folder")
-    temporary, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
+    temporary = begin_folder(path)
     try:
-        with _clear_disk_errors(path, *_CANNOT_WRITE):
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        with _clear_disk_errors(path):
+        with clear_disk_errors(path):
             yield temporary
-            for file in sorted(temporary.rglob("*")):
-                if file.is_file():
-                    _flush_to_disk(file)
-        with _clear_disk_errors(path, *_CANNOT_WRITE):
-            if path.exists():  # a rename cannot replace a folder that holds files
-                shutil.rmtree(old, ignore_errors=True)
-                path.rename(old)
-            temporary.rename(path)
-            if old.exists():
-                shutil.rmtree(old)
-            _flush_to_disk(path.parent)
+        finish_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def temporary_folder(path: Path) -> Path:
+    """Return the name under which a folder is filled before it moves to `path`."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def begin_folder(path: Path) -> Path:
+    """Make the empty temporary folder for `path`, without what a dead process left in it.
+
+    Raises:
+        VlmError: the disk is full, or `path` cannot be a folder.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise VlmError(f"cannot write {path}: it is there and is not a folder")
+    temporary = temporary_folder(path)
+    with clear_disk_errors(path, *_CANNOT_WRITE):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    return temporary
+
+
+def finish_folder(temporary: Path, path: Path) -> None:
+    """Move a filled temporary folder to `path`, in the place of one that is there.
+
+    All of it is on the disk before the move, and the move is when this returns.
+
+    Raises:
+        VlmError: the disk is full, or `path` cannot be replaced.
+    """
+    old = path.with_name(f".{path.name}.old")
+    with clear_disk_errors(path, *_CANNOT_WRITE):
+        flush_to_disk(*sorted(temporary.rglob("*")), temporary)
+        if path.exists():  # a rename cannot replace a folder that holds files
+            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
+        temporary.rename(path)
+        flush_to_disk(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def flush_to_disk(*paths: Path) -> None:
+    """Wait until the disk holds the bytes of files, and the names in folders."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager
-def _clear_disk_errors(path: Path, *refusals: int) -> Iterator[None]:
+def clear_disk_errors(path: Path, *refusals: int) -> Iterator[None]:
     """Say in one sentence what the disk refused; errors of other kinds pass unchanged."""
     try:
         yield

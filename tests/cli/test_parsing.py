@@ -260,7 +260,22 @@ def test_a_setting_by_another_name_is_answered_with_the_one_that_is_meant(in_fil
 
 
 def test_options_hold_the_configuration_of_a_run():
-    options = read("--seed", "3", "--data.keep_decoded", "--resume", kind=TrainOptions)
+    options = read("--seed", "3", "--data.keep_decoded", kind=TrainOptions)
     config = part_of(options, TrainConfig)
     assert type(config) is TrainConfig
-    assert (config.seed, config.data.keep_decoded, options.resume) == (3, True, True)
+    assert (config.seed, config.data.keep_decoded) == (3, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        ([], "never"),
+        (["--resume"], "auto"),
+        (["--resume", "--seed", "3"], "auto"),
+        (["--resume", "auto"], "auto"),
+        (["--resume", "runs/a/checkpoints/step-00000500"], "runs/a/checkpoints/step-00000500"),
+        (["--resume=never", "--seed", "3"], "never"),
+    ],
+)
+def test_an_option_may_have_a_value_that_it_has_alone(words, value):
+    assert read(*words, kind=TrainOptions).resume == value

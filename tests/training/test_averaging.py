@@ -89,7 +89,7 @@ def test_going_on_from_a_checkpoint_leaves_the_same_average(inputs, tmp_path):  
     whole = (tmp_path / "bundle-ema" / WEIGHTS).read_bytes()
     shutil.rmtree(tmp_path / "checkpoints" / "step-00000007")
     shutil.rmtree(tmp_path / "bundle-ema")
-    run = build_run(settings, resume=True)
+    run = build_run(settings, resume="auto")
     assert run.progress.step == 5
     run.fit()
     assert (tmp_path / "bundle-ema" / WEIGHTS).read_bytes() == whole

@@ -181,7 +181,7 @@ def test_skipped_samples_are_listed_and_resuming_lists_the_same(damaged, tmp_pat
         replace(run, evaluate=end).fit()
     kept = read_records(tmp_path / "halved" / SKIPPED_NAME)
     assert kept == [record for record in records if record["step"] <= 6]
-    build_run(halved, resume=True).fit()
+    build_run(halved, resume="auto").fit()
     assert read_records(tmp_path / "halved" / SKIPPED_NAME) == records
 
 
@@ -206,40 +206,15 @@ def test_micro_batches_train_and_report_the_candidates_they_saw(inputs, tmp_path
     assert all(0 <= accuracy <= 1 for accuracy in losses(tmp_path, "accuracy").values())
 
 
-CHANGES = {
-    "data.batch_size": {"data": {"batch_size": 6}},
-    "data.split": {"data": {"split": "val"}},
-    "optimizer.learning_rate": {"optimizer": OptimizerConfig(learning_rate=0.5)},
-    "schedule.steps": {"schedule": ScheduleConfig(steps=STEPS + 2, warmup_steps=2)},
-    "captions.second": {"captions": CaptionConfig(second=True)},
-    "seed": {"seed": 3},
-}
-
-
-def changed(start, changes):
-    data = changes.get("data", {})
-    return replace(start, **(changes | {"data": replace(start.data, **data)}))
-
-
-@pytest.mark.parametrize("named", CHANGES)
-def test_a_run_does_not_go_on_with_other_settings(inputs, tmp_path, named):
-    start = config(inputs, tmp_path, evaluation=EvaluationConfig())
-    build_run(start).fit()
-    before = (tmp_path / "config.yaml").read_bytes()
-    with pytest.raises(ConfigError, match=rf"with changed settings: {named} .* \(was "):
-        build_run(changed(start, CHANGES[named]), resume=True)
-    assert (tmp_path / "config.yaml").read_bytes() == before
-
-
 def test_a_run_goes_on_with_other_workers_and_reports(inputs, tmp_path):
     start = config(inputs, tmp_path)
     build_run(start).fit()
     other = {
-        "data": {"workers": 1, "keep_decoded": True}, "report_every": 1, "cpu_threads": 1,
-        "parallel_towers": True,
+        "data": replace(start.data, workers=1, keep_decoded=True), "report_every": 1,
+        "cpu_threads": 1, "parallel_towers": True,
         "checkpoint": CheckpointConfig(every_steps=3), "evaluation": EvaluationConfig(),
     }  # fmt: skip
-    run = build_run(changed(start, other), resume=True)
+    run = build_run(replace(start, **other), resume="auto")
     assert run.progress == Progress(STEPS, STEPS * BATCH)
 
 

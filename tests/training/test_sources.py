@@ -125,7 +125,7 @@ def test_a_mixture_may_change_half_way(inputs, tmp_path):
     (state,) = (tmp_path / "half/checkpoints").glob("*/state.json")
     assert json.loads(state.read_text())["data"]["taken"] == {"shards": [9], "more.csv": [3]}
     second = replace(config(inputs, tmp_path / "half", steps=9, weights=(1, 1)))
-    changed = uids_by_step(build_run(second, resume=True))
+    changed = uids_by_step(build_run(second, resume="auto"))
     assert [len(of_table(batch)) for batch in changed] == [2] * 6
     # Each source goes on where it was: a table's epoch has 8 samples.
     in_order = [uid for batch in whole for uid in of_table(batch)]
@@ -142,10 +142,10 @@ def test_a_source_that_has_changed_is_refused_when_a_run_goes_on_and_read_under_
     table = tmp_path / "inputs/more.csv"
     table.write_text(table.read_text(encoding="utf-8") + "20.png,一只大猫\n", encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"source 'more\.csv' no longer holds what the run"):
-        build_run(settings, resume=True)
+        build_run(settings, resume="auto")
     shards, more = settings.data.sources
     renamed = replace(settings.data, sources=(shards, replace(more, name="longer")))
-    batches = uids_by_step(build_run(replace(settings, data=renamed), resume=True))
+    batches = uids_by_step(build_run(replace(settings, data=renamed), resume="auto"))
     assert len(batches) == 6
 
 
@@ -160,7 +160,7 @@ def test_runs_go_on_with_the_streams_that_they_began_with(inputs, tmp_path):
     whole = uids_by_step(build_run(settings))
     halved = replace(settings, run_folder=tmp_path / "half")
     stop(build_run(halved), step=4)
-    resumed = build_run(halved, resume=True)
+    resumed = build_run(halved, resume="auto")
     assert resumed.data.streams == 2
     assert uids_by_step(resumed) == whole[3:]
 

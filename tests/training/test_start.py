@@ -107,7 +107,7 @@ def test_resuming_in_or_after_the_first_steps_gives_the_same_weights(grown, data
         for file in folder.iterdir():
             file.unlink()
         folder.rmdir()
-    resumed = build_run(cut, resume=True).fit()
+    resumed = build_run(cut, resume="auto").fit()
     assert changed_tensors(whole, resumed) == set()
 
 

@@ -1,7 +1,8 @@
 """Options of a verb: a dataclass becomes a parser, and the words of a shell an instance of it.
 
-A field that may be given by position in Python is positional on the command line as well. Nothing
-here knows a verb or imports more than jsonargparse, so that help and option errors are quick.
+A field that may be given by position in Python is positional on the command line as well, and one
+whose metadata says what it is `alone` may be given without a value. Nothing here knows a verb or
+imports more than jsonargparse, so that help and option errors are quick.
 """
 
 import difflib
@@ -10,6 +11,7 @@ import re
 from argparse import Action, ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -66,6 +68,8 @@ def parse(kind: type[Options], words: Sequence[str], *, prog: str, description: 
     parser.add_class_arguments(kind, as_group=False, as_positional=True, skip={"config"})
     positional = [field.name for field in fields(kind) if not field.kw_only]
     usage = " ".join([prog, *map(str.upper, positional)])
+    alone = {each.name: each.metadata["alone"] for each in fields(kind) if "alone" in each.metadata}
+    words = list(_with_values(words, alone))
     arguments, raw = _arguments(words, settings, positional, usage)
     try:
         found = parser.parse_args(arguments)
@@ -154,6 +158,13 @@ def _flat(kind: Any) -> Iterator[Any]:
     yield kind
     for argument in get_args(kind):
         yield from _flat(argument)
+
+
+def _with_values(words: Sequence[str], alone: Mapping[str, str]) -> Iterator[str]:
+    """Give the words of a shell, and their value to options that are given without one."""
+    for word, after in pairwise([*words, "--"]):
+        name = word.removeprefix("--")
+        yield f"{word}={alone[name]}" if name in alone and after.startswith("--") else word
 
 
 def _arguments(

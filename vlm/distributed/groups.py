@@ -4,6 +4,8 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,6 +26,8 @@ class RankGroup:
 
 
 SINGLE = RankGroup(process_group=None, rank=0, size=1)
+
+T = TypeVar("T")
 
 _Partition = tuple[tuple[int, ...], ...]
 
@@ -65,6 +69,35 @@ def join_group(partition: Sequence[Sequence[int]]) -> RankGroup:
             if group == tuple(members) and isinstance(made, dist.ProcessGroup):
                 known[key] = RankGroup(made, rank=group.index(rank), size=len(group))
     return known[key]
+
+
+def host_group(patience: timedelta) -> RankGroup:
+    """Return a new group of all ranks for messages between their hosts.
+
+    It is apart from those of training: a thread may use it while a step's collectives run. Every
+    rank must call this at the same point.
+
+    Args:
+        patience: How long a rank waits for the others.
+    """
+    world = world_group()
+    if world.size == 1:
+        return SINGLE
+    made = dist.new_group(backend="gloo", timeout=patience)
+    assert isinstance(made, dist.ProcessGroup)
+    return RankGroup(made, rank=world.rank, size=world.size)
+
+
+def exchange(mine: T, group: RankGroup) -> list[T]:
+    """Return what every rank of a group of hosts brings, in the order of ranks.
+
+    For small things that are no tensors: they travel pickled, between processes of one run.
+    """
+    if group.size == 1:
+        return [mine]
+    found: list[T | None] = [None] * group.size
+    dist.all_gather_object(found, mine, group=group.process_group)
+    return [each for each in found if each is not None]
 
 
 @contextmanager

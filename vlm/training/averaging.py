@@ -42,6 +42,12 @@ class MovingAverage:
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self._averages.values()), list(self._live.values()), weight)
 
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Start again from the weights as they are."""
+        for name, average in self._averages.items():
+            average.copy_(self._live[name])
+
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Put the averages in the place of the weights within a `with` block, bit for bit.

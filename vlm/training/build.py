@@ -2,6 +2,7 @@
 
 import ctypes
 from dataclasses import replace
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
@@ -9,7 +10,7 @@ from torch import nn
 
 from vlm.batches.examples import second_of
 from vlm.bundle import Bundle
-from vlm.distributed.groups import world_group
+from vlm.distributed.groups import host_group, world_group
 from vlm.errors import ConfigError
 from vlm.losses.bilingual import BilingualLoss
 from vlm.models.batch_norm import synchronize_batch_norm
@@ -18,26 +19,28 @@ from vlm.models.pretraining import PretrainingModel
 from vlm.models.text_thread import TextThread
 from vlm.training.adaptation import adapt, blocks_of
 from vlm.training.averaging import MovingAverage
-from vlm.training.checkpoint import Checkpoints
+from vlm.training.checkpoint import Checkpoints, Resume
 from vlm.training.config import TrainConfig
 from vlm.training.objectives import build_pretraining_model, loss_weights
 from vlm.training.optimizer import build_optimizer
 from vlm.training.reading import build_loader
-from vlm.training.resuming import CHECKPOINTS_NAME, check_run_folder
+from vlm.training.resuming import CHECKPOINTS_NAME, check_run_folder, compared
 from vlm.training.run import Run
 from vlm.training.scoring import build_evaluation
 from vlm.training.start import build_start
 from vlm.training.step import ContrastiveStep
 
+_PATIENCE = timedelta(hours=1)
+"""How long a rank waits for another one that writes its part of a checkpoint."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _KEPT_BYTES = 1 << 30  # larger tensors, and as much unused memory at a time, still go back
 
 
-def build_run(config: TrainConfig, *, resume: bool = False) -> Run:
+def build_run(config: TrainConfig, *, resume: Resume = "never") -> Run:
     """Build the run that a configuration describes; nothing is written yet.
 
-    Every rank calls this at the same point. To resume is to continue from the newest checkpoint in
-    the run's folder.
+    Every rank calls this at the same point. With `auto` the run goes on from the newest checkpoint
+    in its folder that is whole, and starts where there is none; with a path from that checkpoint.
 
     Raises:
         VlmError: something in the configuration, the data or the run's folder is not as it
@@ -53,6 +56,14 @@ def build_run(config: TrainConfig, *, resume: bool = False) -> Run:
     if accelerator.device.type == "cpu":
         _keep_freed_memory()
     check_run_folder(config, resume)
+    checkpoints = Checkpoints(
+        config.run_folder / CHECKPOINTS_NAME,
+        keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
+        group=host_group(_PATIENCE),
+    )
+    found = checkpoints.find(resume)
+    origin = compared(config, found, world_size=accelerator.num_processes)
     start = build_start(config)
     loader = build_loader(config, start, accelerator)
     loss = _build_loss(config, start.model.logit_bias is not None, accelerator.num_processes)
@@ -82,14 +93,14 @@ def build_run(config: TrainConfig, *, resume: bool = False) -> Run:
         ),
         loader=loader,
         data=loader.order.start(),
-        checkpoints=Checkpoints(
-            config.run_folder / CHECKPOINTS_NAME,
-            keep=config.checkpoint.keep,
-            writes=accelerator.is_main_process,
-        ),
+        checkpoints=checkpoints,
+        origin=origin,
         evaluate=evaluate,
     )
-    if resume and run.checkpoints.load_latest(run.state):
+    if found is not None:
+        checkpoints.load(found, run.state)
+        if run.average is not None and "ema" not in found.numbers:
+            run.average.restart()
         # Whatever the nodes are now.
         run = replace(run, loader=loader.with_streams(run.data.streams))
     return run

@@ -192,8 +192,15 @@ class CheckpointConfig:
     """Steps between checkpoints, with one at the end; 0 for none."""
     keep: int = 2
     """Number of newest checkpoints that are kept."""
+    keep_every: int = 0
+    """Steps between checkpoints that are never removed, a multiple of `every_steps`; 0 for none."""
 
     def __post_init__(self) -> None:
+        if self.keep_every < 0 or self.keep_every % max(self.every_steps, 1):
+            raise ConfigError(
+                f"checkpoint: keep_every is {self.keep_every} and every_steps {self.every_steps}; "
+                "expected a multiple, or 0"
+            )
         if self.every_steps < 0 or self.keep < 1:
             raise ConfigError(
                 f"checkpoint: every_steps is {self.every_steps} and keep {self.keep}; "
@@ -249,9 +256,15 @@ def _check_at_least_0(config: object, name: str) -> None:
         raise ConfigError(f"{name} is {value}; expected a number of at least 0")
 
 
+def config_as_plain(config: TrainConfig) -> dict[str, Any]:
+    """Return the whole configuration as dictionaries, lists, numbers and strings."""
+    plain: dict[str, Any] = _plain(asdict(config))
+    return plain
+
+
 def config_as_yaml(config: TrainConfig) -> str:
     """Return the whole configuration as YAML that `vlm train --config` reads."""
-    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(config_as_plain(config), sort_keys=False, allow_unicode=True)
 
 
 def flat_settings(settings: Any, prefix: str = "") -> dict[str, Any]:

@@ -18,7 +18,6 @@ from vlm.batches.loader import TrainingLoader
 from vlm.batches.mixture import DataState
 from vlm.bundle import Bundle, save_bundle
 from vlm.data.sample import described
-from vlm.files import write_file
 from vlm.models.encoder import MAIN, Encoder
 from vlm.models.growth import only_new_rows
 from vlm.models.lora import without_lora
@@ -27,14 +26,14 @@ from vlm.storage.places import shown
 from vlm.text.caption_ids import text_id
 from vlm.training.averaging import MovingAverage
 from vlm.training.checkpoint import Checkpoints
-from vlm.training.config import TrainConfig, config_as_yaml
+from vlm.training.config import TrainConfig
 from vlm.training.guard import check_finite, step_when_finite
 from vlm.training.optimizer import RATE_RATIO
 from vlm.training.reporter import Reporter
-from vlm.training.resuming import BUNDLE_NAME, CONFIG_NAME, EMA_BUNDLE_NAME
+from vlm.training.resuming import BUNDLE_NAME, EMA_BUNDLE_NAME, Origin, record_start
 from vlm.training.schedule import learning_rate_factor
 from vlm.training.skipped import SkippedLog
-from vlm.training.state import OptimizerState, Progress, SourceFingerprints
+from vlm.training.state import OptimizerState, Progress, Settings, SourceFingerprints
 from vlm.training.step import StepOutput, StepResult
 
 
@@ -61,6 +60,8 @@ class Run:
     """Of the model's weights."""
     progress: Progress = field(default_factory=Progress)
     """How far the run has come."""
+    origin: Origin = field(default_factory=Origin)
+    """The checkpoint that it goes on from, and what has changed since."""
 
     def describe(self) -> str:
         """Return what the run trains, on what, and for how long, a line each."""
@@ -87,7 +88,8 @@ class Run:
             "steps": f"{self.progress.step:,} to {steps:,} of {data.batch_size:,} samples "
             f"({steps * data.batch_size / samples:.1f} epochs)",
         }
-        return "\n".join(f"{name}: {line}" for name, line in lines.items())
+        goes_on = [f"from: {line}" for line in self.origin.described()]
+        return "\n".join([*goes_on, *(f"{name}: {line}" for name, line in lines.items())])
 
     def _scored(self) -> str:
         """Say what is scored, or why nothing is."""
@@ -118,7 +120,7 @@ class Run:
         config, is_main = self.config, self.accelerator.is_main_process
         self.accelerator.wait_for_everyone()  # all ranks have checked the folder before one writes
         if is_main:
-            write_file(config.run_folder / CONFIG_NAME, config_as_yaml(config).encode())
+            record_start(config, self.origin)
         with Reporter(
             config.run_folder,
             samples=config.schedule.steps * config.data.batch_size,
@@ -156,6 +158,7 @@ class Run:
         return averages | {
             "model": self._unwrapped,
             "optimizer": OptimizerState(self._unwrapped, self.optimizer),
+            "config": Settings(config=self.config),
             "progress": self.progress,
             "data": self.data,
             "sources": SourceFingerprints(
@@ -218,7 +221,7 @@ class Run:
             if evaluates and self.evaluate is not None:
                 reporter.record(step, self._scores(self.evaluate))
             if saves:
-                self.checkpoints.save(step, self.state)
+                self.checkpoints.save(step, self.state, required=step == last)
             since += time.perf_counter() - pause  # the rate is that of training alone
 
     def _scores(self, evaluate: Callable[[Encoder], dict[str, float]]) -> dict[str, float]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm.errors import CheckpointError
+from vlm.training.config import TrainConfig, config_as_plain
 
 
 @dataclass(slots=True)
@@ -45,6 +46,11 @@ class OptimizerState:
             for key, value in slots.items()
         }
 
+    def layout(self, key: str) -> Tensor | None:
+        """Return the parameter as which a moment is divided among ranks; step counts are not."""
+        name, slot = key.rsplit(".", 1)
+        return None if slot == "step" else dict(self.model.named_parameters()).get(name)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Give each parameter its moments; one that was not trained so far has none yet.
 
@@ -71,6 +77,20 @@ class OptimizerState:
             for key, value in slot.items():
                 if value.shape == parameter.shape:
                     slot[key] = torch.empty_like(parameter).copy_(value)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a run: those of a checkpoint are compared with when the run goes on."""
+
+    config: TrainConfig
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain values, nested as the settings are."""
+        return config_as_plain(self.config)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keep those that the run has now: `resuming.py` has compared them."""
 
 
 @dataclass(frozen=True)

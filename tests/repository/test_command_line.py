@@ -8,7 +8,7 @@ import pytest
 from vlm.cli.main import VERBS, main
 
 TRAIN = {"config", "run_folder", "seed", "precision", "cpu_threads", "parallel_towers"} | {
-    "start_from", "tokenizer",
+    "start_from", "tokenizer", "compile",
     "report_every", "data", "captions", "preprocess", "augmentation", "model", "loss",
     "objectives", "adapt", "optimizer", "schedule", "averaging", "evaluation", "checkpoint",
 }  # fmt: skip

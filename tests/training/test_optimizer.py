@@ -5,14 +5,20 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tests.builders import tiny_model, tiny_tokenizer
+from tests.support.processes import run_in_world
 from vlm.errors import ConfigError
 from vlm.models.build import build_from_config
 from vlm.models.config import ModelConfig, MultiwayConfig
 from vlm.models.pretraining import PretrainingModel
+from vlm.training.averaging import MovingAverage
 from vlm.training.config import OptimizerConfig, TowerRateConfig
-from vlm.training.optimizer import RATE_RATIO, build_optimizer
+from vlm.training.optimizer import RATE_RATIO, build_optimizer, reads_found_inf
+from vlm.training.state import OptimizerState
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +149,158 @@ def test_steps_are_the_steps_of_lion():
         weight = weight - 0.01 * (update + 0.5 * weight)
         moment = 0.98 * moment + 0.02 * gradient
     torch.testing.assert_close(found, weight)
+
+
+class Towers(nn.Module):
+    """As much of a model as the choice of matrices asks for."""
+
+    def __init__(self, **members):
+        super().__init__()
+        self.encoder = nn.ModuleDict(members)
+        block = self.encoder["block"]
+        self.encoder.image_groups = lambda: [[], list(block.parameters()), []]
+        self.encoder.text_groups = lambda: [[], []]
+
+
+def orthogonalized(matrix):
+    """Five steps of Newton and Schulz by the polynomial of Jordan et al. 2024, in float64."""
+    wide = matrix.double() if matrix.shape[0] <= matrix.shape[1] else matrix.double().T
+    wide = wide / wide.norm()
+    for _ in range(5):
+        gram = wide @ wide.T
+        wide = 3.4445 * wide + (-4.7750 * gram + 2.0315 * gram @ gram) @ wide
+    return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
+
+
+@pytest.mark.parametrize("shape", [(12, 8), (8, 24)])
+def test_steps_are_the_steps_of_muon_on_matrices_of_blocks_and_of_adamw_elsewhere(shape):
+    torch.manual_seed(0)
+    model = Towers(block=nn.Linear(shape[1], shape[0]), head=nn.Linear(3, 2, bias=False))
+    model.encoder["block"].weight.data.normal_()
+    config = OptimizerConfig(name="muon", learning_rate=0.01, weight_decay=0.5)
+    matrix, head = (model.encoder[name].weight.detach().clone() for name in ("block", "head"))
+    optimizer = build_optimizer(model, config)
+    moment = torch.zeros(shape)
+    for _ in range(3):
+        gradient = torch.randn(shape)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        model.encoder["block"].weight.grad = gradient.clone()
+        optimizer.step()
+        moment = 0.95 * moment + 0.05 * gradient
+        update = orthogonalized(0.95 * moment + 0.05 * gradient)
+        # As large as an update of AdamW (Liu et al. 2025, "Muon is scalable", section 2.2).
+        matrix = matrix * (1 - 0.01 * 0.5) - 0.01 * 0.2 * max(shape) ** 0.5 * update
+        head = head * (1 - 0.01 * 0.5) - 0.01
+    found = model.encoder["block"].weight.double()
+    # torch orthogonalises in bfloat16.
+    torch.testing.assert_close(found, matrix.double(), rtol=0, atol=0.01 * 0.05)
+    torch.testing.assert_close(model.encoder["head"].weight, head)
+    assert {tuple(slots) for slots in optimizer.state.values()} == {
+        ("momentum_buffer",), ("step", "exp_avg", "exp_avg_sq"),
+    }  # fmt: skip
+
+
+def test_only_matrices_of_blocks_are_muons():
+    model = PretrainingModel(tiny_model(tiny_tokenizer()))
+    optimizer = build_optimizer(model, OptimizerConfig(name="muon"))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    muon, adamw = ([names[p] for g in part.param_groups for p in g["params"]]
+                   for part in optimizer.parts)  # fmt: skip
+    block = "encoder.text.transformer.resblocks.0"
+    assert sorted(muon) == [
+        f"{block}.attn.in_proj_weight", f"{block}.attn.out_proj.weight",
+        f"{block}.mlp.c_fc.weight", f"{block}.mlp.c_proj.weight",
+    ]  # fmt: skip
+    assert sorted(muon + adamw) == sorted(names.values())
+
+
+def test_muon_without_matrices_is_refused():
+    model = Towers(block=nn.Conv2d(3, 4, 3))
+    with pytest.raises(ConfigError, match="no block of the towers has a matrix that is trained"):
+        build_optimizer(model, OptimizerConfig(name="muon"))
+
+
+def test_optimizers_together_go_on_from_their_state_bit_for_bit():
+    def build():
+        torch.manual_seed(0)
+        model = Towers(block=nn.Linear(8, 6), head=nn.Linear(6, 2))
+        return model, build_optimizer(model, OptimizerConfig(name="muon"))
+
+    def train(model, optimizer, steps):
+        for step in steps:
+            inputs = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            outputs = model.encoder["head"](model.encoder["block"](inputs))
+            outputs.square().mean().backward()
+            optimizer.step()
+        return outputs.square().mean()
+
+    model, optimizer = build()
+    first = train(model, optimizer, [0])
+    train(model, optimizer, range(1, 3))
+    kept = OptimizerState(model, optimizer).state_dict()
+    kept = {name: each.clone() for name, each in kept.items()}
+    resumed, resumed_optimizer = build()
+    resumed.load_state_dict(model.state_dict())
+    OptimizerState(resumed, resumed_optimizer).load_state_dict(kept)
+    for group in resumed_optimizer.param_groups:
+        group["lr"] = 0.002  # of the groups that its parts have as well
+    for group in optimizer.param_groups:
+        group["lr"] = 0.002
+    assert train(model, optimizer, range(3, 6)) < first
+    train(resumed, resumed_optimizer, range(3, 6))
+    for name, each in model.state_dict().items():
+        assert torch.equal(each, resumed.state_dict()[name]), name
+
+
+def sharded_steps(rank, name):
+    """Weights and averages after steps on a model that is whole, and on one in two shards."""
+    found = []
+    for shards in (False, True):
+        torch.manual_seed(0)
+        model = Towers(block=nn.Linear(6, 7), head=nn.Linear(7, 2))
+        if shards:
+            fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        optimizer = build_optimizer(model, OptimizerConfig(name=name, learning_rate=0.01))
+        average = MovingAverage(model, 0.9)
+        for step in range(1, 4):
+            for parameter in model.parameters():
+                gradient = torch.randn(parameter.shape)
+                parameter.grad = (
+                    distribute_tensor(gradient, parameter.device_mesh, parameter.placements)
+                    if shards
+                    else gradient
+                )
+            optimizer.step()
+            average.update(step)
+        parameters = dict(model.named_parameters())
+        with average.in_place():
+            averages = {name: full(each) for name, each in parameters.items()}
+        found.append([{name: full(each) for name, each in parameters.items()}, averages])
+    return found
+
+
+def full(parameter):
+    tensor = parameter.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["adamw", "muon", "lion"])
+def test_shards_take_the_steps_of_the_whole_and_so_does_their_average(name):
+    # Muon adds up in bfloat16, in another order; its three updates are of 5e-3 each.
+    tolerance = 1e-3 if name == "muon" else 0
+    for whole, shards in run_in_world(sharded_steps, 2, name):
+        for expected, found in zip(whole, shards, strict=True):
+            for key, value in expected.items():
+                torch.testing.assert_close(found[key], value, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(("name", "on_device"), [("adamw", True), ("lion", False), ("muon", False)])
+def test_only_a_fused_step_looks_by_itself_whether_a_gradient_is_finite(name, on_device):
+    model = Towers(block=nn.Linear(3, 2))
+    assert reads_found_inf(build_optimizer(model, OptimizerConfig(name=name))) is on_device
 
 
 @pytest.mark.parametrize(

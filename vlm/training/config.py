@@ -93,15 +93,17 @@ class TowerRateConfig:
 class OptimizerConfig:
     """The optimizer, and the rates at which parts of the model are trained."""
 
-    name: Literal["adamw", "lion"] = "adamw"
-    """`adamw` (Loshchilov and Hutter 2019), or `lion` (Chen et al. 2023), which needs half of its
+    name: Literal["adamw", "muon", "lion"] = "adamw"
+    """`adamw` (Loshchilov and Hutter 2019); `muon` (Jordan et al. 2024) for the matrices of the
+    towers' blocks and AdamW for all else; or `lion` (Chen et al. 2023), which needs half of AdamW's
     memory, a learning rate 3 to 10 times lower and a weight decay as much higher."""
     learning_rate: float = 1e-3
     """The highest rate, reached after warm-up."""
     weight_decay: float = 0.1
     """Decay of matrices and kernels; gains, biases and the temperature are left alone."""
     betas: tuple[float, float] = (0.9, 0.98)
-    """Decay of the moments; SigLIP lowers the second one to 0.95 against spikes of the loss."""
+    """Decay of AdamW's and Lion's moments; SigLIP lowers the second one to 0.95 against spikes of
+    the loss. Muon's momentum is 0.95."""
     eps: float = 1e-8
     """Added to the root of AdamW's second moment."""
     max_gradient_norm: float = 1.0

@@ -1,12 +1,17 @@
 """Optimizers, and the rate and decay of every parameter."""
 
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from functools import partial
+from itertools import islice
 from typing import Any, cast
 
 import torch
 from timm.optim.lion import Lion
 from torch import nn
+from typing_extensions import override
 
+from vlm.errors import ConfigError
 from vlm.models.pretraining import PretrainingModel
 from vlm.training.config import OptimizerConfig, TowerRateConfig
 
@@ -17,12 +22,54 @@ RATE_RATIO = "learning_rate_ratio"
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """Return the optimizer of every parameter that takes part in training.
 
-    `model` is a `PretrainingModel`, or any other module where no tower has settings of its own.
+    `model` is a `PretrainingModel`, or any other module where no tower has settings of its own and
+    the optimizer is not Muon.
+
+    Raises:
+        ConfigError: Muon where no block has a matrix, or a tower does not name its stages.
     """
-    groups, rate, betas = parameter_groups(model, config), config.learning_rate, config.betas
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    rate, betas = config.learning_rate, config.betas
+    groups = partial(_groups, towers=_tower_settings(model, config), others=config.weight_decay)
+    adamw = partial(torch.optim.AdamW, lr=rate, betas=betas, eps=config.eps, fused=True)
     if config.name == "lion":
-        return Lion(groups, lr=rate, betas=betas)
-    return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=config.eps, fused=True)
+        return Lion(groups(trained), lr=rate, betas=betas)
+    if config.name == "adamw":
+        return adamw(groups(trained))
+    matrices = _hidden_matrices(model)
+    muon = torch.optim.Muon(
+        groups(parameter for parameter in trained if parameter in matrices),
+        lr=rate,
+        # Updates as large as AdamW's, whatever the shape, so that one rate and decay serve both.
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return Together(muon, adamw(groups(each for each in trained if each not in matrices)))
+
+
+class Together(torch.optim.Optimizer):
+    """Optimizers of different parameters, as one with the groups and the state of all."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self._share()
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # with other groups and another state, for `load_state_dict`
+        self._share()
+
+    def _share(self) -> None:
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            part.param_groups = list(islice(groups, len(part.param_groups)))
+            part.state = self.state
+
+    @override
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Let each of the optimizers take its step."""
+        for part in self.parts:
+            part.step()
 
 
 def reads_found_inf(optimizer: torch.optim.Optimizer) -> bool:
@@ -34,30 +81,36 @@ def reads_found_inf(optimizer: torch.optim.Optimizer) -> bool:
     return bool(getattr(plain, "_step_supports_amp_scaling", False))
 
 
-def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Divide what is trained by rate and decay.
+def _groups(
+    parameters: Iterable[nn.Parameter],
+    *,
+    towers: Mapping[nn.Parameter, tuple[float, float]],
+    others: float,
+) -> list[dict[str, Any]]:
+    """Divide parameters by rate and decay; gains, biases and the temperature do not decay.
 
-    Gains, biases and the temperature do not decay. Towers follow their own settings, as SigLIP's
-    pretrained ones do (Zhai et al. 2023, figure 4); all else, such as the temperature and the parts
-    that only training has, has the model's. With `layer_decay` the rate of a stage that lies d
-    stages before the last is multiplied by its d-th power (BEiT: Bao et al. 2022).
+    Those of towers have their own; all others, such as the temperature and the parts that only
+    training has, have the model's rate and the decay `others`.
     """
-    own = _tower_settings(model, config)
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            ratio, decay = own.get(parameter, (1.0, config.weight_decay))
-            groups[ratio, decay if parameter.ndim >= 2 else 0.0].append(parameter)
+    for parameter in parameters:
+        ratio, decay = towers.get(parameter, (1.0, others))
+        groups[ratio, decay if parameter.ndim >= 2 else 0.0].append(parameter)
     return [
-        {"params": parameters, RATE_RATIO: ratio, "weight_decay": decay}
-        for (ratio, decay), parameters in groups.items()
+        {"params": members, RATE_RATIO: ratio, "weight_decay": decay}
+        for (ratio, decay), members in groups.items()
     ]
 
 
 def _tower_settings(
     model: nn.Module, config: OptimizerConfig
 ) -> dict[nn.Parameter, tuple[float, float]]:
-    """Return the ratio of the rate and the decay of parameters that a tower's settings name."""
+    """Return the ratio of the rate and the decay of parameters whose tower has its own.
+
+    SigLIP trains a pretrained tower at a tenth of the rate without decay (Zhai et al. 2023, figure
+    4). With `layer_decay` the rate of a stage that lies d stages before the last is multiplied by
+    its d-th power (BEiT: Bao et al. 2022).
+    """
     settings: dict[nn.Parameter, tuple[float, float]] = {}
     for side, tower in (("image", config.image), ("text", config.text)):
         if tower == TowerRateConfig():
@@ -71,3 +124,20 @@ def _tower_settings(
                 before = settings.get(parameter, (ratio, decay))
                 settings[parameter] = (min(before[0], ratio), min(before[1], decay))
     return settings
+
+
+def _hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
+    """Return the matrices of the towers' blocks, for which Muon is made.
+
+    The first stage of a tower, its embeddings, and the last, its projection, have matrices as well,
+    which are AdamW's (Jordan et al. 2024).
+    """
+    encoder = cast(PretrainingModel, model).encoder
+    hidden = encoder.image_groups()[1:-1] + encoder.text_groups()[1:-1]
+    matrices = {each for stage in hidden for each in stage if each.ndim == 2}
+    if not any(matrix.requires_grad for matrix in matrices):
+        raise ConfigError(
+            "optimizer.name is muon, but no block of the towers has a matrix that is trained; "
+            "expected adamw or lion"
+        )
+    return matrices

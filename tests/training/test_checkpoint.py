@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import signal
+import threading
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from vlm.training.checkpoint import Checkpoints
 from vlm.training.config import CheckpointConfig, OptimizerConfig
 from vlm.training.optimizer import build_optimizer
 from vlm.training.state import OptimizerState, Progress
+from vlm.training.tensor_files import TensorSnapshot
 
 
 def build(name="adamw"):
@@ -252,6 +254,62 @@ def test_what_was_locked_and_is_trained_now_starts_without_moments(tmp_path):
         assert (found is None) == (expected is None) == name.startswith("0."), name
         if found is not None:
             assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_in_the_background_the_state_of_the_step_is_kept_while_training_goes_on(
+    tmp_path, monkeypatch
+):
+    model, optimizer = build()
+    train(model, optimizer, range(2))
+    save(tmp_path / "waited", model, optimizer, step=2)
+    free, write = threading.Event(), TensorSnapshot.write
+
+    def write_late(*arguments):
+        assert free.wait(60)
+        return write(*arguments)
+
+    monkeypatch.setattr(TensorSnapshot, "write", write_late)
+    progress = Progress(2, 16)
+    checkpoints = Checkpoints(tmp_path / "apart", keep=2, in_background=True)
+    checkpoints.save(2, parts(model, optimizer, progress))
+    train(model, optimizer, range(2, 4))
+    progress.step, progress.samples = 4, 32
+    assert checkpoints.latest() is None
+    free.set()
+    checkpoints.finish()
+    for name in FILES[1:]:
+        waited, apart = (
+            tmp_path / folder / "step-00000002" / name for folder in ("waited", "apart")
+        )
+        assert waited.read_bytes() == apart.read_bytes(), name
+
+
+def test_the_last_checkpoint_is_waited_for_and_comes_after_the_one_in_the_background(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=5, in_background=True)
+    model, optimizer = build()
+    for step in (1, 2, 3):
+        checkpoints.save(step, parts(model, optimizer, Progress(step, 0)), required=step == 3)
+    assert names(tmp_path) == [f"step-0000000{step}" for step in (1, 2, 3)]
+
+
+def test_what_fails_in_the_background_is_said_and_a_fault_of_ours_is_raised(
+    tmp_path, capsys, monkeypatch
+):
+    checkpoints = Checkpoints(tmp_path, keep=5, in_background=True)
+
+    def fail(error):
+        def write(*_):
+            raise error
+
+        monkeypatch.setattr(TensorSnapshot, "write", write)
+        checkpoints.save(1, {"model": nn.Linear(2, 2)})
+
+    fail(OSError(errno.EIO, "Input/output error"))
+    checkpoints.finish()
+    assert "warning: cannot read or write a checkpoint: [Errno 5]" in capsys.readouterr().err
+    fail(AssertionError("a fault"))
+    with pytest.raises(AssertionError, match="a fault"):
+        checkpoints.save(2, {"model": nn.Linear(2, 2)})
 
 
 def test_a_manifest_says_what_a_checkpoint_holds_and_who_wrote_it(tmp_path):

@@ -30,6 +30,7 @@ Part = TypeVar("Part", bound="DataclassInstance")
 _OTHER_NAMES = {
     "gradient_accumulation_steps": "loss.micro_batches",
     "accum_freq": "loss.micro_batches",
+    "async": "checkpoint.in_background",
     "lr": "optimizer.learning_rate",
     "epochs": "schedule.steps",
 }

@@ -60,6 +60,7 @@ def build_run(config: TrainConfig, *, resume: Resume = "never") -> Run:
         config.run_folder / CHECKPOINTS_NAME,
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every,
+        in_background=config.checkpoint.in_background,
         group=host_group(_PATIENCE),
     )
     found = checkpoints.find(resume)

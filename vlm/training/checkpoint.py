@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import shorten
@@ -136,46 +137,56 @@ class Checkpoints:
     """How many of the newest are kept."""
     keep_every: int = 0
     """Steps between those that are never removed; 0 for none."""
+    in_background: bool = False
+    """Whether training goes on while a copy of its state is written."""
     group: RankGroup = SINGLE
     """All ranks, apart from the groups of training (`host_group`)."""
     _at: int = field(default=-1, init=False)
     """The step of the last one that was written or loaded."""
+    _writing: Future[None] | None = field(default=None, init=False)
+    """The one that is being written in the background."""
+    _writer: ThreadPoolExecutor = field(init=False, repr=False)
+    """Has no thread before it has something to write."""
+
+    def __post_init__(self) -> None:
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
 
     def save(self, step: int, parts: Mapping[str, Stateful], *, required: bool = False) -> None:
         """Write a checkpoint; older ones are removed only once it is complete.
 
         What the disk refuses does not end a run whose older checkpoints are there: it is said, and
-        the next one is due as ever.
+        the next one is due as ever. In the background, only the copy of the state is made here.
 
         Args:
             step: Names the checkpoint.
             parts: By name.
-            required: Whether a failure is an error, as it is for the last one of a run.
+            required: Whether a failure is an error, as it is for the last one of a run, which this
+                waits for in any case.
 
         Raises:
             CheckpointError: it cannot be written, and is required.
         """
+        self.finish()  # one at a time
         if step == self._at:  # as where a signal comes right after it
             return
-        states = {name: part.state_dict() for name, part in parts.items()}
+        apart = self.in_background and not required
         numbers, tensors = {}, {}
-        for name, state in states.items():
+        for name, part in parts.items():
+            state = part.state_dict()
             own = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-            tensors[name] = snapshot_of(own, self.group, is_copy=False)
+            tensors[name] = snapshot_of(own, self.group, is_copy=apart)
             numbers[name] = {key: value for key, value in state.items() if key not in own}
-        target = self.folder / f"step-{step:08d}"
-        try:
-            self._write(target, step, numbers, tensors)
-        except CheckpointError as error:
-            self._on_main(lambda: shutil.rmtree(temporary_folder(target), ignore_errors=True))
-            newest = self.latest()
-            left = f"the newest one is {newest}" if newest else "there is no older one"
-            if required:
-                raise CheckpointError(f"{error}; {left}") from error
-            self._say(f"warning: {error}; the run goes on and {left}")
-            return
-        self._at = step
-        self._on_main(self._purge)
+        copied = json.loads(json.dumps(numbers))
+        if apart:
+            self._writing = self._writer.submit(self._keep, step, copied, tensors, False)
+        else:
+            self._keep(step, copied, tensors, required)
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written in the background, if there is one."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def find(self, resume: Resume) -> Checkpoint | None:
         """Return the checkpoint to go on from: rank 0 decides and verifies, all have the same.
@@ -220,6 +231,28 @@ class Checkpoints:
                 f"no checkpoint of {self.folder} can be gone on from: {'; '.join(wrong)}"
             )
         return None
+
+    def _keep(
+        self,
+        step: int,
+        numbers: Mapping[str, dict[str, Any]],
+        tensors: Mapping[str, TensorSnapshot],
+        required: bool,
+    ) -> None:
+        """Write a checkpoint and remove older ones, or say why not."""
+        target = self.folder / f"step-{step:08d}"
+        try:
+            self._write(target, step, numbers, tensors)
+        except CheckpointError as error:
+            self._on_main(lambda: shutil.rmtree(temporary_folder(target), ignore_errors=True))
+            newest = self.latest()
+            left = f"the newest one is {newest}" if newest else "there is no older one"
+            if required:
+                raise CheckpointError(f"{error}; {left}") from error
+            self._say(f"warning: {error}; the run goes on and {left}")
+            return
+        self._at = step
+        self._on_main(self._purge)
 
     def _write(
         self,

@@ -196,6 +196,8 @@ class CheckpointConfig:
     """Number of newest checkpoints that are kept."""
     keep_every: int = 0
     """Steps between checkpoints that are never removed, a multiple of `every_steps`; 0 for none."""
+    in_background: bool = False
+    """Write while training goes on, from a copy of the state in the memory of each host."""
 
     def __post_init__(self) -> None:
         if self.keep_every < 0 or self.keep_every % max(self.every_steps, 1):

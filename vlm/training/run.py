@@ -128,7 +128,10 @@ class Run:
             active=is_main,
         ) as reporter:
             self.accelerator.print(self.describe(), file=sys.stderr)
-            self._train(reporter)
+            try:
+                self._train(reporter)
+            finally:
+                self.checkpoints.finish()
         bundle = self._save_bundle(BUNDLE_NAME)
         if self.average is not None:
             with self.average.in_place():

@@ -27,12 +27,10 @@ from setting import describe_setting
 from torch import Tensor
 
 from vlm.distributed.mesh import mesh_shape
+from vlm.losses import costs
 from vlm.losses.contrastive import ContrastiveLoss, PairIds
-from vlm.losses.plan import LossPlan, dtype_named
+from vlm.losses.plan import LossPlan
 
-FLOAT, INTEGER = 4, 8  # bytes of a float32 and of an int64
-DECLARED = 28  # integers that a rank declares of its features
-FEW_RANKS = 4  # up to here an axis merges its statistics by one all-gather
 NODE = 8  # ranks of a machine in the large worlds
 CHECKED_ROWS, CHECKED_DIM = 8, 16
 # The largest world in which to check open_clip's loss, which takes each process seconds to import.
@@ -45,19 +43,8 @@ COLLECTIVES = {
 }
 
 
-@dataclass(frozen=True)
-class Batch:
-    """The sizes of a step."""
-
-    world: int
-    rows: int
-    """Samples a rank."""
-    dim: int
-
-    @property
-    def features(self) -> int:
-        """Numbers in one side's features of one rank."""
-        return self.rows * self.dim
+class Batch(costs.Batch):
+    """The sizes of a step of one term."""
 
     @property
     def block(self) -> int:
@@ -96,13 +83,13 @@ def open_clip_cost(batch: Batch, *, local: bool) -> Cost:
     """
     directions = 2 if local else 1
     pairs = batch.block if local else batch.block * batch.world
-    travelled = 2 * (batch.world - 1) * batch.features * FLOAT
+    travelled = 2 * (batch.world - 1) * batch.features * costs.FLOAT
     return Cost(
         candidates=batch.world * batch.rows,
         units=3 * directions if local else 3 * batch.world,
-        feature_bytes=4 * batch.world * batch.features * FLOAT,
+        feature_bytes=4 * batch.world * batch.features * costs.FLOAT,
         # Logits, log-softmaxes and gradients: `TensorMeter` finds four float32 a pair at the peak.
-        similarity_bytes=4 * FLOAT * pairs,
+        similarity_bytes=4 * costs.FLOAT * pairs,
         sent=directions * travelled,
         collectives={"all-gather": 2} | ({"reduce-scatter": 2} if local else {}),
     )
@@ -119,9 +106,9 @@ def plan_cost(plan: LossPlan, batch: Batch, *, node: int | None = None, ids: boo
     """
     group = plan.group_size or batch.world
     rows, columns = mesh_shape(plan.mesh, range(group), node or batch.world)
-    block = group * batch.rows**2 * FLOAT
+    block = group * batch.rows**2 * costs.FLOAT
     tile_rows, tile_columns = plan.tile_shape("cuda")
-    tile = min(block, tile_rows * tile_columns * FLOAT)
+    tile = min(block, tile_rows * tile_columns * costs.FLOAT)
     kept = 0 if plan.kind == "sigmoid" else int(min(block, plan.kept_bytes))
     again = plan.kind == "softmax" and kept < block
     tiles = 3 if plan.kind == "sigmoid" else 1 + again
@@ -129,7 +116,7 @@ def plan_cost(plan: LossPlan, batch: Batch, *, node: int | None = None, ids: boo
     return Cost(
         candidates=group * batch.rows,
         units=(3 + again) * group / batch.world,
-        feature_bytes=2 * (rows + columns) * batch.features * FLOAT,
+        feature_bytes=2 * (rows + columns) * batch.features * costs.FLOAT,
         similarity_bytes=kept + tiles * tile,
         sent=sum(size for _, size in sent),
         collectives=dict(Counter(kind for kind, _ in sent)),
@@ -138,43 +125,18 @@ def plan_cost(plan: LossPlan, batch: Batch, *, node: int | None = None, ids: boo
 
 def messages(
     plan: LossPlan, batch: Batch, mesh: tuple[int, int], *, ids: bool
-) -> Iterator[tuple[str, int]]:
-    """Give the collectives of a step, and the bytes that a rank sends in each."""
-    declarers = mesh[0] * mesh[1] if plan.even else batch.world
-    if declarers > 1:
-        yield "all-gather", (declarers - 1) * DECLARED * INTEGER
-    wire, gradient_wire = (
-        dtype_named(name).itemsize if name else FLOAT
-        for name in (plan.wire_dtype, plan.gradient_wire_dtype)
-    )
+) -> Iterator[costs.Message]:
+    """Give the collectives of a step of one term, and the bytes that a rank sends in each."""
+    yield from costs.declaration(plan, batch, mesh)
     # Texts travel along columns, of as many ranks as the mesh has rows; images along rows.
     for ranks in mesh:
-        if ranks == 1:
-            continue
-        others = (ranks - 1) * batch.rows
-        yield "all-gather", others * batch.dim * wire
-        yield "reduce-scatter", others * batch.dim * gradient_wire
+        yield from costs.travel(plan, ranks, batch.features)
         if ids:  # of the sample, the image and the caption
-            yield "all-gather", others * 3 * INTEGER
-        yield from merges(ranks, batch.rows, *statistics_kept(plan, ids=ids))
+            yield from costs.gather(ranks, batch.rows * 3 * costs.INTEGER)
+        yield from costs.merges(ranks, batch.rows, *costs.statistics_kept(plan, ids=ids))
 
 
-def statistics_kept(plan: LossPlan, *, ids: bool) -> tuple[int, int]:
-    """Return how many maxima and how many sums are known of each sample."""
-    sums = 1 + bool(plan.label_smoothing)
-    return (2, sums + 2 + (plan.duplicates == "ignore")) if ids else (1, sums)
-
-
-def merges(ranks: int, rows: int, maxima: int, sums: int) -> Iterator[tuple[str, int]]:
-    """Give the collectives that merge statistics along one axis of the mesh."""
-    if ranks <= FEW_RANKS:
-        yield "all-gather", (ranks - 1) * ranks * rows * (maxima + sums) * FLOAT
-    else:
-        for values in (maxima, sums):
-            yield "all-reduce", 2 * (ranks - 1) * rows * values * FLOAT
-
-
-def costs(batch: Batch) -> dict[str, Cost]:
+def cost_of_losses(batch: Batch) -> dict[str, Cost]:
     """Return what each loss that such a world can have costs."""
     exact = partial(plan_cost, batch=batch)
     table = {
@@ -370,7 +332,7 @@ def main() -> None:
     formulas = {}
     for ranks in options.ranks:
         batch = Batch(ranks, options.rows, options.dim)
-        table = costs(batch)
+        table = cost_of_losses(batch)
         formulas[ranks] = {name: asdict(cost) for name, cost in table.items()}
         print(cost_table(batch, table), file=sys.stderr)
     checks = {}

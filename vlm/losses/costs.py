@@ -110,7 +110,9 @@ def step_messages(config: LossConfig, batch: Batch, mesh: Mesh, *, texts: int) -
             yield from travel(plan, ranks, batch.features * per_sample)
     ids = 2 + texts  # of the sample, the image, and each caption
     yield from gather(columns, batch.rows * ids * INTEGER)
-    yield from gather(rows, batch.rows * (ids + (3 * texts if together else 0)) * INTEGER)
+    yield from gather(rows, batch.rows * ids * INTEGER)
+    if together:  # and of each caption on its own
+        yield from gather(rows, batch.rows * 3 * texts * INTEGER)
     terms = ([(1, texts)] if together else [(1, 1)] * texts) + [(1, 1)] * pair
     maxima, sums = statistics_kept(plan, ids=True)
     for of_rows, of_columns in terms:

@@ -43,7 +43,7 @@ COLLECTIVES = {
 }
 
 
-class Batch(costs.Batch):
+class Batch(costs.Sizes):
     """The sizes of a step of one term."""
 
     @property

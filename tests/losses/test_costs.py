@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from benchmarks.meters import TensorMeter
 from tests.support.processes import run_in_world
 from vlm.losses.bilingual import BilingualLoss
-from vlm.losses.costs import Batch, step_cost
+from vlm.losses.costs import Sizes, step_cost
 from vlm.losses.plan import LossConfig, LossPlan
 
 RANKS, LOCAL, DIM = 4, 6, 16
@@ -55,7 +55,7 @@ def counted(rank):
 @pytest.mark.distributed
 def test_formulas_give_the_bytes_and_collectives_of_every_plan():
     costs = [
-        step_cost(config, Batch(RANKS, LOCAL, DIM), config.plan.mesh, texts=2) for config in CASES
+        step_cost(config, Sizes(RANKS, LOCAL, DIM), config.plan.mesh, texts=2) for config in CASES
     ]
     expected = torch.tensor([(cost.sent, cost.collectives) for cost in costs])
     for found in run_in_world(counted, RANKS):

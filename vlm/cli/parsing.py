@@ -181,7 +181,7 @@ def _arguments(
     while rest:
         word = rest.pop(0)
         option, sign, value = word.partition("=")
-        name = option.lstrip("-")
+        name = _as_setting(option.lstrip("-"), settings)
         kind = settings.get(name, _kind_of_entry(name, settings))
         many = _is_list(kind) and ("." not in name or name not in settings)
         if not word.startswith("-"):
@@ -202,13 +202,19 @@ def _arguments(
         if plain in ([str], [Path]) and name != "config":
             raw[name] = plain[0](values[0])
         else:
-            arguments.append(f"{option}={values[0]}")  # joined: a value may begin with a dash
+            arguments.append(f"--{name}={values[0]}")  # joined: a value may begin with a dash
     if positional and _is_list(settings[positional[-1]]):
         last = len(positional) - 1
         free[last:] = [json.dumps(free[last:], ensure_ascii=False)]
     if len(free) > len(positional):
         raise VlmError(f"found the argument {free[-1]!r}; expected `{usage} [options]`")
     return arguments + free, raw
+
+
+def _as_setting(name: str, settings: Mapping[str, Any]) -> str:
+    """Return the setting of a name that may have hyphens, as other programs' options do."""
+    written = name.replace("-", "_")
+    return written if written in settings else name
 
 
 def _kind_of_entry(name: str, settings: Mapping[str, Any]) -> Any:

@@ -70,17 +70,7 @@ def build_mesh(
             hold the group (on every rank alike).
     """
     world = world_group()
-    size = world.size if group_size is None else group_size
-    if size < 1 or world.size % size:
-        raise DistributedError(
-            f"group_size is {size}; expected a divisor of the world size, {world.size}"
-        )
-    groups = [
-        tuple(range(k, world.size, world.size // size))
-        if grouping == "strided"
-        else tuple(range(k * size, (k + 1) * size))
-        for k in range(world.size // size)
-    ]
+    groups = loss_groups(world.size, group_size, grouping)
     rows, columns = mesh_shape(shape, groups[0], ranks_per_node())
     # Ranks are numbered row by row: rank (p, q) of a group is its member p * columns + q.
     mesh_rows = [g[p * columns : (p + 1) * columns] for g in groups for p in range(rows)]
@@ -94,6 +84,27 @@ def build_mesh(
         world=world,
         members=next(g for g in groups if world.rank in g),
     )
+
+
+def loss_groups(
+    world_size: int, group_size: int | None = None, grouping: Grouping = "contiguous"
+) -> list[tuple[int, ...]]:
+    """Return the ranks of each loss group, as `build_mesh` explains.
+
+    Raises:
+        DistributedError: the group size does not divide the world size.
+    """
+    size = world_size if group_size is None else group_size
+    if size < 1 or world_size % size:
+        raise DistributedError(
+            f"group_size is {size}; expected a divisor of the world size, {world_size}"
+        )
+    return [
+        tuple(range(k, world_size, world_size // size))
+        if grouping == "strided"
+        else tuple(range(k * size, (k + 1) * size))
+        for k in range(world_size // size)
+    ]
 
 
 def mesh_shape(shape: MeshShape, members: Sequence[int], ranks_per_node: int) -> tuple[int, int]:

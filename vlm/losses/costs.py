@@ -28,7 +28,7 @@ class Message(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Batch:
+class Sizes:
     """The sizes of a step in the space of one head."""
 
     world: int
@@ -57,7 +57,7 @@ class StepCost:
 
 
 def step_cost(
-    config: LossConfig, batch: Batch, mesh: Mesh, *, texts: int, device: str = "cuda"
+    config: LossConfig, batch: Sizes, mesh: Mesh, *, texts: int, device: str = "cuda"
 ) -> StepCost:
     """Return the cost of a training step's loss on features of float32.
 
@@ -94,7 +94,7 @@ def step_cost(
     )
 
 
-def step_messages(config: LossConfig, batch: Batch, mesh: Mesh, *, texts: int) -> Iterator[Message]:
+def step_messages(config: LossConfig, batch: Sizes, mesh: Mesh, *, texts: int) -> Iterator[Message]:
     """Give the collectives of a training step's loss on one head's features of float32."""
     plan, (rows, columns) = config.plan, mesh
     together, pair = config.captions == "together", bool(config.text_text_weight)
@@ -120,7 +120,7 @@ def step_messages(config: LossConfig, batch: Batch, mesh: Mesh, *, texts: int) -
         yield from merges(rows, batch.rows * of_columns, maxima, sums)
 
 
-def declaration(plan: LossPlan, batch: Batch, mesh: Mesh) -> Iterator[Message]:
+def declaration(plan: LossPlan, batch: Sizes, mesh: Mesh) -> Iterator[Message]:
     """Give the message in which ranks declare what they bring."""
     declarers = mesh[0] * mesh[1] if plan.even else batch.world
     yield from gather(declarers, _DECLARED * INTEGER)

@@ -67,11 +67,14 @@ def build_run(config: TrainConfig, *, resume: Resume = "never") -> Run:
     origin = compared(config, found, world_size=accelerator.num_processes)
     start = build_start(config)
     loader = build_loader(config, start, accelerator)
-    loss = _build_loss(config, start.model.logit_bias is not None, accelerator.num_processes)
+    check_loss(config, start.model.logit_bias is not None, accelerator.num_processes)
+    loss = _build_loss(config)
     evaluate = build_evaluation(config, start)
+    alone = accelerator.num_processes == 1 and accelerator.device.type == "cpu"
+    text_thread = TextThread(start.model) if config.parallel_towers and alone else None
     # Batch norm is always over the whole batch, so that a run does not depend on its processes.
     model: nn.Module = synchronize_batch_norm(
-        _build_model(config, start, accelerator), world_group(), accelerator.device
+        build_model(config, start, text_thread), world_group(), accelerator.device
     )
     if config.compile:
         compile_blocks(blocks_of(start.model))
@@ -119,8 +122,8 @@ def _keep_freed_memory() -> None:
         mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
 
 
-def _build_loss(config: TrainConfig, has_bias: bool, ranks: int) -> BilingualLoss:
-    """Build the loss; a collective operation."""
+def check_loss(config: TrainConfig, has_bias: bool, ranks: int) -> None:
+    """Refuse a loss that does not fit the model, the languages or the batch of each rank."""
     loss, languages = config.loss, config.captions.languages
     if (loss.plan.kind == "sigmoid") != has_bias:
         raise ConfigError(
@@ -141,6 +144,11 @@ def _build_loss(config: TrainConfig, has_bias: bool, ranks: int) -> BilingualLos
             f"loss.text_text_weight is {loss.text_text_weight} for the languages "
             f"{', '.join(languages)}; expected two languages"
         )
+
+
+def _build_loss(config: TrainConfig) -> BilingualLoss:
+    """Build the loss; a collective operation."""
+    loss, languages = config.loss, config.captions.languages
     return BilingualLoss(
         loss.plan,
         weights={second_of(language): loss.second_weight for language in languages},
@@ -150,7 +158,10 @@ def _build_loss(config: TrainConfig, has_bias: bool, ranks: int) -> BilingualLos
     )
 
 
-def _build_model(config: TrainConfig, start: Bundle, accelerator: Accelerator) -> PretrainingModel:
+def build_model(
+    config: TrainConfig, start: Bundle, text_thread: TextThread | None = None
+) -> PretrainingModel:
+    """Put what is trained around the model that a run starts from, which is adapted in place."""
     if config.objectives.masked.weights and config.adapt.patch_dropout:
         raise ConfigError(
             f"adapt.patch_dropout is {config.adapt.patch_dropout}, but masked modelling reads "
@@ -158,7 +169,6 @@ def _build_model(config: TrainConfig, start: Bundle, accelerator: Accelerator) -
         )
     adapt(start.model, config.adapt)
     languages = config.captions.languages
-    alone = accelerator.num_processes == 1 and accelerator.device.type == "cpu"
     return build_pretraining_model(
         start.model,
         config.objectives,
@@ -166,5 +176,5 @@ def _build_model(config: TrainConfig, start: Bundle, accelerator: Accelerator) -
             name: language for language in languages for name in (language, second_of(language))
         },
         preprocess_cfg=start.preprocess_cfg,
-        text_thread=TextThread(start.model) if config.parallel_towers and alone else None,
+        text_thread=text_thread,
     )

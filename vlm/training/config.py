@@ -1,6 +1,7 @@
 """`TrainConfig`: everything a file in `configs/train` can say."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -210,6 +211,41 @@ class CheckpointConfig:
                 f"checkpoint: every_steps is {self.every_steps} and keep {self.keep}; "
                 "expected at least 0 and at least 1"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Where a run is to take place, for the plan that a dry run prints."""
+
+    world: int | None = None
+    """For a dry run: number of processes, one a device; null for those that were launched."""
+    ranks_per_node: int | None = None
+    """For a dry run: processes of a machine; null for those that were launched, else 8."""
+    mfu: float = 0.4
+    """For a dry run: ratio of a device's peak that training reaches (model FLOP utilisation)."""
+    peak_tflops: float = 989.0
+    """For a dry run: peak of a device in TFLOP/s; 989 is an H100's in bfloat16."""
+
+    def __post_init__(self) -> None:
+        for name in ("world", "ranks_per_node"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if not 0 < self.mfu <= 1 or not self.peak_tflops > 0:
+            raise ConfigError(
+                f"mfu is {self.mfu} and peak_tflops {self.peak_tflops}; expected a ratio in (0, 1] "
+                "and more than 0"
+            )
+
+    @property
+    def ranks(self) -> int:
+        """The number of processes."""
+        return self.world or int(os.environ.get("WORLD_SIZE", "1"))
+
+    @property
+    def node(self) -> int:
+        """The number of processes of a machine."""
+        launched = int(os.environ.get("LOCAL_WORLD_SIZE", "8"))
+        return min(self.ranks_per_node or launched, self.ranks)
 
 
 @dataclass(frozen=True, kw_only=True)

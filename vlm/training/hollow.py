@@ -31,24 +31,24 @@ _INDEXED = (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.defaul
 # torch knows the attention of GPUs by itself; on a CPU it has another name and the same products.
 @register_flop_formula(_aten._scaled_dot_product_flash_attention_for_cpu)
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
 @register_flop_formula(_aten._scaled_dot_product_flash_attention_for_cpu_backward)
 def _attention_backward_flops(
     grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any
 ) -> int:
-    return int(sdpa_backward_flop_count(grad, query, key, value))
+    return int(sdpa_backward_flop_count(grad, query, key, value))  # type: ignore[no-untyped-call]
 
 
-class HollowTensors(TorchDispatchMode):
+class HollowTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs operations on tensors without contents, and counts the bytes that are alive.
 
     Tensors that are there before its `with` block are not counted.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.fake_device = torch.device("cpu")
         self.flops = 0

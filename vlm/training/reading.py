@@ -1,6 +1,6 @@
 """What a run reads: its sources in their order, and the loader of their batches."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 
@@ -25,52 +25,77 @@ _LOOKED_AT = 100  # shards, for their languages: a start reads little, whatever 
 
 def build_loader(config: TrainConfig, start: Bundle, accelerator: Accelerator) -> TrainingLoader:
     """Open the sources of a run; return the loader of this rank's batches from any of its steps."""
+    ranks, sources = accelerator.num_processes, open_sources(config)
+    streams = config.data.streams or ranks // ranks_per_node()
+    order = BatchOrder(
+        source_orders(config, sources, streams),
+        mixture_of(config.data, {name: len(source) for name, source in sources.items()}),
+        config.data.batch_size,
+        seed=config.seed,
+        rank=accelerator.process_index,
+        world_size=ranks,
+    )
+    return TrainingLoader(
+        # Each rank reads that many streams.
+        examples_of(config, start, sources, order.sources, streams_read=-(-streams // ranks)),
+        order,
+        start.tokenizer,
+        workers=config.data.workers,
+        masks=mask_plan(config.objectives.masked, start.model),
+    )
+
+
+def open_sources(config: TrainConfig) -> dict[str, Source]:
+    """Open the sources of a run by name; one has captions in each of its languages."""
     data = config.data
     sources = {
         name: open_source(each, verify=data.verify, cache_gib=data.cache_gib)
         for name, each in data.by_name.items()
     }
-    _check_languages(list(sources.values()), config.captions.languages)
-    streams = data.streams or accelerator.num_processes // ranks_per_node()
+    check_languages(list(sources.values()), config.captions.languages)
+    return sources
+
+
+def source_orders(
+    config: TrainConfig, sources: Mapping[str, Source], streams: int
+) -> list[SourceOrder]:
+    """Return the order in which streams read each source: of a new run as many as its nodes."""
+    data = config.data
     label = data.mixture.batch_by if data.mixture.batch_by != "source" else ""
     if label:
         _check_label(list(sources.values()), label)
-    order = BatchOrder(
+    return [
+        SourceOrder(
+            name,
+            np.array(source.sizes),
+            streams,
+            config.seed,
+            groups=partial(source.label_ids, label) if label else None,
+            run=max(data.batch_size // streams, 1),
+        )
+        for name, source in sources.items()
+    ]
+
+
+def examples_of(
+    config: TrainConfig,
+    start: Bundle,
+    sources: Mapping[str, Source],
+    orders: Sequence[SourceOrder],
+    *,
+    streams_read: int = 1,
+) -> TrainingExamples:
+    """Return what reads and augments the samples of sources."""
+    return TrainingExamples(
         [
-            SourceOrder(
-                name,
-                np.array(source.sizes),
-                streams,  # of a new run: its nodes, so that each reads its own shards
-                config.seed,
-                groups=partial(source.label_ids, label) if label else None,
-                run=max(data.batch_size // streams, 1),
-            )
-            for name, source in sources.items()
+            source.keeping_open(streams_read * each.open_shards)
+            for source, each in zip(sources.values(), orders, strict=True)
         ],
-        mixture_of(data, {name: len(source) for name, source in sources.items()}),
-        data.batch_size,
-        seed=config.seed,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-    )
-    read = -(-streams // accelerator.num_processes)  # streams that a rank reads
-    examples = TrainingExamples(
-        [
-            source.keeping_open(read * each.open_shards)
-            for source, each in zip(sources.values(), order.sources, strict=True)
-        ],
-        order.sources,
+        orders,
         _training_transform(config, start),
         config.captions,
         seed=config.seed,
         keep_decoded=config.data.keep_decoded,
-    )
-    return TrainingLoader(
-        examples,
-        order,
-        start.tokenizer,
-        workers=config.data.workers,
-        masks=mask_plan(config.objectives.masked, start.model),
     )
 
 
@@ -84,7 +109,7 @@ def _training_transform(config: TrainConfig, start: Bundle) -> TrainingTransform
     return TrainingTransform(PreprocessConfig(**settings), config.augmentation, side)
 
 
-def _check_languages(sources: Sequence[Source], languages: Sequence[str]) -> None:
+def check_languages(sources: Sequence[Source], languages: Sequence[str]) -> None:
     """Refuse languages that no sample has: their terms of the loss would be 0 all the way."""
     found: set[str] = set()
     shards = [(source, shard) for source in sources for shard in range(len(source.sizes))]

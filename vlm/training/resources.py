@@ -1,0 +1,218 @@
+"""What a run takes of each device and of the network, found without weights or other processes."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vlm.batches.batch import Batch
+from vlm.batches.collate import MaskPlan, draw_patches
+from vlm.batches.examples import second_of
+from vlm.errors import ConfigError
+from vlm.losses.costs import Mesh, Sizes, head_widths, step_cost
+from vlm.models.encoder import UNIMODAL, Encoder
+from vlm.models.masked import Hidden
+from vlm.models.pretraining import PretrainingModel
+from vlm.text.tokenizer import TokenBatch
+from vlm.training.config import ClusterConfig, TrainConfig
+from vlm.training.hollow import HollowTensors, Pass, make_hollow, optimizer_bytes, run_pass
+from vlm.training.objectives import mask_plan
+from vlm.training.optimizer import build_optimizer
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What training a model takes, at the longest texts that it reads."""
+
+    parameters: Mapping[str, int]
+    """Their number by part; towers may share some."""
+    memory: Mapping[str, int]
+    """Bytes on each device, by what takes them, and the peak of them all."""
+    flops: int
+    """Of one sample, forward and backward, without anything computed twice."""
+    sent: Mapping[str, int]
+    """Bytes that a rank sends in a step, by what for."""
+    checkpoint: int
+    """Bytes of one checkpoint."""
+    bundle: int
+    """Bytes of a bundle's weights."""
+
+
+def resources_of(
+    config: TrainConfig,
+    cluster: ClusterConfig,
+    model: PretrainingModel,
+    *,
+    image_size: int,
+    context_length: int,
+    mesh: Mesh,
+    batch: Batch | None,
+) -> Resources:
+    """Run passes of a model over tensors without contents, and return what training it takes.
+
+    Args:
+        config: The run.
+        cluster: Where it is to run.
+        model: What it trains; its weights are dropped.
+        image_size: Side of its images.
+        context_length: Of the tokenizer; memory must hold texts of that length.
+        mesh: The loss group's.
+        batch: Samples of the data, whose texts are of natural length; None for the longest.
+    """
+    mode = HollowTensors()
+    make_hollow(model, mode)
+    encoder, ranks = model.encoder, cluster.ranks
+    parameters = _parameters(model)
+    local = config.data.batch_size // ranks
+    rows = -(-local // config.loss.micro_batches)
+    masks = mask_plan(config.objectives.masked, encoder)
+    longest = _longest(config, rows, image_size, context_length, masks)
+    step = _pass(config, model, mode, longest)
+    with _kept_activations(encoder):
+        recomputes = config.adapt.grad_checkpointing != "none"
+        kept = _saved(config, model, mode, longest) if recomputes else step.saved
+        read = _pass(config, model, mode, batch or longest)
+    weights, states = (
+        _bytes(model.parameters()),
+        optimizer_bytes(build_optimizer(model, config.optimizer), model, mode=mode),
+    )
+    trained = _bytes(each for each in model.parameters() if each.requires_grad)
+    widths = head_widths(
+        encoder.embed_dim,
+        config.objectives.matryoshka,
+        unimodal=model.unimodal and UNIMODAL in encoder.logit_scales,
+    )
+    texts = len(config.captions.languages) * (1 + config.captions.second)
+    here = cluster.world is None and not torch.accelerator.is_available()
+    device = "cpu" if here else "cuda"  # whose tiles are larger
+    one_pass = config.loss.accumulation == "one_pass"
+    compared = rows if one_pass else local
+    heads = [
+        step_cost(config.loss, Sizes(ranks, compared, width), mesh, texts=texts, device=device)
+        for width in widths
+    ]
+    exchanges = config.loss.micro_batches if one_pass else 1
+    average = weights if config.averaging.ema_decay is not None else 0
+    # Gradients of earlier micro-batches are there all the time, and so are DDP's buckets.
+    there = trained * ((config.loss.micro_batches > 1) + (ranks > 1))
+    loss = sum(each.held for each in heads)
+    peak = max(step.saved + loss, step.peak(ratio=0.0 if config.loss.micro_batches > 1 else 1.0))
+    resting = weights + _bytes(model.buffers()) + average + sum(states.values())
+    memory = {
+        "weights": weights + _bytes(model.buffers()),
+        **({"moving average": average} if average else {}),
+        **{f"optimizer {kind}": size for kind, size in states.items() if size > 1 << 16},
+        "gradients": trained * (1 + (ranks > 1)),
+        "activations": step.saved,
+        "activations without recomputation": kept,
+        "loss": loss,
+        "peak": resting + max(there + peak, trained + there),
+    }
+    return Resources(
+        parameters=parameters,
+        memory=memory,
+        flops=read.flops // len((batch or longest).uids)
+        + sum(each.flops for each in heads) // compared,
+        sent={
+            "loss": exchanges * sum(each.sent for each in heads),
+            "gradients": 2 * (ranks - 1) * trained // ranks,
+        },
+        checkpoint=weights + average + sum(states.values()),
+        bundle=_bytes(encoder.parameters()),
+    )
+
+
+@contextmanager
+def _kept_activations(encoder: Encoder) -> Iterator[None]:
+    """Let blocks that are computed again keep their activations, in a `with` block."""
+    forwards = [(block, block.__dict__.pop("forward", None)) for block in encoder.blocks()]
+    try:
+        yield
+    finally:
+        for block, forward in forwards:
+            if forward is not None:
+                block.forward = forward
+
+
+def _parameters(model: PretrainingModel) -> dict[str, int]:
+    """Count parameters by part; a part that both towers share counts in each."""
+    encoder = model.encoder
+    try:
+        towers = {
+            "image tower": {each for group in encoder.image_groups() for each in group},
+            "text tower": {each for group in encoder.text_groups() for each in group},
+        }
+    except ConfigError:  # a tower that cannot be divided
+        towers = {"towers": set(encoder.parameters())}
+    of_training = set(model.parameters()) - set(encoder.parameters())
+    trained = {each for each in model.parameters() if each.requires_grad}
+    parts = towers | {"only for training": of_training} | {"all": set(model.parameters())}
+    shared = set.intersection(*towers.values()) if len(towers) > 1 else set()
+    parts |= {"shared by the towers": shared} if shared else {}
+    return {name: _count(part) for name, part in (parts | {"trained": trained}).items()}
+
+
+def _count(parameters: set[nn.Parameter]) -> int:
+    return sum(each.numel() for each in parameters)
+
+
+def _bytes(tensors: Iterator[nn.Parameter] | Iterator[Tensor]) -> int:
+    return sum(each.nbytes for each in tensors)
+
+
+def _longest(
+    config: TrainConfig, rows: int, image_size: int, length: int, masks: MaskPlan
+) -> Batch:
+    """Return a micro-batch whose every sample has captions of the longest kind."""
+    languages = config.captions.languages
+    names = [*languages, *map(second_of, languages)] if config.captions.second else [*languages]
+    own = torch.arange(rows)
+    tokens = TokenBatch(torch.zeros(rows, length, dtype=torch.long), torch.ones(rows, length) > 0)
+    hidden = (torch.arange(length) < masks.text_ratio * length).expand(rows, -1)
+    return Batch(
+        images=torch.empty(rows, 3, image_size, image_size, device="meta"),
+        texts=dict.fromkeys(names, tokens),
+        text_rows=dict.fromkeys(names, own),
+        image_ids=own,
+        caption_ids=dict.fromkeys(names, own),
+        uids=tuple(map(str, range(rows))),
+        hidden_words=dict.fromkeys(languages, hidden) if masks.text_ratio else {},
+        hidden_patches=draw_patches(
+            rows, masks.grid, ratio=masks.image_ratio, generator=torch.Generator()
+        )
+        if masks.image_ratio
+        else None,
+    )
+
+
+def _pass(config: TrainConfig, model: PretrainingModel, mode: HollowTensors, batch: Batch) -> Pass:
+    return run_pass(model, lambda: _scalar(config, model, batch), mode=mode)
+
+
+def _saved(config: TrainConfig, model: PretrainingModel, mode: HollowTensors, batch: Batch) -> int:
+    """Return the bytes that a forward pass leaves for the backward one."""
+    mode.log.clear()
+    with mode:
+        result = _scalar(config, model, batch)
+        saved = sum(size for _, size in mode.log)
+    del result
+    return saved
+
+
+def _scalar(config: TrainConfig, model: PretrainingModel, batch: Batch) -> Tensor:
+    """Return a number whose gradient reaches all that the loss's does."""
+    images = torch.empty(batch.images.shape)  # hollow, inside the mode
+    hidden = Hidden(batch.text_rows, batch.hidden_words, batch.hidden_patches)
+    with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+        encoded = model(images, batch.texts, hidden)
+    total: Tensor = torch.zeros(())
+    for head in encoded.heads.values():
+        assert head.image is not None
+        total = total + head.image.sum() + head.logit_scale
+        total = total + sum(text.sum() for text in head.text.values())
+        total = total if head.logit_bias is None else total + head.logit_bias
+    for other in encoded.others.values():
+        total = total + other
+    return total

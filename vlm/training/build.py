@@ -67,14 +67,12 @@ def build_run(config: TrainConfig, *, resume: Resume = "never") -> Run:
     origin = compared(config, found, world_size=accelerator.num_processes)
     start = build_start(config)
     loader = build_loader(config, start, accelerator)
-    check_loss(config, start.model.logit_bias is not None, accelerator.num_processes)
-    loss = _build_loss(config)
+    loss = _build_loss(config, start.model.logit_bias is not None, accelerator.num_processes)
     evaluate = build_evaluation(config, start)
-    alone = accelerator.num_processes == 1 and accelerator.device.type == "cpu"
-    text_thread = TextThread(start.model) if config.parallel_towers and alone else None
     # Batch norm is always over the whole batch, so that a run does not depend on its processes.
+    alone = accelerator.num_processes == 1 and accelerator.device.type == "cpu"
     model: nn.Module = synchronize_batch_norm(
-        build_model(config, start, text_thread), world_group(), accelerator.device
+        build_model(config, start, may_thread=alone), world_group(), accelerator.device
     )
     if config.compile:
         compile_blocks(blocks_of(start.model))
@@ -146,8 +144,9 @@ def check_loss(config: TrainConfig, has_bias: bool, ranks: int) -> None:
         )
 
 
-def _build_loss(config: TrainConfig) -> BilingualLoss:
+def _build_loss(config: TrainConfig, has_bias: bool, ranks: int) -> BilingualLoss:
     """Build the loss; a collective operation."""
+    check_loss(config, has_bias, ranks)
     loss, languages = config.loss, config.captions.languages
     return BilingualLoss(
         loss.plan,
@@ -159,9 +158,9 @@ def _build_loss(config: TrainConfig) -> BilingualLoss:
 
 
 def build_model(
-    config: TrainConfig, start: Bundle, text_thread: TextThread | None = None
+    config: TrainConfig, start: Bundle, *, may_thread: bool = False
 ) -> PretrainingModel:
-    """Put what is trained around the model that a run starts from, which is adapted in place."""
+    """Put what only training has around the model of a bundle, which is adapted in place."""
     if config.objectives.masked.weights and config.adapt.patch_dropout:
         raise ConfigError(
             f"adapt.patch_dropout is {config.adapt.patch_dropout}, but masked modelling reads "
@@ -176,5 +175,5 @@ def build_model(
             name: language for language in languages for name in (language, second_of(language))
         },
         preprocess_cfg=start.preprocess_cfg,
-        text_thread=text_thread,
+        text_thread=TextThread(start.model) if config.parallel_towers and may_thread else None,
     )

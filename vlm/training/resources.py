@@ -11,7 +11,7 @@ from vlm.batches.batch import Batch
 from vlm.batches.collate import MaskPlan, draw_patches
 from vlm.batches.examples import second_of
 from vlm.errors import ConfigError
-from vlm.losses.costs import Mesh, Sizes, head_widths, step_cost
+from vlm.losses.costs import Mesh, Sizes, StepCost, head_widths, step_cost
 from vlm.models.encoder import UNIMODAL, Encoder
 from vlm.models.masked import Hidden
 from vlm.models.pretraining import PretrainingModel
@@ -20,6 +20,8 @@ from vlm.training.config import ClusterConfig, TrainConfig
 from vlm.training.hollow import HollowTensors, Pass, make_hollow, optimizer_bytes, run_pass
 from vlm.training.objectives import mask_plan
 from vlm.training.optimizer import build_optimizer
+
+_SMALL = 1 << 16  # bytes of a state that is not worth a line, such as counts of steps
 
 
 @dataclass(frozen=True)
@@ -63,64 +65,77 @@ def resources_of(
     """
     mode = HollowTensors()
     make_hollow(model, mode)
-    encoder, ranks = model.encoder, cluster.ranks
-    parameters = _parameters(model)
-    local = config.data.batch_size // ranks
-    rows = -(-local // config.loss.micro_batches)
-    masks = mask_plan(config.objectives.masked, encoder)
+    rows = -(-config.data.batch_size // (cluster.ranks * config.loss.micro_batches))
+    masks = mask_plan(config.objectives.masked, model.encoder)
     longest = _longest(config, rows, image_size, context_length, masks)
     step = _pass(config, model, mode, longest)
-    with _kept_activations(encoder):
+    with _kept_activations(model.encoder):
         recomputes = config.adapt.grad_checkpointing != "none"
         kept = _saved(config, model, mode, longest) if recomputes else step.saved
         read = _pass(config, model, mode, batch or longest)
-    weights, states = (
-        _bytes(model.parameters()),
-        optimizer_bytes(build_optimizer(model, config.optimizer), model, mode=mode),
-    )
+    states = optimizer_bytes(build_optimizer(model, config.optimizer), model, mode=mode)
+    weights = _bytes(model.parameters())
     trained = _bytes(each for each in model.parameters() if each.requires_grad)
+    average = {"moving average": weights} if config.averaging.ema_decay is not None else {}
+    loss = _loss_cost(config, cluster, model, mesh)
+    memory = {
+        "weights": weights + _bytes(model.buffers()),
+        **average,
+        **{f"optimizer {kind}": size for kind, size in states.items() if size > _SMALL},
+    }
+    peak = sum(memory.values()) + _most(config, cluster, step, loss.held, trained)
+    memory |= {
+        "gradients": trained * (1 + (cluster.ranks > 1)),
+        "activations": step.saved,
+        "activations without recomputation": kept,
+        "loss": loss.held,
+        "peak": peak,
+    }
+    return Resources(
+        parameters=_parameters(model),
+        memory=memory,
+        flops=read.flops // len((batch or longest).uids) + loss.flops,
+        sent={
+            "loss": loss.sent,
+            "gradients": 2 * (cluster.ranks - 1) * trained // cluster.ranks,
+        },
+        checkpoint=weights + sum(average.values()) + sum(states.values()),
+        bundle=_bytes(model.encoder.parameters()),
+    )
+
+
+def _most(config: TrainConfig, cluster: ClusterConfig, step: Pass, loss: int, trained: int) -> int:
+    """Return the most bytes that a step adds to what is there between steps."""
+    buckets = trained if cluster.ranks > 1 else 0  # in which DDP averages gradients
+    in_parts = config.loss.micro_batches > 1
+    # Gradients of earlier micro-batches are there all the time.
+    before = buckets + (trained if in_parts else 0)
+    within = max(step.saved + loss, step.peak(ratio=0.0 if in_parts else 1.0))
+    return max(before + within, trained + buckets)
+
+
+def _loss_cost(
+    config: TrainConfig, cluster: ClusterConfig, model: PretrainingModel, mesh: Mesh
+) -> StepCost:
+    """Return what the loss of all heads costs a rank in a step; its FLOP are of a sample."""
+    local, parts = config.data.batch_size // cluster.ranks, 1
+    if config.loss.accumulation == "one_pass":
+        parts = config.loss.micro_batches
     widths = head_widths(
-        encoder.embed_dim,
+        model.encoder.embed_dim,
         config.objectives.matryoshka,
-        unimodal=model.unimodal and UNIMODAL in encoder.logit_scales,
+        unimodal=model.unimodal and UNIMODAL in model.encoder.logit_scales,
     )
     texts = len(config.captions.languages) * (1 + config.captions.second)
     here = cluster.world is None and not torch.accelerator.is_available()
     device = "cpu" if here else "cuda"  # whose tiles are larger
-    one_pass = config.loss.accumulation == "one_pass"
-    compared = rows if one_pass else local
-    heads = [
-        step_cost(config.loss, Sizes(ranks, compared, width), mesh, texts=texts, device=device)
-        for width in widths
-    ]
-    exchanges = config.loss.micro_batches if one_pass else 1
-    average = weights if config.averaging.ema_decay is not None else 0
-    # Gradients of earlier micro-batches are there all the time, and so are DDP's buckets.
-    there = trained * ((config.loss.micro_batches > 1) + (ranks > 1))
-    loss = sum(each.held for each in heads)
-    peak = max(step.saved + loss, step.peak(ratio=0.0 if config.loss.micro_batches > 1 else 1.0))
-    resting = weights + _bytes(model.buffers()) + average + sum(states.values())
-    memory = {
-        "weights": weights + _bytes(model.buffers()),
-        **({"moving average": average} if average else {}),
-        **{f"optimizer {kind}": size for kind, size in states.items() if size > 1 << 16},
-        "gradients": trained * (1 + (ranks > 1)),
-        "activations": step.saved,
-        "activations without recomputation": kept,
-        "loss": loss,
-        "peak": resting + max(there + peak, trained + there),
-    }
-    return Resources(
-        parameters=parameters,
-        memory=memory,
-        flops=read.flops // len((batch or longest).uids)
-        + sum(each.flops for each in heads) // compared,
-        sent={
-            "loss": exchanges * sum(each.sent for each in heads),
-            "gradients": 2 * (ranks - 1) * trained // ranks,
-        },
-        checkpoint=weights + average + sum(states.values()),
-        bundle=_bytes(encoder.parameters()),
+    sizes = [Sizes(cluster.ranks, -(-local // parts), width) for width in widths]
+    heads = [step_cost(config.loss, each, mesh, texts=texts, device=device) for each in sizes]
+    return StepCost(
+        flops=sum(each.flops for each in heads) // sizes[0].rows,
+        held=sum(each.held for each in heads),
+        sent=sum(each.sent for each in heads) * parts,
+        collectives=sum(each.collectives for each in heads) * parts,
     )
 
 

@@ -4,14 +4,17 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from tests.training.test_run import config, inputs, losses  # noqa: F401 - a fixture
 from vlm.bundle import load_bundle
 from vlm.errors import ConfigError
-from vlm.training.averaging import MovingAverage
+from vlm.training.averaging import MovingAverage, mean_of_checkpoints
 from vlm.training.build import build_run
-from vlm.training.config import AveragingConfig, EvaluationConfig
+from vlm.training.checkpoint import Checkpoints
+from vlm.training.config import AveragingConfig, CheckpointConfig, EvaluationConfig, TrainConfig
+from vlm.training.state import Progress
 
 WEIGHTS = "open_clip_model.safetensors"
 
@@ -93,6 +96,53 @@ def test_going_on_from_a_checkpoint_leaves_the_same_average(inputs, tmp_path):  
     assert run.progress.step == 5
     run.fit()
     assert (tmp_path / "bundle-ema" / WEIGHTS).read_bytes() == whole
+
+
+@pytest.mark.slow
+def test_the_mean_of_the_last_checkpoints_is_scored_and_left_next_to_the_weights(
+    inputs,  # noqa: F811
+    tmp_path,
+):
+    settings = config(
+        inputs,
+        tmp_path,
+        averaging=AveragingConfig(last_checkpoints=3),
+        checkpoint=CheckpointConfig(every_steps=2, keep=3),
+    )
+    build_run(settings).fit()
+    kept = sorted((tmp_path / "checkpoints").iterdir())
+    assert [folder.name[-1] for folder in kept] == ["4", "6", "7"]
+    weights = [load_file(folder / "model.safetensors") for folder in kept]
+    found = load_bundle(tmp_path / "bundle-mean").model.state_dict()
+    for name, each in found.items():
+        if each.is_floating_point():
+            mean = sum(of[f"encoder.{name}"].double() for of in weights) / 3
+            torch.testing.assert_close(each.double(), mean, rtol=1e-6, atol=1e-7)
+    assert list(losses(tmp_path, "val_mean/en/mean_recall")) == [3, 6, 7]
+
+
+def test_a_damaged_checkpoint_is_left_out_of_the_mean(tmp_path, model, capsys):
+    checkpoints = Checkpoints(tmp_path, keep=9)
+    for step in (1, 2, 3, 4):
+        with torch.no_grad():
+            model[3].bias.fill_(step)
+        checkpoints.save(step, {"model": model, "progress": Progress(step, step)})
+    with (tmp_path / "step-00000002" / "model.safetensors").open("r+b") as file:
+        file.truncate(100)
+    newest = checkpoints.newest(2, until=3)
+    assert [each.step for each in newest] == [1, 3]
+    assert "step-00000002/model.safetensors is damaged" in capsys.readouterr().err
+    with mean_of_checkpoints(model, newest).in_place():
+        assert model[3].bias.tolist() == [2.0, 2.0]
+    assert model[3].bias.tolist() == [4.0, 4.0]
+
+
+def test_a_mean_of_more_checkpoints_than_are_kept_is_refused():
+    averaging = AveragingConfig(last_checkpoints=3)
+    with pytest.raises(ConfigError, match="last_checkpoints is 3, and 2 are kept; expected"):
+        TrainConfig(averaging=averaging)
+    with pytest.raises(ConfigError, match="last_checkpoints is 3, and 0 are kept; expected"):
+        TrainConfig(averaging=averaging, checkpoint=CheckpointConfig(every_steps=0, keep=9))
 
 
 @pytest.mark.parametrize("decay", [1.0, -0.1])

@@ -1,11 +1,14 @@
 """Averages of the weights over steps, which often score better than the last weights alone."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+
+from vlm.training.checkpoint import Checkpoint
 
 _STATISTICS = ("running_mean", "running_var")  # of batch norms
 
@@ -41,6 +44,12 @@ class MovingAverage:
         """Take in the weights after an update, the `step`-th of the run."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self._averages.values()), list(self._live.values()), weight)
+
+    @torch.no_grad()
+    def move(self, state: Mapping[str, Tensor], weight: float) -> None:
+        """Move by `weight`, of the whole way, towards other weights with the same names."""
+        others = [state[name].to(each.device) for name, each in self._averages.items()]
+        torch._foreach_lerp_(list(self._averages.values()), others, weight)
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -79,3 +88,30 @@ class MovingAverage:
         """Set the averages; a `KeyError` names one that is missing."""
         for name, average in self._averages.items():
             average.copy_(state[name])
+
+
+def mean_of_checkpoints(model: nn.Module, checkpoints: Sequence[Checkpoint]) -> MovingAverage:
+    """Return the mean of a model's weights in several checkpoints.
+
+    Raises:
+        CheckpointError: one belongs to another model.
+    """
+    mean = MovingAverage(model, 0.0)
+    for number, checkpoint in enumerate(checkpoints, start=1):
+        checkpoint.load({"model": _Taken(model, mean, 1 / number)})
+    return mean
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """The part `model` of a checkpoint, which moves an average instead of the model's weights."""
+
+    model: nn.Module
+    average: MovingAverage
+    weight: float
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.model.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.average.move(state, self.weight)

@@ -12,9 +12,10 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal, TypeVar, cast
@@ -213,24 +214,45 @@ class Checkpoints:
         """Return the folder of the newest checkpoint, which is not verified."""
         return next(reversed(self._complete()), None)
 
+    def newest(self, number: int, *, until: int) -> list[Checkpoint]:
+        """Return the newest ones up to a step, oldest first; what is damaged is said and left out.
+
+        All ranks have the same.
+        """
+        self.finish()
+
+        def choose() -> list[Path]:
+            wrong: list[str] = []
+            earlier = (each for each in self._whole(wrong) if _step_of(each) <= until)
+            chosen = list(islice(earlier, number))
+            for each in wrong:
+                self._say(f"warning: {each}; it is passed over")
+            return chosen[::-1]
+
+        folders = self._together(lambda: choose() if self.group.rank == 0 else [])[0]
+        opened = self._together(lambda: [open_checkpoint(each, verify=False) for each in folders])
+        return opened[self.group.rank]
+
     def _choose(self, resume: Resume) -> Path | None:
         if isinstance(resume, Path):
             return open_checkpoint(resume).folder
         wrong: list[str] = []
-        for folder in reversed(self._complete() if resume == "auto" else []):
-            try:
-                found = open_checkpoint(folder).folder
-            except CheckpointError as error:
-                wrong.append(str(error))
-                continue
-            if wrong:
-                self._say(f"warning: {'; '.join(wrong)}; going on from {found} instead")
-            return found
-        if wrong:
+        found = next(self._whole(wrong), None) if resume == "auto" else None
+        if wrong and found is None:
             raise CheckpointError(
                 f"no checkpoint of {self.folder} can be gone on from: {'; '.join(wrong)}"
             )
-        return None
+        if wrong:
+            self._say(f"warning: {'; '.join(wrong)}; going on from {found} instead")
+        return found
+
+    def _whole(self, wrong: list[str]) -> Iterator[Path]:
+        """Give the checkpoints that verify, newest first, and add to `wrong` why others do not."""
+        for folder in reversed(self._complete()):
+            try:
+                yield open_checkpoint(folder).folder
+            except CheckpointError as error:
+                wrong.append(str(error))
 
     def _keep(
         self,

@@ -167,11 +167,17 @@ class AveragingConfig:
 
     ema_decay: float | None = None
     """Decay of an exponential moving average, in [0, 1), such as 0.999; null for none."""
+    last_checkpoints: int = 0
+    """Number of the last checkpoints whose mean is taken, at most `checkpoint.keep`; 0 for none."""
 
     def __post_init__(self) -> None:
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ConfigError(
                 f"averaging: ema_decay is {self.ema_decay}; expected null, or 0 to less than 1"
+            )
+        if self.last_checkpoints < 0:
+            raise ConfigError(
+                f"averaging: last_checkpoints is {self.last_checkpoints}; expected at least 0"
             )
 
 
@@ -288,6 +294,15 @@ class TrainConfig:
     averaging: AveragingConfig = field(default_factory=AveragingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        kept = self.checkpoint.keep if self.checkpoint.every_steps else 0
+        if self.averaging.last_checkpoints > kept:
+            raise ConfigError(
+                f"averaging.last_checkpoints is {self.averaging.last_checkpoints}, and {kept} are "
+                "kept; expected checkpoint.every_steps above 0, and at least as many in "
+                "checkpoint.keep"
+            )
 
 
 def _check_at_least_0(config: object, name: str) -> None:

@@ -17,7 +17,6 @@ from vlm.training.config import TrainConfig, config_as_plain, config_as_yaml, fl
 from vlm.training.reporter import METRICS_NAME, read_records
 
 BUNDLE_NAME, CONFIG_NAME, CHECKPOINTS_NAME = "bundle", "config.yaml", "checkpoints"
-EMA_BUNDLE_NAME = "bundle-ema"
 HISTORY_NAME = "config_history.yaml"
 """What a run leaves in its folder."""
 

@@ -24,13 +24,13 @@ from vlm.models.lora import without_lora
 from vlm.models.pretraining import PretrainingModel
 from vlm.storage.places import shown
 from vlm.text.caption_ids import text_id
-from vlm.training.averaging import MovingAverage
+from vlm.training.averaging import MovingAverage, mean_of_checkpoints
 from vlm.training.checkpoint import Checkpoints
 from vlm.training.config import TrainConfig
 from vlm.training.guard import check_finite, step_when_finite
 from vlm.training.optimizer import RATE_RATIO
 from vlm.training.reporter import Reporter
-from vlm.training.resuming import BUNDLE_NAME, EMA_BUNDLE_NAME, Origin, record_start
+from vlm.training.resuming import BUNDLE_NAME, Origin, record_start
 from vlm.training.schedule import learning_rate_factor
 from vlm.training.skipped import SkippedLog
 from vlm.training.state import OptimizerState, Progress, Settings, SourceFingerprints
@@ -133,9 +133,9 @@ class Run:
             finally:
                 self.checkpoints.finish()
         bundle = self._save_bundle(BUNDLE_NAME)
-        if self.average is not None:
-            with self.average.in_place():
-                self._save_bundle(EMA_BUNDLE_NAME)
+        for kind, average in self._averages().items():
+            with average.in_place():
+                self._save_bundle(f"{BUNDLE_NAME}-{kind}")
         self.accelerator.end_training()
         return bundle
 
@@ -228,13 +228,21 @@ class Run:
             since += time.perf_counter() - pause  # the rate is that of training alone
 
     def _scores(self, evaluate: Callable[[Encoder], dict[str, float]]) -> dict[str, float]:
-        """Return the scores of the weights and those of their average."""
+        """Return the scores of the weights, and those of their averages next to them."""
         scores = evaluate(self._encoder)
-        if self.average is not None:
-            with self.average.in_place():
+        for kind, average in self._averages().items():
+            with average.in_place():
                 averaged = evaluate(self._encoder)
-            scores |= {name.replace("/", "_ema/", 1): value for name, value in averaged.items()}
+            scores |= {name.replace("/", f"_{kind}/", 1): each for name, each in averaged.items()}
         return scores
+
+    def _averages(self) -> dict[str, MovingAverage]:
+        """Return the averages of the weights by their kind."""
+        averages = {} if self.average is None else {"ema": self.average}
+        number = self.config.averaging.last_checkpoints
+        if number and (found := self.checkpoints.newest(number, until=self.progress.step)):
+            averages["mean"] = mean_of_checkpoints(self._unwrapped, found)
+        return averages
 
     def train_step(self, batch: Batch, step: int) -> StepResult:
         """Update the model once on one global batch, of which `batch` is this rank's part."""

@@ -46,7 +46,9 @@ class Course:
 def courses(vectors: Path, new_rows_steps: int) -> dict[str, Course]:
     """Return what is compared, by name."""
     similarity = ("--init", "similarity", "--vectors", str(vectors))
-    new_rows = (f"--schedule.new_rows_steps={new_rows_steps}",)
+    new_rows = (
+        f'--stages=[{{"steps":{new_rows_steps},"trained":"new_rows"}},{{"trained":"all"}}]',
+    )
     both = ('--captions.languages=["zh","en"]',)
     return {
         "from scratch": Course(None),

@@ -167,7 +167,8 @@ def test_an_english_clip_is_taught_chinese_scored_and_given_back(
         "convert", bundle, "--extend", ROOT / "tokenizers/clip-zh", "--init", "mean",
         "--positions", "128", "--to", grown,
     )  # fmt: skip
-    changes = {"start_from": grown, "schedule.new_rows_steps": 2, "schedule.steps": 3}
+    stages = json.dumps([{"steps": 2, "trained": "new_rows"}, {"trained": "all"}])
+    changes = {"start_from": grown, "stages": stages, "schedule.steps": 3}
     run_vlm(*train_arguments(run, **changes))
     capsys.readouterr()
     assert main(["eval", "retrieval", str(run / "bundle"), "--split", "val", "--json"]) == 0

@@ -1,5 +1,6 @@
 """Every command and every Python block that README and docs show runs as it is shown."""
 
+import json
 import re
 import shlex
 import shutil
@@ -76,8 +77,9 @@ def test_commands_run_in_the_order_of_the_page(workspace, page):
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         elif words[0] in ("vlm", ".venv/bin/vlm"):
             shorter = SHORTER.get(words[1], [])
-            if "--schedule.new_rows_steps" in words:
-                shorter = [*shorter, "--schedule.new_rows_steps", "2"]
+            if "--stages" in words:
+                stages = [{"steps": 2, "trained": "new_rows"}, {"trained": "all"}]
+                shorter = [*shorter, "--stages", json.dumps(stages)]
             if words[1:3] == ["tokenizer", "train"]:  # fewer captions hold fewer pieces
                 shorter = ["--vocab_size", "3000"]
             run_vlm(*words[1:], *shorter, folder=workspace)

@@ -232,3 +232,35 @@ def test_sources_may_be_paths_alone(inputs, tmp_path):
     assert "12 samples in 3 shards (60.0%); " in run.describe()
     with pytest.raises(ConfigError, match=r"folder is \[a,b\]; expected `sources` for several"):
         DataConfig(folder="[a,b]")
+
+
+def replay(inputs, **languages):
+    sources = tuple(
+        MixedSourceConfig(path=str(inputs / "shards"), name=name, languages=read)
+        for name, read in languages.items()
+    )
+    return {"sources": sources}
+
+
+def test_each_source_is_read_in_its_own_languages(inputs, tmp_path):
+    run = build_run(config(inputs, tmp_path, **replay(inputs, new=("zh",), old=("en",))))
+    batch = next(run.loader.read(run.data, 1))
+    own = {name: set(rows.tolist()) for name, rows in batch.text_rows.items()}
+    assert own["zh"] | own["en"] == set(range(BATCH))
+    assert not own["zh"] & own["en"]
+
+
+def test_second_captions_are_read_in_the_languages_of_a_source_alone(inputs, tmp_path):
+    settings = config(inputs, tmp_path, **replay(inputs, new=("zh",), old=("zh", "en")))
+    run = build_run(replace(settings, captions=CaptionConfig(second=True)))
+    batch = next(run.loader.read(run.data, 1))
+    own = {name: set(rows.tolist()) for name, rows in batch.text_rows.items()}
+    assert own["zh"] == own["zh second"] == set(range(BATCH))
+    assert own["en"] == own["en second"] < own["zh"]
+
+
+def test_languages_of_sources_that_do_not_fit_the_run_are_refused(inputs, tmp_path):
+    with pytest.raises(ConfigError, match=r"read in fr, which captions.languages zh, en lacks"):
+        build_run(config(inputs, tmp_path, **replay(inputs, new=("zh",), old=("fr",))))
+    with pytest.raises(ConfigError, match=r"captions.languages has en, but .* in zh only"):
+        build_run(config(inputs, tmp_path, **replay(inputs, new=("zh",), old=("zh",))))

@@ -13,7 +13,15 @@ from vlm.images.config import PreprocessConfig
 from vlm.models.config import GrowthConfig, ModelConfig
 from vlm.text.extension import extend
 from vlm.training.build import build_run
-from vlm.training.config import CheckpointConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from vlm.training.config import (
+    CheckpointConfig,
+    EvaluationConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    StageConfig,
+    TrainConfig,
+)
+from vlm.training.reporter import METRICS_NAME, read_records
 from vlm.training.start import build_start
 from vlm.vocabulary_transfer import grow_bundle
 
@@ -21,6 +29,7 @@ OLD = 320
 WORDS = {"狮子": 0.5, "老虎": 0.25, "森林": 0.25}
 WEIGHTS = "open_clip_model.safetensors"
 EMBEDDING = "text.token_embedding.weight"
+NEW_ROWS_FIRST = (StageConfig(steps=4, trained="new_rows"), StageConfig())
 
 
 @pytest.fixture
@@ -78,11 +87,10 @@ def test_the_bundle_of_such_a_run_knows_all_its_languages_and_no_new_rows(grown,
 
 
 def test_in_its_first_steps_only_the_new_rows_change(grown, data, tmp_path):
-    schedule = ScheduleConfig(steps=6, warmup_steps=1, new_rows_steps=5)
-    settings = {"schedule": schedule, "checkpoint": CheckpointConfig(every_steps=5, keep=9)}
+    settings = {"stages": NEW_ROWS_FIRST, "checkpoint": CheckpointConfig(every_steps=4, keep=9)}
     build_run(config(grown, data, tmp_path / "run", **settings)).fit()
     before = load_file(grown / WEIGHTS)
-    stored = load_file(tmp_path / "run/checkpoints/step-00000005/model.safetensors")
+    stored = load_file(tmp_path / "run/checkpoints/step-00000004/model.safetensors")
     frozen = {name.removeprefix("encoder."): tensor for name, tensor in stored.items()}
     parameters = dict(load_bundle(grown).model.named_parameters())
     for name in parameters.keys() - {EMBEDDING, "log_logit_scale"}:
@@ -98,8 +106,7 @@ def test_in_its_first_steps_only_the_new_rows_change(grown, data, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [2, 4, 5], ids=lambda step: f"after step {step}")
 def test_resuming_in_or_after_the_first_steps_gives_the_same_weights(grown, data, tmp_path, stop):
-    schedule = ScheduleConfig(steps=6, warmup_steps=1, new_rows_steps=4)
-    settings = {"schedule": schedule, "checkpoint": CheckpointConfig(every_steps=1, keep=9)}
+    settings = {"stages": NEW_ROWS_FIRST, "checkpoint": CheckpointConfig(every_steps=1, keep=9)}
     whole = build_run(config(grown, data, tmp_path / "whole", **settings)).fit()
     cut = config(grown, data, tmp_path / "cut", **settings)
     build_run(cut).fit()
@@ -129,12 +136,32 @@ def test_a_tokenizer_beside_the_bundle_is_refused(grown, data, tmp_path):
         build_start(config(grown, data, tmp_path / "run", tokenizer=tmp_path / "other"))
 
 
-def test_steps_of_new_rows_without_new_rows_are_refused(grown, data, tmp_path):
-    schedule = ScheduleConfig(steps=6, warmup_steps=1, new_rows_steps=3)
-    with pytest.raises(ConfigError, match="new_rows_steps is 3, but the model has no new rows"):
-        build_start(config(tmp_path / "small", data, tmp_path / "run", schedule=schedule))
+def test_a_stage_of_new_rows_without_new_rows_is_refused(data, tmp_path):
+    small = tiny_bundle(tmp_path / "small")
+    with pytest.raises(ConfigError, match="a stage trains new_rows, but the model has none"):
+        build_start(config(small, data, tmp_path / "run", stages=NEW_ROWS_FIRST))
 
 
-def test_more_steps_of_new_rows_than_steps_are_refused():
-    with pytest.raises(ConfigError, match="new_rows_steps is 6 and steps 6"):
-        ScheduleConfig(steps=6, warmup_steps=1, new_rows_steps=6)
+def scored(run_folder):
+    records = read_records(run_folder / METRICS_NAME)
+    return {name.split("/")[1] for name in records[-1] if name.startswith("val/")}
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"), [((), {"zh", "en"}), (("en",), {"en"})], ids=["by default", "asked"]
+)
+def test_a_run_in_one_language_is_scored_in_that_of_its_start_too(
+    grown, data, tmp_path, asked, expected
+):
+    write_split(data, make_samples(12), split="val")
+    plan = EvaluationConfig(every_steps=6, languages=asked)
+    build_run(config(grown, data, tmp_path / "run", evaluation=plan)).fit()
+    assert scored(tmp_path / "run") >= expected
+    assert not scored(tmp_path / "run") & ({"zh", "en"} - expected)
+
+
+def test_a_language_to_score_in_that_no_caption_has_is_refused(grown, data, tmp_path):
+    write_split(data, make_samples(12), split="val")
+    plan = EvaluationConfig(every_steps=6, languages=("en", "de"))
+    with pytest.raises(ConfigError, match=r"evaluation.languages has de, but val of .* in en;"):
+        build_run(config(grown, data, tmp_path / "run", evaluation=plan))

@@ -1,6 +1,6 @@
 """What a training run reads: its sources, how they are mixed, and which captions of a sample."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,8 @@ class MixedSourceConfig(SourceConfig):
     weight: float | None = None
     """Share of the samples of a step, relative to the other sources; null, for all of them, is the
     size."""
+    languages: tuple[str, ...] = ()
+    """Languages of its captions that are read, of those of the run; none for all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,12 +59,15 @@ class MixtureConfig:
                 "increase, and null for the last"
             )
         for phase in self.schedule:
-            weights = phase.weights.values()
-            if not sum(weights) > 0 or min(weights) < 0:
-                raise ConfigError(
-                    f"the schedule of the mixture has the weights {dict(phase.weights)}; expected "
-                    "none below 0, and one above"
-                )
+            check_weights(phase.weights, "the schedule of the mixture")
+
+
+def check_weights(weights: Mapping[str, float], what: str) -> None:
+    """Refuse weights of sources by which nothing can be drawn."""
+    if not sum(weights.values()) > 0 or min(weights.values()) < 0:
+        raise ConfigError(
+            f"{what} has the weights {dict(weights)}; expected none below 0, and one above"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,13 +129,16 @@ class DataConfig:
         """Refuse weights that do not fit the sources."""
         if len({source.weight is None for source in self.mixed}) > 1:
             raise ConfigError("some sources have a weight; expected one for each or for none")
+        weighted = [name for phase in self.mixture.schedule for name in phase.weights]
+        self.check_names(weighted, "the schedule of the mixture")
+
+    def check_names(self, names: Iterable[str], what: str) -> None:
+        """Refuse weights of sources that are not there."""
         known = list(self.by_name)
-        for phase in self.mixture.schedule:
-            if unknown := [name for name in phase.weights if name not in known]:
-                raise ConfigError(
-                    f"the schedule of the mixture has weights of {', '.join(unknown)}; the "
-                    f"sources are {', '.join(known)}"
-                )
+        if unknown := [name for name in names if name not in known]:
+            raise ConfigError(
+                f"{what} has weights of {', '.join(unknown)}; the sources are {', '.join(known)}"
+            )
 
     @property
     def mixed(self) -> tuple[MixedSourceConfig, ...]:
@@ -140,11 +148,11 @@ class DataConfig:
         )
 
     @property
-    def by_name(self) -> dict[str, SourceConfig]:
+    def by_name(self) -> dict[str, MixedSourceConfig]:
         """The sources by their names; a single one is `data`."""
         if not self.sources:
-            return {"data": SourceConfig(path=str(self.folder), split=self.split)}
-        found: dict[str, SourceConfig] = {}
+            return {"data": MixedSourceConfig(path=str(self.folder), split=self.split)}
+        found: dict[str, MixedSourceConfig] = {}
         for source in self.mixed:
             name = source.name or Path(shown(source.path)).name
             if name in found:

@@ -55,6 +55,8 @@ class TrainingExamples(Dataset[Example]):
     seed: int
     keep_decoded: bool = False
     """Whether each process keeps the samples it has read, with their decoded images."""
+    languages: Sequence[Sequence[str]] = ()
+    """Of each source, those of `captions` that are read; none for all."""
     _kept: dict[tuple[int, int, int], tuple[Sample, EncodedImage]] = field(
         default_factory=dict, init=False
     )
@@ -99,21 +101,22 @@ class TrainingExamples(Dataset[Example]):
     def _example(self, key: SampleKey) -> Example:
         sample, image = self._read(key)
         rng = random.Random(f"{self.seed}/{key.epoch}/{sample.uid}")
-        languages = self.captions.languages
-        if not any(sample.captions.get(language) for language in languages):
+        own = self.languages[key.source] if self.languages else ()
+        read = own or self.captions.languages
+        if not any(sample.captions.get(language) for language in read):
             raise DataError(
-                f"{sample.uid} ({sample.address}) has no caption in {' or '.join(languages)}, only "
+                f"{sample.uid} ({sample.address}) has no caption in {' or '.join(read)}, only "
                 f"in {', '.join(sample.captions) or 'no language'}"
             )
+        ratios = {"": self.captions.main_ratio} | ({SECOND: 0.0} if self.captions.second else {})
         captions = {
-            language: choose_caption(sample, language, self.captions.main_ratio, rng)
-            for language in languages
+            # What is not read is absent; every batch has the same names.
+            f"{language}{which}": choose_caption(sample, language, main_ratio, rng)
+            if language in read
+            else ""
+            for which, main_ratio in ratios.items()
+            for language in self.captions.languages
         }
-        if self.captions.second:
-            captions |= {
-                second_of(language): choose_caption(sample, language, 0.0, rng)
-                for language in languages
-            }
         pixels = self.transform.decode(image, rng)
         return Example(
             sample.uid, pixels, text_id(sample.concept), captions, seed=rng.getrandbits(63)
@@ -123,6 +126,11 @@ class TrainingExamples(Dataset[Example]):
 def second_of(language: str) -> str:
     """Return the name under which a language's second captions go through a batch and the loss."""
     return f"{language}{SECOND}"
+
+
+def caption_names(languages: Sequence[str]) -> dict[str, str]:
+    """Return the language of each name under which a batch may have captions."""
+    return {name: language for language in languages for name in (language, second_of(language))}
 
 
 def choose_caption(sample: Sample, language: str, main_ratio: float, rng: random.Random) -> str:

@@ -84,24 +84,44 @@ class Mixture:
         return any(first <= batch <= last for first, last in self.skipped)
 
 
-def mixture_of(data: DataConfig, sizes: Mapping[str, int]) -> Mixture:
+def mixture_of(
+    data: DataConfig,
+    sizes: Mapping[str, int],
+    stages: Sequence[tuple[int, Mapping[str, float] | None]] = (),
+) -> Mixture:
     """Return the mixture that the settings ask for.
 
     Args:
         data: The settings.
         sizes: The number of samples in each source, by name.
+        stages: For each stage of a run the step that it ends before, and weights of the sources by
+            name, where it has its own.
     """
     given = [source.weight for source in data.mixed] or [None]
-    weights = [float(own or size) for own, size in zip(given, sizes.values(), strict=True)]
-    phases = [
-        (phase.until, [phase.weights.get(name, 0.0) for name in sizes])
-        for phase in data.mixture.schedule
-    ]
+    own = {name: weight or size for (name, size), weight in zip(sizes.items(), given, strict=True)}
+    phases = [(phase.until, phase.weights) for phase in data.mixture.schedule]
+    if any(weights for _, weights in stages):
+        ends = [_batch_at(end, data.skip_batches) for end, _ in stages[:-1]]
+        weighted = [weights or own for _, weights in stages]
+        phases = list(zip([*ends, None], weighted, strict=True))
     return Mixture(
-        phases=phases or [(None, weights)],
+        phases=[
+            (end, [float(weights.get(name, 0.0)) for name in sizes])
+            for end, weights in phases or [(None, own)]
+        ],
         by_source=data.mixture.batch_by == "source",
         skipped=data.skip_batches,
     )
+
+
+def _batch_at(step: int, skipped: Sequence[tuple[int, int]]) -> int:
+    """Return the number of the batch that a step reads, where some are passed over."""
+    batch, behind = step, 0
+    for first, last in sorted(skipped):
+        if first <= batch and last >= behind:
+            batch += last + 1 - max(first, behind)  # ranges may overlap
+            behind = last + 1
+    return batch
 
 
 class _Draw(NamedTuple):

@@ -131,7 +131,7 @@ class _HelpFormatter(DefaultHelpFormatter):
         kind = self.settings.get(action.dest)
         if _is_flag(kind) and not action.default:
             return ""
-        if _is_list(kind) and "." not in action.dest:
+        if _is_words(kind) and "." not in action.dest:
             return f"{action.dest.upper()} ..."
         text: str = super()._format_args(action, default_metavar)
         return text
@@ -183,7 +183,7 @@ def _arguments(
         option, sign, value = word.partition("=")
         name = _as_setting(option.lstrip("-"), settings)
         kind = settings.get(name, _kind_of_entry(name, settings))
-        many = _is_list(kind) and ("." not in name or name not in settings)
+        many = _is_words(kind) and ("." not in name or name not in settings)
         if not word.startswith("-"):
             free.append(word)
             continue
@@ -281,6 +281,11 @@ def _is_list(kind: Any) -> bool:
     if get_origin(kind) in (Union, UnionType):
         return any(map(_is_list, get_args(kind)))
     return get_origin(kind) in (list, Sequence) or ... in get_args(kind)
+
+
+def _is_words(kind: Any) -> bool:
+    """Tell whether the values of a list may be given word by word; parts are YAML."""
+    return _is_list(kind) and not any(map(is_dataclass, get_args(kind)))
 
 
 def _is_flag(kind: Any) -> bool:

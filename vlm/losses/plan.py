@@ -1,6 +1,8 @@
 """How a contrastive loss is computed: who contrasts with whom, and what that may cost."""
 
+import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from vlm.distributed.config import Grouping, MeshShape
@@ -8,6 +10,9 @@ from vlm.errors import ConfigError
 
 if TYPE_CHECKING:  # configurations cost no torch import: see `dtype_named`
     import torch
+
+FEATURES, STRUCTURE, LOGITS = "teacher_features", "teacher_structure", "teacher_logits"
+"""The losses of distillation, by name."""
 
 WireDtype = Literal["float64", "float32", "bfloat16", "float16"]
 
@@ -118,6 +123,41 @@ class LossConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 0")
         if self.micro_batches < 1:
             raise ConfigError(f"micro_batches is {self.micro_batches}; expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """Keeping what a frozen model knows: features are drawn to those that it has of the batch."""
+
+    feature_weight: float = 0.0
+    """Weight of the squared distance of features to the teacher's (CLIP-KD), at least 0."""
+    structure_weight: float = 0.0
+    """Weight of keeping how similar images are to images and captions to captions (SEED)."""
+    logit_weight: float = 0.0
+    """Weight of keeping how similar images and captions are (CLIP-KD's CRD)."""
+    teacher: Path | None = None
+    """Bundle of the teacher, with the run's tokenizer and image transform; null for that of
+    `start_from`."""
+    languages: tuple[str, ...] = ()
+    """Languages that the teacher reads; by default those of its bundle."""
+    across_languages: bool = True
+    """Draw a caption in any other language to what the teacher makes of the same sample's main
+    caption in one that it reads (Multilingual-CLIP)."""
+
+    def __post_init__(self) -> None:
+        for name in ("feature_weight", "structure_weight", "logit_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 0")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weights of the losses that are on, by their names."""
+        weights = {
+            FEATURES: self.feature_weight,
+            STRUCTURE: self.structure_weight,
+            LOGITS: self.logit_weight,
+        }
+        return {name: weight for name, weight in weights.items() if weight > 0}
 
 
 def dtype_named(name: WireDtype) -> "torch.dtype":

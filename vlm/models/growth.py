@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vlm.errors import ConfigError, TokenizerError
 from vlm.models.config import PositionGrowth
@@ -246,25 +247,35 @@ def shrink_token_embedding(tower: TextTransformer, kept: Sequence[int]) -> None:
     _replace_token_embedding(tower, weight[ids])
 
 
+def own_rows_before(row: int, weight: Tensor) -> int:
+    """Return how many of the rows that this rank holds of a tensor come before a row of it."""
+    rows = torch.arange(len(weight))
+    if isinstance(weight, DTensor):  # no communication: every rank numbers all rows
+        mesh, placements = weight.device_mesh, weight.placements
+        rows = distribute_tensor(rows, mesh, placements, src_data_rank=None).to_local()
+    return int((rows < row).sum())
+
+
 @contextmanager
-def only_new_rows(model: nn.Module, embedding: nn.Embedding, *, first_new: int) -> Iterator[None]:
-    """Let an optimizer's step change an embedding's rows from `first_new` on and nothing else.
+def only_new_rows(weight: Tensor, old_rows: int) -> Iterator[None]:
+    """Let an optimizer's step change an embedding's rows from `old_rows` on and no others.
 
     Wrap what comes between the backward pass and `zero_grad`, clipping as well, so that the norm
-    is that of what trains. Every other parameter loses its gradient, so optimizers pass over it.
-    Old rows get gradients of zero and are put back afterwards, bit for bit: decoupled weight
-    decay needs no gradient. They leave the phase with moments of zero but the new rows' count of
-    steps, which the bias correction of their first own steps goes by.
+    is that of what trains. Old rows get gradients of zero and are put back afterwards, bit for bit:
+    decoupled weight decay needs no gradient. `weight` may be sharded: `own_rows_before` says how
+    many of a rank's rows are old.
     """
-    weight = embedding.weight
-    for parameter in model.parameters():
-        if parameter is not weight:
-            parameter.grad = None
+    rows = _own_part(weight.detach())
     if weight.grad is not None:
-        weight.grad[:first_new] = 0
-    old = weight.detach()[:first_new].clone()
+        _own_part(weight.grad)[:old_rows] = 0
+    old = rows[:old_rows].clone()
     yield
-    weight.detach()[:first_new] = old  # bit for bit, whatever weight decay did to it
+    rows[:old_rows] = old
+
+
+def _own_part(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor, in the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _check_ids(ids: Sequence[int], vocabulary: int, what: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from vlm.batches.examples import second_of
+from vlm.batches.examples import caption_names, second_of
 from vlm.bundle import Bundle
 from vlm.distributed.groups import host_group, world_group
 from vlm.errors import ConfigError
@@ -21,12 +21,14 @@ from vlm.training.adaptation import adapt, blocks_of
 from vlm.training.averaging import MovingAverage
 from vlm.training.checkpoint import Checkpoints, Resume
 from vlm.training.config import TrainConfig
+from vlm.training.distillation import Distillation, build_distillation
 from vlm.training.objectives import build_pretraining_model, loss_weights
 from vlm.training.optimizer import build_optimizer
 from vlm.training.reading import build_loader
 from vlm.training.resuming import CHECKPOINTS_NAME, check_run_folder, compared
 from vlm.training.run import Run
 from vlm.training.scoring import build_evaluation
+from vlm.training.stages import StageLocks
 from vlm.training.start import build_start
 from vlm.training.step import ContrastiveStep
 
@@ -69,6 +71,7 @@ def build_run(config: TrainConfig, *, resume: Resume = "never") -> Run:
     loader = build_loader(config, start, accelerator)
     loss = _build_loss(config, start.model.logit_bias is not None, accelerator.num_processes)
     evaluate = build_evaluation(config, start)
+    distillation = build_distillation(config, start, loss, accelerator)
     # Batch norm is always over the whole batch, so that a run does not depend on its processes.
     alone = accelerator.num_processes == 1 and accelerator.device.type == "cpu"
     model: nn.Module = synchronize_batch_norm(
@@ -85,14 +88,9 @@ def build_run(config: TrainConfig, *, resume: Resume = "never") -> Run:
         model=model,
         optimizer=optimizer,
         average=None if decay is None else MovingAverage(accelerator.unwrap_model(model), decay),
-        step=ContrastiveStep(
-            model,
-            loss,
-            mode=config.loss.accumulation,
-            weights=loss_weights(config.objectives),
-            backward=accelerator.backward,
-            no_sync=lambda: accelerator.no_sync(model),
-        ),
+        stages=StageLocks(config, model, start.model, optimizer, start.first_new_id),
+        step=_build_step(config, accelerator, model, loss, distillation),
+        distillation=distillation,
         loader=loader,
         data=loader.order.start(),
         checkpoints=checkpoints,
@@ -105,6 +103,7 @@ def build_run(config: TrainConfig, *, resume: Resume = "never") -> Run:
             run.average.restart()
         # Whatever the nodes are now.
         run = replace(run, loader=loader.with_streams(run.data.streams))
+    run.stages.enter(run.progress.step)
     return run
 
 
@@ -157,6 +156,24 @@ def _build_loss(config: TrainConfig, has_bias: bool, ranks: int) -> BilingualLos
     )
 
 
+def _build_step(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    model: nn.Module,
+    loss: BilingualLoss,
+    distillation: Distillation | None,
+) -> ContrastiveStep:
+    return ContrastiveStep(
+        model,
+        loss,
+        mode=config.loss.accumulation,
+        weights=loss_weights(config.objectives),
+        backward=accelerator.backward,
+        no_sync=lambda: accelerator.no_sync(model),
+        distillation=distillation,
+    )
+
+
 def build_model(
     config: TrainConfig, start: Bundle, *, may_thread: bool = False
 ) -> PretrainingModel:
@@ -167,13 +184,10 @@ def build_model(
             "every patch; expected 0, or no cmlm_weight and cmim_weight"
         )
     adapt(start.model, config.adapt)
-    languages = config.captions.languages
     return build_pretraining_model(
         start.model,
         config.objectives,
-        languages={
-            name: language for language in languages for name in (language, second_of(language))
-        },
+        languages=caption_names(config.captions.languages),
         preprocess_cfg=start.preprocess_cfg,
         text_thread=TextThread(start.model) if config.parallel_towers and may_thread else None,
     )

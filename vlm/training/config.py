@@ -12,8 +12,15 @@ import yaml
 from vlm.batches.config import CaptionConfig, DataConfig
 from vlm.errors import ConfigError
 from vlm.images.config import AugmentationConfig, PreprocessConfig
-from vlm.losses.plan import LossConfig
+from vlm.losses.plan import DistillationConfig, LossConfig
 from vlm.models.config import MaskedConfig, ModelConfig
+from vlm.training.optimizer_config import (
+    OptimizerConfig,
+    ScheduleConfig,
+    StageConfig,
+    WholeStage,
+    whole_stages,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +29,8 @@ class ObjectivesConfig:
 
     masked: MaskedConfig = field(default_factory=MaskedConfig)
     """Masked modelling of words and patches."""
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    """Keeping what a frozen model knows."""
     unimodal_weight: float = 1.0
     """Weight of the second contrastive head of a multiway model, where the main one has 1; 0 leaves
     it out."""
@@ -69,99 +78,6 @@ class AdaptationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TowerRateConfig:
-    """How one tower is trained where it differs from the rest of the model."""
-
-    learning_rate_ratio: float = 1.0
-    """Ratio of its learning rate to the model's; SigLIP trains a pretrained tower at 0.1."""
-    weight_decay: float | None = None
-    """Decay of its matrices and kernels, 0 in SigLIP's pretrained towers; null for the model's."""
-    layer_decay: float = 1.0
-    """Ratio of a stage's learning rate to that of the stage after it, in (0, 1]; the last stage,
-    which holds the projection, has the tower's."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.learning_rate_ratio < math.inf or not 0 < self.layer_decay <= 1:
-            raise ConfigError(
-                f"learning_rate_ratio is {self.learning_rate_ratio} and layer_decay "
-                f"{self.layer_decay}; expected at least 0, and more than 0 up to 1"
-            )
-        if self.weight_decay is not None:
-            _check_at_least_0(self, "weight_decay")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """The optimizer, and the rates at which parts of the model are trained."""
-
-    name: Literal["adamw", "muon", "lion"] = "adamw"
-    """`adamw` (Loshchilov and Hutter 2019); `muon` (Jordan et al. 2024) for the matrices of the
-    towers' blocks and AdamW for all else; or `lion` (Chen et al. 2023), which needs half of AdamW's
-    memory, a learning rate 3 to 10 times lower and a weight decay as much higher."""
-    learning_rate: float = 1e-3
-    """The highest rate, reached after warm-up."""
-    weight_decay: float = 0.1
-    """Decay of matrices and kernels; gains, biases and the temperature are left alone."""
-    betas: tuple[float, float] = (0.9, 0.98)
-    """Decay of AdamW's and Lion's moments; SigLIP lowers the second one to 0.95 against spikes of
-    the loss. Muon's momentum is 0.95."""
-    eps: float = 1e-8
-    """Added to the root of AdamW's second moment."""
-    max_gradient_norm: float = 1.0
-    """Gradients whose norm is larger are scaled down to it."""
-    image: TowerRateConfig = field(default_factory=TowerRateConfig)
-    """The image tower with its projection. What both towers share gets the lower rate and decay."""
-    text: TowerRateConfig = field(default_factory=TowerRateConfig)
-    """The text tower with its projection."""
-
-    def __post_init__(self) -> None:
-        for name in ("learning_rate", "weight_decay", "eps"):
-            _check_at_least_0(self, name)
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"optimizer: betas is {self.betas}; expected two in [0, 1)")
-        if not self.max_gradient_norm > 0:
-            raise ConfigError(
-                f"optimizer: max_gradient_norm is {self.max_gradient_norm}; expected more than 0"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
-    """The learning rate over the run: linear warm-up, then a decay."""
-
-    steps: int = 1000
-    """Length of the run, in optimizer steps."""
-    warmup_steps: int = 100
-    """Steps over which the rate rises to its highest."""
-    shape: Literal["cosine", "linear", "wsd"] = "cosine"
-    """The decay after warm-up: half a cosine (Loshchilov and Hutter 2017), a line (Bergsma et al.
-    2025), or `wsd` (Hu et al. 2024): none at first, then 1 - sqrt(x) (Haegele et al. 2024)."""
-    decay_steps: int | None = None
-    """Steps of the decay at the end of a run of shape `wsd`; null for a fifth of its steps."""
-    final_ratio: float = 0.0
-    """Ratio of the last learning rate to the highest, in [0, 1]."""
-    new_rows_steps: int = 0
-    """Steps at the start that train only the embedding rows of new pieces, for a run that starts
-    from a bundle with a grown vocabulary."""
-
-    def __post_init__(self) -> None:
-        for name in ("warmup_steps", "new_rows_steps"):
-            if not 0 <= getattr(self, name) < self.steps:
-                raise ConfigError(
-                    f"schedule: {name} is {getattr(self, name)} and steps {self.steps}; "
-                    f"expected 0 <= {name} < steps"
-                )
-        if not 0 <= self.final_ratio <= 1:
-            raise ConfigError(f"schedule: final_ratio is {self.final_ratio}; expected 0 to 1")
-        most = self.steps - self.warmup_steps
-        if self.decay_steps is not None and not 0 < self.decay_steps <= most:
-            raise ConfigError(
-                f"schedule: decay_steps is {self.decay_steps}; expected 1 to {most}, the steps "
-                "after warm-up"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
 class AveragingConfig:
     """Averages of the weights, scored next to them and left as bundles of their own."""
 
@@ -191,6 +107,9 @@ class EvaluationConfig:
     """The data folder to score; by default the run's, where that is one with such a split."""
     split: str = "val"
     """The split of it to score."""
+    languages: tuple[str, ...] = ()
+    """Languages to score in; by default those of the captions and those that the bundle of
+    `start_from` knows, so that what a run forgets is seen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,6 +211,8 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     averaging: AveragingConfig = field(default_factory=AveragingConfig)
+    stages: tuple[StageConfig, ...] = ()
+    """What is trained one after the other, each with a schedule of its own; none is one stage."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
@@ -303,12 +224,24 @@ class TrainConfig:
                 "kept; expected checkpoint.every_steps above 0, and at least as many in "
                 "checkpoint.keep"
             )
+        weighted = [stage.weights for stage in self.whole_stages if stage.weights is not None]
+        if weighted and self.data.mixture.schedule:
+            raise ConfigError(
+                "found weights of sources both in stages and in the schedule of the mixture; "
+                "expected them in one of the two"
+            )
+        for weights in weighted:
+            self.data.check_names(weights, "a stage")
 
+    @property
+    def whole_stages(self) -> tuple[WholeStage, ...]:
+        """The stages with everything filled in that they leave to the run; at least one."""
+        return whole_stages(self.stages, self.schedule, self.optimizer.learning_rate)
 
-def _check_at_least_0(config: object, name: str) -> None:
-    value = getattr(config, name)
-    if not 0 <= value < math.inf:
-        raise ConfigError(f"{name} is {value}; expected a number of at least 0")
+    def stage_at(self, step: int) -> WholeStage:
+        """Return the stage of a step, counted from 0; after the last step, the last stage."""
+        stages = self.whole_stages
+        return next((stage for stage in stages if step < stage.end), stages[-1])
 
 
 def config_as_plain(config: TrainConfig) -> dict[str, Any]:

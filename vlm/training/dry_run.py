@@ -16,7 +16,7 @@ import torch
 
 from vlm.batches.batch import Batch
 from vlm.batches.collate import collate
-from vlm.batches.mixture import BatchOrder, mixture_of
+from vlm.batches.mixture import BatchOrder
 from vlm.bundle import Bundle
 from vlm.data.source import Source, open_source
 from vlm.distributed.mesh import loss_groups, mesh_shape
@@ -27,7 +27,7 @@ from vlm.training.build import build_model, check_loss
 from vlm.training.checkpoint import Checkpoints, Resume
 from vlm.training.config import ClusterConfig, TrainConfig
 from vlm.training.objectives import mask_plan
-from vlm.training.reading import check_languages, examples_of, source_orders
+from vlm.training.reading import check_languages, examples_of, mixture, source_orders
 from vlm.training.resources import resources_of
 from vlm.training.resuming import CHECKPOINTS_NAME, check_run_folder, compared
 from vlm.training.scoring import build_evaluation
@@ -124,7 +124,7 @@ def _open_sources(plan: Plan, config: TrainConfig) -> dict[str, Source]:
             found[name] = open_source(each, verify=data.verify, cache_gib=data.cache_gib)
     if len(found) == len(data.by_name):
         with plan.collect():
-            check_languages(list(found.values()), config.captions.languages)
+            check_languages(config, found)
     return found
 
 
@@ -141,7 +141,7 @@ def _check_order(
         with plan.collect():
             order = BatchOrder(
                 source_orders(config, sources, streams),
-                mixture_of(data, samples),
+                mixture(config, sources),
                 data.batch_size,
                 seed=config.seed,
                 world_size=cluster.ranks,

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -17,6 +16,7 @@ from vlm.models.masked import MaskedModelling
 from vlm.models.pretraining import LanguageEmbeddings, PretrainingModel
 from vlm.models.text_thread import TextThread
 from vlm.training.config import ObjectivesConfig
+from vlm.training.distillation import check_same_images
 
 
 class Teacher:
@@ -27,16 +27,7 @@ class Teacher:
     """
 
     def __init__(self, bundle: Bundle, preprocess_cfg: Mapping[str, Any]) -> None:
-        wrong = [
-            f"{name} {bundle.preprocess_cfg[name]} for {preprocess_cfg[name]}"
-            for name in ("size", "mean", "std")
-            if np.any(np.not_equal(bundle.preprocess_cfg[name], preprocess_cfg[name]))
-        ]
-        if wrong:
-            raise ConfigError(
-                f"the teacher's images differ from the run's: {', '.join(wrong)}; expected a "
-                "teacher with the same size, mean and std"
-            )
+        check_same_images(bundle, preprocess_cfg)
         self.model = bundle.model
 
     @torch.no_grad()
@@ -98,7 +89,11 @@ def build_pretraining_model(
 
 def loss_weights(config: ObjectivesConfig) -> dict[str, float]:
     """Return the weight of each head and of each other loss by its name."""
-    return {UNIMODAL: config.unimodal_weight, **config.masked.weights}
+    return {
+        UNIMODAL: config.unimodal_weight,
+        **config.masked.weights,
+        **config.distillation.weights,
+    }
 
 
 def mask_plan(config: MaskedConfig, encoder: Encoder) -> MaskPlan:

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from vlm.errors import ConfigError
 from vlm.models.pretraining import PretrainingModel
-from vlm.training.config import OptimizerConfig, TowerRateConfig
+from vlm.training.optimizer_config import OptimizerConfig, TowerRateConfig
 
 RATE_RATIO = "learning_rate_ratio"
 """Key of a parameter group: the ratio of its learning rate to that of the run."""

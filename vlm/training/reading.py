@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from vlm.batches.examples import TrainingExamples
 from vlm.batches.loader import TrainingLoader
-from vlm.batches.mixture import BatchOrder, mixture_of
+from vlm.batches.mixture import BatchOrder, Mixture, mixture_of
 from vlm.batches.order import SourceOrder
 from vlm.bundle import Bundle
 from vlm.data.source import Source, open_source
@@ -29,7 +29,7 @@ def build_loader(config: TrainConfig, start: Bundle, accelerator: Accelerator) -
     streams = config.data.streams or ranks // ranks_per_node()
     order = BatchOrder(
         source_orders(config, sources, streams),
-        mixture_of(config.data, {name: len(source) for name, source in sources.items()}),
+        mixture(config, sources),
         config.data.batch_size,
         seed=config.seed,
         rank=accelerator.process_index,
@@ -52,8 +52,17 @@ def open_sources(config: TrainConfig) -> dict[str, Source]:
         name: open_source(each, verify=data.verify, cache_gib=data.cache_gib)
         for name, each in data.by_name.items()
     }
-    check_languages(list(sources.values()), config.captions.languages)
+    check_languages(config, sources)
     return sources
+
+
+def mixture(config: TrainConfig, sources: Mapping[str, Source]) -> Mixture:
+    """Return the weights of the sources, in each stage."""
+    return mixture_of(
+        config.data,
+        {name: len(source) for name, source in sources.items()},
+        [(stage.end, stage.weights) for stage in config.whole_stages],
+    )
 
 
 def source_orders(
@@ -96,6 +105,7 @@ def examples_of(
         config.captions,
         seed=config.seed,
         keep_decoded=config.data.keep_decoded,
+        languages=[config.data.by_name[name].languages for name in sources],
     )
 
 
@@ -109,13 +119,22 @@ def _training_transform(config: TrainConfig, start: Bundle) -> TrainingTransform
     return TrainingTransform(PreprocessConfig(**settings), config.augmentation, side)
 
 
-def check_languages(sources: Sequence[Source], languages: Sequence[str]) -> None:
+def check_languages(config: TrainConfig, sources: Mapping[str, Source]) -> None:
     """Refuse languages that no sample has: their terms of the loss would be 0 all the way."""
+    languages, read = config.captions.languages, {}
+    for name, source in sources.items():
+        read[source] = set(config.data.by_name[name].languages)
+        if unknown := read[source].difference(languages):
+            raise ConfigError(
+                f"the captions of {source.name} are read in {', '.join(sorted(unknown))}, which "
+                f"captions.languages {', '.join(languages)} lacks; expected some of these"
+            )
     found: set[str] = set()
-    shards = [(source, shard) for source in sources for shard in range(len(source.sizes))]
+    shards = [(source, shard) for source in read for shard in range(len(source.sizes))]
     for source, shard in shards[:_LOOKED_AT]:
         for row in source.rows(shard, ["languages"]):
-            found |= set(filter(None, row["languages"].split("+")))
+            there = set(filter(None, row["languages"].split("+")))
+            found |= there.intersection(read[source] or there)
         if found.issuperset(languages):
             return
     if len(shards) > _LOOKED_AT:
@@ -123,7 +142,7 @@ def check_languages(sources: Sequence[Source], languages: Sequence[str]) -> None
     missing = [language for language in languages if language not in found]
     raise ConfigError(
         f"captions.languages has {', '.join(missing)}, but "
-        f"{' and '.join(source.name for source in sources)} have captions in "
+        f"{' and '.join(source.name for source in read)} have captions in "
         f"{', '.join(sorted(found)) or 'no language'} only; expected some of these"
     )
 

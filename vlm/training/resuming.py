@@ -1,6 +1,6 @@
 """What a run's folder holds, and what may change when the run goes on."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from textwrap import shorten
@@ -55,6 +55,7 @@ MAY_CHANGE = {
     "adapt.grad_checkpointing_every": NO_EFFECT,
     "optimizer": FROM_NOW,
     "schedule": "the rates are those of the new schedule, as if it had always been this one",
+    "stages": "the rates are those of the new stages, as if they had always been these",
     "averaging": "an average that joins starts from the weights of the checkpoint",
     "evaluation": NO_EFFECT,
     "checkpoint": NO_EFFECT,
@@ -73,7 +74,6 @@ MAY_NOT_CHANGE = {
     "adapt.lora_alpha": "the adapters were trained with that scale",
     "adapt.lora_towers": "the adapters are there",
     "optimizer.name": "the moments are those of that optimizer",
-    "schedule.new_rows_steps": "the moments of the old rows begin after them",
 }
 """Settings that are those of the checkpoint, and why."""
 
@@ -185,6 +185,8 @@ def _refusal(
     """Say why a setting must not have changed; nothing if it may."""
     if name == "schedule.steps" and config.schedule.steps < step:
         return f"the run has taken {step} steps"
+    if name == "stages" and len({_trained_last(step, stages) for stages in changes[name]}) > 1:
+        return "the moments are those of what was trained until now"
     labels = [
         label
         for label in (config.data.mixture.batch_by, *changes.get("data.mixture.batch_by", ()))
@@ -196,6 +198,15 @@ def _refusal(
     if not (denied or allowed):
         return "it is not known what would stay exact"
     return reason if len(denied) > len(allowed) else ""
+
+
+def _trained_last(step: int, stages: Sequence[Mapping[str, Any]]) -> str:
+    """Return what is trained in the last of so many steps; before the first, nothing."""
+    for stage in stages if step else ():
+        if stage["steps"] is None or step <= stage["steps"]:
+            return str(stage["trained"])
+        step -= stage["steps"]
+    return "all" if step else ""
 
 
 def _longest(answers: Mapping[str, str], name: str) -> tuple[str, str]:

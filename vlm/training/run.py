@@ -3,7 +3,6 @@
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from vlm.batches.mixture import DataState
 from vlm.bundle import Bundle, save_bundle
 from vlm.data.sample import described
 from vlm.models.encoder import MAIN, Encoder
-from vlm.models.growth import only_new_rows
 from vlm.models.lora import without_lora
 from vlm.models.pretraining import PretrainingModel
 from vlm.storage.places import shown
@@ -27,12 +25,13 @@ from vlm.text.caption_ids import text_id
 from vlm.training.averaging import MovingAverage, mean_of_checkpoints
 from vlm.training.checkpoint import Checkpoints
 from vlm.training.config import TrainConfig
+from vlm.training.distillation import Distillation
 from vlm.training.guard import check_finite, step_when_finite
 from vlm.training.optimizer import RATE_RATIO
 from vlm.training.reporter import Reporter
 from vlm.training.resuming import BUNDLE_NAME, Origin, record_start
-from vlm.training.schedule import learning_rate_factor
 from vlm.training.skipped import SkippedLog
+from vlm.training.stages import StageLocks, learning_rate_at
 from vlm.training.state import OptimizerState, Progress, Settings, SourceFingerprints
 from vlm.training.step import StepOutput, StepResult
 
@@ -48,6 +47,10 @@ class Run:
     model: nn.Module
     """The `PretrainingModel` as the accelerator prepared it, which also prepared the optimizer."""
     optimizer: torch.optim.Optimizer
+    stages: StageLocks
+    """Locks what a stage does not train."""
+    distillation: Distillation | None
+    """The losses towards a frozen teacher, if there is one."""
     step: Callable[[Sequence[Batch]], StepOutput]
     """The forward and backward passes of a step over its micro-batches."""
     loader: TrainingLoader
@@ -83,6 +86,7 @@ class Run:
             f"{', '.join(config.captions.languages)}",
             "loss": f"{plan.kind} over {candidates:,} candidates (group size {group}, "
             f"micro-batches {config.loss.micro_batches})",
+            **({} if self.distillation is None else {"teacher": self.distillation.describe()}),
             "ranks": f"{ranks} on {self.accelerator.device.type}, {config.precision}",
             "scored": self._scored(),
             "steps": f"{self.progress.step:,} to {steps:,} of {data.batch_size:,} samples "
@@ -157,8 +161,8 @@ class Run:
     @property
     def state(self) -> dict[str, Stateful]:
         """What a checkpoint keeps of the run, by name."""
-        averages: dict[str, Stateful] = {} if self.average is None else {"ema": self.average}
-        return averages | {
+        sometimes = {"ema": self.average, "teacher": self.distillation}
+        return {name: part for name, part in sometimes.items() if part is not None} | {
             "model": self._unwrapped,
             "optimizer": OptimizerState(self._unwrapped, self.optimizer),
             "config": Settings(config=self.config),
@@ -246,16 +250,16 @@ class Run:
 
     def train_step(self, batch: Batch, step: int) -> StepResult:
         """Update the model once on one global batch, of which `batch` is this rank's part."""
+        self.stages.enter(step)
         self.model.train()
         # Dropout and the like follow from (seed, step, rank), so that resuming repeats them.
         torch.manual_seed(text_id(f"{self.config.seed}/{step}/{self.accelerator.process_index}"))
-        rate = self.config.optimizer.learning_rate
-        rate *= learning_rate_factor(step, self.config.schedule)
+        rate = learning_rate_at(step, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group[RATE_RATIO]
         parts = batch.split(self.config.loss.micro_batches)
         output = self.step([part.to(self.accelerator.device) for part in parts])
-        with self._trained_at(step):
+        with self.stages.updating(step):
             norm: Tensor = self.accelerator.clip_grad_norm_(
                 self.model.parameters(), self.config.optimizer.max_gradient_norm
             )
@@ -277,16 +281,6 @@ class Run:
             logit_scale=logit_scale,
             learning_rate=rate,
         )
-
-    def _trained_at(self, step: int) -> AbstractContextManager[None]:
-        """Let the first steps of a grown model change its new rows only."""
-        embedding, steps = self._encoder.token_embedding, self.config.schedule.new_rows_steps
-        if self.start.first_new_id is not None and step < steps:
-            return only_new_rows(self.model, embedding, first_new=self.start.first_new_id)
-        if step == steps and steps > 0:
-            # Else the old rows, which have not moved, would start at the new ones' step count.
-            self.optimizer.state.pop(embedding.weight, None)
-        return nullcontext()
 
     @property
     def _unwrapped(self) -> PretrainingModel:

@@ -2,7 +2,7 @@
 
 import math
 
-from vlm.training.config import ScheduleConfig
+from vlm.training.optimizer_config import ScheduleConfig
 
 
 def learning_rate_factor(step: int, config: ScheduleConfig) -> float:

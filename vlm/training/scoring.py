@@ -7,6 +7,7 @@ from vlm.data.config import SourceConfig
 from vlm.data.layout import has_manifest, splits_of
 from vlm.distributed.groups import world_group
 from vlm.embedding.embedder import Embedder
+from vlm.errors import ConfigError
 from vlm.evaluation.retrieval.evaluation import evaluate_retrieval
 from vlm.evaluation.retrieval.pairs import pairs_of_split
 from vlm.models.encoder import Encoder
@@ -17,7 +18,7 @@ def build_evaluation(
     config: TrainConfig, start: Bundle
 ) -> Callable[[Encoder], dict[str, float]] | None:
     """Return a function that every rank calls, since the ranks share the work; None for none."""
-    plan, languages = config.evaluation, config.captions.languages
+    plan = config.evaluation
     if plan.every_steps == 0 or (plan.folder is None and not _has_split_to_score(config)):
         return None
     # Read before the first step, so that a missing split does not end a run half way.
@@ -25,7 +26,13 @@ def build_evaluation(
         plan.split,
         SourceConfig(path=str(plan.folder or config.data.folder), split=plan.split),
     )
-    pairs = pairs_of_split(asked, languages=languages, cache_gib=config.data.cache_gib)
+    languages = plan.languages or dict.fromkeys((*config.captions.languages, *start.languages))
+    pairs = pairs_of_split(asked, languages=tuple(languages), cache_gib=config.data.cache_gib)
+    if missing := [language for language in plan.languages if language not in pairs.texts]:
+        raise ConfigError(
+            f"evaluation.languages has {', '.join(missing)}, but {split} of {asked.path} has "
+            f"captions in {', '.join(pairs.texts)}; expected some of these"
+        )
 
     def evaluate(encoder: Encoder) -> dict[str, float]:
         embedder = Embedder(start, model=encoder)

@@ -17,8 +17,8 @@ def build_start(config: TrainConfig) -> Bundle:
 
     Raises:
         VlmError: the model cannot be built, or the bundle not read.
-        ConfigError: the configuration describes a model as well as naming a bundle, or asks for
-            steps of new rows where there are none.
+        ConfigError: the configuration describes a model as well as naming a bundle, or a stage
+            trains new rows where there are none.
     """
     if config.start_from is None:
         tokenizer = load_tokenizer(config.tokenizer)
@@ -34,10 +34,10 @@ def build_start(config: TrainConfig) -> Bundle:
         )
     else:
         start = _from_bundle(config, config.start_from)
-    if config.schedule.new_rows_steps and start.first_new_id is None:
+    if start.first_new_id is None and any(s.trained == "new_rows" for s in config.stages):
         raise ConfigError(
-            f"schedule.new_rows_steps is {config.schedule.new_rows_steps}, but the model has no "
-            "new rows; expected start_from a bundle of `vlm grow` or `vlm convert --extend`"
+            "a stage trains new_rows, but the model has none; expected start_from a bundle of "
+            "`vlm grow` or `vlm convert --extend`"
         )
     return start
 

@@ -17,6 +17,7 @@ from vlm.losses.contrastive import ContrastiveOutput
 from vlm.models.masked import Hidden, by_sample
 from vlm.models.pretraining import Encoded, Features, OnTexts
 from vlm.text.caption_ids import NO_CAPTION
+from vlm.training.distillation import Distillation, Targets
 
 
 class StepOutput(NamedTuple):
@@ -82,6 +83,9 @@ class ContrastiveStep:
     backward: Callable[[Tensor], None] = torch.Tensor.backward
     """Differentiates a scalar, and scales it where the precision needs that; `Accelerator.backward`
     for example. Every gradient of a parameter comes from here."""
+    distillation: Distillation | None = None
+    """Losses towards a frozen teacher, which sees every micro-batch once. In mode `exact` they are
+    those of the whole batch, in mode `one_pass` the means of the micro-batches' own."""
     no_sync: Callable[[], AbstractContextManager[None]] | None = None
     """Makes a context whose backward passes leave gradients unaveraged; by default the model's."""
 
@@ -112,13 +116,15 @@ class ContrastiveStep:
             sent[head] = self.loss.send_texts(texts)
 
         for part, ratio in zip(parts, ratios, strict=True):
+            targets = self._targets([part])
             with nullcontext() if part is parts[-1] else self._without_sync():
                 encoded = self._encode(part, on_texts=send)
                 outputs = self._contrast(
                     encoded.heads, sent, part.image_ids, _caption_ids(part), banks
                 )
-                self.backward(ratio * (self._mean(outputs) + self._sum(encoded.others)))
-            steps.append(self._output(outputs, encoded.others))
+                others = encoded.others | self._distilled(encoded.heads, targets)
+                self.backward(ratio * (self._mean(outputs) + self._sum(others)))
+            steps.append(self._output(outputs, others))
         return StepOutput(
             _weighted([each.loss for each in steps], ratios),
             {
@@ -130,6 +136,7 @@ class ContrastiveStep:
 
     def _exact(self, parts: Sequence[Batch]) -> StepOutput:
         device, ratios = parts[0].images.device, _ratios(parts)
+        targets = self._targets(parts)
         encoded, states = [], []
         with self._without_sync():
             for part in parts:
@@ -146,7 +153,8 @@ class ContrastiveStep:
             torch.cat([part.image_ids for part in parts]),
             {name: torch.cat([ids[name] for ids in caption_ids]) for name in caption_ids[0]},
         )
-        torch.autograd.backward(self._mean(outputs))
+        distilled = self._distilled(joined, targets)
+        torch.autograd.backward(self._mean(outputs) + self._sum(distilled))
         ends = list(accumulate(len(part.image_ids) for part in parts))
         rows = [slice(*ends_of) for ends_of in zip([0, *ends], ends, strict=False)]
         # Encoding again must not count twice: dropout goes on from here, and batch norm's running
@@ -178,7 +186,8 @@ class ContrastiveStep:
             {
                 name: _weighted([each[name].detach() for each in others], ratios)
                 for name in others[0]
-            },
+            }
+            | distilled,
         )
 
     def _push(
@@ -264,6 +273,17 @@ class ContrastiveStep:
                 None if banks is None else banks[name],
             )  # fmt: skip
         return outputs
+
+    def _targets(self, parts: Sequence[Batch]) -> list[Targets]:
+        """Have the teacher encode micro-batches, before the model's activations need memory."""
+        return [] if self.distillation is None else list(map(self.distillation.targets, parts))
+
+    def _distilled(
+        self, heads: Mapping[str, Features], targets: Sequence[Targets]
+    ) -> dict[str, Tensor]:
+        if self.distillation is None:
+            return {}
+        return self.distillation.losses(next(iter(heads.values())), targets)
 
     def _mean(self, outputs: Mapping[str, BilingualOutput]) -> Tensor:
         weights = {name: self.weights.get(name, 1.0) for name in outputs}

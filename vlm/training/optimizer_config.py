@@ -1,0 +1,183 @@
+"""By which optimizer, how fast and in which stages a run trains: the settings of that."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from vlm.batches.config import check_weights
+from vlm.errors import ConfigError
+
+Trained = Literal["all", "text", "image", "new_rows"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerRateConfig:
+    """How one tower is trained where it differs from the rest of the model."""
+
+    learning_rate_ratio: float = 1.0
+    """Ratio of its learning rate to the model's; SigLIP trains a pretrained tower at 0.1."""
+    weight_decay: float | None = None
+    """Decay of its matrices and kernels, 0 in SigLIP's pretrained towers; null for the model's."""
+    layer_decay: float = 1.0
+    """Ratio of a stage's learning rate to that of the stage after it, in (0, 1]; the last stage,
+    which holds the projection, has the tower's."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.learning_rate_ratio < math.inf or not 0 < self.layer_decay <= 1:
+            raise ConfigError(
+                f"learning_rate_ratio is {self.learning_rate_ratio} and layer_decay "
+                f"{self.layer_decay}; expected at least 0, and more than 0 up to 1"
+            )
+        if self.weight_decay is not None:
+            _check_at_least_0(self, "weight_decay")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optimizer, and the rates at which parts of the model are trained."""
+
+    name: Literal["adamw", "muon", "lion"] = "adamw"
+    """`adamw` (Loshchilov and Hutter 2019); `muon` (Jordan et al. 2024) for the matrices of the
+    towers' blocks and AdamW for all else; or `lion` (Chen et al. 2023), which needs half of AdamW's
+    memory, a learning rate 3 to 10 times lower and a weight decay as much higher."""
+    learning_rate: float = 1e-3
+    """The highest rate, reached after warm-up."""
+    weight_decay: float = 0.1
+    """Decay of matrices and kernels; gains, biases and the temperature are left alone."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Decay of AdamW's and Lion's moments; SigLIP lowers the second one to 0.95 against spikes of
+    the loss. Muon's momentum is 0.95."""
+    eps: float = 1e-8
+    """Added to the root of AdamW's second moment."""
+    max_gradient_norm: float = 1.0
+    """Gradients whose norm is larger are scaled down to it."""
+    image: TowerRateConfig = field(default_factory=TowerRateConfig)
+    """The image tower with its projection. What both towers share gets the lower rate and decay."""
+    text: TowerRateConfig = field(default_factory=TowerRateConfig)
+    """The text tower with its projection."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "weight_decay", "eps"):
+            _check_at_least_0(self, name)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"optimizer: betas is {self.betas}; expected two in [0, 1)")
+        if not self.max_gradient_norm > 0:
+            raise ConfigError(
+                f"optimizer: max_gradient_norm is {self.max_gradient_norm}; expected more than 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """The learning rate over the run: linear warm-up, then a decay."""
+
+    steps: int = 1000
+    """Length of the run, in optimizer steps."""
+    warmup_steps: int = 100
+    """Steps over which the rate rises to its highest."""
+    shape: Literal["cosine", "linear", "wsd"] = "cosine"
+    """The decay after warm-up: half a cosine (Loshchilov and Hutter 2017), a line (Bergsma et al.
+    2025), or `wsd` (Hu et al. 2024): none at first, then 1 - sqrt(x) (Haegele et al. 2024)."""
+    decay_steps: int | None = None
+    """Steps of the decay at the end of a run of shape `wsd`; null for a fifth of its steps."""
+    final_ratio: float = 0.0
+    """Ratio of the last learning rate to the highest, in [0, 1]."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup_steps < self.steps:
+            raise ConfigError(
+                f"warmup_steps is {self.warmup_steps} in a schedule or stage of {self.steps} "
+                "steps; expected at least 0, and fewer than the steps"
+            )
+        if not 0 <= self.final_ratio <= 1:
+            raise ConfigError(f"schedule: final_ratio is {self.final_ratio}; expected 0 to 1")
+        most = self.steps - self.warmup_steps
+        if self.decay_steps is not None and not 0 < self.decay_steps <= most:
+            raise ConfigError(
+                f"schedule: decay_steps is {self.decay_steps}; expected 1 to {most}, the steps "
+                "after warm-up"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """A part of a run: what it trains, how fast, and on what."""
+
+    steps: int | None = None
+    """Length in steps; null, for the last stage, is what the others leave of `schedule.steps`."""
+    trained: Trained = "all"
+    """What is trained of what `adapt` leaves unlocked: all; all but the image tower (`text`, LiT);
+    all but the text tower (`image`); or only the embedding rows of new pieces, for a run that
+    starts from a bundle with a grown vocabulary."""
+    learning_rate: float | None = None
+    """The highest rate; null is that of the optimizer. Every stage rises to its own, and falls."""
+    warmup_steps: int | None = None
+    """Steps over which the rate rises to its highest; null is the number in `schedule`."""
+    weights: Mapping[str, float] | None = None
+    """By the name of a source, its share of the samples of a step relative to the others; one that
+    is not named is not read. Null for the weights of the sources."""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise ConfigError(f"a stage has {self.steps} steps; expected at least 1")
+        if self.weights is not None:
+            check_weights(self.weights, "a stage")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeStage:
+    """A stage with everything filled in."""
+
+    first: int
+    """The step that it begins at, counted from 0."""
+    trained: Trained
+    learning_rate: float
+    """The highest."""
+    schedule: ScheduleConfig
+    """Of its own steps, counted from its first."""
+    weights: Mapping[str, float] | None
+
+    @property
+    def end(self) -> int:
+        """The step that it ends before."""
+        return self.first + self.schedule.steps
+
+
+def whole_stages(
+    stages: Sequence[StageConfig], schedule: ScheduleConfig, learning_rate: float
+) -> tuple[WholeStage, ...]:
+    """Return stages with everything filled in that they leave to a run; at least one."""
+    stages, total = stages or (StageConfig(),), schedule.steps
+    given = [stage.steps for stage in stages]
+    lengths = [steps or 0 for steps in given]
+    if given[-1] is None:
+        lengths[-1] = total - sum(lengths)
+    if min(lengths) < 1 or sum(lengths) != total:
+        raise ConfigError(
+            f"the stages have {given} steps and schedule.steps is {total}; expected as many in "
+            "all, where the last may be null for what the others leave"
+        )
+    whole: list[WholeStage] = []
+    for stage, steps in zip(stages, lengths, strict=True):
+        rate, warmup = stage.learning_rate, stage.warmup_steps
+        whole.append(
+            WholeStage(
+                first=whole[-1].end if whole else 0,
+                trained=stage.trained,
+                learning_rate=learning_rate if rate is None else rate,
+                schedule=replace(
+                    schedule,
+                    steps=steps,
+                    warmup_steps=schedule.warmup_steps if warmup is None else warmup,
+                ),
+                weights=stage.weights,
+            )
+        )
+    return tuple(whole)
+
+
+def _check_at_least_0(config: object, name: str) -> None:
+    value = getattr(config, name)
+    if not 0 <= value < math.inf:
+        raise ConfigError(f"{name} is {value}; expected a number of at least 0")

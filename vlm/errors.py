@@ -39,3 +39,11 @@ class DistributedError(VlmError):
 
 class TrainingError(VlmError):
     """Training cannot go on, for example because the loss is no longer finite."""
+
+
+class InterruptedRunError(VlmError):
+    """A signal has ended a run; all that it has learnt is saved, and `--resume` goes on with it."""
+
+    def __init__(self, message: str, exit_code: int = 0) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -3,6 +3,7 @@
 import atexit
 import gc
 import multiprocessing
+import os
 import tempfile
 from collections.abc import Callable
 from contextlib import closing
@@ -49,6 +50,13 @@ def run_in_world(function: Callable[..., Any], world_size: int, *arguments: Any)
     if len(_worlds) > MOST_WORLDS:
         _worlds.pop(next(iter(_worlds))).close()  # the one that has not been used for longest
     return found
+
+
+def as_launched(rank: int, world_size: int) -> None:
+    """Let a function that runs in a world build a run, which asks what a launcher has said."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
+    numbers["LOCAL_WORLD_SIZE"] = world_size
+    os.environ.update({name: str(number) for name, number in numbers.items()})
 
 
 class _World:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from tests.training.test_run import config, inputs, losses  # noqa: F401 - a fixture
+from tests.support.tiny_run import config, losses
 from vlm.bundle import load_bundle
 from vlm.errors import ConfigError
 from vlm.training.averaging import MovingAverage, mean_of_checkpoints
@@ -67,7 +67,7 @@ def test_averages_take_the_place_of_the_weights_for_a_while_bit_for_bit(model):
 
 
 @pytest.mark.slow
-def test_a_run_scores_and_leaves_the_average_next_to_the_weights(inputs, tmp_path):  # noqa: F811
+def test_a_run_scores_and_leaves_the_average_next_to_the_weights(inputs, tmp_path):
     settings = config(inputs, tmp_path / "ema", averaging=AveragingConfig(ema_decay=0.9))
     run = build_run(settings)
     bundle = run.fit()
@@ -84,7 +84,7 @@ def test_a_run_scores_and_leaves_the_average_next_to_the_weights(inputs, tmp_pat
 
 
 @pytest.mark.slow
-def test_going_on_from_a_checkpoint_leaves_the_same_average(inputs, tmp_path):  # noqa: F811
+def test_going_on_from_a_checkpoint_leaves_the_same_average(inputs, tmp_path):
     settings = config(
         inputs, tmp_path, averaging=AveragingConfig(ema_decay=0.9), evaluation=EvaluationConfig()
     )
@@ -100,7 +100,7 @@ def test_going_on_from_a_checkpoint_leaves_the_same_average(inputs, tmp_path):  
 
 @pytest.mark.slow
 def test_the_mean_of_the_last_checkpoints_is_scored_and_left_next_to_the_weights(
-    inputs,  # noqa: F811
+    inputs,
     tmp_path,
 ):
     settings = config(

@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.builders import TINY_MODEL, make_sample, make_samples, tiny_tokenizer, write_split
+from tests.builders import make_sample, make_samples, write_split
 from tests.support.commands import ROOT
+from tests.support.tiny_run import BATCH, STEPS, config, losses
 from vlm.batches.batch import Batch
 from vlm.batches.config import CaptionConfig, DataConfig
 from vlm.errors import ConfigError, DataError, TrainingError
@@ -21,43 +22,10 @@ from vlm.training.config import (
     CheckpointConfig,
     EvaluationConfig,
     OptimizerConfig,
-    ScheduleConfig,
-    TrainConfig,
 )
-from vlm.training.reporter import METRICS_NAME, read_records
+from vlm.training.reporter import read_records
 from vlm.training.skipped import SKIPPED_NAME
 from vlm.training.state import Progress
-
-STEPS, BATCH = 7, 4
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    """A data folder and a tokenizer folder."""
-    folder = tmp_path_factory.mktemp("inputs")
-    write_split(folder / "data", make_samples(12))
-    write_split(folder / "data", make_samples(12), split="val")
-    tiny_tokenizer().save(folder / "tokenizer")
-    return folder
-
-
-def config(inputs, run_folder, **changes):
-    settings = {
-        "run_folder": run_folder,
-        "tokenizer": inputs / "tokenizer",
-        "model": TINY_MODEL,
-        "data": DataConfig(folder=inputs / "data", batch_size=BATCH, workers=0),
-        "schedule": ScheduleConfig(steps=STEPS, warmup_steps=2),
-        "evaluation": EvaluationConfig(every_steps=3),
-        "checkpoint": CheckpointConfig(every_steps=5, keep=9),
-        "report_every": 2,
-    }
-    return TrainConfig(**(settings | changes))
-
-
-def losses(run_folder, key="loss"):
-    records = read_records(run_folder / METRICS_NAME)
-    return {record["step"]: record[key] for record in records if key in record}
 
 
 def steps_of(run_folder):
@@ -94,46 +62,6 @@ def test_a_description_names_model_data_loss_ranks_and_steps(inputs, tmp_path):
     assert "12 samples in 3 shards; captions in zh, en" in text
     assert "0 to 7 of 4 samples" in text
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("report_every", [2, 100])
-def test_a_gradient_that_is_not_finite_stops_the_run_and_leaves_the_weights(
-    inputs, tmp_path, report_every
-):
-    run = build_run(config(inputs, tmp_path, report_every=report_every))
-    parameters = dict(run.start.model.named_parameters())
-    before = {}
-
-    def poison(encoder):
-        with torch.no_grad():
-            encoder.log_logit_scale.fill_(torch.nan)
-        before.update({name: p.detach().clone() for name, p in parameters.items()})
-        return {}
-
-    with pytest.raises(TrainingError, match=r"gradient at step 3 is nan.*sample-"):
-        replace(run, evaluate=poison).fit()
-    assert not {step for step in losses(tmp_path) if step > 3}
-    assert not (tmp_path / "checkpoints").exists()
-    del before["log_logit_scale"]
-    assert before
-    for name, weight in before.items():
-        assert torch.equal(parameters[name], weight), name
-
-
-@pytest.mark.parametrize("name", ["adamw", "lion"])
-def test_steps_after_a_gradient_that_is_not_finite_change_nothing(inputs, tmp_path, name):
-    """Nobody looks before the next report, and the next gradients may be finite again."""
-    settings = config(inputs, tmp_path, report_every=100, optimizer=OptimizerConfig(name=name))
-    run = build_run(settings)
-    batch = next(run.loader.read(run.data, 1))
-    run.train_step(batch, 0)
-    weights = {name: p.detach().clone() for name, p in run.model.named_parameters()}
-    for wrong in (True, False):
-        images = torch.full_like(batch.images, torch.nan) if wrong else batch.images
-        result = run.train_step(replace(batch, images=images), 1)
-    del result
-    for name, parameter in run.model.named_parameters():
-        assert torch.equal(parameter, weights[name]), name
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +118,7 @@ def test_more_skipped_samples_than_allowed_end_the_run_with_the_commonest_reason
     message = (
         r"^2 of the last \d+ samples could not be used, more than data.allowed_share 1e-05 permits "
         r"\(1 of 100,000\); 2 of them like this one: sample-000[38] \(.*is not one of JPEG, .*"
-        r"skipped.jsonl lists all$"
+        r"skipped.jsonl lists all \(after step \d+; nothing is saved yet\)$"
     )
     with pytest.raises(TrainingError, match=message):
         run.fit()
@@ -301,7 +229,7 @@ def test_memory_that_a_step_frees_is_kept_for_the_next_one(inputs, tmp_path):
     script = f"""
 import resource, torch
 from pathlib import Path
-from tests.training.test_run import config
+from tests.support.tiny_run import config
 from vlm.training.build import build_run
 build_run(config(Path({str(inputs)!r}), Path({str(tmp_path)!r})))
 for _ in range(9):

@@ -61,8 +61,8 @@ def uids_by_step(run):
     found = []
 
     class Watched(type(run.loader)):
-        def read(self, state, batches):
-            for batch in super().read(state, batches):
+        def read(self, *arguments, **options):
+            for batch in super().read(*arguments, **options):
                 found.append(batch.uids)
                 yield batch
 

@@ -101,6 +101,9 @@ class DataConfig:
     allowed_share: float = 0.001
     """Ratio of the last 100,000 samples that may be unusable, and replaced by others; beyond it
     the run ends."""
+    stall_s: float = 60.0
+    """Seconds after which a worker that neither runs nor wakes ends the run, if a batch is
+    missing."""
     keep_decoded: bool = False
     """Keep samples and their decoded images in memory: for many epochs over few small images."""
 
@@ -112,6 +115,8 @@ class DataConfig:
             raise ConfigError(
                 f"found both the folder {self.folder} and sources; expected all in `sources`"
             )
+        if not self.stall_s > 0:
+            raise ConfigError(f"stall_s is {self.stall_s}; expected more than 0")
         if not self.cache_gib > 0:
             raise ConfigError(f"cache_gib is {self.cache_gib}; expected more than 0")
         if not 0 <= self.allowed_share <= 1:

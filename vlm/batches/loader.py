@@ -1,6 +1,7 @@
 """Training batches in an order fixed by a seed and a state, whatever the number of processes."""
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from vlm.batches.collate import MaskPlan, collate
 from vlm.batches.examples import Example, TrainingExamples
 from vlm.batches.mixture import BatchOrder, DataState
 from vlm.batches.order import SampleKey
+from vlm.batches.workers import POLL_S, batches_of, start_worker
 from vlm.errors import VlmError
 from vlm.text.tokenizer import Tokenizer
 
@@ -37,12 +39,6 @@ def _collate(answers: Sequence[Example | VlmError], **settings: Any) -> Batch | 
     return next(answer for answer in answers if isinstance(answer, VlmError))
 
 
-def _or_raise(batch: Batch | VlmError) -> Batch:
-    if isinstance(batch, VlmError):
-        raise batch
-    return batch
-
-
 @dataclass(frozen=True)
 class TrainingLoader:
     """Gives one rank's batches from any state of the data on."""
@@ -54,22 +50,38 @@ class TrainingLoader:
     """Processes that decode and augment; 0 does it in this process."""
     masks: MaskPlan | None = None
     """What masked modelling hides."""
+    stall_s: float = 60.0
+    """Seconds without a sign of life of a worker that are taken for its end."""
 
     def with_streams(self, streams: int) -> "TrainingLoader":
         """Return the same loader over another number of streams: another order."""
         order = self.order.with_streams(streams)
         return replace(self, order=order, examples=replace(self.examples, orders=order.sources))
 
-    def read(self, state: DataState, batches: int) -> Iterator[Batch]:
-        """Give the next batches after a state, which stays as it is."""
+    def read(
+        self, state: DataState, batches: int, *, until: Callable[[], bool] | None = None
+    ) -> Generator[Batch]:
+        """Give the next batches after a state, which stays as it is.
+
+        Args:
+            state: Where to begin.
+            batches: How many to give.
+            until: Asked while a batch is missing; once it is true, no more are given.
+
+        Raises:
+            DataError: a worker has ended, or shows no sign of life for `stall_s`.
+            VlmError: a sample cannot be used, nor another one in its place.
+        """
         loader: DataLoader[Example | VlmError] = DataLoader(
             _Answers(self.examples),
             batch_sampler=self._announced(self.order.batches(state, batches)),
             num_workers=self.workers,
             collate_fn=partial(_collate, tokenizer=self.tokenizer, masks=self.masks),
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=partial(start_worker, os.getpid()),
+            timeout=POLL_S if self.workers else 0,
         )
-        return map(_or_raise, iter(loader))
+        return batches_of(loader, stall_s=self.stall_s, until=until)
 
     def _announced(self, batches: Iterator[list[SampleKey]]) -> Iterator[list[SampleKey]]:
         """Pass keys on, and start to fetch their shards before the workers ask for them."""

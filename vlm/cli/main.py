@@ -4,12 +4,13 @@ import difflib
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
 from vlm import __version__
-from vlm.errors import VlmError
+from vlm.errors import InterruptedRunError, VlmError
 from vlm.files import FULL_DISK
 
 VERBS = {
@@ -43,6 +44,11 @@ _LAUNCHED = {("train",), ("eval", "retrieval"), ("eval", "classification")}
 """The verbs that several processes can share."""
 
 
+_FIRST_S = 2.0
+"""Seconds that other ranks leave to the first: if it fails alike, as it mostly does, the launcher
+ends them, and its sentence is the only one."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code: 0, or 2 after an error of the user's."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -50,7 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _run(words)
         sys.stdout.flush()
+    except InterruptedRunError as error:
+        if not _rank():  # every rank has the same to say
+            print(f"vlm: {error}", file=sys.stderr)
+        return error.exit_code
     except VlmError as error:
+        if _rank():
+            time.sleep(_FIRST_S)
         print(f"vlm: {_without_number(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:
@@ -65,6 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("vlm: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _rank() -> int:
+    """Return this process's rank, from the launcher's variable."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def command() -> NoReturn:

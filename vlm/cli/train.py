@@ -6,12 +6,16 @@ folder, as those on the command line do.
 
 import json
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from vlm.cli.parsing import part_of
-from vlm.errors import ConfigError
+from vlm.errors import ConfigError, InterruptedRunError
 from vlm.training.config import ClusterConfig, TrainConfig
 
 
@@ -38,9 +42,10 @@ def run(options: Options) -> None:
     if options.dry_run:
         _print_plan(options, config)
         return
-    from vlm.training.build import build_run
+    with _ended_by_signals():
+        from vlm.training.build import build_run
 
-    print(build_run(config, resume=_resume(options)).fit())
+        print(build_run(config, resume=_resume(options)).fit())
 
 
 def _resume(options: Options) -> Any:
@@ -57,3 +62,22 @@ def _print_plan(options: Options, config: TrainConfig) -> None:
     if plan.problems:
         number = len(plan.problems)
         raise ConfigError(f"the run would not get through: {number} problem{'s' * (number > 1)}")
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let the signals that ask a run to end do so at once where there is nothing to save.
+
+    While it trains it listens to them itself.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        raise InterruptedRunError(f"interrupted by {name} outside training, with nothing to save")
+
+    before = {each: signal.signal(each, end) for each in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from vlm.training.checkpoint import Checkpoint
 
@@ -40,10 +41,20 @@ class MovingAverage:
         self._averages = {name: each.detach().clone() for name, each in self._live.items()}
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take in the weights after an update, the `step`-th of the run."""
+    def update(self, step: int, skipped: Tensor | None = None) -> None:
+        """Take in the weights after step number `step`, unless its update was `skipped`.
+
+        A device decides that by itself, without the host.
+        """
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self._averages.values()), list(self._live.values()), weight)
+        averages, live = list(self._averages.values()), list(self._live.values())
+        if skipped is None or skipped.device.type == "cpu":
+            if not skipped:
+                torch._foreach_lerp_(averages, live, weight)
+            return
+        weights = torch.where(skipped, 0.0, weight)
+        for average, each in zip(averages, live, strict=True):
+            _local(average).lerp_(_local(each), weights.to(average.dtype))
 
     @torch.no_grad()
     def move(self, state: Mapping[str, Tensor], weight: float) -> None:
@@ -115,3 +126,8 @@ class _Taken:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.average.move(state, self.weight)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a sharded tensor, or the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -22,6 +22,7 @@ from vlm.training.averaging import MovingAverage
 from vlm.training.checkpoint import Checkpoints, Resume
 from vlm.training.config import TrainConfig
 from vlm.training.distillation import Distillation, build_distillation
+from vlm.training.guard import Guard
 from vlm.training.objectives import build_pretraining_model, loss_weights
 from vlm.training.optimizer import build_optimizer
 from vlm.training.reading import build_loader
@@ -58,13 +59,7 @@ def build_run(config: TrainConfig, *, resume: Resume = "never") -> Run:
     if accelerator.device.type == "cpu":
         _keep_freed_memory()
     check_run_folder(config, resume)
-    checkpoints = Checkpoints(
-        config.run_folder / CHECKPOINTS_NAME,
-        keep=config.checkpoint.keep,
-        keep_every=config.checkpoint.keep_every,
-        in_background=config.checkpoint.in_background,
-        group=host_group(_PATIENCE),
-    )
+    checkpoints = _build_checkpoints(config)
     found = checkpoints.find(resume)
     origin = compared(config, found, world_size=accelerator.num_processes)
     start = build_start(config)
@@ -96,6 +91,7 @@ def build_run(config: TrainConfig, *, resume: Resume = "never") -> Run:
         checkpoints=checkpoints,
         origin=origin,
         evaluate=evaluate,
+        guard=Guard(config.guard, accelerator.unwrap_model(model), world_group()),
     )
     if found is not None:
         checkpoints.load(found, run.state)
@@ -105,6 +101,17 @@ def build_run(config: TrainConfig, *, resume: Resume = "never") -> Run:
         run = replace(run, loader=loader.with_streams(run.data.streams))
     run.stages.enter(run.progress.step)
     return run
+
+
+def _build_checkpoints(config: TrainConfig) -> Checkpoints:
+    """Return the checkpoints of a run; a collective operation."""
+    return Checkpoints(
+        config.run_folder / CHECKPOINTS_NAME,
+        keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
+        in_background=config.checkpoint.in_background,
+        group=host_group(_PATIENCE),
+    )
 
 
 def _keep_freed_memory() -> None:

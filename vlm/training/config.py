@@ -98,6 +98,23 @@ class AveragingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """When the update of a step is skipped, on all ranks, and when the run ends for it.
+
+    It is skipped where the loss or the gradient is not finite on any rank.
+    """
+
+    max_skipped_in_a_row: int = 10
+    """Number of updates skipped in a row that ends the run."""
+
+    def __post_init__(self) -> None:
+        if self.max_skipped_in_a_row < 1:
+            raise ConfigError(
+                f"guard.max_skipped_in_a_row is {self.max_skipped_in_a_row}; expected at least 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """Retrieval scores during the run."""
 
@@ -213,6 +230,7 @@ class TrainConfig:
     averaging: AveragingConfig = field(default_factory=AveragingConfig)
     stages: tuple[StageConfig, ...] = ()
     """What is trained one after the other, each with a schedule of its own; none is one stage."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 

@@ -1,44 +1,217 @@
-"""Updates that must not happen: those of a gradient that is not finite."""
+"""The guard of a step: an update that is not finite on every rank happens on none."""
 
+import json
 import math
-from collections.abc import Sequence
-from typing import Any
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from tqdm import tqdm
 
+from vlm.distributed.groups import RankGroup
 from vlm.errors import TrainingError
+from vlm.files import write_file
+from vlm.training.config import GuardConfig
 from vlm.training.optimizer import reads_found_inf
-from vlm.training.step import StepResult
+from vlm.training.reporter import read_records
+from vlm.training.state import Progress
+
+SKIPPED_STEPS_NAME = "skipped_steps.jsonl"
 
 
-def step_when_finite(optimizer: torch.optim.Optimizer, gradient_norm: Tensor) -> None:
-    """Update the weights, unless this norm or an earlier one is not finite.
+class Shared(NamedTuple):
+    """A step's message among the ranks, on its way."""
 
-    Otherwise weights, moments and step counts stay as they are. The host need not know to go on:
-    fused optimizers read `found_inf` in their kernel, which is how gradient scalers skip a step as
-    well. Before a step of any other optimizer it waits for the device, and looks.
+    values: Tensor
+    """The sum of the losses, and how many ranks were asked to end."""
+    work: dist.Work | None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What all ranks know of a step, on the host; the same everywhere but for the samples."""
+
+    step: int
+    """Steps taken, this one included, as in `metrics.jsonl`."""
+    uids: tuple[str, ...]
+    """The samples of this rank."""
+    loss: float
+    """The mean over the ranks."""
+    gradient_norm: float
+    skipped: bool
+    """Whether the update was left out."""
+    stop: bool
+    """Whether any rank was asked to end."""
+
+    @property
+    def reason(self) -> str:
+        """Why the update was left out."""
+        if not math.isfinite(self.loss):
+            return f"the loss is {self.loss}"
+        return f"the gradient's norm is {self.gradient_norm}"
+
+
+class _Pending(NamedTuple):
+    """A verdict on its way from the device."""
+
+    step: int
+    uids: tuple[str, ...]
+    values: Tensor
+    ready: torch.Event | None
+
+
+class Guard:
+    """Lets an update happen on all ranks or on none, as the step's loss and gradient are finite.
+
+    Each step sends one small message, which also carries the wish of any rank to end. A device
+    that runs ahead of the host is not waited for: it decides by itself, and the host reads the
+    verdict while the next step is under way.
+
+    Args:
+        model: Its buffers, such as batch norm's running statistics, are put back when an update is
+            left out, since they have seen the same numbers.
+        group: All ranks.
     """
-    plain: Any = getattr(optimizer, "optimizer", optimizer)  # within accelerate's wrapper
-    wrong = (~gradient_norm.isfinite()).float()
-    before = getattr(plain, "found_inf", None)
-    plain.found_inf = wrong if before is None else torch.maximum(before, wrong)
-    if reads_found_inf(optimizer) or not plain.found_inf.item():
-        optimizer.step()
+
+    def __init__(self, config: GuardConfig, model: nn.Module, group: RankGroup) -> None:
+        self._config, self._group = config, group
+        self.skipped = 0
+        """Updates left out in the whole run, as far as the host knows."""
+        self._in_a_row = 0
+        self._buffers = [
+            each
+            for each in model.state_dict(keep_vars=True).values()
+            if not isinstance(each, nn.Parameter)
+        ]
+        self._kept: list[Tensor] = []
+        self._pending: list[_Pending] = []
+
+    def begin(self) -> None:
+        """Note what a forward pass changes; before it."""
+        self._kept = [buffer.clone() for buffer in self._buffers]
+
+    def share(self, loss: Tensor, *, stop: bool) -> Shared:
+        """Send this rank's loss and whether it was asked to end; a collective operation."""
+        values = torch.stack([loss.detach().float(), loss.new_tensor(float(stop)).float()])
+        if self._group.process_group is None:
+            return Shared(values, None)
+        work = dist.all_reduce(values, group=self._group.process_group, async_op=True)
+        return Shared(values, work)
+
+    @torch.no_grad()
+    def update(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        step: int,
+        uids: tuple[str, ...],
+        shared: Shared,
+        gradient_norm: Tensor,
+    ) -> Tensor:
+        """Update the weights unless the step is bad; return whether it was, still on the device.
+
+        Args:
+            optimizer: Of the weights, with their gradients in place.
+            step: Steps taken before this one.
+            uids: The samples of this rank.
+            shared: The message that all ranks have sent.
+            gradient_norm: Of the gradient over all ranks.
+        """
+        if shared.work is not None:
+            shared.work.wait()
+        loss, norm = shared.values[0] / self._group.size, gradient_norm.detach().float()
+        skip = ~(loss.isfinite() & norm.isfinite())
+        on_host = skip.device.type == "cpu"
+        if on_host or not reads_found_inf(optimizer):
+            if not skip.item():
+                optimizer.step()
+        else:
+            fused: Any = getattr(optimizer, "optimizer", optimizer)  # within accelerate's wrapper
+            fused.found_inf = skip.float()
+            optimizer.step()
+        for buffer, kept in zip(self._buffers, self._kept, strict=True):
+            buffer.copy_(torch.where(skip, kept, buffer))
+        values = torch.stack([loss, norm, skip.float(), shared.values[1]])
+        ready = None
+        if not on_host:
+            values, ready = values.to("cpu", non_blocking=True), torch.Event(skip.device)
+            ready.record()
+        self._pending.append(_Pending(step + 1, uids, values, ready))
+        return skip
+
+    def verdicts(self, *, wait: bool) -> Iterator[Verdict]:
+        """Give the verdicts that the host knows by now, oldest first; the same on every rank.
+
+        Args:
+            wait: Also give that of the step at hand, for which the host may have to wait.
+
+        Raises:
+            TrainingError: the verdict before was one too many in a row.
+        """
+        while self._pending and (wait or self._pending[0].ready is None or len(self._pending) > 1):
+            pending = self._pending.pop(0)
+            if pending.ready is not None:
+                pending.ready.synchronize()
+            loss, norm, skipped, stop = pending.values.tolist()
+            verdict = Verdict(pending.step, pending.uids, loss, norm, skipped > 0, stop > 0)
+            self.skipped += verdict.skipped
+            self._in_a_row = self._in_a_row + 1 if verdict.skipped else 0
+            wait = wait or verdict.stop  # the checkpoint to come is of the step at hand
+            yield verdict
+            if self._in_a_row >= self._config.max_skipped_in_a_row:
+                raise TrainingError(
+                    f"the updates of {self._in_a_row} steps in a row were skipped, which is as "
+                    f"many as guard.max_skipped_in_a_row permits: at step {verdict.step} "
+                    f"{verdict.reason}; lower optimizer.learning_rate, or look at the images of "
+                    f"{', '.join(verdict.uids[:3])}"
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain numbers, the same on every rank."""
+        return {"skipped": self.skipped, "in_a_row": self._in_a_row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Set the numbers."""
+        self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]
 
 
-def check_finite(results: Sequence[StepResult]) -> None:
-    """Read the gradient norms of the steps since the last look at them.
+class SkippedSteps:
+    """Writes the steps whose updates were left out, with their samples.
 
-    Looking at each step would make the host wait for the device at each. The first norm that is
-    not finite has stopped all updates since (`step_when_finite`). Norms are those of all ranks,
-    so all raise or none.
+    Records of steps after `progress`, left by a run that was cut off, are removed: resuming skips
+    the same steps again.
     """
-    norms = torch.stack([result.gradient_norm for result in results]).tolist()
-    for result, norm in zip(results, norms, strict=True):
-        if not math.isfinite(norm):
-            raise TrainingError(
-                f"the gradient at step {result.step} is {norm} (loss {result.loss.item():.4g}); "
-                "lower optimizer.learning_rate or look at the batch's images: "
-                + ", ".join(result.uids)
-            )
+
+    def __init__(self, folder: Path, *, progress: Progress, writes: bool) -> None:
+        self._path, self._writes = folder / SKIPPED_STEPS_NAME, writes
+        self._last = 0
+        records = read_records(self._path)
+        kept = [record for record in records if record["step"] <= progress.step]
+        if writes and len(kept) < len(records):
+            write_file(self._path, "".join(map(_line, kept)).encode())
+
+    def record(self, verdict: Verdict) -> None:
+        """Write what all ranks have read in a skipped step; a collective operation."""
+        uids = gather_object(list(verdict.uids))
+        goes_on, self._last = verdict.step == self._last + 1, verdict.step
+        if not self._writes:
+            return
+        record = {
+            "step": verdict.step, "reason": verdict.reason, "loss": verdict.loss,
+            "gradient_norm": verdict.gradient_norm, "uids": uids,
+        }  # fmt: skip
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(_line(record))
+        if not goes_on:
+            said = f"the update of step {verdict.step} is skipped: {verdict.reason}"
+            tqdm.write(f"{said}; {self._path} has its samples", sys.stderr)
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"

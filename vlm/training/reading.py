@@ -41,6 +41,7 @@ def build_loader(config: TrainConfig, start: Bundle, accelerator: Accelerator) -
         order,
         start.tokenizer,
         workers=config.data.workers,
+        stall_s=config.data.stall_s,
         masks=mask_plan(config.objectives.masked, start.model),
     )
 

@@ -1,15 +1,19 @@
 """What a run reports: `metrics.jsonl`, TensorBoard and the progress bar."""
 
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from vlm.training.state import Progress
 
 METRICS_NAME = "metrics.jsonl"
+
+T = TypeVar("T")
 
 
 class Reporter:
@@ -60,6 +64,49 @@ class Reporter:
             self._bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+
+
+class Pace:
+    """The speed of training since the last report, without evaluations and checkpoints."""
+
+    def __init__(self) -> None:
+        self._restart()
+
+    def _restart(self) -> None:
+        self._since, self._waited, self._samples = time.perf_counter(), 0.0, 0
+
+    def timed(self, batches: Iterable[T]) -> Iterator[T]:
+        """Pass batches on, and count the time that each is waited for."""
+        source = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            try:
+                batch = next(source)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - asked
+            yield batch
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time within out."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
+    def advance(self, samples: int) -> None:
+        """Count samples trained on."""
+        self._samples += samples
+
+    def rates(self) -> dict[str, float]:
+        """Return the rates since the last call."""
+        elapsed = time.perf_counter() - self._since
+        rates = {
+            "samples_per_s": self._samples / elapsed,
+            "data_wait_ratio": self._waited / elapsed,
+        }
+        self._restart()
+        return rates
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -37,6 +37,7 @@ MAY_CHANGE = {
     "data.skip_batches": "batches that are behind stay trained on",
     "data.batch_size": "the data goes on at its place; steps go on counting, with the same rates",
     "data.workers": NO_EFFECT,
+    "data.stall_s": NO_EFFECT,
     "data.verify": NO_EFFECT,
     "data.cache_gib": NO_EFFECT,
     "data.keep_decoded": NO_EFFECT,
@@ -57,6 +58,7 @@ MAY_CHANGE = {
     "schedule": "the rates are those of the new schedule, as if it had always been this one",
     "stages": "the rates are those of the new stages, as if they had always been these",
     "averaging": "an average that joins starts from the weights of the checkpoint",
+    "guard": FROM_NOW,
     "evaluation": NO_EFFECT,
     "checkpoint": NO_EFFECT,
 }

@@ -1,22 +1,26 @@
 """One training run: the loop over its steps, and what it reports, keeps and leaves."""
 
+import math
+import signal
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 
-from vlm.batches.batch import Batch, SkippedSample
+from vlm.batches.batch import Batch
 from vlm.batches.loader import TrainingLoader
 from vlm.batches.mixture import DataState
 from vlm.bundle import Bundle, save_bundle
 from vlm.data.sample import described
+from vlm.distributed.groups import world_group
+from vlm.embedding.embedder import RuntimeEncoder
+from vlm.errors import InterruptedRunError, VlmError
 from vlm.models.encoder import MAIN, Encoder
 from vlm.models.lora import without_lora
 from vlm.models.pretraining import PretrainingModel
@@ -26,9 +30,12 @@ from vlm.training.averaging import MovingAverage, mean_of_checkpoints
 from vlm.training.checkpoint import Checkpoints
 from vlm.training.config import TrainConfig
 from vlm.training.distillation import Distillation
-from vlm.training.guard import check_finite, step_when_finite
+from vlm.training.due import due_after
+from vlm.training.failures import going_on, named
+from vlm.training.guard import Guard, SkippedSteps
+from vlm.training.interruption import Interruption, Stoppable
 from vlm.training.optimizer import RATE_RATIO
-from vlm.training.reporter import Reporter
+from vlm.training.reporter import Pace, Reporter
 from vlm.training.resuming import BUNDLE_NAME, Origin, record_start
 from vlm.training.skipped import SkippedLog
 from vlm.training.stages import StageLocks, learning_rate_at
@@ -57,8 +64,10 @@ class Run:
     data: DataState
     """How far the data has been read."""
     checkpoints: Checkpoints
-    evaluate: Callable[[Encoder], dict[str, float]] | None
+    evaluate: Callable[[RuntimeEncoder], dict[str, float]] | None
     """Scores the encoder; the ranks share the work."""
+    guard: Guard
+    """Lets updates happen, or not."""
     average: MovingAverage | None = None
     """Of the model's weights."""
     progress: Progress = field(default_factory=Progress)
@@ -118,29 +127,39 @@ class Run:
         """Train to the end of the schedule; return the folder of the bundle that this leaves.
 
         Raises:
-            TrainingError: the gradient is no longer finite; the weights are those before it.
+            InterruptedRunError: a signal has ended the run; all that it has learnt is saved.
+            TrainingError: too many updates in a row were skipped.
             VlmError: too many samples cannot be used, or a file not written.
         """
         config, is_main = self.config, self.accelerator.is_main_process
         self.accelerator.wait_for_everyone()  # all ranks have checked the folder before one writes
         if is_main:
             record_start(config, self.origin)
-        with Reporter(
-            config.run_folder,
-            samples=config.schedule.steps * config.data.batch_size,
-            progress=self.progress,
-            active=is_main,
-        ) as reporter:
-            self.accelerator.print(self.describe(), file=sys.stderr)
-            try:
-                self._train(reporter)
-            finally:
-                self.checkpoints.finish()
-        bundle = self._save_bundle(BUNDLE_NAME)
-        for kind, average in self._averages().items():
-            with average.in_place():
-                self._save_bundle(f"{BUNDLE_NAME}-{kind}")
-        self.accelerator.end_training()
+        with Interruption() as interruption:
+            with Reporter(
+                config.run_folder,
+                samples=config.schedule.steps * config.data.batch_size,
+                progress=self.progress,
+                active=is_main,
+            ) as reporter:
+                self.accelerator.print(self.describe(), file=sys.stderr)
+                try:
+                    try:
+                        self._train(reporter, interruption)
+                    finally:
+                        self.checkpoints.finish()
+                except InterruptedRunError:
+                    self.accelerator.wait_for_everyone()  # for the rank that writes
+                    raise
+                except Exception as error:
+                    raise named(
+                        error, step=self.progress.step, saved=self.checkpoints.latest()
+                    ) from error
+            bundle = self._save_bundle(BUNDLE_NAME)
+            for kind, average in self._averages().items():
+                with average.in_place():
+                    self._save_bundle(f"{BUNDLE_NAME}-{kind}")
+            self.accelerator.end_training()
         return bundle
 
     def _save_bundle(self, name: str) -> Path:
@@ -166,6 +185,7 @@ class Run:
             "model": self._unwrapped,
             "optimizer": OptimizerState(self._unwrapped, self.optimizer),
             "config": Settings(config=self.config),
+            "guard": self.guard,
             "progress": self.progress,
             "data": self.data,
             "sources": SourceFingerprints(
@@ -178,67 +198,73 @@ class Run:
             ),
         }
 
-    def _train(self, reporter: Reporter) -> None:
-        config, progress, batch_size = self.config, self.progress, self.config.data.batch_size
-        last = config.schedule.steps
-        batches = self.loader.read(self.data, last - progress.step)
-        log = SkippedLog(
-            config.run_folder,
-            progress=progress,
-            allowed_share=config.data.allowed_share,
-            writes=self.accelerator.is_main_process,
-        )
-        unchecked: list[StepResult] = []
-        skipped: list[tuple[int, SkippedSample]] = []
-        reported, since, waited = progress.step, time.perf_counter(), 0.0
-        while progress.step < last:
-            asked = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - asked
-            skipped += [(progress.step + 1, each) for each in batch.skipped]
-            result = self.train_step(batch, progress.step)
-            unchecked.append(result)
-            progress.step += 1
-            progress.samples += batch_size
-            self.loader.order.advance(self.data)
-            reporter.advance(batch_size)
-            step = progress.step
-            # Each happens every n steps and at the end; 0 is never.
-            reports, evaluates, saves = (
-                every > 0 and (step % every == 0 or step == last)
-                for every in (
-                    config.report_every, config.evaluation.every_steps,
-                    config.checkpoint.every_steps,
-                )
-            )  # fmt: skip
-            if reports or evaluates or saves or step == last:
-                check_finite(unchecked)  # waits for the device, so that the rate below is true
-                unchecked.clear()
-                log.record(progress, gather_object(skipped))
-                skipped = []
-            if reports:
-                elapsed = time.perf_counter() - since
-                rates = {
-                    "samples_per_s": (step - reported) * batch_size / elapsed,
-                    "data_wait_ratio": waited / elapsed,
-                }
-                reporter.record(step, self._averaged(result) | rates)
-                reported, since, waited = step, time.perf_counter(), 0.0
-            pause = time.perf_counter()
-            if evaluates and self.evaluate is not None:
-                reporter.record(step, self._scores(self.evaluate))
-            if saves:
-                self.checkpoints.save(step, self.state, required=step == last)
-            since += time.perf_counter() - pause  # the rate is that of training alone
+    def _train(self, reporter: Reporter, interruption: Interruption) -> None:
+        """Take the steps that are left, and after each what is due.
 
-    def _scores(self, evaluate: Callable[[Encoder], dict[str, float]]) -> dict[str, float]:
-        """Return the scores of the weights, and those of their averages next to them."""
-        scores = evaluate(self._encoder)
-        for kind, average in self._averages().items():
-            with average.in_place():
-                averaged = evaluate(self._encoder)
-            scores |= {name.replace("/", f"_{kind}/", 1): each for name, each in averaged.items()}
-        return scores
+        It is saved before it is scored, so that a signal during an evaluation loses nothing.
+        """
+        progress, last, pace = self.progress, self.config.schedule.steps, Pace()
+        samples, steps = self._logs()
+        saved = progress.step
+        with closing(self._batches(interruption)) as batches:
+            for batch in pace.timed(batches):
+                result = self.train_step(batch, progress.step, interruption)
+                self._advance(reporter, pace)
+                samples.note(progress.step, batch.skipped)
+                due = due_after(progress.step, self.config)
+                stop = self._look(steps, wait=due.any)
+                if due.any or stop:
+                    samples.record(progress)
+                if due.report:
+                    reporter.record(progress.step, self._averaged(result) | pace.rates())
+                with pace.paused():
+                    if due.save or stop:
+                        must = stop or due.last
+                        self.checkpoints.save(progress.step, self.state, required=must)
+                        saved = progress.step
+                    if stop or (due.save and self._agreed(interruption)):
+                        raise self._interrupted(interruption)
+                    if due.evaluate and self.evaluate is not None:
+                        self._score(self.evaluate, reporter, interruption)
+        if progress.step < last:  # asked to end while it waited for data
+            self._look(steps, wait=True)
+            samples.record(progress)
+            if saved < progress.step:
+                self.checkpoints.save(progress.step, self.state, required=True)
+            raise self._interrupted(interruption)
+
+    def _batches(self, interruption: Interruption) -> Generator[Batch]:
+        """Give the batches that are left; one process alone stops to wait when it is asked to end.
+
+        One of several goes on: the others may be in the middle of a step that needs it.
+        """
+        alone = self.accelerator.num_processes == 1
+        left = self.config.schedule.steps - self.progress.step
+        return self.loader.read(self.data, left, until=interruption.asked if alone else None)
+
+    def _agreed(self, interruption: Interruption) -> bool:
+        """Return whether any rank was asked to end; a collective operation."""
+        return interruption.agreed(world_group(), self.accelerator.device)
+
+    def _score(
+        self,
+        evaluate: Callable[[RuntimeEncoder], dict[str, float]],
+        reporter: Reporter,
+        interruption: Interruption,
+    ) -> None:
+        """Score the weights, and their averages; a signal cuts it short, and the next step ends."""
+        encoder = Stoppable(self._encoder, interruption)
+        try:
+            scores = evaluate(encoder)
+            for kind, average in self._averages().items():
+                with average.in_place():
+                    own = evaluate(encoder)
+                scores |= {name.replace("/", f"_{kind}/", 1): each for name, each in own.items()}
+        except VlmError:  # which every rank raises where one does
+            if not self._agreed(interruption):
+                raise
+        else:
+            reporter.record(self.progress.step, scores)
 
     def _averages(self) -> dict[str, MovingAverage]:
         """Return the averages of the weights by their kind."""
@@ -248,8 +274,16 @@ class Run:
             averages["mean"] = mean_of_checkpoints(self._unwrapped, found)
         return averages
 
-    def train_step(self, batch: Batch, step: int) -> StepResult:
-        """Update the model once on one global batch, of which `batch` is this rank's part."""
+    def train_step(
+        self, batch: Batch, step: int, interruption: Interruption | None = None
+    ) -> StepResult:
+        """Update the model once on one global batch, of which `batch` is this rank's part.
+
+        Args:
+            batch: This rank's samples.
+            step: Steps taken before it.
+            interruption: Says whether this rank was asked to end, which all learn from the step.
+        """
         self.stages.enter(step)
         self.model.train()
         # Dropout and the like follow from (seed, step, rank), so that resuming repeats them.
@@ -257,22 +291,26 @@ class Run:
         rate = learning_rate_at(step, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group[RATE_RATIO]
+        self.guard.begin()
         parts = batch.split(self.config.loss.micro_batches)
         output = self.step([part.to(self.accelerator.device) for part in parts])
+        # This message travels while the gradient is clipped.
+        stop = interruption is not None and interruption.asked()
+        shared = self.guard.share(output.loss, stop=stop)
         with self.stages.updating(step):
             norm: Tensor = self.accelerator.clip_grad_norm_(
                 self.model.parameters(), self.config.optimizer.max_gradient_norm
             )
             logit_scale = self._encoder.logit_scales[MAIN].detach()
-            step_when_finite(self.optimizer, norm)
+            skipped = self.guard.update(
+                self.optimizer, step=step, uids=batch.uids, shared=shared, gradient_norm=norm
+            )
         self.optimizer.zero_grad()
         self._encoder.clamp_logit_scale()
         if self.average is not None:
-            self.average.update(step + 1)
+            self.average.update(step + 1, skipped)
         terms = output.terms.values()
         return StepResult(
-            step=step,
-            uids=batch.uids[:3],
             loss=output.loss,
             parts=output.parts if len(output.parts) > 1 else {},
             correct=torch.cat([term.correct for term in terms]),
@@ -280,6 +318,47 @@ class Run:
             gradient_norm=norm,
             logit_scale=logit_scale,
             learning_rate=rate,
+        )
+
+    def _advance(self, reporter: Reporter, pace: Pace) -> None:
+        """Count a step that was taken, also one whose update was skipped."""
+        batch_size = self.config.data.batch_size
+        self.progress.step += 1
+        self.progress.samples += batch_size
+        self.loader.order.advance(self.data)
+        reporter.advance(batch_size)
+        pace.advance(batch_size)
+
+    def _logs(self) -> tuple[SkippedLog, SkippedSteps]:
+        config, progress = self.config, self.progress
+        writes = self.accelerator.is_main_process
+        return (
+            SkippedLog(
+                config.run_folder,
+                progress=progress,
+                allowed_share=config.data.allowed_share,
+                writes=writes,
+            ),
+            SkippedSteps(config.run_folder, progress=progress, writes=writes),
+        )
+
+    def _look(self, log: SkippedSteps, *, wait: bool) -> bool:
+        """Read the guard's verdicts; return whether any rank was asked to end."""
+        stop = False
+        for verdict in self.guard.verdicts(wait=wait):
+            stop |= verdict.stop
+            if verdict.skipped:
+                log.record(verdict)
+        return stop
+
+    def _interrupted(self, interruption: Interruption) -> InterruptedRunError:
+        """Return an error that says what an interrupted run leaves, and how it goes on."""
+        self.checkpoints.finish()  # or the newest is not there yet
+        asked, saved = interruption.signal, self.checkpoints.latest()
+        return InterruptedRunError(
+            f"interrupted by {asked.name if asked else 'a signal to another rank'} after step "
+            f"{self.progress.step} of {self.config.schedule.steps}; {going_on(saved)}",
+            exit_code=130 if asked == signal.SIGINT else 0,
         )
 
     @property
@@ -301,9 +380,12 @@ class Run:
         measured = dict(zip(own, means.tolist(), strict=True))
         # Of all ranks together: one may have no caption in a language, and others many.
         measured["accuracy"] /= max(measured.pop("compared"), 1e-9)
-        return measured | {
+        measured |= {
             "candidates": result.candidates,
             "gradient_norm": result.gradient_norm.item(),
             "logit_scale": result.logit_scale.item(),
             "learning_rate": result.learning_rate,
+            "skipped_steps": self.guard.skipped,
         }
+        # What is not finite has no number in JSON; `skipped_steps.jsonl` has it.
+        return {name: value for name, value in measured.items() if math.isfinite(value)}

@@ -6,17 +6,16 @@ from vlm.bundle import Bundle
 from vlm.data.config import SourceConfig
 from vlm.data.layout import has_manifest, splits_of
 from vlm.distributed.groups import world_group
-from vlm.embedding.embedder import Embedder
+from vlm.embedding.embedder import Embedder, RuntimeEncoder
 from vlm.errors import ConfigError
 from vlm.evaluation.retrieval.evaluation import evaluate_retrieval
 from vlm.evaluation.retrieval.pairs import pairs_of_split
-from vlm.models.encoder import Encoder
 from vlm.training.config import EvaluationConfig, TrainConfig
 
 
 def build_evaluation(
     config: TrainConfig, start: Bundle
-) -> Callable[[Encoder], dict[str, float]] | None:
+) -> Callable[[RuntimeEncoder], dict[str, float]] | None:
     """Return a function that every rank calls, since the ranks share the work; None for none."""
     plan = config.evaluation
     if plan.every_steps == 0 or (plan.folder is None and not _has_split_to_score(config)):
@@ -34,7 +33,7 @@ def build_evaluation(
             f"captions in {', '.join(pairs.texts)}; expected some of these"
         )
 
-    def evaluate(encoder: Encoder) -> dict[str, float]:
+    def evaluate(encoder: RuntimeEncoder) -> dict[str, float]:
         embedder = Embedder(start, model=encoder)
         scores = evaluate_retrieval(embedder, pairs, group=world_group())
         return {f"{split}/{name}": value for name, value in scores.items()}

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from vlm.batches.batch import SkippedSample
@@ -35,15 +36,22 @@ class SkippedLog:
     ) -> None:
         self._path, self._allowed_share, self._writes = folder / SKIPPED_NAME, allowed_share, writes
         self._records = [r for r in read_records(self._path) if r["step"] <= progress.step]
+        self._noted: list[tuple[int, SkippedSample]] = []
         if writes and self._path.exists():
             write_file(self._path, "".join(map(_line, self._records)).encode())
 
-    def record(self, progress: Progress, skipped: Sequence[tuple[int, SkippedSample]]) -> None:
-        """Write what all ranks have skipped since the last call, each with its step.
+    def note(self, step: int, skipped: Sequence[SkippedSample]) -> None:
+        """Keep what this rank has skipped in a step until it is recorded."""
+        self._noted += [(step, each) for each in skipped]
+
+    def record(self, progress: Progress) -> None:
+        """Write what all ranks have skipped since the last call; a collective operation.
 
         Raises:
             TrainingError: the last samples hold more of them than `allowed_share` permits.
         """
+        skipped: list[tuple[int, SkippedSample]] = gather_object(self._noted)
+        self._noted = []
         if not skipped:
             return
         if self._writes and not self._records:

@@ -35,10 +35,6 @@ class StepOutput(NamedTuple):
 class StepResult:
     """What one step measured on this rank; reading the tensors waits for the device."""
 
-    step: int
-    """Steps taken before it."""
-    uids: tuple[str, ...]
-    """The first samples of this rank's batch."""
     loss: Tensor
     parts: Mapping[str, Tensor]
     """What the loss is made of, by head and objective, where it has more than one part."""

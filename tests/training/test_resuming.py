@@ -181,6 +181,7 @@ def test_what_has_changed_is_said_and_kept_in_the_history(start, capsys):
         "report_every 2 (was 1): changes no result",
         "schedule.steps 8 (was 6): the rates are those of the new schedule, as if it had always "
         "been this one",
+        "the learning rate 0.000146, now 0.125",
     ]
     config = yaml.safe_load((start.run_folder / "config.yaml").read_text())
     assert config["schedule"]["steps"] == 8

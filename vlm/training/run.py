@@ -102,6 +102,9 @@ class Run:
             f"({steps * data.batch_size / samples:.1f} epochs)",
         }
         goes_on = [f"from: {line}" for line in self.origin.described()]
+        if goes_on and self.progress.step < steps:
+            rates = self.progress.learning_rate, learning_rate_at(self.progress.step, config)
+            goes_on.append("from: the learning rate {:.3g}, now {:.3g}".format(*rates))
         return "\n".join([*goes_on, *(f"{name}: {line}" for name, line in lines.items())])
 
     def _scored(self) -> str:
@@ -288,7 +291,7 @@ class Run:
         self.model.train()
         # Dropout and the like follow from (seed, step, rank), so that resuming repeats them.
         torch.manual_seed(text_id(f"{self.config.seed}/{step}/{self.accelerator.process_index}"))
-        rate = learning_rate_at(step, self.config)
+        rate = self.progress.learning_rate = learning_rate_at(step, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group[RATE_RATIO]
         self.guard.begin()

@@ -1,7 +1,7 @@
 """The parts of a run's state that a checkpoint keeps, next to its model."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -19,14 +19,17 @@ class Progress:
     """Optimizer steps taken."""
     samples: int = 0
     """Samples read by all processes."""
+    learning_rate: float = field(default=0.0, compare=False)
+    """The rate of the last step; it is said when a run goes on, perhaps with another."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the two numbers."""
+        """Return the numbers."""
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Set the two numbers."""
+        """Set the numbers."""
         self.step, self.samples = state["step"], state["samples"]
+        self.learning_rate = state["learning_rate"]
 
 
 @dataclass(frozen=True)

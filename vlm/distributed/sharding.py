@@ -13,9 +13,8 @@ from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
     fully_shard,
-    register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from vlm.errors import ConfigError
 
@@ -109,7 +108,6 @@ class ShardedModel:
         device: The model's.
         dtype: To which blocks' weights are rounded before they travel; None leaves them as they
             are. Gradients travel in float32.
-        forward_methods: Further methods of the model that run its blocks, next to `forward`.
     """
 
     def __init__(
@@ -120,15 +118,15 @@ class ShardedModel:
         *,
         device: torch.device,
         dtype: torch.dtype | None = None,
-        forward_methods: Sequence[str] = (),
     ) -> None:
+        self.sharding = sharding
         self._syncs = True
         model.to(memory_format=torch.contiguous_format)  # FSDP2 takes no other
         mesh, whole = sharding.mesh(device), {p for p in model.parameters() if p.ndim == 0}
         rounded = MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-        for block in blocks:
+        self._blocks: list[FSDPModule] = [
             fully_shard(
                 block,
                 mesh=mesh,
@@ -136,9 +134,11 @@ class ShardedModel:
                 mp_policy=rounded,
                 ignored_params=whole,
             )
-        self.model: FSDPModule = fully_shard(model, mesh=mesh, ignored_params=whole)
-        for name in forward_methods:
-            register_fsdp_forward_method(model, name)
+            for block in blocks
+        ]
+        self._model: FSDPModule = fully_shard(model, mesh=mesh, ignored_params=whole)
+        # Else the first module that runs would be the root, which in an evaluation is a block.
+        fully_shard.state(model)._lazy_init()  # type: ignore[attr-defined]
         for parameter in whole:
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._average)
@@ -152,9 +152,28 @@ class ShardedModel:
         finally:
             self._set_sync(True)
 
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Have every rank hold all weights within a `with` block, where passes send nothing.
+
+        All ranks enter it at the same point; what they do in it is their own affair.
+        """
+        units = [*self._blocks, self._model]
+        for unit in units:
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
+        try:
+            yield
+        finally:
+            for block in self._blocks:
+                block.set_reshard_after_forward(self.sharding.reshard_after_forward, recurse=False)
+            # It frees the weights, and forgets the order of these passes, which differs by rank and
+            # by which the next backward pass would gather weights ahead of need.
+            self._model.reset_iter_state()
+
     def _set_sync(self, syncs: bool) -> None:
         self._syncs = syncs
-        self.model.set_requires_gradient_sync(syncs)
+        self._model.set_requires_gradient_sync(syncs)
 
     def _average(self, parameter: Tensor) -> None:
         if self._syncs and parameter.grad is not None:
@@ -170,16 +189,6 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """Return all of a tensor; a collective operation where it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """Return a whole tensor, which every rank has, sharded as another one is; nothing is sent."""
-    if not isinstance(other, DTensor) or isinstance(tensor, DTensor):
-        return tensor
-    # Without a rank to take it from, every rank cuts its own part out.
-    return distribute_tensor(
-        tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None
-    )
 
 
 def whole_state(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:

@@ -119,26 +119,6 @@ class PretrainingModel(nn.Module):
             # Wrappers that average gradients over ranks wait for every parameter that wants one.
             parameter.requires_grad_(False)
 
-    @property
-    def embed_dim(self) -> int:
-        """Width of the common space."""
-        return self.encoder.embed_dim
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return self.encoder.device
-
-    def encode_image(
-        self, images: Float[Tensor, "batch 3 height width"]
-    ) -> Float[Tensor, "batch dim"]:
-        """Return the encoder's vectors, by a call that wrappers of this module see."""
-        return self.encoder.encode_image(images)
-
-    def encode_text(self, tokens: TokenBatch) -> Float[Tensor, "batch dim"]:
-        """Return the encoder's vectors, by a call that wrappers of this module see."""
-        return self.encoder.encode_text(tokens)
-
     def train(self, mode: bool = True) -> "PretrainingModel":
         """Set the mode of all modules; batch norms of locked towers keep their statistics."""
         super().train(mode)

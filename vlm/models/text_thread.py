@@ -47,11 +47,12 @@ class TextThread:
             ConfigError: random numbers were drawn, which tower had which is a matter of chance.
         """
         before = torch.get_rng_state()
-        with_graph, in_bf16 = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+        with_graph, rounds = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu")
 
         def in_thread() -> ByName:
             # What a `with` has set is set for its own thread alone.
-            with torch.set_grad_enabled(with_graph), torch.autocast("cpu", enabled=in_bf16):
+            with torch.set_grad_enabled(with_graph), torch.autocast("cpu", dtype, enabled=rounds):
                 return texts()
 
         waiting = self._thread.submit(in_thread)

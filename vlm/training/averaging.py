@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
+from vlm.distributed.sharding import local, reshard
 from vlm.training.checkpoint import Checkpoint
 
 _STATISTICS = ("running_mean", "running_var")  # of batch norms
@@ -47,20 +46,22 @@ class MovingAverage:
         A device decides that by itself, without the host.
         """
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        averages, live = list(self._averages.values()), list(self._live.values())
+        averages = [local(each) for each in self._averages.values()]
+        live = [local(each) for each in self._live.values()]
         if skipped is None or skipped.device.type == "cpu":
             if not skipped:
                 torch._foreach_lerp_(averages, live, weight)
             return
         weights = torch.where(skipped, 0.0, weight)
         for average, each in zip(averages, live, strict=True):
-            _local(average).lerp_(_local(each), weights.to(average.dtype))
+            average.lerp_(each, weights.to(average.dtype))
 
     @torch.no_grad()
     def move(self, state: Mapping[str, Tensor], weight: float) -> None:
         """Move by `weight`, of the whole way, towards other weights with the same names."""
-        others = [state[name].to(each.device) for name, each in self._averages.items()]
-        torch._foreach_lerp_(list(self._averages.values()), others, weight)
+        averages = [local(each) for each in self._averages.values()]
+        others = [local(state[name]).to(each.device) for name, each in self._averages.items()]
+        torch._foreach_lerp_(averages, others, weight)
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -82,9 +83,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for module in self._model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # drops copies of the whole weights that a forward pass has left
+        reshard(self._model)
         for name, live in self._live.items():
             weights = live.detach().clone()  # one tensor at a time, for memory
             live.copy_(self._averages[name])
@@ -126,8 +125,3 @@ class _Taken:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.average.move(state, self.weight)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a sharded tensor, or the tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,6 +1,8 @@
 """Build the parts of a run that a configuration names."""
 
 import ctypes
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import timedelta
 
@@ -11,9 +13,10 @@ from torch import nn
 from vlm.batches.examples import caption_names, second_of
 from vlm.bundle import Bundle
 from vlm.distributed.groups import host_group, world_group
+from vlm.distributed.sharding import ShardedModel, launched_sharding, sharding_is_ours
 from vlm.errors import ConfigError
 from vlm.losses.bilingual import BilingualLoss
-from vlm.models.batch_norm import synchronize_batch_norm
+from vlm.models.batch_norm import has_statistics, synchronize_batch_norm
 from vlm.models.blocks import compile_blocks
 from vlm.models.pretraining import PretrainingModel
 from vlm.models.text_thread import TextThread
@@ -25,6 +28,7 @@ from vlm.training.distillation import Distillation, build_distillation
 from vlm.training.guard import Guard
 from vlm.training.objectives import build_pretraining_model, loss_weights
 from vlm.training.optimizer import build_optimizer
+from vlm.training.precision import Precision
 from vlm.training.reading import build_loader
 from vlm.training.resuming import CHECKPOINTS_NAME, check_run_folder, compared
 from vlm.training.run import Run
@@ -51,11 +55,8 @@ def build_run(config: TrainConfig, *, resume: Resume = "never") -> Run:
     """
     if config.cpu_threads:
         torch.set_num_threads(config.cpu_threads)
-    accelerator = Accelerator(
-        # Without this accelerate takes processes that have no GPU for one process each.
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision="bf16" if config.precision == "bf16" else "no",
-    )
+    accelerator = _build_accelerator()
+    precision = Precision(config.precision, accelerator.device)
     if accelerator.device.type == "cpu":
         _keep_freed_memory()
     check_run_folder(config, resume)
@@ -66,15 +67,17 @@ def build_run(config: TrainConfig, *, resume: Resume = "never") -> Run:
     loader = build_loader(config, start, accelerator)
     loss = _build_loss(config, start.model.logit_bias is not None, accelerator.num_processes)
     evaluate = build_evaluation(config, start)
-    distillation = build_distillation(config, start, loss, accelerator)
+    distillation = build_distillation(config, start, loss, precision, accelerator.device)
     # Batch norm is always over the whole batch, so that a run does not depend on its processes.
     alone = accelerator.num_processes == 1 and accelerator.device.type == "cpu"
-    model: nn.Module = synchronize_batch_norm(
+    plain = synchronize_batch_norm(
         build_model(config, start, may_thread=alone), world_group(), accelerator.device
     )
     if config.compile:
         compile_blocks(blocks_of(start.model))
-    model, optimizer = accelerator.prepare(model, build_optimizer(model, config.optimizer))
+    sharded = _shard(plain, start.model.blocks(), accelerator, precision.dtype)
+    model: nn.Module = accelerator.prepare_model(plain) if sharded is None else plain
+    optimizer = build_optimizer(plain, config.optimizer)
     decay = config.averaging.ema_decay
     run = Run(
         config=config,
@@ -82,16 +85,25 @@ def build_run(config: TrainConfig, *, resume: Resume = "never") -> Run:
         start=start,
         model=model,
         optimizer=optimizer,
-        average=None if decay is None else MovingAverage(accelerator.unwrap_model(model), decay),
+        average=None if decay is None else MovingAverage(plain, decay),
         stages=StageLocks(config, model, start.model, optimizer, start.first_new_id),
-        step=_build_step(config, accelerator, model, loss, distillation),
+        step=_build_step(
+            config,
+            model,
+            loss,
+            distillation,
+            precision,
+            sharded.no_sync if sharded else lambda: accelerator.no_sync(model),
+        ),
+        precision=precision,
+        sharded=sharded,
         distillation=distillation,
         loader=loader,
         data=loader.order.start(),
         checkpoints=checkpoints,
         origin=origin,
         evaluate=evaluate,
-        guard=Guard(config.guard, accelerator.unwrap_model(model), world_group()),
+        guard=Guard(config.guard, plain, world_group()),
     )
     if found is not None:
         checkpoints.load(found, run.state)
@@ -101,6 +113,32 @@ def build_run(config: TrainConfig, *, resume: Resume = "never") -> Run:
         run = replace(run, loader=loader.with_streams(run.data.streams))
     run.stages.enter(run.progress.step)
     return run
+
+
+def _build_accelerator() -> Accelerator:
+    """Join the ranks that the launcher started, each with its device."""
+    with sharding_is_ours():
+        return Accelerator(
+            # Without this accelerate takes processes that have no GPU for one process each.
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision="no",  # `Precision` is the run's
+        )
+
+
+def _shard(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    accelerator: Accelerator,
+    dtype: torch.dtype | None,
+) -> ShardedModel | None:
+    """Divide a model's weights over ranks, in place, if the launcher was asked to."""
+    sharding = launched_sharding(accelerator.num_processes)
+    if sharding is None:
+        return None
+    if has_statistics(model):
+        dtype = None  # a batch norm's sums need its weights as they are
+    device = accelerator.device
+    return ShardedModel(model.to(device), blocks, sharding, device=device, dtype=dtype)
 
 
 def _build_checkpoints(config: TrainConfig) -> Checkpoints:
@@ -165,18 +203,20 @@ def _build_loss(config: TrainConfig, has_bias: bool, ranks: int) -> BilingualLos
 
 def _build_step(
     config: TrainConfig,
-    accelerator: Accelerator,
     model: nn.Module,
     loss: BilingualLoss,
     distillation: Distillation | None,
+    precision: Precision,
+    no_sync: Callable[[], AbstractContextManager[None]],
 ) -> ContrastiveStep:
     return ContrastiveStep(
         model,
         loss,
         mode=config.loss.accumulation,
         weights=loss_weights(config.objectives),
-        backward=accelerator.backward,
-        no_sync=lambda: accelerator.no_sync(model),
+        backward=precision.backward,
+        no_sync=no_sync,
+        autocast=precision.autocast,
         distillation=distillation,
     )
 

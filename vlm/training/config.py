@@ -198,8 +198,11 @@ class TrainConfig:
     """Folder for the run's bundle, checkpoints, metrics and resolved configuration."""
     seed: int = 0
     """Seed of the initial weights, the order of samples, the choice of captions, augmentation."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the towers; features, loss and weights are float32 in any case."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the towers; features, loss and weights are float32 in any case.
+
+    `fp16` scales the loss, and skips steps while it searches for the scale; `bf16` needs neither.
+    """
     compile: bool = False
     """Compile the towers' blocks (`torch.compile`): minutes at the start, then quicker steps."""
     cpu_threads: int = 0

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from vlm.models.encoder import Encoder
 from vlm.models.masked import by_sample
 from vlm.models.pretraining import Features
 from vlm.training.config import TrainConfig
+from vlm.training.precision import Precision
 
 
 class Targets(NamedTuple):
@@ -140,7 +140,11 @@ class Distillation:
 
 
 def build_distillation(
-    config: TrainConfig, start: Bundle, loss: BilingualLoss, accelerator: Accelerator
+    config: TrainConfig,
+    start: Bundle,
+    loss: BilingualLoss,
+    precision: Precision,
+    device: torch.device,
 ) -> Distillation | None:
     """Read the teacher of a run; None where it has none.
 
@@ -178,11 +182,11 @@ def build_distillation(
         )
     return Distillation(
         config=plan,
-        encoder=teacher.model.to(accelerator.device).requires_grad_(False),
+        encoder=teacher.model.to(device).requires_grad_(False),
         languages=caption_names(languages),
         known=known,
         group=loss.exchange.mesh.group,
-        autocast=accelerator.autocast,
+        autocast=precision.autocast,
         fingerprint=teacher.fingerprint,
     )
 

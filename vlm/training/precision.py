@@ -35,7 +35,7 @@ class Precision:
 
     @property
     def is_scaled(self) -> bool:
-        """Whether the loss is scaled: then gradients that are not finite are a part of the search."""
+        """Whether the loss is scaled: then a gradient that is not finite belongs to the search."""
         return self.dtype is torch.float16
 
     @property

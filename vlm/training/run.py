@@ -3,30 +3,31 @@
 import math
 import signal
 import sys
-from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 
 from vlm.batches.batch import Batch
 from vlm.batches.loader import TrainingLoader
 from vlm.batches.mixture import DataState
-from vlm.bundle import Bundle, save_bundle
+from vlm.bundle import Bundle
 from vlm.data.sample import described
 from vlm.distributed.groups import world_group
+from vlm.distributed.sharding import ShardedModel, clip_gradients
 from vlm.embedding.embedder import RuntimeEncoder
 from vlm.errors import InterruptedRunError, VlmError
 from vlm.models.encoder import MAIN, Encoder
-from vlm.models.lora import without_lora
 from vlm.models.pretraining import PretrainingModel
 from vlm.storage.places import shown
 from vlm.text.caption_ids import text_id
 from vlm.training.averaging import MovingAverage, mean_of_checkpoints
+from vlm.training.bundles import leave_bundle
 from vlm.training.checkpoint import Checkpoints
 from vlm.training.config import TrainConfig
 from vlm.training.distillation import Distillation
@@ -35,6 +36,7 @@ from vlm.training.failures import going_on, named
 from vlm.training.guard import Guard, SkippedSteps
 from vlm.training.interruption import Interruption, Stoppable
 from vlm.training.optimizer import RATE_RATIO
+from vlm.training.precision import Precision
 from vlm.training.reporter import Pace, Reporter
 from vlm.training.resuming import BUNDLE_NAME, Origin, record_start
 from vlm.training.skipped import SkippedLog
@@ -52,7 +54,7 @@ class Run:
     start: Bundle
     """What the run started from; its model is the one that is trained."""
     model: nn.Module
-    """The `PretrainingModel` as the accelerator prepared it, which also prepared the optimizer."""
+    """The `PretrainingModel`, in a wrapper that averages gradients where there are several ranks."""
     optimizer: torch.optim.Optimizer
     stages: StageLocks
     """Locks what a stage does not train."""
@@ -63,6 +65,10 @@ class Run:
     loader: TrainingLoader
     data: DataState
     """How far the data has been read."""
+    precision: Precision
+    """The arithmetic of the towers."""
+    sharded: ShardedModel | None
+    """The model, where its weights are divided over ranks."""
     checkpoints: Checkpoints
     evaluate: Callable[[RuntimeEncoder], dict[str, float]] | None
     """Scores the encoder; the ranks share the work."""
@@ -96,7 +102,8 @@ class Run:
             "loss": f"{plan.kind} over {candidates:,} candidates (group size {group}, "
             f"micro-batches {config.loss.micro_batches})",
             **({} if self.distillation is None else {"teacher": self.distillation.describe()}),
-            "ranks": f"{ranks} on {self.accelerator.device.type}, {config.precision}",
+            "ranks": f"{ranks} on {self.accelerator.device.type}, {config.precision}"
+            f"{'' if self.sharded is None else f', {self.sharded.sharding}'}",
             "scored": self._scored(),
             "steps": f"{self.progress.step:,} to {steps:,} of {data.batch_size:,} samples "
             f"({steps * data.batch_size / samples:.1f} epochs)",
@@ -167,23 +174,16 @@ class Run:
 
     def _save_bundle(self, name: str) -> Path:
         """Write the model as it is now; return the bundle's folder."""
-        config, bundle = self.config, self.config.run_folder / name
-        if self.accelerator.is_main_process:
-            save_bundle(
-                bundle,
-                model=without_lora(self.start.model),
-                model_cfg=self.start.model_cfg,
-                preprocess_cfg=self.start.preprocess_cfg,
-                tokenizer=self.start.tokenizer,
-                languages=tuple(dict.fromkeys((*self.start.languages, *config.captions.languages))),
-                truncate_dims=config.objectives.matryoshka,
-            )
-        return bundle
+        folder, is_main = self.config.run_folder / name, self.accelerator.is_main_process
+        is_sharded = self.sharded is not None
+        leave_bundle(folder, self.start, self.config, is_sharded=is_sharded, is_main=is_main)
+        return folder
 
     @property
     def state(self) -> dict[str, Stateful]:
         """What a checkpoint keeps of the run, by name."""
-        sometimes = {"ema": self.average, "teacher": self.distillation}
+        scaler = self.precision if self.precision.is_scaled else None
+        sometimes = {"ema": self.average, "teacher": self.distillation, "scaler": scaler}
         return {name: part for name, part in sometimes.items() if part is not None} | {
             "model": self._unwrapped,
             "optimizer": OptimizerState(self._unwrapped, self.optimizer),
@@ -258,9 +258,10 @@ class Run:
         """Score the weights, and their averages; a signal cuts it short, and the next step ends."""
         encoder = Stoppable(self._encoder, interruption)
         try:
-            scores = evaluate(encoder)
+            with self._scoring():
+                scores = evaluate(encoder)
             for kind, average in self._averages().items():
-                with average.in_place():
+                with average.in_place(), self._scoring():
                     own = evaluate(encoder)
                 scores |= {name.replace("/", f"_{kind}/", 1): each for name, each in own.items()}
         except VlmError:  # which every rank raises where one does
@@ -268,6 +269,16 @@ class Run:
                 raise
         else:
             reporter.record(self.progress.step, scores)
+
+    @contextmanager
+    def _scoring(self) -> Iterator[None]:
+        """Have all weights on every rank, and the arithmetic of training.
+
+        Ranks share the work unevenly, so that no part of it may be a collective operation.
+        """
+        whole = nullcontext() if self.sharded is None else self.sharded.gathered()
+        with whole, self.precision.autocast():
+            yield
 
     def _averages(self) -> dict[str, MovingAverage]:
         """Return the averages of the weights by their kind."""
@@ -301,13 +312,14 @@ class Run:
         stop = interruption is not None and interruption.asked()
         shared = self.guard.share(output.loss, stop=stop)
         with self.stages.updating(step):
-            norm: Tensor = self.accelerator.clip_grad_norm_(
-                self.model.parameters(), self.config.optimizer.max_gradient_norm
-            )
+            parameters = list(self.model.parameters())
+            self.precision.unscale(parameters)
+            norm = clip_gradients(parameters, self.config.optimizer.max_gradient_norm)
             logit_scale = self._encoder.logit_scales[MAIN].detach()
             skipped = self.guard.update(
                 self.optimizer, step=step, uids=batch.uids, shared=shared, gradient_norm=norm
             )
+        self.precision.update(skipped)
         self.optimizer.zero_grad()
         self._encoder.clamp_logit_scale()
         if self.average is not None:

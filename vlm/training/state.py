@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm.distributed.sharding import sharded_like
 from vlm.errors import CheckpointError
 from vlm.training.config import TrainConfig, config_as_plain
 
@@ -80,7 +79,7 @@ class OptimizerState:
         for parameter, slot in self.optimizer.state.items():
             for key, value in slot.items():
                 if value.shape == parameter.shape:
-                    slot[key] = torch.empty_like(parameter).copy_(sharded_like(value, parameter))
+                    slot[key] = torch.empty_like(parameter).copy_(value)
 
 
 @dataclass(frozen=True)

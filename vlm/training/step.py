@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +84,8 @@ class ContrastiveStep:
     those of the whole batch, in mode `one_pass` the means of the micro-batches' own."""
     no_sync: Callable[[], AbstractContextManager[None]] | None = None
     """Makes a context whose backward passes leave gradients unaveraged; by default the model's."""
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """Makes a context in which the model computes."""
 
     def __post_init__(self) -> None:
         if self.mode == "one_pass" and not self.loss.exchange.plan.even:
@@ -240,12 +242,13 @@ class ContrastiveStep:
                 for language, each in features.items()
             }
 
-        encoded: Encoded = self.model(
-            part.images if images else None,
-            part.texts if texts else {},
-            Hidden(part.text_rows, part.hidden_words, part.hidden_patches),
-            on_texts and (lambda head, features: on_texts(head, placed(features))),
-        )
+        with self.autocast():
+            encoded: Encoded = self.model(
+                part.images if images else None,
+                part.texts if texts else {},
+                Hidden(part.text_rows, part.hidden_words, part.hidden_patches),
+                on_texts and (lambda head, features: on_texts(head, placed(features))),
+            )
         heads = {
             name: head._replace(text=placed(head.text)) for name, head in encoded.heads.items()
         }

@@ -1,0 +1,113 @@
+"""Runs whose weights are sharded over ranks: scored, saved, resumed by others, left whole."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.builders import make_samples, tiny_tokenizer, write_split
+from tests.models.test_pretraining import TINY_MULTIWAY
+from tests.support.commands import run_vlm
+from vlm.batches.config import DataConfig
+from vlm.training.config import (
+    AveragingConfig,
+    CheckpointConfig,
+    EvaluationConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+    config_as_yaml,
+)
+from vlm.training.reporter import METRICS_NAME, read_records
+
+STEPS, SAVED = 6, 3
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+HYBRID = SHARDED | {
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+    "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
+    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    write_split(folder / "data", make_samples(24))
+    write_split(folder / "data", make_samples(12), split="val")
+    tiny_tokenizer().save(folder / "tokenizer")
+    return folder
+
+
+def train(inputs, folder, *, processes, sharding=None, resume=False):
+    """Run the command; return what it printed for people."""
+    config = TrainConfig(
+        run_folder=folder,
+        tokenizer=inputs / "tokenizer",
+        model=TINY_MULTIWAY,
+        data=DataConfig(folder=inputs / "data", batch_size=12, workers=0),
+        # Adam would make whole steps of gradients that are rounding errors alone.
+        optimizer=OptimizerConfig(eps=1e-4),
+        schedule=ScheduleConfig(steps=STEPS, warmup_steps=2),
+        averaging=AveragingConfig(ema_decay=0.9),
+        evaluation=EvaluationConfig(every_steps=SAVED),
+        checkpoint=CheckpointConfig(every_steps=SAVED, keep=2),
+        report_every=1,
+    )
+    path = folder.with_suffix(".yaml")
+    path.write_text(config_as_yaml(config))
+    more = ["--resume"] if resume else []
+    return run_vlm("train", "--config", path, *more, processes=processes, environment=sharding)[1]
+
+
+def records(folder):
+    found = {}
+    for record in read_records(folder / METRICS_NAME):
+        found.setdefault(record["step"], {}).update(record)
+    return found
+
+
+def assert_alike(folder, expected):
+    """The losses and scores of two runs, and the weights and averages that they leave."""
+    found, wanted = records(folder), records(expected)
+    assert found.keys() == wanted.keys() == set(range(1, STEPS + 1))
+    keys = {"loss", "gradient_norm", "val/zh/mean_recall", "val_ema/en/text_to_image/mrr"}
+    assert keys <= wanted[STEPS].keys()
+    for step, record in wanted.items():
+        for key in keys & record.keys():
+            assert found[step][key] == pytest.approx(record[key], rel=1e-5, abs=1e-5), (step, key)
+    for bundle in ("bundle", "bundle-ema"):
+        name = f"{bundle}/open_clip_model.safetensors"
+        weights, wanted_weights = load_file(folder / name), load_file(expected / name)
+        assert weights.keys() == wanted_weights.keys()
+        for key, value in wanted_weights.items():
+            torch.testing.assert_close(weights[key], value, rtol=1e-4, atol=1e-5)
+
+
+def cut_off(folder, to):
+    """Copy a run as it was when it was killed after its first checkpoint."""
+    shutil.copytree(folder, to)
+    shutil.rmtree(to / "checkpoints" / f"step-{STEPS:08d}")
+    for bundle in ("bundle", "bundle-ema"):
+        shutil.rmtree(to / bundle)
+    return to
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_sharded_runs_are_those_of_ddp_and_each_goes_on_from_the_others_checkpoints(
+    inputs, tmp_path
+):
+    whole, sharded = tmp_path / "whole", tmp_path / "sharded"
+    train(inputs, whole, processes=4)
+    said = train(inputs, sharded, processes=4, sharding=SHARDED)
+    assert "ranks: 4 on cpu, fp32, weights sharded over 4 ranks" in said
+    assert_alike(sharded, whole)
+    for name, start, processes, sharding in (
+        ("on two", sharded, 2, SHARDED),
+        ("on one, whole", sharded, 1, None),
+        ("hybrid, from whole weights", whole, 4, HYBRID),
+    ):
+        folder = cut_off(start, tmp_path / name)
+        train(inputs, folder, processes=processes, sharding=sharding, resume=True)
+        assert_alike(folder, whole)

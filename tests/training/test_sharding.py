@@ -93,8 +93,10 @@ def train(rank, kind, sharding, *, micro_batches=1, group_size=None):
         optimizer.zero_grad()
         if number == STEPS // 2:
             with torch.no_grad(), nullcontext() if sharding is None else sharded.gathered():
+                encoder.eval()
                 for part in range(1 + rank):  # some ranks have more to do than others
                     image = encoder.encode_image(batch_of(part, 0).images)
+                encoder.train()
         seen.append(torch.stack([output.loss, norm]))
     moments = OptimizerState(model, optimizer).state_dict()
     return {

@@ -141,7 +141,7 @@ class ShardedModel:
         fully_shard.state(model)._lazy_init()  # type: ignore[attr-defined]
         for parameter in whole:
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._average)
+                parameter.register_post_accumulate_grad_hook(self._average)  # type: ignore[no-untyped-call]
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -218,7 +218,7 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tenso
         for kind in (False, True)
     }
     norms = [whole(nn.utils.get_total_norm(each)) for each in kinds.values() if each]
-    norm = torch.linalg.vector_norm(torch.stack(norms))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     torch._foreach_mul_(
         [local(each) for each in gradients], (max_norm / (norm + 1e-6)).clamp(max=1)
     )

@@ -12,7 +12,7 @@ from vlm.training.config import TrainConfig
 
 
 def leave_bundle(
-    folder: Path, start: Bundle, config: TrainConfig, *, is_sharded: bool, is_main: bool
+    folder: Path, start: Bundle, config: TrainConfig, *, is_whole: bool, is_main: bool
 ) -> None:
     """Write the model that a run has trained; a collective operation.
 
@@ -20,10 +20,10 @@ def leave_bundle(
         folder: The bundle's.
         start: What the run started from; its model is the one that was trained.
         config: The run's.
-        is_sharded: Whether its weights are divided over ranks.
+        is_whole: Whether every rank has all of its weights.
         is_main: Whether this rank writes.
     """
-    encoder = _gathered(start, config, is_main=is_main) if is_sharded else start.model
+    encoder = start.model if is_whole else _gathered(start, config, is_main=is_main)
     if not is_main or encoder is None:
         return
     save_bundle(

@@ -51,7 +51,7 @@ class Precision:
 
     def backward(self, loss: Tensor) -> None:
         """Differentiate a scalar, scaled; `unscale` follows after the last of a step."""
-        (loss * self._scale if self.is_scaled else loss).backward()
+        torch.autograd.backward(loss * self._scale if self.is_scaled else loss)
 
     @torch.no_grad()
     def unscale(self, parameters: Sequence[nn.Parameter]) -> None:

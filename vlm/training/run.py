@@ -54,7 +54,7 @@ class Run:
     start: Bundle
     """What the run started from; its model is the one that is trained."""
     model: nn.Module
-    """The `PretrainingModel`, in a wrapper that averages gradients where there are several ranks."""
+    """The `PretrainingModel`, within DDP where several ranks have all of its weights."""
     optimizer: torch.optim.Optimizer
     stages: StageLocks
     """Locks what a stage does not train."""
@@ -88,10 +88,8 @@ class Run:
         sizes = [p.numel() for p in self._unwrapped.parameters()]
         trained = [p.numel() for p in self._unwrapped.parameters() if p.requires_grad]
         ranks = self.accelerator.num_processes
-        group, samples = (
-            plan.group_size or ranks,
-            sum(each.size for each in self.loader.order.sources),
-        )
+        group = plan.group_size or ranks
+        samples = sum(each.size for each in self.loader.order.sources)
         candidates = data.batch_size // ranks * group
         lines = {
             "model": f"{type(encoder).__name__}, {sum(sizes):,} parameters ({sum(trained):,} "
@@ -103,7 +101,7 @@ class Run:
             f"micro-batches {config.loss.micro_batches})",
             **({} if self.distillation is None else {"teacher": self.distillation.describe()}),
             "ranks": f"{ranks} on {self.accelerator.device.type}, {config.precision}"
-            f"{'' if self.sharded is None else f', {self.sharded.sharding}'}",
+            + ("" if self.sharded is None else f", {self.sharded.sharding}"),
             "scored": self._scored(),
             "steps": f"{self.progress.step:,} to {steps:,} of {data.batch_size:,} samples "
             f"({steps * data.batch_size / samples:.1f} epochs)",
@@ -174,9 +172,9 @@ class Run:
 
     def _save_bundle(self, name: str) -> Path:
         """Write the model as it is now; return the bundle's folder."""
-        folder, is_main = self.config.run_folder / name, self.accelerator.is_main_process
-        is_sharded = self.sharded is not None
-        leave_bundle(folder, self.start, self.config, is_sharded=is_sharded, is_main=is_main)
+        is_main, folder = self.accelerator.is_main_process, self.config.run_folder / name
+        whole = self.sharded is None
+        leave_bundle(folder, self.start, self.config, is_whole=whole, is_main=is_main)
         return folder
 
     @property

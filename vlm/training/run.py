@@ -3,8 +3,8 @@
 import math
 import signal
 import sys
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from vlm.training.optimizer import RATE_RATIO
 from vlm.training.precision import Precision
 from vlm.training.reporter import Pace, Reporter
 from vlm.training.resuming import BUNDLE_NAME, Origin, record_start
+from vlm.training.scoring import ready_to_score
 from vlm.training.skipped import SkippedLog
 from vlm.training.stages import StageLocks, learning_rate_at
 from vlm.training.state import OptimizerState, Progress, Settings, SourceFingerprints
@@ -256,10 +257,10 @@ class Run:
         """Score the weights, and their averages; a signal cuts it short, and the next step ends."""
         encoder = Stoppable(self._encoder, interruption)
         try:
-            with self._scoring():
+            with ready_to_score(self.sharded, self.precision):
                 scores = evaluate(encoder)
             for kind, average in self._averages().items():
-                with average.in_place(), self._scoring():
+                with average.in_place(), ready_to_score(self.sharded, self.precision):
                     own = evaluate(encoder)
                 scores |= {name.replace("/", f"_{kind}/", 1): each for name, each in own.items()}
         except VlmError:  # which every rank raises where one does
@@ -267,16 +268,6 @@ class Run:
                 raise
         else:
             reporter.record(self.progress.step, scores)
-
-    @contextmanager
-    def _scoring(self) -> Iterator[None]:
-        """Have all weights on every rank, and the arithmetic of training.
-
-        Ranks share the work unevenly, so that no part of it may be a collective operation.
-        """
-        whole = nullcontext() if self.sharded is None else self.sharded.gathered()
-        with whole, self.precision.autocast():
-            yield
 
     def _averages(self) -> dict[str, MovingAverage]:
         """Return the averages of the weights by their kind."""

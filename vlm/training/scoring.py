@@ -1,16 +1,19 @@
 """The retrieval scores of a run while it trains."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 from vlm.bundle import Bundle
 from vlm.data.config import SourceConfig
 from vlm.data.layout import has_manifest, splits_of
 from vlm.distributed.groups import world_group
+from vlm.distributed.sharding import ShardedModel
 from vlm.embedding.embedder import Embedder, RuntimeEncoder
 from vlm.errors import ConfigError
 from vlm.evaluation.retrieval.evaluation import evaluate_retrieval
 from vlm.evaluation.retrieval.pairs import pairs_of_split
 from vlm.training.config import EvaluationConfig, TrainConfig
+from vlm.training.precision import Precision
 
 
 def build_evaluation(
@@ -47,3 +50,13 @@ def _has_split_to_score(config: TrainConfig) -> bool:
     own = SourceConfig(path=str(data.folder))
     is_folder = not data.sources and has_manifest(own.path)
     return is_folder and (split != EvaluationConfig().split or split in splits_of(own))
+
+
+@contextmanager
+def ready_to_score(sharded: ShardedModel | None, precision: Precision) -> Iterator[None]:
+    """Have all weights on every rank within a `with` block, and the arithmetic of training.
+
+    Ranks share the work unevenly, so that no part of it may be a collective operation.
+    """
+    with nullcontext() if sharded is None else sharded.gathered(), precision.autocast():
+        yield

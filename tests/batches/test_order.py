@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 
@@ -234,6 +235,49 @@ def test_skipped_batches_leave_the_others_as_they_are():
     for _ in range(8):
         skipping.advance(state)
     assert state.batch == 12
+
+
+CHANGES = [(3, 24), (5, 12), (8, 36)]
+
+
+def test_batches_of_changing_size_read_on_where_the_last_one_ended():
+    order = replace(order_of([50, 70, 40], streams=2, batch=12), changes=CHANGES)
+    sizes = [12] * 3 + [24] * 2 + [12] * 3 + [36] * 4
+    batches = list(order.batches(order.start(), 12))
+    assert [len(batch) for batch in batches] == sizes == [order.size_at(k) for k in range(12)]
+    plain = order_of([50, 70, 40], streams=2, batch=12)
+    expected = plain.batches(plain.start(), sum(sizes) // 12)
+    assert {key for batch in batches for key in batch} == {key for b in expected for key in b}
+
+
+def test_batches_of_changing_size_are_the_same_from_any_state_on_any_number_of_ranks():
+    whole = replace(mixture_of([3, 2, 1], sizes=(90, 90, 90)), changes=CHANGES)
+    expected = list(whole.batches(whole.start(), 12))
+    state = whole.start()
+    for number in range(12):
+        for world_size in (1, 2, 4):
+            ranks = [replace(whole, rank=rank, world_size=world_size) for rank in range(world_size)]
+            parts = zip(*(each.batches(state, 12 - number) for each in ranks), strict=True)
+            found = [[key for part in batch for key in part] for batch in parts]
+            assert found == expected[number:]
+        whole.advance(state)
+
+
+def test_sources_keep_their_shares_in_batches_of_changing_size():
+    phases = [(4, [3.0, 2.0, 1.0]), (None, [1.0, 1.0, 4.0])]
+    order = replace(mixture_of([1, 1, 1], sizes=(90, 90, 90), phases=phases), changes=CHANGES)
+    state, wanted = order.start(), np.zeros(3)
+    for batch in range(20):
+        wanted += order.mixture.shares(batch) * order.size_at(batch)
+        order.advance(state)
+        assert np.all(abs(state.taken.sum(1) - wanted) < 1), batch
+
+
+def test_a_changed_size_that_does_not_fit_is_refused():
+    with pytest.raises(ConfigError, match="the batch has 15 samples; expected a multiple of 2"):
+        replace(mixture_of([1, 1]), changes=[(2, 15)])
+    with pytest.raises(ConfigError, match=r"a batch takes 200 samples .* which has 120"):
+        replace(mixture_of([1, 1]), changes=[(2, 400)])
 
 
 def test_a_source_that_joins_leaves_the_order_of_the_others_as_it_is():

@@ -2,6 +2,7 @@ import copy
 
 import open_clip
 import pytest
+import timm
 import torch
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
@@ -14,6 +15,7 @@ from vlm.models.image_tower import (
     hide_patches,
     image_blocks,
     image_groups,
+    interpolate_positions,
     memory_format_of,
     patch_layout,
     set_patch_dropout,
@@ -259,3 +261,17 @@ def test_channels_are_innermost_except_where_training_on_a_cpu_would_break():
     assert memory_format_of(image_tower(KINDS["test_resnet"])) == torch.channels_last
     fastvit = image_tower({"timm_model_name": "fastvit_t8", "image_size": SIZE})
     assert memory_format_of(fastvit) == torch.contiguous_format
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_vit3", "test_vit4"])
+def test_a_vision_transformer_of_timm_reads_other_sizes_as_one_built_for_them(name):
+    visual, images = image_tower(KINDS[name]).eval(), make_images(KINDS[name])
+    own = visual(images)
+    interpolate_positions(visual)
+    torch.testing.assert_close(visual(images), own, rtol=0, atol=1e-12)
+    theirs = timm.create_model(name, img_size=SIZE, dynamic_img_size=True, num_classes=0)
+    theirs.load_state_dict(visual.trunk.state_dict(), strict=False)  # but for what pools
+    other = torch.randn(2, 3, 48, 48, dtype=torch.float64)
+    expected = theirs.double().eval().forward_features(other)
+    found = visual.trunk.forward_features(other)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)

@@ -71,11 +71,15 @@ class TrainingExamples(Dataset[Example]):
             source.prefetch(chain.from_iterable(shards))
 
     def __getitem__(self, key: SampleKey) -> Example:
+        return self.sized(key, self.transform.image_size)
+
+    def sized(self, key: SampleKey, image_size: int) -> Example:
+        """Return a sample with an image of another size, in pixels; all else is the same."""
         skipped: list[SkippedSample] = []
         substitute = key
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                return replace(self._example(substitute), skipped=tuple(skipped))
+                return replace(self._example(substitute, image_size), skipped=tuple(skipped))
             except DataError as error:  # not MemoryError and the like, which are not the sample's
                 source, where = self.sources[key.source], (substitute.shard, substitute.row)
                 skipped.append(
@@ -98,7 +102,7 @@ class TrainingExamples(Dataset[Example]):
             self._kept[place] = found
         return found
 
-    def _example(self, key: SampleKey) -> Example:
+    def _example(self, key: SampleKey, image_size: int) -> Example:
         sample, image = self._read(key)
         rng = random.Random(f"{self.seed}/{key.epoch}/{sample.uid}")
         own = self.languages[key.source] if self.languages else ()
@@ -117,7 +121,7 @@ class TrainingExamples(Dataset[Example]):
             for which, main_ratio in ratios.items()
             for language in self.captions.languages
         }
-        pixels = self.transform.decode(image, rng)
+        pixels = self.transform.resized(image_size).decode(image, rng)
         return Example(
             sample.uid, pixels, text_id(sample.concept), captions, seed=rng.getrandbits(63)
         )

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from vlm.batches.batch import Batch
 from vlm.batches.collate import MaskPlan, collate
 from vlm.batches.examples import Example, TrainingExamples
-from vlm.batches.mixture import BatchOrder, DataState
+from vlm.batches.mixture import BatchOrder, DataState, value_at
 from vlm.batches.order import SampleKey
 from vlm.batches.workers import POLL_S, batches_of, start_worker
 from vlm.errors import VlmError
@@ -25,9 +25,9 @@ class _Answers(Dataset[Example | VlmError]):
 
     examples: TrainingExamples
 
-    def __getitem__(self, key: SampleKey) -> Example | VlmError:
+    def __getitem__(self, request: tuple[SampleKey, int]) -> Example | VlmError:
         try:
-            return self.examples[key]
+            return self.examples.sized(*request)
         except VlmError as error:
             return error
 
@@ -52,6 +52,8 @@ class TrainingLoader:
     """What masked modelling hides."""
     stall_s: float = 60.0
     """Seconds without a sign of life of a worker that are taken for its end."""
+    image_sizes: Sequence[tuple[int, int]] = ()
+    """Batches from which on images have another size, ascending, and that size in pixels."""
 
     def with_streams(self, streams: int) -> "TrainingLoader":
         """Return the same loader over another number of streams: another order."""
@@ -74,7 +76,7 @@ class TrainingLoader:
         """
         loader: DataLoader[Example | VlmError] = DataLoader(
             _Answers(self.examples),
-            batch_sampler=self._announced(self.order.batches(state, batches)),
+            batch_sampler=self._announced(self.order.numbered_batches(state, batches)),
             num_workers=self.workers,
             collate_fn=partial(_collate, tokenizer=self.tokenizer, masks=self.masks),
             pin_memory=torch.cuda.is_available(),
@@ -83,8 +85,11 @@ class TrainingLoader:
         )
         return batches_of(loader, stall_s=self.stall_s, until=until)
 
-    def _announced(self, batches: Iterator[list[SampleKey]]) -> Iterator[list[SampleKey]]:
+    def _announced(
+        self, batches: Iterator[tuple[int, list[SampleKey]]]
+    ) -> Iterator[list[tuple[SampleKey, int]]]:
         """Pass keys on, and start to fetch their shards before the workers ask for them."""
-        for keys in batches:
+        for number, keys in batches:
             self.examples.prefetch(keys)
-            yield keys
+            size = value_at(number, self.image_sizes, self.examples.transform.image_size)
+            yield [(key, size) for key in keys]

@@ -101,7 +101,7 @@ def mixture_of(
     own = {name: weight or size for (name, size), weight in zip(sizes.items(), given, strict=True)}
     phases = [(phase.until, phase.weights) for phase in data.mixture.schedule]
     if any(weights for _, weights in stages):
-        ends = [_batch_at(end, data.skip_batches) for end, _ in stages[:-1]]
+        ends = [batch_at(end, data.skip_batches) for end, _ in stages[:-1]]
         weighted = [weights or own for _, weights in stages]
         phases = list(zip([*ends, None], weighted, strict=True))
     return Mixture(
@@ -114,7 +114,12 @@ def mixture_of(
     )
 
 
-def _batch_at(step: int, skipped: Sequence[tuple[int, int]]) -> int:
+def value_at(batch: int, changes: Sequence[tuple[int, int]], first: int) -> int:
+    """Return what holds at a batch, of what changes from some batches on, ascending."""
+    return next((value for start, value in reversed(changes) if start <= batch), first)
+
+
+def batch_at(step: int, skipped: Sequence[tuple[int, int]]) -> int:
     """Return the number of the batch that a step reads, where some are passed over."""
     batch, behind = step, 0
     for first, last in sorted(skipped):
@@ -144,9 +149,10 @@ class BatchOrder:
         sources: With the same number of streams.
         mixture: Their weights.
         batch_size: Samples that all ranks together read in one step.
+        changes: Batches from which on it is another number, ascending, and that number.
 
     Raises:
-        ConfigError: the batch is no multiple of the ranks or of the streams, or larger than a
+        ConfigError: a batch is no multiple of the ranks or of the streams, or larger than a
             source.
     """
 
@@ -156,18 +162,21 @@ class BatchOrder:
     seed: int = 0
     rank: int = 0
     world_size: int = 1
+    changes: Sequence[tuple[int, int]] = ()
 
     def __post_init__(self) -> None:
+        sizes = [self.batch_size, *(size for _, size in self.changes)]
         for number, what in ((self.world_size, "processes"), (self.streams, "streams of data")):
-            if self.batch_size < 1 or self.batch_size % number:
-                raise ConfigError(
-                    f"the batch has {self.batch_size} samples; expected a multiple of {number}, "
-                    f"the number of {what}"
-                )
+            for size in sizes:
+                if size < 1 or size % number:
+                    raise ConfigError(
+                        f"the batch has {size} samples; expected a multiple of {number}, the "
+                        f"number of {what}"
+                    )
         for end, weights in self.mixture.phases:
             for source, weight in zip(self.sources, weights, strict=True):
                 share = 1.0 if self.mixture.by_source and weight else weight / sum(weights)
-                most = int(np.ceil(share * self.batch_size))
+                most = int(np.ceil(share * max(sizes)))
                 if most > source.size:
                     raise ConfigError(
                         f"a batch takes {most} samples of the source {source.name!r}"
@@ -185,6 +194,10 @@ class BatchOrder:
         """The number of samples of all sources."""
         return sum(source.size for source in self.sources)
 
+    def size_at(self, batch: int) -> int:
+        """Return the number of samples of a batch."""
+        return value_at(batch, self.changes, self.batch_size)
+
     def with_streams(self, streams: int) -> "BatchOrder":
         """Return the same plan over another number of streams: another order."""
         return replace(self, sources=[replace(each, streams=streams) for each in self.sources])
@@ -199,7 +212,7 @@ class BatchOrder:
             batch, firsts = state.batch, state.taken.copy()
             shares = self.mixture.shares(batch)
             counts = self._counts(state.lag, batch)
-            state.lag += shares * self.batch_size - counts.sum(1)
+            state.lag += shares * self.size_at(batch) - counts.sum(1)
             state.taken = firsts + counts
             state.batch += 1
             if not self.mixture.skips(batch):
@@ -207,17 +220,28 @@ class BatchOrder:
 
     def batches(self, state: DataState, number: int) -> Iterator[list[SampleKey]]:
         """Give this rank's part of the next `number` batches; the state stays as it is."""
+        return (keys for _, keys in self.numbered_batches(state, number))
+
+    def numbered_batches(
+        self, state: DataState, number: int
+    ) -> Iterator[tuple[int, list[SampleKey]]]:
+        """Give the same, each with the batch's own number."""
         state = state.copy()  # workers read ahead of training
-        local, of_stream = self.batch_size // self.world_size, self.batch_size // self.streams
-        first, last = self.rank * local, (self.rank + 1) * local
         for _ in range(number):
             draw = self.advance(state)
-            keys: list[SampleKey] = []
-            for stream in range(first // of_stream, -(-last // of_stream)):
-                slots = self._slots(draw, stream)
-                start = stream * of_stream
-                keys += slots[max(first - start, 0) : last - start]
-            yield keys
+            yield draw.batch, self._own(draw)
+
+    def _own(self, draw: _Draw) -> list[SampleKey]:
+        """Return this rank's part of a batch."""
+        size = self.size_at(draw.batch)
+        local, of_stream = size // self.world_size, size // self.streams
+        first, last = self.rank * local, (self.rank + 1) * local
+        keys: list[SampleKey] = []
+        for stream in range(first // of_stream, -(-last // of_stream)):
+            slots = self._slots(draw, stream)
+            start = stream * of_stream
+            keys += slots[max(first - start, 0) : last - start]
+        return keys
 
     def _slots(self, draw: _Draw, stream: int) -> list[SampleKey]:
         """Return a stream's samples in a random order, so that every part of it is mixed."""
@@ -238,17 +262,17 @@ class BatchOrder:
         sample of its shares (Steiner and Yeomans 1993), also where the shares change, since
         deadlines are those of the schedule to come (Tijdeman 1980).
         """
-        size = self.batch_size // self.streams
+        size = self.size_at(batch) // self.streams
         shares = self.mixture.shares(batch)
         counts = np.zeros((len(self.sources), self.streams), np.int64)
         if self.mixture.by_source or len(self.sources) == 1:
-            counts[np.argmax(lag + shares * self.batch_size)] = size
+            counts[np.argmax(lag + shares * self.size_at(batch))] = size
             return counts
         for stream in range(self.streams):
             lag = lag + shares * size
             whole = np.floor(np.maximum(lag, 0.0) + _ROUNDING).astype(np.int64)
             ahead = lag < whole + _ROUNDING
-            now = batch * self.batch_size + (stream + 1) * size
+            now = self._samples_before(batch) + (stream + 1) * size
             due = self._due(whole + 1 - lag, now)
             whole[np.lexsort((due, ahead))[: size - whole.sum()]] += 1
             counts[:, stream] = whole
@@ -259,7 +283,9 @@ class BatchOrder:
         """Return after how many more samples of all each source's share of them is its need."""
         due, passed = np.full(len(needs), np.inf), 0.0
         for end, weights in self.mixture.phases:
-            length = np.inf if end is None else max(end * self.batch_size - now - passed, 0.0)
+            length = np.inf
+            if end is not None:
+                length = max(self._samples_before(end) - now - passed, 0.0)
             if length:
                 shares = np.array(weights) / sum(weights)
                 with np.errstate(divide="ignore", invalid="ignore"):  # a share of 0 never needs one
@@ -268,3 +294,11 @@ class BatchOrder:
                 due = np.where(np.isinf(due) & (after <= length), passed + after, due)
                 passed += length
         return due
+
+    def _samples_before(self, batch: int) -> int:
+        """Return the number of samples of all batches before one, skipped ones included."""
+        total, start, size = 0, 0, self.batch_size
+        for first, changed in self.changes:
+            if first < batch:
+                total, start, size = total + (first - start) * size, first, changed
+        return total + (batch - start) * size

@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -112,6 +113,12 @@ class TrainingTransform:
         self._resampling = Image.Resampling[preprocess.interpolation.upper()]
         self._mean = torch.tensor(preprocess.mean)[:, None]
         self._std = torch.tensor(preprocess.std)[:, None]
+
+    def resized(self, image_size: int) -> "TrainingTransform":
+        """Return the same augmentation for images of another size, in pixels."""
+        other = copy(self)
+        other.image_size = image_size
+        return other
 
     def __call__(self, image: Image.Image, rng: random.Random) -> Float[Tensor, "3 height width"]:
         """Change an RGB image at random and return it as a normalised tensor."""

@@ -91,6 +91,11 @@ class DualEncoder(Encoder):
         image_tower.set_patch_dropout(self.visual, ratio)
 
     @override
+    def accept_image_size(self, size: int) -> None:
+        image_tower.interpolate_positions(self.visual)
+        super().accept_image_size(size)
+
+    @override
     def image_groups(self) -> list[list[nn.Parameter]]:
         return image_tower.image_groups(self.visual)
 

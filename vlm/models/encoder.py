@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from vlm.errors import ConfigError
 from vlm.models.config import MAX_LOG_LOGIT_SCALE
 from vlm.text.tokenizer import TokenBatch
 
@@ -155,6 +156,24 @@ class Encoder(nn.Module, ABC):
         Raises:
             ConfigError: the image tower has no patches to drop.
         """
+
+    @torch.no_grad()
+    def accept_image_size(self, size: int) -> None:
+        """Make sure that images of another size can be read as well, a square of pixels.
+
+        Raises:
+            ConfigError: the image tower reads images of its own size alone.
+        """
+        training, images = self.training, torch.zeros(1, 3, size, size, device=self.device)
+        try:
+            self.eval().image_features(images)
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise ConfigError(
+                f"the image tower cannot read images of {size} pixels: {error}; expected its own "
+                "size, a convolutional tower, or a vision transformer of timm and whole patches"
+            ) from error
+        finally:
+            self.train(training)
 
     def untrained_parameters(self, *, unimodal: bool, patches: bool) -> list[nn.Parameter]:
         """Return the parameters that no gradient reaches: those of a part that is not used."""

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import PatchDropout, VisionTransformer
+from timm.layers.format import Format
 from timm.layers.patch_dropout import (
     PatchDropout as TimmPatchDropout,
     PatchDropoutWithIndices,
@@ -150,6 +151,19 @@ def set_patch_dropout(visual: ImageTower, ratio: float) -> None:
             f"the image tower, {type(trunk or visual).__name__}, has no patches to drop; "
             "expected a vision transformer, or patch dropout of 0"
         )
+
+
+def interpolate_positions(visual: ImageTower) -> None:
+    """Let a vision transformer of timm stretch its positions for images of other sizes, in place.
+
+    For its own size it computes what it did. Of other towers, convolutional ones need nothing.
+    """
+    trunk = getattr(visual, "trunk", None)
+    if isinstance(trunk, TimmVisionTransformer) and not trunk.dynamic_img_size:
+        # As its constructor does for `dynamic_img_size`.
+        trunk.dynamic_img_size = True  # type: ignore[misc]
+        trunk.patch_embed.strict_img_size = trunk.patch_embed.flatten = False
+        trunk.patch_embed.output_fmt = Format.NHWC
 
 
 def image_blocks(visual: ImageTower) -> list[nn.Module]:

@@ -173,13 +173,11 @@ def check_loss(config: TrainConfig, has_bias: bool, ranks: int) -> None:
             "bias; expected model.init_logit_bias for a sigmoid loss, for example -10, and none "
             "for a softmax"
         )
-    if (
-        loss.plan.kind == "softmax"
-        and config.data.batch_size // ranks * (loss.plan.group_size or ranks) < 2
-    ):
+    smallest = min(config.batch_sizes)
+    if loss.plan.kind == "softmax" and smallest // ranks * (loss.plan.group_size or ranks) < 2:
         raise ConfigError(
-            f"data.batch_size is {config.data.batch_size}, so that an image is compared with one "
-            "caption alone, where a softmax is always 0; expected at least 2 in a loss group"
+            f"a batch has {smallest} samples, so that an image is compared with one caption alone, "
+            "where a softmax is always 0; expected at least 2 in a loss group"
         )
     if loss.text_text_weight and len(languages) != 2:
         raise ConfigError(
@@ -231,6 +229,7 @@ def build_model(
             "every patch; expected 0, or no cmlm_weight and cmim_weight"
         )
     adapt(start.model, config.adapt)
+    _accept_image_sizes(config, start)
     return build_pretraining_model(
         start.model,
         config.objectives,
@@ -238,3 +237,16 @@ def build_model(
         preprocess_cfg=start.preprocess_cfg,
         text_thread=TextThread(start.model) if config.parallel_towers and may_thread else None,
     )
+
+
+def _accept_image_sizes(config: TrainConfig, start: Bundle) -> None:
+    """Prepare a model for the sizes of images that stages have."""
+    sizes = [stage.image_size for stage in config.whole_stages if stage.image_size is not None]
+    objectives = config.objectives
+    if sizes and (objectives.masked.weights or objectives.distillation.weights):
+        raise ConfigError(
+            f"a stage has image_size {sizes[0]}, but masked modelling and teachers read images of "
+            "the model's size; expected null, or none of these"
+        )
+    for size in dict.fromkeys(sizes):
+        start.model.accept_image_size(size)

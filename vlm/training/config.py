@@ -259,6 +259,17 @@ class TrainConfig:
         """The stages with everything filled in that they leave to the run; at least one."""
         return whole_stages(self.stages, self.schedule, self.optimizer.learning_rate)
 
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """The number of samples that all processes read in one step, in each stage."""
+        return tuple(stage.batch_size or self.data.batch_size for stage in self.whole_stages)
+
+    @property
+    def samples(self) -> int:
+        """The number of samples that the run reads."""
+        steps = (stage.steps for stage in self.whole_stages)
+        return sum(size * each for size, each in zip(self.batch_sizes, steps, strict=True))
+
     def stage_at(self, step: int) -> WholeStage:
         """Return the stage of a step, counted from 0; after the last step, the last stage."""
         stages = self.whole_stages

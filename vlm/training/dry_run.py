@@ -27,7 +27,13 @@ from vlm.training.build import build_model, check_loss
 from vlm.training.checkpoint import Checkpoints, Resume
 from vlm.training.config import ClusterConfig, TrainConfig
 from vlm.training.objectives import mask_plan
-from vlm.training.reading import check_languages, examples_of, mixture, source_orders
+from vlm.training.reading import (
+    batch_sizes,
+    check_languages,
+    examples_of,
+    mixture,
+    source_orders,
+)
 from vlm.training.resources import resources_of
 from vlm.training.resuming import CHECKPOINTS_NAME, check_run_folder, compared
 from vlm.training.scoring import build_evaluation
@@ -135,7 +141,7 @@ def _check_order(
     data = config.data
     streams = data.streams or cluster.ranks // cluster.node
     samples = {name: len(source) for name, source in sources.items()}
-    total = config.schedule.steps * data.batch_size
+    total = config.samples
     order: BatchOrder | None = None
     if sources and len(sources) == len(data.by_name):
         with plan.collect():
@@ -145,6 +151,7 @@ def _check_order(
                 data.batch_size,
                 seed=config.seed,
                 world_size=cluster.ranks,
+                changes=batch_sizes(config),
             )
     plan.numbers["data"] = {"batch": data.batch_size, "samples": sum(samples.values())}
     if order is not None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Literal
 
 from vlm.batches.config import check_weights
@@ -114,13 +115,24 @@ class StageConfig:
     """The highest rate; null is that of the optimizer. Every stage rises to its own, and falls."""
     warmup_steps: int | None = None
     """Steps over which the rate rises to its highest; null is the number in `schedule`."""
+    goes_on: bool = False
+    """Go on with the rates of the stage before, as if the two were one."""
     weights: Mapping[str, float] | None = None
     """By the name of a source, its share of the samples of a step relative to the others; one that
     is not named is not read. Null for the weights of the sources."""
+    batch_size: int | None = None
+    """Samples that all processes together read in one step; null for `data.batch_size`."""
+    image_size: int | None = None
+    """Pixels a side of the images; null for the model's size, at which it is scored as ever."""
 
     def __post_init__(self) -> None:
-        if self.steps is not None and self.steps < 1:
-            raise ConfigError(f"a stage has {self.steps} steps; expected at least 1")
+        for name in ("steps", "batch_size", "image_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"a stage has {name} {value}; expected at least 1")
+        if self.goes_on and (self.learning_rate, self.warmup_steps) != (None, None):
+            raise ConfigError(
+                "a stage has goes_on true, and learning_rate or warmup_steps; expected these null"
+            )
         if self.weights is not None:
             check_weights(self.weights, "a stage")
 
@@ -131,17 +143,22 @@ class WholeStage:
 
     first: int
     """The step that it begins at, counted from 0."""
+    steps: int
     trained: Trained
     learning_rate: float
     """The highest."""
+    rises_at: int
+    """The step from which its schedule is counted."""
     schedule: ScheduleConfig
-    """Of its own steps, counted from its first."""
+    """Of its steps, and of those of its neighbours that share it."""
     weights: Mapping[str, float] | None
+    batch_size: int | None
+    image_size: int | None
 
     @property
     def end(self) -> int:
         """The step that it ends before."""
-        return self.first + self.schedule.steps
+        return self.first + self.steps
 
 
 def whole_stages(
@@ -158,22 +175,32 @@ def whole_stages(
             f"the stages have {given} steps and schedule.steps is {total}; expected as many in "
             "all, where the last may be null for what the others leave"
         )
+    if stages[0].goes_on:
+        raise ConfigError("the first stage has goes_on true, and nothing to go on from")
+    begins = [number for number, stage in enumerate(stages) if not stage.goes_on] + [len(stages)]
     whole: list[WholeStage] = []
-    for stage, steps in zip(stages, lengths, strict=True):
-        rate, warmup = stage.learning_rate, stage.warmup_steps
-        whole.append(
-            WholeStage(
-                first=whole[-1].end if whole else 0,
-                trained=stage.trained,
-                learning_rate=learning_rate if rate is None else rate,
-                schedule=replace(
-                    schedule,
-                    steps=steps,
-                    warmup_steps=schedule.warmup_steps if warmup is None else warmup,
-                ),
-                weights=stage.weights,
-            )
+    for begin, end in pairwise(begins):
+        rate, warmup = stages[begin].learning_rate, stages[begin].warmup_steps
+        rises_at = sum(lengths[:begin])
+        own = replace(
+            schedule,
+            steps=sum(lengths[begin:end]),
+            warmup_steps=schedule.warmup_steps if warmup is None else warmup,
         )
+        whole += [
+            WholeStage(
+                first=sum(lengths[:number]),
+                steps=lengths[number],
+                trained=stages[number].trained,
+                learning_rate=learning_rate if rate is None else rate,
+                rises_at=rises_at,
+                schedule=own,
+                weights=stages[number].weights,
+                batch_size=stages[number].batch_size,
+                image_size=stages[number].image_size,
+            )
+            for number in range(begin, end)
+        ]
     return tuple(whole)
 
 

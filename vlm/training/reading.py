@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from vlm.batches.examples import TrainingExamples
 from vlm.batches.loader import TrainingLoader
-from vlm.batches.mixture import BatchOrder, Mixture, mixture_of
+from vlm.batches.mixture import BatchOrder, Mixture, batch_at, mixture_of
 from vlm.batches.order import SourceOrder
 from vlm.bundle import Bundle
 from vlm.data.source import Source, open_source
@@ -34,6 +34,7 @@ def build_loader(config: TrainConfig, start: Bundle, accelerator: Accelerator) -
         seed=config.seed,
         rank=accelerator.process_index,
         world_size=ranks,
+        changes=batch_sizes(config),
     )
     return TrainingLoader(
         # Each rank reads that many streams.
@@ -43,6 +44,9 @@ def build_loader(config: TrainConfig, start: Bundle, accelerator: Accelerator) -
         workers=config.data.workers,
         stall_s=config.data.stall_s,
         masks=mask_plan(config.objectives.masked, start.model),
+        image_sizes=_changes(
+            config, [stage.image_size for stage in config.whole_stages], _side(start)
+        ),
     )
 
 
@@ -64,6 +68,30 @@ def mixture(config: TrainConfig, sources: Mapping[str, Source]) -> Mixture:
         {name: len(source) for name, source in sources.items()},
         [(stage.end, stage.weights) for stage in config.whole_stages],
     )
+
+
+def batch_sizes(config: TrainConfig) -> list[tuple[int, int]]:
+    """Return from which batches on the stages have another number of samples, and that number.
+
+    Raises:
+        ConfigError: batches are of one label, by which an order is made for one size alone.
+    """
+    given = [stage.batch_size for stage in config.whole_stages]
+    by = config.data.mixture.batch_by
+    if by not in ("", "source") and any(given):
+        raise ConfigError(
+            f"a stage has a batch_size, and batches are of one {by}; expected data.batch_size alone"
+        )
+    return _changes(config, given, config.data.batch_size)
+
+
+def _changes(
+    config: TrainConfig, given: Sequence[int | None], default: int
+) -> list[tuple[int, int]]:
+    """Return from which batches on what the stages give holds; nothing if they give none."""
+    firsts = [batch_at(each.first, config.data.skip_batches) for each in config.whole_stages]
+    values = [value or default for value in given]
+    return list(zip(firsts, values, strict=True)) if any(given) else []
 
 
 def source_orders(
@@ -112,12 +140,16 @@ def examples_of(
 
 def _training_transform(config: TrainConfig, start: Bundle) -> TrainingTransform:
     """Return the augmentation of a run around the image transform of what it starts from."""
-    size = start.preprocess_cfg["size"]
     known = {field.name for field in fields(PreprocessConfig)}
     settings = {name: value for name, value in start.preprocess_cfg.items() if name in known}
     settings |= {name: tuple(settings[name]) for name in ("mean", "std")}
-    side = size if isinstance(size, int) else size[0]
-    return TrainingTransform(PreprocessConfig(**settings), config.augmentation, side)
+    return TrainingTransform(PreprocessConfig(**settings), config.augmentation, _side(start))
+
+
+def _side(start: Bundle) -> int:
+    """Return the size of the model's images."""
+    size = start.preprocess_cfg["size"]
+    return int(size if isinstance(size, int) else size[0])
 
 
 def check_languages(config: TrainConfig, sources: Mapping[str, Source]) -> None:

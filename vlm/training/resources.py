@@ -65,7 +65,7 @@ def resources_of(
     """
     mode = HollowTensors()
     make_hollow(model, mode)
-    rows = -(-config.data.batch_size // (cluster.ranks * config.loss.micro_batches))
+    rows = -(-max(config.batch_sizes) // (cluster.ranks * config.loss.micro_batches))
     masks = mask_plan(config.objectives.masked, model.encoder)
     longest = _longest(config, rows, image_size, context_length, masks)
     step = _pass(config, model, mode, longest)
@@ -118,7 +118,7 @@ def _loss_cost(
     config: TrainConfig, cluster: ClusterConfig, model: PretrainingModel, mesh: Mesh
 ) -> StepCost:
     """Return what the loss of all heads costs a rank in a step; its FLOP are of a sample."""
-    local, parts = config.data.batch_size // cluster.ranks, 1
+    local, parts = max(config.batch_sizes) // cluster.ranks, 1
     if config.loss.accumulation == "one_pass":
         parts = config.loss.micro_batches
     widths = head_widths(

@@ -92,6 +92,7 @@ class Run:
         group = plan.group_size or ranks
         samples = sum(each.size for each in self.loader.order.sources)
         candidates = data.batch_size // ranks * group
+        batches = ", then ".join(f"{size:,}" for size in dict.fromkeys(config.batch_sizes))
         lines = {
             "model": f"{type(encoder).__name__}, {sum(sizes):,} parameters ({sum(trained):,} "
             f"trained), images of {self.start.preprocess_cfg['size']} pixels, "
@@ -104,8 +105,8 @@ class Run:
             "ranks": f"{ranks} on {self.accelerator.device.type}, {config.precision}"
             + ("" if self.sharded is None else f", {self.sharded.sharding}"),
             "scored": self._scored(),
-            "steps": f"{self.progress.step:,} to {steps:,} of {data.batch_size:,} samples "
-            f"({steps * data.batch_size / samples:.1f} epochs)",
+            "steps": f"{self.progress.step:,} to {steps:,} of {batches} samples "
+            f"({config.samples / samples:.1f} epochs)",
         }
         goes_on = [f"from: {line}" for line in self.origin.described()]
         if goes_on and self.progress.step < steps:
@@ -147,7 +148,7 @@ class Run:
         with Interruption() as interruption:
             with Reporter(
                 config.run_folder,
-                samples=config.schedule.steps * config.data.batch_size,
+                samples=config.samples,
                 progress=self.progress,
                 active=is_main,
             ) as reporter:
@@ -326,10 +327,9 @@ class Run:
 
     def _advance(self, reporter: Reporter, pace: Pace) -> None:
         """Count a step that was taken, also one whose update was skipped."""
-        batch_size = self.config.data.batch_size
+        batch_size = int(self.loader.order.advance(self.data).counts.sum())
         self.progress.step += 1
         self.progress.samples += batch_size
-        self.loader.order.advance(self.data)
         reporter.advance(batch_size)
         pace.advance(batch_size)
 

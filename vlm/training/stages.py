@@ -18,7 +18,7 @@ from vlm.training.schedule import learning_rate_factor
 def learning_rate_at(step: int, config: TrainConfig) -> float:
     """Return the learning rate of a step, counted from 0."""
     stage = config.stage_at(step)
-    return stage.learning_rate * learning_rate_factor(step - stage.first, stage.schedule)
+    return stage.learning_rate * learning_rate_factor(step - stage.rises_at, stage.schedule)
 
 
 class StageLocks:

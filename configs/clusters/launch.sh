@@ -15,14 +15,16 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 
 "$@" &
 launcher=$!
-trap 'kill -TERM "$launcher"' TERM
+interrupted=
+trap 'interrupted=yes; kill -TERM "$launcher"' TERM
 wait "$launcher"
 code=$?
 while kill -0 "$launcher" 2>/dev/null; do # a signal ends `wait` before the launcher has ended
     wait "$launcher"
     code=$?
 done
-if [ "$code" -eq 0 ] && [ ! -e "$run_folder/bundle/vlm.json" ]; then
+# A launcher that gets a signal ends with a code of its own, whatever its ranks have.
+if [ ! -e "$run_folder/bundle/vlm.json" ] && { [ "$code" -eq 0 ] || [ -n "$interrupted" ]; }; then
     exit 75
 fi
 exit "$code"

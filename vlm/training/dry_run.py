@@ -26,6 +26,7 @@ from vlm.models.pretraining import PretrainingModel
 from vlm.training.build import build_model, check_loss
 from vlm.training.checkpoint import Checkpoints, Resume
 from vlm.training.config import ClusterConfig, TrainConfig
+from vlm.training.distillation import load_teacher
 from vlm.training.objectives import mask_plan
 from vlm.training.reading import (
     batch_sizes,
@@ -218,8 +219,9 @@ def _measure(
         context_length=start.tokenizer.context_length,
         mesh=mesh,
         batch=batch,
+        teacher=load_teacher(config, start),
     )
-    steps = config.schedule.steps
+    steps = config.whole_stages[-1].end
     flops = found.flops * config.data.batch_size // cluster.ranks
     seconds = flops / (cluster.mfu * cluster.peak_tflops * 1e12)
     plan.numbers.update(
@@ -249,7 +251,7 @@ def _measure(
 
 def _checkpoints(config: TrainConfig) -> int:
     """Return how many checkpoints are there at a time, at most."""
-    every, steps = config.checkpoint.every_steps, config.schedule.steps
+    every, steps = config.checkpoint.every_steps, config.whole_stages[-1].end
     if not every:
         return 0
     for_good = steps // config.checkpoint.keep_every if config.checkpoint.keep_every else 0

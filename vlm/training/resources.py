@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vlm.batches.batch import Batch
 from vlm.batches.collate import MaskPlan, draw_patches
 from vlm.batches.examples import second_of
+from vlm.bundle import Bundle
 from vlm.errors import ConfigError
 from vlm.losses.costs import Mesh, Sizes, StepCost, head_widths, step_cost
 from vlm.models.encoder import UNIMODAL, Encoder
@@ -18,7 +19,7 @@ from vlm.models.pretraining import PretrainingModel
 from vlm.text.tokenizer import TokenBatch
 from vlm.training.config import ClusterConfig, TrainConfig
 from vlm.training.hollow import HollowTensors, Pass, make_hollow, optimizer_bytes, run_pass
-from vlm.training.objectives import mask_plan
+from vlm.training.objectives import Teacher, mask_plan
 from vlm.training.optimizer import build_optimizer
 
 _SMALL = 1 << 16  # bytes of a state that is not worth a line, such as counts of steps
@@ -51,6 +52,7 @@ def resources_of(
     context_length: int,
     mesh: Mesh,
     batch: Batch | None,
+    teacher: Bundle | None = None,
 ) -> Resources:
     """Run passes of a model over tensors without contents, and return what training it takes.
 
@@ -62,6 +64,7 @@ def resources_of(
         context_length: Of the tokenizer; memory must hold texts of that length.
         mesh: The loss group's.
         batch: Samples of the data, whose texts are of natural length; None for the longest.
+        teacher: Of the distillation, if there is one.
     """
     mode = HollowTensors()
     make_hollow(model, mode)
@@ -76,11 +79,15 @@ def resources_of(
     states = optimizer_bytes(build_optimizer(model, config.optimizer), model, mode=mode)
     weights = _bytes(model.parameters())
     trained = _bytes(each for each in model.parameters() if each.requires_grad)
+    frozen = [teacher.model] if teacher else []
+    frozen += [model.teacher.model] if isinstance(model.teacher, Teacher) else []
+    teachers = {"teachers": sum(_bytes(each.parameters()) for each in frozen)} if frozen else {}
     average = {"moving average": weights} if config.averaging.ema_decay is not None else {}
     loss = _loss_cost(config, cluster, model, mesh)
     memory = {
         "weights": weights + _bytes(model.buffers()),
         **average,
+        **teachers,
         **{f"optimizer {kind}": size for kind, size in states.items() if size > _SMALL},
     }
     peak = sum(memory.values()) + _most(config, cluster, step, loss.held, trained)
@@ -94,7 +101,9 @@ def resources_of(
     return Resources(
         parameters=_parameters(model),
         memory=memory,
-        flops=read.flops // len((batch or longest).uids) + loss.flops,
+        flops=(read.flops + _teacher_flops(config, teacher, mode, batch or longest))
+        // len((batch or longest).uids)
+        + loss.flops,
         sent={
             "loss": loss.sent,
             "gradients": 2 * (cluster.ranks - 1) * trained // cluster.ranks,
@@ -102,6 +111,19 @@ def resources_of(
         checkpoint=weights + sum(average.values()) + sum(states.values()),
         bundle=_bytes(model.encoder.parameters()),
     )
+
+
+def _teacher_flops(
+    config: TrainConfig, teacher: Bundle | None, mode: HollowTensors, batch: Batch
+) -> int:
+    """Return what a teacher computes of a batch."""
+    mode.flops = 0
+    if teacher is not None:
+        with mode, torch.no_grad(), _autocast(config):
+            teacher.model.encode_image(torch.empty(batch.images.shape))
+            for tokens in batch.texts.values():
+                teacher.model.encode_text(tokens)
+    return mode.flops
 
 
 def _most(config: TrainConfig, cluster: ClusterConfig, step: Pass, loss: int, trained: int) -> int:
@@ -220,7 +242,7 @@ def _scalar(config: TrainConfig, model: PretrainingModel, batch: Batch) -> Tenso
     """Return a number whose gradient reaches all that the loss's does."""
     images = torch.empty(batch.images.shape)  # hollow, inside the mode
     hidden = Hidden(batch.text_rows, batch.hidden_words, batch.hidden_patches)
-    with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+    with _autocast(config):
         encoded = model(images, batch.texts, hidden)
     total: Tensor = torch.zeros(())
     for head in encoded.heads.values():
@@ -231,3 +253,7 @@ def _scalar(config: TrainConfig, model: PretrainingModel, batch: Batch) -> Tenso
     for other in encoded.others.values():
         total = total + other
     return total
+
+
+def _autocast(config: TrainConfig) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16")

@@ -126,9 +126,9 @@ def test_a_scheduler_is_told_complete_from_interrupted_from_wrong(
     assert subprocess.run(words, check=False).returncode == expected
 
 
-LISTENER = """
+RANK = """
 import os, signal, sys, time
-folder, seen = sys.argv[1], []
+seen = []
 signal.signal(signal.SIGTERM, lambda *_: seen.append("TERM"))
 print(os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"], signal.getsignal(signal.SIGUSR1), flush=True)
 while not seen:
@@ -136,13 +136,16 @@ while not seen:
 time.sleep(0.3)  # as a checkpoint is written
 print(*seen, flush=True)
 """
+LAUNCHER = """
+import subprocess, sys
+sys.exit(subprocess.run([sys.executable, "-c", sys.argv[1]]).returncode)
+"""
 
 
-def test_the_launcher_gets_sigterm_and_time_and_outlives_sigusr1(tmp_path):
+def test_ranks_get_sigterm_and_time_and_the_launcher_outlives_sigusr1(tmp_path):
     process = subprocess.Popen(
-        [LAUNCH, tmp_path, sys.executable, "-c", LISTENER, tmp_path],
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [LAUNCH, tmp_path, sys.executable, "-c", LAUNCHER, RANK], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == f"600 {signal.SIG_IGN!s}\n"
     process.send_signal(signal.SIGUSR1)
     time.sleep(0.2)

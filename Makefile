@@ -5,7 +5,7 @@ VENV := .venv
 unexport PYTHONDONTWRITEBYTECODE
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test test-fast check format bench clean
+.PHONY: install quickstart test test-fast soak check format bench clean
 
 install: $(VENV)/.installed  ## make the environment with the package and its development tools
 
@@ -26,6 +26,9 @@ PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist lo
 
 test: install  ## run the whole test suite
 	$(PYTEST)
+
+soak: install  ## count the promises of docs/reliability.md in full (long); make soak ONLY="P5 or P6"
+	$(BIN)/python -m pytest tests/soak -k "$(ONLY)" --results benchmarks/results/soak_2cpu_202611
 
 test-fast: install  ## run the quick tests of one process (under 3 minutes on two quiet cores)
 	$(PYTEST) -m "not slow and not distributed and not peer"

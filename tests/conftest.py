@@ -43,6 +43,12 @@ def pytest_configure() -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave the long counts to those who ask for them, as `make soak` does."""
+    asked = any("soak" in argument for argument in config.args)
+    return None if asked or collection_path.name != "soak" else True
+
+
 def pytest_collection_finish() -> None:
     # What was imported and collected lives to the end: no collection of garbage looks at it again.
     gc.freeze()

@@ -19,7 +19,8 @@ PROCESSES = multiprocessing.get_context("forkserver")
 """Starts real processes that have imported already what costs seconds: each is a fork of one."""
 PROCESSES.set_forkserver_preload(
     ["torch", "open_clip", "accelerate", "faiss", "matplotlib.pyplot", "pyarrow.parquet",
-     "vlm.quickstart", "vlm.training.step", "vlm.checkpoints.conversion"]
+     "vlm.quickstart", "vlm.training.build", "vlm.checkpoints.conversion",
+     "torch.utils.tensorboard"]
 )  # fmt: skip
 
 

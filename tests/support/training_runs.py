@@ -57,9 +57,15 @@ def tiny_config(
 
 
 def fit(
-    config: TrainConfig, *, ranks: int = 1, kill_at: int | None = None, uids: Path | None = None
+    config: TrainConfig,
+    *,
+    ranks: int = 1,
+    kill_at: int | None = None,
+    kill_in_scores_of: int | None = None,
+    uids: Path | None = None,
 ) -> None:
-    """Go on with a run, or start it, on some ranks; all kill themselves in the step `kill_at`.
+    """Go on with a run, or start it, on some ranks; all kill themselves in the step `kill_at`, or
+    in the evaluation after some steps.
 
     `uids` is a file that gets a line for each step with the samples of each rank.
     """
@@ -70,11 +76,11 @@ def fit(
         "MASTER_ADDR": "localhost", "MASTER_PORT": port,
         "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks,
     }  # fmt: skip
-    processes = []
+    processes, kills = [], (kill_at, kill_in_scores_of)
     for rank in range(ranks):
         own = shared | {"RANK": rank, "LOCAL_RANK": rank} if ranks > 1 else {}
         environment = {key: str(value) for key, value in own.items()}
-        process = PROCESSES.Process(target=_fit, args=(config, environment, kill_at, uids))
+        process = PROCESSES.Process(target=_fit, args=(config, environment, kills, uids))
         process.start()
         processes.append(process)
     for process in processes:
@@ -82,13 +88,16 @@ def fit(
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
-    expected = 0 if kill_at is None else -signal.SIGKILL
+    expected = 0 if kills == (None, None) else -signal.SIGKILL
     errors = config.run_folder.with_suffix(".err")
     assert codes == [expected] * ranks, f"{codes}\n{errors.read_text()[-3000:]}"
 
 
 def _fit(
-    config: TrainConfig, environment: dict[str, str], kill_at: int | None, uids: Path | None
+    config: TrainConfig,
+    environment: dict[str, str],
+    kills: tuple[int | None, int | None],
+    uids: Path | None,
 ) -> None:
     gc.freeze()  # what was imported before the fork is no garbage
     errors = config.run_folder.with_suffix(".err")
@@ -107,11 +116,17 @@ def _fit(
             line = json.dumps([*where, seen]) + "\n"
             with uids.open("a", encoding="utf-8") as file:
                 file.write(line)
-        if run.progress.step == kill_at:
+        if run.progress.step == kills[0]:
             os.kill(os.getpid(), signal.SIGKILL)
         return train(parts)
 
-    replace(run, step=step).fit()
+    def evaluate(encoder: Any) -> dict[str, float]:
+        if run.progress.step == kills[1]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        assert run.evaluate is not None
+        return run.evaluate(encoder)
+
+    replace(run, step=step, evaluate=evaluate).fit()
     sys.stderr.flush()
 
 

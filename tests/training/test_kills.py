@@ -37,6 +37,17 @@ def test_killed_twice_it_leaves_the_same_weights_losses_and_scores(inputs, tmp_p
 
 
 @pytest.mark.slow
+def test_killed_while_it_is_scored_it_has_the_scores_in_the_end(inputs, tmp_path):
+    config = tiny_config(inputs, tmp_path / "whole", steps=STEPS)
+    fit(config)
+    killed = replace(config, run_folder=tmp_path / "killed")
+    for scored in (4, STEPS):
+        fit(killed, kill_in_scores_of=scored)
+    fit(killed)
+    assert left_by(killed) == left_by(config)
+
+
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_another_number_of_ranks_trains_on_the_same_batches(inputs, tmp_path):
     # Batch norm sees micro-batches, which are other ones on two ranks; and Adam's first steps are

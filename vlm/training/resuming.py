@@ -10,10 +10,12 @@ import torch
 import yaml
 
 import vlm
+from vlm.distributed.groups import RankGroup, exchange
 from vlm.errors import CheckpointError, ConfigError
 from vlm.files import write_file
 from vlm.training.checkpoint import Checkpoint, Resume
 from vlm.training.config import TrainConfig, config_as_plain, config_as_yaml, flat_settings
+from vlm.training.due import due_after
 from vlm.training.reporter import METRICS_NAME, read_records
 
 BUNDLE_NAME, CONFIG_NAME, CHECKPOINTS_NAME = "bundle", "config.yaml", "checkpoints"
@@ -179,6 +181,18 @@ def record_start(config: TrainConfig, origin: Origin) -> None:
     known = path.read_text(encoding="utf-8") if checkpoint and path.exists() else ""
     added = yaml.safe_dump([entry], sort_keys=False, allow_unicode=True)
     write_file(path, (known + added).encode())
+
+
+def scores_missing(config: TrainConfig, step: int, group: RankGroup) -> bool:
+    """Say whether a run was cut off after it saved a step and before it kept the scores of it.
+
+    All ranks have the same answer, by what rank 0 reads.
+    """
+    if not step or not due_after(step, config).evaluate:
+        return False
+    records = read_records(config.run_folder / METRICS_NAME) if group.rank == 0 else []
+    kept = any(record["step"] == step and "loss" not in record for record in records)
+    return exchange(not kept, group)[0]
 
 
 def _refusal(

@@ -38,7 +38,7 @@ from vlm.training.interruption import Interruption, Stoppable
 from vlm.training.optimizer import RATE_RATIO
 from vlm.training.precision import Precision
 from vlm.training.reporter import Pace, Reporter
-from vlm.training.resuming import BUNDLE_NAME, Origin, record_start
+from vlm.training.resuming import BUNDLE_NAME, Origin, record_start, scores_missing
 from vlm.training.scoring import ready_to_score
 from vlm.training.skipped import SkippedLog
 from vlm.training.stages import StageLocks, learning_rate_at
@@ -209,6 +209,8 @@ class Run:
         progress, last, pace = self.progress, self.config.schedule.steps, Pace()
         samples, steps = self._logs()
         saved = progress.step
+        if self.evaluate is not None and scores_missing(self.config, saved, self.checkpoints.group):
+            self._score(self.evaluate, reporter, interruption)
         with closing(self._batches(interruption)) as batches:
             for batch in pace.timed(batches):
                 result = self.train_step(batch, progress.step, interruption)

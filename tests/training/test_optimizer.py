@@ -1,5 +1,6 @@
 """Optimizers against their formulas, and the rate and decay of every parameter by hand."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -11,13 +12,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tests.builders import tiny_model, tiny_tokenizer
 from tests.support.processes import run_in_world
+from tests.support.tiny_run import config
 from vlm.errors import ConfigError
 from vlm.models.build import build_from_config
 from vlm.models.config import ModelConfig, MultiwayConfig
 from vlm.models.pretraining import PretrainingModel
 from vlm.training.averaging import MovingAverage
-from vlm.training.config import OptimizerConfig, TowerRateConfig
+from vlm.training.build import build_run
+from vlm.training.config import EvaluationConfig, OptimizerConfig
 from vlm.training.optimizer import RATE_RATIO, build_optimizer, reads_found_inf
+from vlm.training.optimizer_config import TowerRateConfig
 from vlm.training.state import OptimizerState
 
 
@@ -252,6 +256,24 @@ def test_optimizers_together_go_on_from_their_state_bit_for_bit():
     train(resumed, resumed_optimizer, range(3, 6))
     for name, each in model.state_dict().items():
         assert torch.equal(each, resumed.state_dict()[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adamw", "muon", "lion"])
+def test_going_on_from_a_checkpoint_leaves_the_same_weights(inputs, tmp_path, name):
+    towers = TowerRateConfig(learning_rate_ratio=0.5, weight_decay=0.0, layer_decay=0.8)
+    settings = config(
+        inputs,
+        tmp_path,
+        optimizer=OptimizerConfig(name=name, image=towers, text=towers),
+        evaluation=EvaluationConfig(),
+    )
+    build_run(settings).fit()
+    whole = (tmp_path / "bundle" / "open_clip_model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000007")
+    run = build_run(settings, resume="auto")
+    assert run.progress.step == 5
+    assert (run.fit() / "open_clip_model.safetensors").read_bytes() == whole
 
 
 def sharded_steps(rank, name):

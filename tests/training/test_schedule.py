@@ -56,7 +56,7 @@ def test_without_warm_up_the_run_starts_at_the_highest_rate():
 
 @pytest.mark.parametrize("warmup", [-1, 10, 11])
 def test_a_warm_up_that_does_not_fit_is_refused_with_both_numbers(warmup):
-    with pytest.raises(ConfigError, match=f"warmup_steps is {warmup} and steps 10"):
+    with pytest.raises(ConfigError, match=f"warmup_steps is {warmup} in a schedule or stage of 10"):
         ScheduleConfig(steps=10, warmup_steps=warmup)
 
 

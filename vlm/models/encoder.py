@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vlm.errors import ConfigError
-from vlm.models.config import MAX_LOG_LOGIT_SCALE
+from vlm.models.config import MAX_LOG_LOGIT_SCALE, MAX_LOGIT_SCALE
 from vlm.text.tokenizer import TokenBatch
 
 MAIN = "main"
@@ -139,7 +139,7 @@ class Encoder(nn.Module, ABC):
         Bounding the stored parameter, not the scale in the forward pass, leaves the scale its
         gradient at the bound.
         """
-        self.log_logit_scale.clamp_(max=MAX_LOG_LOGIT_SCALE)
+        clamp_log_scale(self.log_logit_scale)
 
     @abstractmethod
     def blocks(self) -> list[nn.Module]:
@@ -186,3 +186,11 @@ class Encoder(nn.Module, ABC):
     @abstractmethod
     def text_groups(self) -> list[list[nn.Parameter]]:
         """Return the text side's parameters from the input to the output, a list per stage."""
+
+
+def clamp_log_scale(log_scale: Tensor) -> None:
+    """Bring the logarithm of a scale below its bound, which narrow types would round up."""
+    bound = torch.tensor(MAX_LOG_LOGIT_SCALE, dtype=log_scale.dtype).item()
+    if math.exp(bound) > MAX_LOGIT_SCALE:
+        bound *= 1 - torch.finfo(log_scale.dtype).eps
+    log_scale.clamp_(max=bound)

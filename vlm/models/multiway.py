@@ -10,8 +10,14 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from vlm.errors import ConfigError
-from vlm.models.config import MAX_LOG_LOGIT_SCALE
-from vlm.models.encoder import MAIN, UNIMODAL, Encoder, Replacement, States
+from vlm.models.encoder import (
+    MAIN,
+    UNIMODAL,
+    Encoder,
+    Replacement,
+    States,
+    clamp_log_scale,
+)
 from vlm.models.multiway_config import (
     IMAGE_BRANCH,
     POSITION_OFFSET,
@@ -134,7 +140,7 @@ class MultiwayEncoder(Encoder):
     def clamp_logit_scale(self) -> None:
         super().clamp_logit_scale()
         with torch.no_grad():
-            self.log_unimodal_logit_scale.clamp_(max=MAX_LOG_LOGIT_SCALE)
+            clamp_log_scale(self.log_unimodal_logit_scale)
 
     @override
     def blocks(self) -> list[nn.Module]:

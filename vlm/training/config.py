@@ -106,8 +106,18 @@ class GuardConfig:
 
     max_skipped_in_a_row: int = 10
     """Number of updates skipped in a row that ends the run."""
+    spike_sigmas: float | None = None
+    """Also skip an update whose loss or gradient norm lies more than this number of standard
+    deviations above the mean of the last steps; 6 is usual, null is never."""
+    spike_window: int = 128
+    """Number of last steps that are looked back on; the first half of them is not judged."""
 
     def __post_init__(self) -> None:
+        if self.spike_window < 4 or not (self.spike_sigmas is None or self.spike_sigmas > 0):
+            raise ConfigError(
+                f"guard: spike_sigmas is {self.spike_sigmas} and spike_window {self.spike_window}; "
+                "expected null or more than 0, and at least 4"
+            )
         if self.max_skipped_in_a_row < 1:
             raise ConfigError(
                 f"guard.max_skipped_in_a_row is {self.max_skipped_in_a_row}; expected at least 1"

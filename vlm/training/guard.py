@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from vlm.files import write_file
 from vlm.training.config import GuardConfig
 from vlm.training.optimizer import reads_found_inf
 from vlm.training.reporter import read_records
+from vlm.training.spikes import SpikeRule
 from vlm.training.state import Progress
 
 SKIPPED_STEPS_NAME = "skipped_steps.jsonl"
@@ -44,6 +45,8 @@ class Verdict:
     loss: float
     """The mean over the ranks."""
     gradient_norm: float
+    limits: tuple[float, float]
+    """The highest of both that the spike rule allowed; infinity without one."""
     skipped: bool
     """Whether the update was left out."""
     stop: bool
@@ -52,9 +55,16 @@ class Verdict:
     @property
     def reason(self) -> str:
         """Why the update was left out."""
-        if not math.isfinite(self.loss):
-            return f"the loss is {self.loss}"
-        return f"the gradient's norm is {self.gradient_norm}"
+        pairs = (("the loss", self.loss), ("the gradient's norm", self.gradient_norm))
+        for name, value in pairs:
+            if not math.isfinite(value):
+                return f"{name} is {value}"
+        name, value, limit = next(
+            (*pair, limit)
+            for pair, limit in zip(pairs, self.limits, strict=True)
+            if pair[1] > limit
+        )
+        return f"{name} is {value:.4g}, above the {limit:.4g} of guard.spike_sigmas"
 
 
 class _Pending(NamedTuple):
@@ -67,7 +77,7 @@ class _Pending(NamedTuple):
 
 
 class Guard:
-    """Lets an update happen on all ranks or on none, as the step's loss and gradient are finite.
+    """Lets an update happen on all ranks or on none, by the step's loss and gradient.
 
     Each step sends one small message, which also carries the wish of any rank to end. A device
     that runs ahead of the host is not waited for: it decides by itself, and the host reads the
@@ -81,6 +91,10 @@ class Guard:
 
     def __init__(self, config: GuardConfig, model: nn.Module, group: RankGroup) -> None:
         self._config, self._group = config, group
+        self._spikes: SpikeRule | None = None
+        if config.spike_sigmas is not None:
+            device = next(model.parameters()).device
+            self._spikes = SpikeRule(config.spike_sigmas, config.spike_window, device)
         self.skipped = 0
         """Updates left out in the whole run, as far as the host knows."""
         self._in_a_row = 0
@@ -125,25 +139,40 @@ class Guard:
         """
         if shared.work is not None:
             shared.work.wait()
-        loss, norm = shared.values[0] / self._group.size, gradient_norm.detach().float()
-        skip = ~(loss.isfinite() & norm.isfinite())
-        on_host = skip.device.type == "cpu"
-        if on_host or not reads_found_inf(optimizer):
-            if not skip.item():
+        measured = torch.stack(
+            [shared.values[0] / self._group.size, gradient_norm.detach().float()]
+        )
+        limits = torch.full_like(measured, math.inf)
+        if self._spikes is not None:
+            limits = self._spikes.limits()
+            self._spikes.take(measured, limits)
+        skip = ~(measured.isfinite() & (measured <= limits)).all()
+        if self._on_host(skip, optimizer):
+            if skip:
+                self._put_back(skip)
+            else:
                 optimizer.step()
         else:
             fused: Any = getattr(optimizer, "optimizer", optimizer)  # within accelerate's wrapper
             fused.found_inf = skip.float()
             optimizer.step()
-        for buffer, kept in zip(self._buffers, self._kept, strict=True):
-            buffer.copy_(torch.where(skip, kept, buffer))
-        values = torch.stack([loss, norm, skip.float(), shared.values[1]])
-        ready = None
-        if not on_host:
-            values, ready = values.to("cpu", non_blocking=True), torch.Event(skip.device)
+            self._put_back(skip)
+        values, ready = torch.stack([*measured, *limits, skip.float(), shared.values[1]]), None
+        if values.device.type != "cpu":
+            ready = torch.Event(values.device)
+            values = values.to("cpu", non_blocking=True)
             ready.record()
         self._pending.append(_Pending(step + 1, uids, values, ready))
         return skip
+
+    @staticmethod
+    def _on_host(skip: Tensor, optimizer: torch.optim.Optimizer) -> bool:
+        """Say whether the host decides, for which it has to wait for the device."""
+        return skip.device.type == "cpu" or not reads_found_inf(optimizer)
+
+    def _put_back(self, skip: Tensor) -> None:
+        for buffer, kept in zip(self._buffers, self._kept, strict=True):
+            buffer.copy_(torch.where(skip, kept, buffer))
 
     def verdicts(self, *, wait: bool) -> Iterator[Verdict]:
         """Give the verdicts that the host knows by now, oldest first; the same on every rank.
@@ -158,8 +187,16 @@ class Guard:
             pending = self._pending.pop(0)
             if pending.ready is not None:
                 pending.ready.synchronize()
-            loss, norm, skipped, stop = pending.values.tolist()
-            verdict = Verdict(pending.step, pending.uids, loss, norm, skipped > 0, stop > 0)
+            loss, norm, *limits, skipped, stop = pending.values.tolist()
+            verdict = Verdict(
+                pending.step,
+                pending.uids,
+                loss,
+                norm,
+                (limits[0], limits[1]),
+                skipped > 0,
+                stop > 0,
+            )
             self.skipped += verdict.skipped
             self._in_a_row = self._in_a_row + 1 if verdict.skipped else 0
             wait = wait or verdict.stop  # the checkpoint to come is of the step at hand
@@ -174,11 +211,14 @@ class Guard:
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain numbers, the same on every rank."""
-        return {"skipped": self.skipped, "in_a_row": self._in_a_row}
+        state: dict[str, Any] = {"skipped": self.skipped, "in_a_row": self._in_a_row}
+        return state if self._spikes is None else state | {"spikes": self._spikes.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Set the numbers."""
         self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]
+        if self._spikes is not None and "spikes" in state:
+            self._spikes.load_state_dict(state["spikes"])
 
 
 class SkippedSteps:
@@ -196,8 +236,19 @@ class SkippedSteps:
         if writes and len(kept) < len(records):
             write_file(self._path, "".join(map(_line, kept)).encode())
 
-    def record(self, verdict: Verdict) -> None:
-        """Write what all ranks have read in a skipped step; a collective operation."""
+    def record(self, verdicts: Iterable[Verdict]) -> bool:
+        """Write what all ranks have read in skipped steps; return whether one is to end the run.
+
+        A collective operation.
+        """
+        stop = False
+        for verdict in verdicts:
+            stop |= verdict.stop
+            if verdict.skipped:
+                self._write(verdict)
+        return stop
+
+    def _write(self, verdict: Verdict) -> None:
         uids = gather_object(list(verdict.uids))
         goes_on, self._last = verdict.step == self._last + 1, verdict.step
         if not self._writes:

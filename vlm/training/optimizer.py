@@ -12,6 +12,7 @@ from torch import nn
 from typing_extensions import override
 
 from vlm.errors import ConfigError
+from vlm.models.encoder import Encoder
 from vlm.models.pretraining import PretrainingModel
 from vlm.training.optimizer_config import OptimizerConfig, TowerRateConfig
 
@@ -141,3 +142,16 @@ def _hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
             "expected adamw or lion"
         )
     return matrices
+
+
+@torch.no_grad()
+def shrink_embedding_gradients(encoder: Encoder, ratio: float) -> None:
+    """Multiply the gradients of each tower's first stage by a ratio, after the backward pass.
+
+    So nothing of the forward pass differs by a bit, and the ratio may change at any step.
+    """
+    if ratio == 1:  # and no tower is asked for its stages, which not every tower has
+        return
+    for parameter in {*encoder.image_groups()[0], *encoder.text_groups()[0]}:
+        if parameter.grad is not None:
+            parameter.grad.mul_(ratio)

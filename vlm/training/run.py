@@ -35,7 +35,7 @@ from vlm.training.due import due_after
 from vlm.training.failures import going_on, named
 from vlm.training.guard import Guard, SkippedSteps
 from vlm.training.interruption import Interruption, Stoppable
-from vlm.training.optimizer import RATE_RATIO
+from vlm.training.optimizer import RATE_RATIO, shrink_embedding_gradients
 from vlm.training.precision import Precision
 from vlm.training.reporter import Pace, Reporter
 from vlm.training.resuming import BUNDLE_NAME, Origin, record_start, scores_missing
@@ -217,7 +217,7 @@ class Run:
                 self._advance(reporter, pace)
                 samples.note(progress.step, batch.skipped)
                 due = due_after(progress.step, self.config)
-                stop = self._look(steps, wait=due.any)
+                stop = steps.record(self.guard.verdicts(wait=due.any))
                 if due.any or stop:
                     samples.record(progress)
                 if due.report:
@@ -232,7 +232,7 @@ class Run:
                     if due.evaluate and self.evaluate is not None:
                         self._score(self.evaluate, reporter, interruption)
         if progress.step < last:  # asked to end while it waited for data
-            self._look(steps, wait=True)
+            steps.record(self.guard.verdicts(wait=True))
             samples.record(progress)
             if saved < progress.step:
                 self.checkpoints.save(progress.step, self.state, required=True)
@@ -303,10 +303,12 @@ class Run:
         # This message travels while the gradient is clipped.
         stop = interruption is not None and interruption.asked()
         shared = self.guard.share(output.loss, stop=stop)
+        settings = self.config.optimizer
+        shrink_embedding_gradients(self._encoder, settings.embedding_gradient_ratio)
         with self.stages.updating(step):
             parameters = list(self.model.parameters())
             self.precision.unscale(parameters)
-            norm = clip_gradients(parameters, self.config.optimizer.max_gradient_norm)
+            norm = clip_gradients(parameters, settings.max_gradient_norm)
             logit_scale = self._encoder.logit_scales[MAIN].detach()
             skipped = self.guard.update(
                 self.optimizer, step=step, uids=batch.uids, shared=shared, gradient_norm=norm
@@ -347,15 +349,6 @@ class Run:
             ),
             SkippedSteps(config.run_folder, progress=progress, writes=writes),
         )
-
-    def _look(self, log: SkippedSteps, *, wait: bool) -> bool:
-        """Read the guard's verdicts; return whether any rank was asked to end."""
-        stop = False
-        for verdict in self.guard.verdicts(wait=wait):
-            stop |= verdict.stop
-            if verdict.skipped:
-                log.record(verdict)
-        return stop
 
     def _interrupted(self, interruption: Interruption) -> InterruptedRunError:
         """Return an error that says what an interrupted run leaves, and how it goes on."""

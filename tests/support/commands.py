@@ -1,13 +1,15 @@
 """Run the project's commands as a user does, in processes of their own."""
 
 import gc
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -63,10 +65,10 @@ def run_vlm(
             out_file, err_file = Path(printed, "out"), Path(printed, "err")
             ranks = [
                 PROCESSES.Process(
-                    target=_run_main,
+                    target=run_main,
                     args=(words, folder, own | dict(environment or {}), out_file, err_file),
                 )
-                for own in _environments(processes)
+                for own in environments(processes)
             ]
             for rank in ranks:
                 rank.start()
@@ -81,7 +83,7 @@ def run_vlm(
     return out, err
 
 
-def _environments(processes: int) -> list[dict[str, str]]:
+def environments(processes: int) -> list[dict[str, str]]:
     """Return what tells each of several ranks on this machine where it stands."""
     if processes == 1:
         return [{}]
@@ -98,10 +100,15 @@ def _environments(processes: int) -> list[dict[str, str]]:
     ]
 
 
-def _run_main(
-    arguments: list[str], folder: Path, environment: dict[str, str], out: Path, err: Path
+def run_main(
+    arguments: list[str],
+    folder: Path,
+    environment: dict[str, str],
+    out: Path,
+    err: Path,
+    fault: Callable[[Any], Any] | None = None,
 ) -> None:
-    """Be the command, in a process of its own."""
+    """Be the command, in a process of its own, with a fault in the run that it builds."""
     gc.freeze()  # what was imported before the fork is no garbage
     for path, number in ((out, 1), (err, 2)):
         # Ranks write to the same files.
@@ -110,6 +117,11 @@ def _run_main(
     os.environ.update(environment)
     sys.argv = ["vlm", *arguments]
     torch.set_num_threads(1)  # as OMP_NUM_THREADS=1 does
+    multiprocessing.set_start_method("fork", force=True)  # as outside of a fork server
     from vlm.cli.main import main
+    from vlm.training import build
 
+    if fault is not None:
+        plain = build.build_run
+        build.build_run = lambda *args, **options: fault(plain(*args, **options))
     sys.exit(main(arguments))

@@ -1,13 +1,19 @@
-"""Faults on purpose: functions in the place of a run's step that go wrong at one point."""
+"""Faults on purpose: in the place of a run's step, and in runs of the command."""
 
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 import torch
 
+from tests.support.commands import environments, run_main
+from tests.support.processes import PROCESSES
 from vlm.batches.batch import Batch
+from vlm.training.config import TrainConfig, config_as_yaml
 from vlm.training.run import Run
 from vlm.training.step import StepOutput
 
@@ -77,3 +83,45 @@ def called(function: Callable[[], None]) -> Fault:
         return run.step(parts)
 
     return fault
+
+
+def start_training(
+    config: TrainConfig,
+    fault: Callable[[Run], Run],
+    err: Path,
+    *arguments: str,
+    processes: int = 1,
+) -> list[ForkServerProcess]:
+    """Start `vlm train` with a fault in its run, on ranks that write all that they say to `err`.
+
+    `fault` is at module level.
+    """
+    path = err.with_suffix(".yaml")
+    path.write_text(config_as_yaml(config), encoding="utf-8")
+    words = ["train", "--config", str(path), *arguments]
+    ranks = [
+        PROCESSES.Process(target=run_main, args=(words, err.parent, environment, err, err, fault))
+        for environment in environments(processes)
+    ]
+    for rank in ranks:
+        rank.start()
+    return ranks
+
+
+def ended(ranks: Sequence[ForkServerProcess], seconds: float = 60.0) -> list[int | None]:
+    """Wait for ranks to end; return their exit codes, None for one that hangs."""
+    deadline = monotonic() + seconds
+    for rank in ranks:
+        rank.join(max(deadline - monotonic(), 0))
+    codes = [rank.exitcode for rank in ranks]
+    for rank in ranks:
+        rank.kill()
+    return codes
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    """Wait until something is true."""
+    deadline = monotonic() + seconds
+    while not condition():
+        assert monotonic() < deadline, "it has not come true"
+        sleep(0.02)

@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from tests.support.faults import bad_gradient, bad_images, bad_loss, with_fault
 from tests.support.processes import as_launched, run_in_processes
 from tests.support.tiny_run import STEPS, config, losses
+from vlm.distributed.groups import SINGLE
 from vlm.errors import TrainingError
 from vlm.training.build import build_run
 from vlm.training.config import (
@@ -17,7 +19,7 @@ from vlm.training.config import (
     GuardConfig,
     OptimizerConfig,
 )
-from vlm.training.guard import SKIPPED_STEPS_NAME
+from vlm.training.guard import SKIPPED_STEPS_NAME, Guard
 from vlm.training.reporter import read_records
 
 FAULTS = {
@@ -110,3 +112,27 @@ def _one_bad_rank(rank, inputs, folder):
 @pytest.mark.distributed
 def test_a_bad_loss_on_one_rank_is_skipped_on_all(inputs, tmp_path):
     assert run_in_processes(_one_bad_rank, 2, inputs, tmp_path) == [[False, True]] * 2
+
+
+def test_an_overflow_in_the_search_for_a_scale_is_skipped_and_is_no_alarm():
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    guard = Guard(GuardConfig(max_skipped_in_a_row=2), model, SINGLE)
+    before = model.weight.detach().clone()
+    losses_of = {"searching": 1.0, "found": 1.0, "the loss itself": math.nan}
+    for step, (case, loss) in enumerate(losses_of.items()):
+        model.weight.grad = torch.full((2, 2), math.inf)
+        guard.begin()
+        shared = guard.share(torch.tensor(loss), stop=False)
+        searching = torch.tensor(case != "found")
+        norm = torch.tensor(math.inf)
+        guard.update(
+            optimizer, step=step, uids=(), shared=shared, gradient_norm=norm, may_overflow=searching
+        )
+    assert torch.equal(model.weight, before)
+    verdicts = guard.verdicts(wait=True)
+    kinds = [(each.overflow, each.skipped) for each in (next(verdicts) for _ in range(3))]
+    assert kinds == [(True, False), (False, True), (False, True)]
+    with pytest.raises(TrainingError, match="2 steps in a row"):
+        next(verdicts)
+    assert (guard.overflows, guard.skipped) == (1, 2)

@@ -1,6 +1,5 @@
 """Training batches in an order fixed by a seed and a state, whatever the number of processes."""
 
-import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +13,7 @@ from vlm.batches.collate import MaskPlan, collate
 from vlm.batches.examples import Example, TrainingExamples
 from vlm.batches.mixture import BatchOrder, DataState, value_at
 from vlm.batches.order import SampleKey
-from vlm.batches.workers import POLL_S, batches_of, start_worker
+from vlm.batches.workers import batches_of, start_worker
 from vlm.errors import VlmError
 from vlm.text.tokenizer import Tokenizer
 
@@ -80,8 +79,7 @@ class TrainingLoader:
             num_workers=self.workers,
             collate_fn=partial(_collate, tokenizer=self.tokenizer, masks=self.masks),
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=partial(start_worker, os.getpid()),
-            timeout=POLL_S if self.workers else 0,
+            worker_init_fn=start_worker,
         )
         return batches_of(loader, stall_s=self.stall_s, until=until)
 

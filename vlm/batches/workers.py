@@ -20,22 +20,20 @@ from vlm.errors import DataError, VlmError
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """What schedulers send before they take a machine away, and Ctrl-C."""
 
-POLL_S = 2.0
-"""Seconds after which a trainer that waits for data looks after its workers."""
+POLL_S = 1.0
+"""Seconds between two looks at the workers of a trainer that waits for data."""
 
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 
 
-def start_worker(trainer: int, number: int) -> None:
-    """Prepare worker `number` of the process `trainer`, which alone is asked to end."""
+def start_worker(number: int) -> None:
+    """Prepare worker `number`: its trainer alone is asked to end, and it ends with it."""
     signal.set_wakeup_fd(-1)  # it is the trainer's
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:  # Linux
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != trainer:  # it has ended already
-        os._exit(1)
 
 
 def batches_of(
@@ -44,7 +42,7 @@ def batches_of(
     """Start the workers of a loader, and give its batches; an error among them is raised.
 
     Args:
-        loader: With a timeout of `POLL_S` where it has workers, which begin by `start_worker`.
+        loader: Its workers, where it has any, begin by `start_worker`.
         stall_s: Seconds without a sign of life of a worker, while a batch is missing, that are
             taken for its end.
         until: Asked while a batch is missing; once it is true, no more are given.
@@ -57,62 +55,106 @@ def batches_of(
     workers = [process for process in active_children() if process not in others]
     # Also at the end of the interpreter, which would wait for a worker that stands still.
     end = weakref.finalize(batches, _end, workers, os.getpid())
-    return _watched(batches, workers, end, stall_s, until)
+    return _watched(batches, _Watch(workers, stall_s, until), end)
 
 
-def _watched(
-    batches: Iterator[Any],
-    workers: Sequence[BaseProcess],
-    end: Callable[[], object],
-    stall_s: float,
-    until: Callable[[], bool] | None,
-) -> Generator[Any]:
-    alive: dict[int, tuple[float, float]] = {}
+def _watched(batches: Iterator[Any], watch: "_Watch", end: Callable[[], object]) -> Generator[Any]:
     try:
         while True:
             try:
-                batch = next(batches)
+                with watch:
+                    batch = next(batches)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if "DataLoader timed out" not in str(error):
-                    raise
-                if until is not None and until():
+            except (RuntimeError, OSError, EOFError):
+                if watch.is_over:
                     return
-                _look_after(workers, alive, stall_s)
-            else:
-                if isinstance(batch, VlmError):
-                    raise batch
-                alive.clear()
-                yield batch
+                if found := watch.found or watch.ended():
+                    raise DataError(found) from None
+                raise
+            if isinstance(batch, VlmError):
+                raise batch
+            yield batch
     finally:
+        watch.close()
         end()
 
 
-def _look_after(
-    workers: Sequence[BaseProcess], alive: dict[int, tuple[float, float]], stall_s: float
-) -> None:
-    """Note when each worker was last seen to do anything; refuse to wait for one that does not.
+class _Watch:
+    """Looks after workers from a thread while their trainer waits, in a `with` block, for a batch.
+
+    The trainer itself cannot: a batch is received from its worker step by step, and one that stops
+    in between holds the trainer in a system call. So a worker that is given up is killed, which
+    ends the call.
+    """
+
+    def __init__(
+        self, workers: Sequence[BaseProcess], stall_s: float, until: Callable[[], bool] | None
+    ) -> None:
+        self.found = ""
+        """What is wrong with a worker that was given up."""
+        self.is_over = False
+        """Whether no more batches are wanted."""
+        self._workers, self._stall_s, self._until = workers, stall_s, until
+        self._since: float | None = None
+        self._closed = threading.Event()
+        if workers:
+            threading.Thread(target=self._look, name="data workers", daemon=True).start()
+
+    def __enter__(self) -> None:
+        self._since = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self._since = None
+
+    def close(self) -> None:
+        """Look no more."""
+        self._closed.set()
+
+    def ended(self) -> str:
+        """Say which worker has ended, where one has."""
+        for number, worker in enumerate(self._workers):
+            worker.join(1)
+            if worker.exitcode:
+                return (
+                    f"data worker {number} (process {worker.pid}) has ended with exit code "
+                    f"{worker.exitcode}; it may have run out of memory"
+                )
+        return ""
+
+    def _look(self) -> None:
+        alive: dict[BaseProcess, tuple[float, float]] = {}
+        while not self._closed.wait(POLL_S):
+            since, now = self._since, time.monotonic()
+            if since is None or now - since < POLL_S:
+                alive.clear()
+                continue
+            if self._until is not None and self._until():
+                self.is_over = True
+                for worker in self._workers:
+                    worker.kill()
+                return
+            for number, worker in enumerate(self._workers):
+                activity = _activity(worker.pid)
+                before, seen = alive.get(worker, (-1.0, now))
+                if activity != before:
+                    alive[worker] = (activity, now)
+                elif now - seen >= self._stall_s:
+                    self.found = (
+                        f"data worker {number} (process {worker.pid}) has done nothing for "
+                        f"{now - seen:.0f} seconds while a batch was missing, and is taken for "
+                        "stalled; expected some sign of life within data.stall_s"
+                    )
+                    worker.kill()
+                    return
+
+
+def _activity(pid: int | None) -> float:
+    """Return a number that grows whenever a process runs: its seconds, and its switches.
 
     A slow download or a slow disk wakes its reader at times. A process that is stopped, or waits
     for a device that never answers, neither runs nor wakes.
     """
-    now = time.monotonic()
-    for number, worker in enumerate(workers):
-        activity = _activity(worker.pid)
-        before, since = alive.get(number, (-1.0, now))
-        if activity != before:
-            alive[number] = (activity, now)
-        elif now - since >= stall_s:
-            raise DataError(
-                f"data worker {number} (process {worker.pid}) has done nothing for "
-                f"{now - since:.0f} seconds while a batch was missing, and is taken for stalled; "
-                "expected some sign of life within data.stall_s"
-            )
-
-
-def _activity(pid: int | None) -> float:
-    """Return a number that grows whenever a process runs: its seconds, and its switches."""
     try:
         times = psutil.Process(pid).cpu_times()
         switches = 0

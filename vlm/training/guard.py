@@ -48,7 +48,9 @@ class Verdict:
     limits: tuple[float, float]
     """The highest of both that the spike rule allowed; infinity without one."""
     skipped: bool
-    """Whether the update was left out."""
+    """Whether the update was left out, but for the search of a scale."""
+    overflow: bool
+    """Whether it was left out for that."""
     stop: bool
     """Whether any rank was asked to end."""
 
@@ -97,6 +99,8 @@ class Guard:
             self._spikes = SpikeRule(config.spike_sigmas, config.spike_window, device)
         self.skipped = 0
         """Updates left out in the whole run, as far as the host knows."""
+        self.overflows = 0
+        """Updates left out in the search for a scale in float16."""
         self._in_a_row = 0
         self._buffers = [
             each
@@ -127,6 +131,7 @@ class Guard:
         uids: tuple[str, ...],
         shared: Shared,
         gradient_norm: Tensor,
+        may_overflow: Tensor | None = None,
     ) -> Tensor:
         """Update the weights unless the step is bad; return whether it was, still on the device.
 
@@ -136,6 +141,8 @@ class Guard:
             uids: The samples of this rank.
             shared: The message that all ranks have sent.
             gradient_norm: Of the gradient over all ranks.
+            may_overflow: Whether a gradient that is not finite belongs to the search for a scale
+                in float16; such a step is skipped, and is no alarm.
         """
         if shared.work is not None:
             shared.work.wait()
@@ -157,7 +164,10 @@ class Guard:
             fused.found_inf = skip.float()
             optimizer.step()
             self._put_back(skip)
-        values, ready = torch.stack([*measured, *limits, skip.float(), shared.values[1]]), None
+        overflow = measured[0].isfinite() & ~measured[1].isfinite()
+        overflow = torch.zeros_like(skip) if may_overflow is None else overflow & may_overflow
+        flags = torch.stack([skip, overflow, shared.values[1] > 0]).float()
+        values, ready = torch.cat([measured, limits, flags]), None
         if values.device.type != "cpu":
             ready = torch.Event(values.device)
             values = values.to("cpu", non_blocking=True)
@@ -187,18 +197,21 @@ class Guard:
             pending = self._pending.pop(0)
             if pending.ready is not None:
                 pending.ready.synchronize()
-            loss, norm, *limits, skipped, stop = pending.values.tolist()
+            loss, norm, *limits, skipped, overflow, stop = pending.values.tolist()
             verdict = Verdict(
-                pending.step,
-                pending.uids,
-                loss,
-                norm,
-                (limits[0], limits[1]),
-                skipped > 0,
-                stop > 0,
+                step=pending.step,
+                uids=pending.uids,
+                loss=loss,
+                gradient_norm=norm,
+                limits=(limits[0], limits[1]),
+                skipped=skipped > overflow,
+                overflow=overflow > 0,
+                stop=stop > 0,
             )
             self.skipped += verdict.skipped
-            self._in_a_row = self._in_a_row + 1 if verdict.skipped else 0
+            self.overflows += verdict.overflow
+            if not verdict.overflow:
+                self._in_a_row = self._in_a_row + 1 if verdict.skipped else 0
             wait = wait or verdict.stop  # the checkpoint to come is of the step at hand
             yield verdict
             if self._in_a_row >= self._config.max_skipped_in_a_row:
@@ -211,12 +224,15 @@ class Guard:
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain numbers, the same on every rank."""
-        state: dict[str, Any] = {"skipped": self.skipped, "in_a_row": self._in_a_row}
+        state: dict[str, Any] = {
+            "skipped": self.skipped, "overflows": self.overflows, "in_a_row": self._in_a_row
+        }  # fmt: skip
         return state if self._spikes is None else state | {"spikes": self._spikes.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Set the numbers."""
-        self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]
+        self.skipped, self.overflows = state["skipped"], state["overflows"]
+        self._in_a_row = state["in_a_row"]
         if self._spikes is not None and "spikes" in state:
             self._spikes.load_state_dict(state["spikes"])
 

@@ -43,6 +43,11 @@ class Precision:
         """What the loss is multiplied by."""
         return self._scale
 
+    @property
+    def may_overflow(self) -> Tensor | None:
+        """Whether a gradient that is not finite may be the scale's fault; None where none is."""
+        return self._scale > 1 if self.is_scaled else None
+
     def autocast(self) -> AbstractContextManager[Any]:
         """Return a context in which towers compute in this precision."""
         if self.dtype is None:

@@ -311,7 +311,12 @@ class Run:
             norm = clip_gradients(parameters, settings.max_gradient_norm)
             logit_scale = self._encoder.logit_scales[MAIN].detach()
             skipped = self.guard.update(
-                self.optimizer, step=step, uids=batch.uids, shared=shared, gradient_norm=norm
+                self.optimizer,
+                step=step,
+                uids=batch.uids,
+                shared=shared,
+                gradient_norm=norm,
+                may_overflow=self.precision.may_overflow,
             )
         self.precision.update(skipped)
         self.optimizer.zero_grad()

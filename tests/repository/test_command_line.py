@@ -9,7 +9,8 @@ from vlm.cli.main import VERBS, main
 
 TRAIN = {"config", "run_folder", "seed", "precision", "cpu_threads", "parallel_towers"} | {
     "start_from", "tokenizer", "compile",
-    "report_every", "data", "captions", "preprocess", "augmentation", "model", "loss",
+    "report_every", "trackers", "deterministic", "profile",
+    "data", "captions", "preprocess", "augmentation", "model", "loss",
     "objectives", "adapt", "optimizer", "schedule", "stages", "averaging", "guard", "evaluation",
     "checkpoint",
 }  # fmt: skip

@@ -29,4 +29,4 @@ def config(inputs: Path, run_folder: Path, **changes: Any) -> TrainConfig:
 def losses(run_folder: Path, key: str = "loss") -> dict[int, float]:
     """Return what a run has written of one value, by step."""
     records = read_records(run_folder / METRICS_NAME)
-    return {record["step"]: record[key] for record in records if key in record}
+    return {record["step"]: record[key] for record in records if record.get(key) is not None}

@@ -138,7 +138,7 @@ def left_by(config: TrainConfig) -> dict[str, Any]:
     manifest = json.loads((folder / "MANIFEST.json").read_text())
     state = json.loads((folder / "state.json").read_text())
     records = [
-        {name: value for name, value in record.items() if not name.endswith(TIMES)}
+        {name: value for name, value in record.items() if name not in TIMES}
         for record in read_records(config.run_folder / METRICS_NAME)
     ]
     hashes = {name: known["sha256"] for name, known in manifest["files"].items()}
@@ -150,8 +150,8 @@ def left_by(config: TrainConfig) -> dict[str, Any]:
     return {"hashes": hashes, "state": state, "records": records, "bundles": bundles}
 
 
-TIMES = ("samples_per_s", "data_wait_ratio", "seconds", "mib", "flops", "mfu", "_s")
-"""Ends of the names of what depends on the time of day."""
+TIMES = ("samples_per_s", "data_wait_ratio", "tflop_per_s", "mfu", "memory_gib")
+"""Names of what depends on the time of day and on the machine."""
 
 
 def trained_on(uids: Path) -> dict[int, list[str]]:

@@ -82,7 +82,7 @@ def test_every_objective_is_trained_reported_apart_and_left_out_of_the_bundle(
     )
     folder = tmp_path / "run"
     bundle = build_run(config(data, tokenizer, folder, model=model, objectives=objectives)).fit()
-    heads = {"main": 1.0, "main 8": 1.0}
+    heads = {"main": 1.0, "main_8": 1.0}
     heads |= {"unimodal": 0.5} if model is TINY_MULTIWAY else {}
     for record in records(folder):
         of_heads = sum(weight * record[f"loss/{name}"] for name, weight in heads.items())

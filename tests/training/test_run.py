@@ -57,7 +57,7 @@ def test_going_on_takes_the_remaining_steps_only(inputs, tmp_path):
 def test_a_description_names_model_data_loss_ranks_and_steps(inputs, tmp_path):
     text = build_run(config(inputs, tmp_path)).describe()
     assert [line.split(":")[0] for line in text.splitlines()] == [
-        "model", "data", "loss", "ranks", "scored", "steps",
+        "model", "data", "loss", "ranks", "scored", "watched", "steps",
     ]  # fmt: skip
     assert "12 samples in 3 shards; captions in zh, en" in text
     assert "0 to 7 of 4 samples" in text
@@ -196,7 +196,7 @@ def test_a_run_on_one_language_pairs_encodes_the_captions_that_are_there(
     monkeypatch.setattr(DualEncoder, "text_features", counted)
     data = DataConfig(folder=folder, batch_size=12, workers=0)
     build_run(config(inputs, tmp_path / "run", data=data, evaluation=EvaluationConfig())).fit()
-    assert encoded == [6, 6] * STEPS
+    assert encoded == [6, 6] * (STEPS + 1)  # once more to count its FLOP
     assert set(losses(tmp_path / "run", "candidates").values()) == {6}
 
 

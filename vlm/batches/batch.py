@@ -46,6 +46,9 @@ class Batch:
     """Per language, true at tokens that masked modelling hides; empty where it hides none."""
     hidden_patches: Bool[Tensor, "batch patches"] | None = None
     """True at patches, row by row, that masked modelling hides; None where it hides none."""
+    truncated: Mapping[str, int] = field(default_factory=dict)
+    """Per language, how many of its captions are longer than the context; of a micro-batch, those
+    of its whole batch."""
     skipped: tuple[SkippedSample, ...] = ()
     """What could not be used, and is replaced in this batch."""
 
@@ -119,6 +122,7 @@ class Batch:
             uids=uids,
             hidden_words=change(self.hidden_words),
             hidden_patches=None if patches is None else of_samples(patches),
+            truncated=self.truncated,
             skipped=self.skipped,
         )
 

@@ -15,7 +15,7 @@ from vlm.batches.examples import SECOND, Example
 from vlm.errors import ConfigError
 from vlm.text.caption_ids import text_id
 from vlm.text.masking import word_mask
-from vlm.text.tokenizer import Tokenizer
+from vlm.text.tokenizer import TokenBatch, Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,12 @@ def collate(
     masks = masks or MaskPlan()
     captions = {language: _captions(examples, language) for language in examples[0].captions}
     texts = {language: [each.text for each in of] for language, of in captions.items()}
-    tokens = {language: tokenizer.encode(each) for language, each in texts.items()}
+    tokens: dict[str, TokenBatch] = {}
+    truncated: dict[str, int] = {}
+    for language, each in texts.items():
+        before = tokenizer.truncated
+        tokens[language] = tokenizer.encode(each)
+        truncated[language] = tokenizer.truncated - before
     return Batch(
         # In a worker straight into the memory that it shares with the process that trains.
         images=default_collate([example.image for example in examples]),
@@ -81,6 +86,7 @@ def collate(
         )
         if masks.image_ratio
         else None,
+        truncated=truncated,
         skipped=tuple(each for example in examples for each in example.skipped),
     )
 

@@ -209,9 +209,8 @@ def reshard(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale gradients down to a norm, that of all parameters on all ranks; return what it was."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+def norm_of(gradients: Sequence[Tensor]) -> Tensor:
+    """Return the norm of gradients, of all ranks where they are sharded."""
     # torch's functions for many tensors take sharded ones or whole ones, and not both.
     kinds: Mapping[bool, list[Tensor]] = {
         kind: [each for each in gradients if isinstance(each, DTensor) == kind]
@@ -219,6 +218,13 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tenso
     }
     norms = [whole(nn.utils.get_total_norm(each)) for each in kinds.values() if each]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return norm
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale gradients down to a norm, that of all parameters on all ranks; return what it was."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = norm_of(gradients)
     torch._foreach_mul_(
         [local(each) for each in gradients], (max_norm / (norm + 1e-6)).clamp(max=1)
     )

@@ -40,6 +40,8 @@ class RowStatistics(NamedTuple):
     """Of its candidates' logits; None for a sigmoid loss."""
     correct: Bool[Tensor, " local"]
     """Whether no candidate is more similar than its most similar positive."""
+    matches: Float[Tensor, " local"]
+    """How many candidates match it, its own and those that are ignored included."""
 
 
 class AxisStatistics:
@@ -186,8 +188,12 @@ class AxisStatistics:
         # >=, as the best candidate may be the positive itself; a tie with a negative is correct.
         if self.positive_count is None or self.positive_max is None:
             correct = self.positive_sum[own] >= self.max[own]
+            matches = torch.ones_like(self.positive_sum[own])
         else:
             best = self.positive_max[own] >= self.max[own]
             correct = (self.positive_count[own] > 0) & best
+            matches = self.positive_count[own]
+        if self.ignored is not None:
+            matches = matches + self.ignored[own]
         log_sum_exp = None if self.log_sum_exp is None else self.log_sum_exp[own]
-        return RowStatistics(self.losses(), self.positive_logits(), log_sum_exp, correct)
+        return RowStatistics(self.losses(), self.positive_logits(), log_sum_exp, correct, matches)

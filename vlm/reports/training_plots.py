@@ -65,6 +65,9 @@ PLOTS = (
 )  # fmt: skip
 
 
+_FROM_ZERO = ("count", "GiB", "mean recall", "ratio", "samples/s")
+
+
 class _Panel(NamedTuple):
     metric: str
     pattern: str
@@ -139,7 +142,12 @@ def _draw(axes: Axes, panel: _Panel, runs: Mapping[str, Records], by: Axis) -> N
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
+    elif panel.unit in _FROM_ZERO:
+        axes.update_datalim([(0.0, 0.0)], updatex=False)
+        axes.autoscale_view()
     if panel.unit == "count":
+        axes.update_datalim([(0.0, 1.0)], updatex=False)  # where all are 0
+        axes.autoscale_view()
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -116,6 +116,11 @@ class Tokenizer:
         return digest.hexdigest()
 
     @property
+    def truncated(self) -> int:
+        """Number of texts encoded so far that were truncated."""
+        return self._truncated
+
+    @property
     def truncated_share(self) -> float:
         """Fraction in [0, 1] of the texts encoded so far that were truncated."""
         return self._truncated / self._encoded if self._encoded else 0.0

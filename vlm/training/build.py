@@ -1,6 +1,7 @@
 """Build the parts of a run that a configuration names."""
 
 import ctypes
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -25,6 +26,7 @@ from vlm.training.averaging import MovingAverage
 from vlm.training.checkpoint import Checkpoints, Resume
 from vlm.training.config import TrainConfig
 from vlm.training.distillation import Distillation, build_distillation
+from vlm.training.flops import FlopMeter
 from vlm.training.guard import Guard
 from vlm.training.objectives import build_pretraining_model, loss_weights
 from vlm.training.optimizer import build_optimizer
@@ -36,6 +38,7 @@ from vlm.training.scoring import build_evaluation
 from vlm.training.stages import StageLocks
 from vlm.training.start import build_start
 from vlm.training.step import ContrastiveStep
+from vlm.training.trackers import check_trackers
 
 _PATIENCE = timedelta(hours=1)
 """How long a rank waits for another one that writes its part of a checkpoint."""
@@ -53,8 +56,7 @@ def build_run(config: TrainConfig, *, resume: Resume = "never") -> Run:
         VlmError: something in the configuration, the data or the run's folder is not as it
             must be; the message says what was found and what was expected.
     """
-    if config.cpu_threads:
-        torch.set_num_threads(config.cpu_threads)
+    _set_up_process(config)
     accelerator = _build_accelerator()
     precision = Precision(config.precision, accelerator.device)
     if accelerator.device.type == "cpu":
@@ -70,9 +72,9 @@ def build_run(config: TrainConfig, *, resume: Resume = "never") -> Run:
     distillation = build_distillation(config, start, loss, precision, accelerator.device)
     # Batch norm is always over the whole batch, so that a run does not depend on its processes.
     alone = accelerator.num_processes == 1 and accelerator.device.type == "cpu"
-    plain = synchronize_batch_norm(
-        build_model(config, start, may_thread=alone), world_group(), accelerator.device
-    )
+    built = build_model(config, start, may_thread=alone)
+    flops = FlopMeter(config, built, accelerator.device, accelerator.num_processes)
+    plain = synchronize_batch_norm(built, world_group(), accelerator.device)
     if config.compile:
         compile_blocks(blocks_of(start.model))
     sharded = _shard(plain, start.model.blocks(), accelerator, precision.dtype)
@@ -103,6 +105,7 @@ def build_run(config: TrainConfig, *, resume: Resume = "never") -> Run:
         checkpoints=checkpoints,
         origin=origin,
         evaluate=evaluate,
+        flops=flops,
         guard=Guard(config.guard, plain, world_group()),
     )
     if found is not None:
@@ -150,6 +153,18 @@ def _build_checkpoints(config: TrainConfig) -> Checkpoints:
         in_background=config.checkpoint.in_background,
         group=host_group(_PATIENCE),
     )
+
+
+def _set_up_process(config: TrainConfig) -> None:
+    """Look for the packages that are asked for, and say how torch computes."""
+    check_trackers(config.trackers)
+    if config.cpu_threads:
+        torch.set_num_threads(config.cpu_threads)
+    if config.deterministic:
+        # cuBLAS reads it when it is first used; of its two such settings that which is not slow.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
 
 
 def _keep_freed_memory() -> None:

@@ -201,6 +201,24 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """Which steps are traced, to see what they spend time and memory on."""
+
+    steps: tuple[int, int] | None = None
+    """First and last step to trace, counted from 1, such as [10, 12]; null for none. They are
+    slower, and a trace of more than a few is large."""
+    ranks: tuple[int, ...] = (0,)
+    """The processes that are traced."""
+
+    def __post_init__(self) -> None:
+        if self.steps and not 1 <= self.steps[0] <= self.steps[1]:
+            raise ConfigError(
+                f"profile.steps is {list(self.steps)}; expected a first step of at least 1 and a "
+                "last one that is not before it"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run; a YAML file states what differs from the defaults."""
 
@@ -230,6 +248,13 @@ class TrainConfig:
     """A tokenizer folder."""
     report_every: int = 10
     """Steps between two records in `metrics.jsonl`."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ("tensorboard",)
+    """Where the records go as well; all but TensorBoard need a package of their name, and each
+    writes where its own settings say, which may be a server."""
+    deterministic: bool = False
+    """Use only operations that give the same bits each time, also on a GPU: slower, and an error
+    where there is none."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     data: DataConfig = field(default_factory=DataConfig)
     captions: CaptionConfig = field(default_factory=CaptionConfig)
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)

@@ -7,6 +7,7 @@ computed.
 
 import weakref
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -177,6 +178,22 @@ def make_hollow(model: nn.Module, mode: HollowTensors) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = mode.hollow(buffer)
+
+
+def hollow_copy(model: nn.Module, mode: HollowTensors, *, without: tuple[Any, ...] = ()) -> Any:
+    """Return a copy of a model whose tensors have no contents; the model stays as it is.
+
+    Args:
+        model: A module of any kind, with plain tensors.
+        mode: The copy's tensors are its own.
+        without: Objects in it that are None in the copy.
+    """
+    memo: dict[int, Any] = {
+        id(each): nn.Parameter(mode.hollow(each), requires_grad=each.requires_grad)
+        for each in model.parameters()
+    }
+    memo |= {id(each): mode.hollow(each) for each in model.buffers()}
+    return deepcopy(model, memo | {id(each): None for each in without})
 
 
 def optimizer_bytes(

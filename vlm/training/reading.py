@@ -12,6 +12,7 @@ from vlm.batches.loader import TrainingLoader
 from vlm.batches.mixture import BatchOrder, Mixture, batch_at, mixture_of
 from vlm.batches.order import SourceOrder
 from vlm.bundle import Bundle
+from vlm.data.sample import described
 from vlm.data.source import Source, open_source
 from vlm.distributed.mesh import ranks_per_node
 from vlm.errors import ConfigError
@@ -136,6 +137,16 @@ def examples_of(
         keep_decoded=config.data.keep_decoded,
         languages=[config.data.by_name[name].languages for name in sources],
     )
+
+
+def describe_sources(loader: TrainingLoader, batch: int) -> str:
+    """Say how much each source has, and its share of a batch where there are several."""
+    examples, order = loader.examples, loader.order
+    found = [f"{source.name}: {described(source.sizes)}" for source in examples.sources]
+    if len(found) > 1:
+        shares = order.mixture.shares(batch)
+        found = [f"{each} ({share:.1%})" for each, share in zip(found, shares, strict=True)]
+    return "; ".join(found)
 
 
 def _training_transform(config: TrainConfig, start: Bundle) -> TrainingTransform:

@@ -1,17 +1,26 @@
-"""What a run reports: `metrics.jsonl`, TensorBoard and the progress bar."""
+"""What a run reports: `metrics.jsonl`, trackers, and the progress on stderr."""
 
 import json
+import math
+import os
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 
+from vlm.files import write_file
 from vlm.training.state import Progress
 
+if TYPE_CHECKING:
+    from vlm.training.trackers import Trackers
+
 METRICS_NAME = "metrics.jsonl"
+_SCORE = "/mean_recall"
+"""End of the names that an evaluation has for each language."""
 
 T = TypeVar("T")
 
@@ -20,50 +29,91 @@ class Reporter:
     """Writes the records of a run; where it is not active it does nothing.
 
     Records of steps after `progress`, left by a run that was cut off after its last checkpoint, are
-    removed.
+    removed: those steps are taken again. A terminal shows a bar, a log file a line a report.
     """
 
-    def __init__(self, folder: Path, *, samples: int, progress: Progress, active: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        samples: int,
+        progress: Progress,
+        active: bool,
+        trackers: "Trackers | None" = None,
+    ) -> None:
         self._active = active
         if not active:
             return
-        # Here, since reports import this module to read metrics.
-        from torch.utils.tensorboard import SummaryWriter
-
-        folder.mkdir(parents=True, exist_ok=True)
+        self._progress, self._samples, self._trackers = progress, samples, trackers
         path = folder / METRICS_NAME
         kept = [record for record in read_records(path) if record["step"] <= progress.step]
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        write_file(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=progress.step + 1)
         self._bar = tqdm(
-            total=samples, initial=progress.samples, unit="sample", unit_scale=True, desc="training"
+            total=samples,
+            initial=progress.samples,
+            unit="sample",
+            unit_scale=True,
+            desc="training",
+            disable=None,  # that is, where stderr is no terminal
         )
 
     def __enter__(self) -> "Reporter":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._active:
-            self._bar.close()
-            self._board.close()
-            self._file.close()
+        if not self._active:
+            return
+        self._bar.close()
+        self._file.close()
+        if self._trackers:
+            self._trackers.close()
 
     def advance(self, samples: int) -> None:
         """Move the progress bar, which shows samples a second and the time left."""
         if self._active:
             self._bar.update(samples)
 
-    def record(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the values that a run had after `step` steps."""
+    def record(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Write the values that a run had after `step` steps; None is what is not known."""
         if not self._active:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        # What is not finite has no number in JSON.
+        known = {
+            name: value if value is not None and math.isfinite(value) else None
+            for name, value in values.items()
+        }
+        line = {"step": step, "samples": self._progress.samples, **known}
+        self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        if "loss" in values:
-            self._bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        self._show(step, known)
+        if self._trackers:
+            self._trackers.log(step, known)
+
+    def flush_to_disk(self) -> None:
+        """Be called before a checkpoint, so that no loss of power leaves a gap before it."""
+        if self._active:
+            os.fsync(self._file.fileno())
+
+    def _show(self, step: int, values: Mapping[str, float | None]) -> None:
+        loss, rate = values.get("loss"), values.get("samples_per_s")
+        shown = {
+            name: f"{value:.3f}"
+            for name, value in values.items()
+            if value is not None and (name == "loss" or name.endswith(_SCORE))
+        }
+        line = [f"{name} {value}" for name, value in shown.items()]
+        if loss is not None and not self._bar.disable:
+            self._bar.set_postfix(loss=shown["loss"], refresh=False)
+            return
+        if rate:
+            left = (self._samples - self._progress.samples) / rate
+            line += [
+                f"{rate:,.0f} samples/s", f"{values['data_wait_ratio'] or 0:.0%} waiting for data",
+                f"{tqdm.format_interval(left)} left",
+            ]  # fmt: skip
+        if line:
+            tqdm.write(f"step {step:,}: {', '.join(line)}", sys.stderr)
 
 
 class Pace:

@@ -161,6 +161,17 @@ def _loss_cost(
     )
 
 
+def count_flops(
+    config: TrainConfig, model: PretrainingModel, batch: Batch, *, mode: HollowTensors
+) -> int:
+    """Return the FLOP of a model without contents on a batch, forward and backward.
+
+    Nothing is computed twice in it, and the loss is not counted.
+    """
+    with _kept_activations(model.encoder):
+        return _pass(config, model, mode, batch).flops
+
+
 @contextmanager
 def _kept_activations(encoder: Encoder) -> Iterator[None]:
     """Let blocks that are computed again keep their activations, in a `with` block."""

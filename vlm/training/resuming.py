@@ -30,6 +30,9 @@ MAY_CHANGE = {
     "cpu_threads": NO_EFFECT,
     "parallel_towers": NO_EFFECT,
     "report_every": NO_EFFECT,
+    "trackers": NO_EFFECT,
+    "deterministic": FROM_NOW,
+    "profile": NO_EFFECT,
     "precision": FROM_NOW,
     "compile": FROM_NOW,  # of other roundings
     "data.folder": "its content is compared with what the run has read",

@@ -1,6 +1,5 @@
 """One training run: the loop over its steps, and what it reports, keeps and leaves."""
 
-import math
 import signal
 import sys
 from collections.abc import Callable, Generator, Sequence
@@ -17,14 +16,12 @@ from vlm.batches.batch import Batch
 from vlm.batches.loader import TrainingLoader
 from vlm.batches.mixture import DataState
 from vlm.bundle import Bundle
-from vlm.data.sample import described
 from vlm.distributed.groups import world_group
 from vlm.distributed.sharding import ShardedModel, clip_gradients
 from vlm.embedding.embedder import RuntimeEncoder
 from vlm.errors import InterruptedRunError, VlmError
 from vlm.models.encoder import MAIN, Encoder
 from vlm.models.pretraining import PretrainingModel
-from vlm.storage.places import shown
 from vlm.text.caption_ids import text_id
 from vlm.training.averaging import MovingAverage, mean_of_checkpoints
 from vlm.training.bundles import leave_bundle
@@ -32,18 +29,24 @@ from vlm.training.checkpoint import Checkpoints
 from vlm.training.config import TrainConfig
 from vlm.training.distillation import Distillation
 from vlm.training.due import due_after
+from vlm.training.environment import record_environment
 from vlm.training.failures import going_on, named
+from vlm.training.flops import FlopMeter
 from vlm.training.guard import Guard, SkippedSteps
 from vlm.training.interruption import Interruption, Stoppable
+from vlm.training.measures import measure, tower_norms
 from vlm.training.optimizer import RATE_RATIO, shrink_embedding_gradients
 from vlm.training.precision import Precision
-from vlm.training.reporter import Pace, Reporter
+from vlm.training.profiling import Profiler
+from vlm.training.reading import describe_sources
+from vlm.training.reporter import METRICS_NAME, Pace, Reporter
 from vlm.training.resuming import BUNDLE_NAME, Origin, record_start, scores_missing
-from vlm.training.scoring import ready_to_score
+from vlm.training.scoring import describe_evaluation, ready_to_score
 from vlm.training.skipped import SkippedLog
 from vlm.training.stages import StageLocks, learning_rate_at
 from vlm.training.state import OptimizerState, Progress, Settings, SourceFingerprints
 from vlm.training.step import StepOutput, StepResult
+from vlm.training.trackers import Trackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +78,8 @@ class Run:
     """Scores the encoder; the ranks share the work."""
     guard: Guard
     """Lets updates happen, or not."""
+    flops: FlopMeter
+    """Says how much of the devices is used."""
     average: MovingAverage | None = None
     """Of the model's weights."""
     progress: Progress = field(default_factory=Progress)
@@ -97,14 +102,17 @@ class Run:
             "model": f"{type(encoder).__name__}, {sum(sizes):,} parameters ({sum(trained):,} "
             f"trained), images of {self.start.preprocess_cfg['size']} pixels, "
             f"{encoder.embed_dim} dimensions",
-            "data": f"{'; '.join(self._sources())}; captions in "
+            "data": f"{describe_sources(self.loader, self.data.batch)}; captions in "
             f"{', '.join(config.captions.languages)}",
             "loss": f"{plan.kind} over {candidates:,} candidates (group size {group}, "
             f"micro-batches {config.loss.micro_batches})",
             **({} if self.distillation is None else {"teacher": self.distillation.describe()}),
             "ranks": f"{ranks} on {self.accelerator.device.type}, {config.precision}"
             + ("" if self.sharded is None else f", {self.sharded.sharding}"),
-            "scored": self._scored(),
+            "scored": describe_evaluation(config, is_scored=self.evaluate is not None),
+            "watched": ", ".join(
+                [f"{METRICS_NAME} every {config.report_every:,} steps", *config.trackers]
+            ),
             "steps": f"{self.progress.step:,} to {steps:,} of {batches} samples "
             f"({config.samples / samples:.1f} epochs)",
         }
@@ -113,25 +121,6 @@ class Run:
             rates = self.progress.learning_rate, learning_rate_at(self.progress.step, config)
             goes_on.append("from: the learning rate {:.3g}, now {:.3g}".format(*rates))
         return "\n".join([*goes_on, *(f"{name}: {line}" for name, line in lines.items())])
-
-    def _scored(self) -> str:
-        """Say what is scored, or why nothing is."""
-        plan = self.config.evaluation
-        if self.evaluate is not None:
-            folder = shown(str(plan.folder or self.config.data.folder))
-            return f"the split {plan.split!r} of {folder}, every {plan.every_steps:,} steps"
-        if plan.every_steps:
-            return f"nothing, as the data has no split {plan.split!r}; evaluation.folder names one"
-        return "nothing, as evaluation.every_steps is 0"
-
-    def _sources(self) -> list[str]:
-        """Say how much each source has, and its share where there are several."""
-        examples, order = self.loader.examples, self.loader.order
-        found = [f"{source.name}: {described(source.sizes)}" for source in examples.sources]
-        if len(found) == 1:
-            return found
-        shares = order.mixture.shares(self.data.batch)
-        return [f"{each} ({share:.1%})" for each, share in zip(found, shares, strict=True)]
 
     def fit(self) -> Path:
         """Train to the end of the schedule; return the folder of the bundle that this leaves.
@@ -145,17 +134,28 @@ class Run:
         self.accelerator.wait_for_everyone()  # all ranks have checked the folder before one writes
         if is_main:
             record_start(config, self.origin)
-        with Interruption() as interruption:
-            with Reporter(
+            record_environment(
                 config.run_folder,
-                samples=config.samples,
-                progress=self.progress,
-                active=is_main,
-            ) as reporter:
+                step=self.progress.step,
+                processes=self.accelerator.num_processes,
+            )
+        with Interruption() as interruption:
+            with (
+                Reporter(
+                    config.run_folder,
+                    samples=config.samples,
+                    progress=self.progress,
+                    active=is_main,
+                    trackers=Trackers(config, self.progress) if is_main else None,
+                ) as reporter,
+                Profiler(
+                    config.run_folder, config.profile, rank=self.accelerator.process_index
+                ) as profiler,
+            ):
                 self.accelerator.print(self.describe(), file=sys.stderr)
                 try:
                     try:
-                        self._train(reporter, interruption)
+                        self._train(reporter, interruption, profiler)
                     finally:
                         self.checkpoints.finish()
                 except InterruptedRunError:
@@ -201,7 +201,7 @@ class Run:
             ),
         }
 
-    def _train(self, reporter: Reporter, interruption: Interruption) -> None:
+    def _train(self, reporter: Reporter, interruption: Interruption, profiler: Profiler) -> None:
         """Take the steps that are left, and after each what is due.
 
         It is saved before it is scored, so that a signal during an evaluation loses nothing.
@@ -209,10 +209,13 @@ class Run:
         progress, last, pace = self.progress, self.config.schedule.steps, Pace()
         samples, steps = self._logs()
         saved = progress.step
-        if self.evaluate is not None and scores_missing(self.config, saved, self.checkpoints.group):
-            self._score(self.evaluate, reporter, interruption)
+        if scores_missing(self.config, saved, self.checkpoints.group) and not self._score(
+            reporter, interruption
+        ):
+            raise self._interrupted(interruption, saved=saved)
         with closing(self._batches(interruption)) as batches:
             for batch in pace.timed(batches):
+                profiler.begin(progress.step + 1)
                 result = self.train_step(batch, progress.step, interruption)
                 self._advance(reporter, pace)
                 samples.note(progress.step, batch.skipped)
@@ -221,22 +224,22 @@ class Run:
                 if due.any or stop:
                     samples.record(progress)
                 if due.report:
-                    reporter.record(progress.step, self._averaged(result) | pace.rates())
+                    measured = self._measured(result, batch, pace)
+                    reporter.record(progress.step, measured | {"skipped_samples": samples.total})
                 with pace.paused():
                     if due.save or stop:
                         must = stop or due.last
+                        reporter.flush_to_disk()
                         self.checkpoints.save(progress.step, self.state, required=must)
                         saved = progress.step
                     if stop or (due.save and self._agreed(interruption)):
-                        raise self._interrupted(interruption)
-                    if due.evaluate and self.evaluate is not None:
-                        self._score(self.evaluate, reporter, interruption)
+                        raise self._interrupted(interruption, saved=saved)
+                    if due.evaluate and not self._score(reporter, interruption):
+                        raise self._interrupted(interruption, saved=saved)
         if progress.step < last:  # asked to end while it waited for data
             steps.record(self.guard.verdicts(wait=True))
             samples.record(progress)
-            if saved < progress.step:
-                self.checkpoints.save(progress.step, self.state, required=True)
-            raise self._interrupted(interruption)
+            raise self._interrupted(interruption, saved=saved)
 
     def _batches(self, interruption: Interruption) -> Generator[Batch]:
         """Give the batches that are left; one process alone stops to wait when it is asked to end.
@@ -251,26 +254,31 @@ class Run:
         """Return whether any rank was asked to end; a collective operation."""
         return interruption.agreed(world_group(), self.accelerator.device)
 
-    def _score(
-        self,
-        evaluate: Callable[[RuntimeEncoder], dict[str, float]],
-        reporter: Reporter,
-        interruption: Interruption,
-    ) -> None:
-        """Score the weights, and their averages; a signal cuts it short, and the next step ends."""
+    def _score(self, reporter: Reporter, interruption: Interruption) -> bool:
+        """Score the weights, and their averages; return False where a signal has cut it short."""
+        if self.evaluate is None:
+            return True
         encoder = Stoppable(self._encoder, interruption)
         try:
             with ready_to_score(self.sharded, self.precision):
-                scores = evaluate(encoder)
+                scores = self.evaluate(encoder)
             for kind, average in self._averages().items():
                 with average.in_place(), ready_to_score(self.sharded, self.precision):
-                    own = evaluate(encoder)
+                    own = self.evaluate(encoder)
                 scores |= {name.replace("/", f"_{kind}/", 1): each for name, each in own.items()}
         except VlmError:  # which every rank raises where one does
             if not self._agreed(interruption):
                 raise
-        else:
-            reporter.record(self.progress.step, scores)
+            return False
+        reporter.record(self.progress.step, scores)
+        return True
+
+    def _measured(self, result: StepResult, batch: Batch, pace: Pace) -> dict[str, float | None]:
+        """Return what a step and those since the last report have shown; a collective operation."""
+        measured = measure(result, batch, pace.rates(), self.accelerator)
+        with pace.paused():  # they are counted the first time
+            flops = self.flops.rates(batch, measured["samples_per_s"])
+        return measured | flops | {"skipped_steps": self.guard.skipped}
 
     def _averages(self) -> dict[str, MovingAverage]:
         """Return the averages of the weights by their kind."""
@@ -309,6 +317,9 @@ class Run:
             parameters = list(self.model.parameters())
             self.precision.unscale(parameters)
             norm = clip_gradients(parameters, settings.max_gradient_norm)
+            norms = {}
+            if due_after(step + 1, self.config).report:
+                norms = tower_norms(self._encoder, norm, settings.max_gradient_norm)
             logit_scale = self._encoder.logit_scales[MAIN].detach()
             skipped = self.guard.update(
                 self.optimizer,
@@ -323,13 +334,12 @@ class Run:
         self._encoder.clamp_logit_scale()
         if self.average is not None:
             self.average.update(step + 1, skipped)
-        terms = output.terms.values()
         return StepResult(
             loss=output.loss,
             parts=output.parts if len(output.parts) > 1 else {},
-            correct=torch.cat([term.correct for term in terms]),
-            candidates=max(term.candidates for term in terms),
+            terms=output.terms,
             gradient_norm=norm,
+            tower_norms=norms,
             logit_scale=logit_scale,
             learning_rate=rate,
         )
@@ -355,13 +365,15 @@ class Run:
             SkippedSteps(config.run_folder, progress=progress, writes=writes),
         )
 
-    def _interrupted(self, interruption: Interruption) -> InterruptedRunError:
-        """Return an error that says what an interrupted run leaves, and how it goes on."""
+    def _interrupted(self, interruption: Interruption, *, saved: int) -> InterruptedRunError:
+        """Save what the step `saved` lacks; return an error that says how the run goes on."""
+        if saved < self.progress.step:
+            self.checkpoints.save(self.progress.step, self.state, required=True)
         self.checkpoints.finish()  # or the newest is not there yet
-        asked, saved = interruption.signal, self.checkpoints.latest()
+        asked, rest = interruption.signal, going_on(self.checkpoints.latest())
         return InterruptedRunError(
             f"interrupted by {asked.name if asked else 'a signal to another rank'} after step "
-            f"{self.progress.step} of {self.config.schedule.steps}; {going_on(saved)}",
+            f"{self.progress.step} of {self.config.schedule.steps}; {rest}",
             exit_code=130 if asked == signal.SIGINT else 0,
         )
 
@@ -373,23 +385,3 @@ class Run:
     @property
     def _encoder(self) -> Encoder:
         return self._unwrapped.encoder
-
-    def _averaged(self, result: StepResult) -> dict[str, float]:
-        """Average what ranks measured apart, in one message, and read all of it."""
-        own = {"loss": result.loss}
-        own |= {f"loss/{name}": part for name, part in result.parts.items()}
-        own["accuracy"] = result.correct.sum().to(result.loss.dtype)
-        own["compared"] = torch.full_like(result.loss, len(result.correct))
-        means = self.accelerator.reduce(torch.stack(list(own.values())), reduction="mean")
-        measured = dict(zip(own, means.tolist(), strict=True))
-        # Of all ranks together: one may have no caption in a language, and others many.
-        measured["accuracy"] /= max(measured.pop("compared"), 1e-9)
-        measured |= {
-            "candidates": result.candidates,
-            "gradient_norm": result.gradient_norm.item(),
-            "logit_scale": result.logit_scale.item(),
-            "learning_rate": result.learning_rate,
-            "skipped_steps": self.guard.skipped,
-        }
-        # What is not finite has no number in JSON; `skipped_steps.jsonl` has it.
-        return {name: value for name, value in measured.items() if math.isfinite(value)}

@@ -12,6 +12,7 @@ from vlm.embedding.embedder import Embedder, RuntimeEncoder
 from vlm.errors import ConfigError
 from vlm.evaluation.retrieval.evaluation import evaluate_retrieval
 from vlm.evaluation.retrieval.pairs import pairs_of_split
+from vlm.storage.places import shown
 from vlm.training.config import EvaluationConfig, TrainConfig
 from vlm.training.precision import Precision
 
@@ -42,6 +43,17 @@ def build_evaluation(
         return {f"{split}/{name}": value for name, value in scores.items()}
 
     return evaluate
+
+
+def describe_evaluation(config: TrainConfig, *, is_scored: bool) -> str:
+    """Say what is scored while a run trains, or why nothing is."""
+    plan = config.evaluation
+    if is_scored:
+        folder = shown(str(plan.folder or config.data.folder))
+        return f"the split {plan.split!r} of {folder}, every {plan.every_steps:,} steps"
+    if plan.every_steps:
+        return f"nothing, as the data has no split {plan.split!r}; evaluation.folder names one"
+    return "nothing, as evaluation.every_steps is 0"
 
 
 def _has_split_to_score(config: TrainConfig) -> bool:

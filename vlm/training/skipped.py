@@ -36,6 +36,8 @@ class SkippedLog:
     ) -> None:
         self._path, self._allowed_share, self._writes = folder / SKIPPED_NAME, allowed_share, writes
         self._records = [r for r in read_records(self._path) if r["step"] <= progress.step]
+        self.total = len(self._records)
+        """Skipped in the whole run so far."""
         self._noted: list[tuple[int, SkippedSample]] = []
         if writes and self._path.exists():
             write_file(self._path, "".join(map(_line, self._records)).encode())
@@ -52,6 +54,7 @@ class SkippedLog:
         """
         skipped: list[tuple[int, SkippedSample]] = gather_object(self._noted)
         self._noted = []
+        self.total += len(skipped)
         if not skipped:
             return
         if self._writes and not self._records:

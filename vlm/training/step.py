@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
@@ -38,12 +38,12 @@ class StepResult:
     loss: Tensor
     parts: Mapping[str, Tensor]
     """What the loss is made of, by head and objective, where it has more than one part."""
-    correct: Tensor
-    """For each image and text in each term, whether its most similar candidate is correct."""
-    candidates: int
-    """How many texts an image was compared with."""
+    terms: Mapping[str, ContrastiveOutput]
+    """The contrastive terms of the first head; of the last micro-batch alone in mode `one_pass`."""
     gradient_norm: Tensor
     """Of the averaged gradient, before clipping; the same on every rank."""
+    tower_norms: Mapping[str, Tensor]
+    """The same by tower, where the step is reported."""
     logit_scale: Tensor
     learning_rate: float
 
@@ -298,7 +298,11 @@ class ContrastiveStep:
         parts = {name: output.loss.detach() for name, output in outputs.items()}
         others = {name: loss.detach() for name, loss in others.items()}
         loss = self._mean(outputs).detach() + self._sum(others)
-        return StepOutput(loss, parts | others, next(iter(outputs.values())).terms)
+        terms = {
+            name: replace(term, loss=term.loss.detach())
+            for name, term in next(iter(outputs.values())).terms.items()
+        }
+        return StepOutput(loss, parts | others, terms)
 
     def _without_sync(self) -> AbstractContextManager[None]:
         if self.no_sync is not None:

@@ -22,6 +22,7 @@ from setting import describe_setting
 from vocabulary_growth import CONFIG, CONTEXT_LENGTH, CONTINUED, SPLITS, TOKENIZER, score, vlm
 
 START = "English model"
+BATCH = 128  # of CONTINUED
 PLAIN, ALL = "plain", "stages, distillation, replay"
 
 
@@ -35,13 +36,14 @@ def flags_of(settings: Mapping[str, Any]) -> tuple[str, ...]:
 
 def courses(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Return the settings of each way to go on with the grown model, by name."""
-    new, warmup = options.new_rows_steps, options.continued // 10
+    new, whole = options.new_rows_steps, options.continued
     stages = {
+        "schedule.steps": new + whole,
         "stages": [
             {"steps": new, "trained": "new_rows", "warmup_steps": new // 10}
             | {"learning_rate": options.new_rows_rate},
-            {"trained": "all", "warmup_steps": warmup, "learning_rate": options.rate},
-        ]
+            {"trained": "all"},
+        ],
     }
     distillation = {
         f"objectives.distillation.{name}_weight": getattr(options, f"{name}_weight")
@@ -49,9 +51,9 @@ def courses(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
         if getattr(options, f"{name}_weight")
     }
     replay = {
+        "data.batch_size": BATCH + options.replayed,
         "data.sources": [
-            {"name": "new", "path": "data/emoji", "languages": ["zh"]}
-            | {"weight": 1 - options.replayed},
+            {"name": "new", "path": "data/emoji", "languages": ["zh"], "weight": BATCH},
             {"name": "old", "path": "data/emoji", "languages": ["en"], "weight": options.replayed},
         ],
         "captions.languages": ["zh", "en"],
@@ -61,10 +63,8 @@ def courses(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return {
         PLAIN: {},
         "stages": stages,
-        "distillation": images,
         "stages, distillation": stages | images,
         "stages, replay": stages | replay,
-        "distillation, replay": distillation | replay,
         ALL: stages | distillation | replay,
     }
 
@@ -74,7 +74,7 @@ def trained(place: Path, words: Sequence[str]) -> dict[str, Any]:
     record = place / "scores.json"
     if not record.exists():
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        vlm("train", *words, f"--run_folder={place / 'run'}", "--resume")
+        vlm("train", *words, f"--run_folder={place / 'run'}", "--resume", "auto")
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         found = {"scores": score(place / "run" / "bundle"), "cpu_seconds": round(seconds, 1)}
@@ -140,10 +140,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600, help="of the English model")
     parser.add_argument("--continued", type=int, default=150, help="steps on Chinese captions")
     parser.add_argument("--rate", type=float, default=1e-3, help="highest, on Chinese captions")
-    parser.add_argument("--new-rows-steps", type=int, default=30, help="of these steps, the first")
+    parser.add_argument("--new-rows-steps", type=int, default=15, help="before these")
     parser.add_argument("--new-rows-rate", type=float, default=3e-3)
-    parser.add_argument("--replayed", type=float, default=0.25, help="ratio of old samples")
-    parser.add_argument("--feature-weight", type=float, default=2.0)
+    parser.add_argument("--replayed", type=int, default=32, help="old samples a step")
+    parser.add_argument("--feature-weight", type=float, default=5.0)
     parser.add_argument("--structure-weight", type=float, default=0.0)
     parser.add_argument("--logit-weight", type=float, default=0.0)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each, one a seed")

@@ -1,7 +1,9 @@
 import pytest
 
 from tests.support.processes import run_in_world
-from vlm.distributed.mesh import build_mesh, mesh_shape
+from vlm.distributed import mesh
+from vlm.distributed.groups import RankGroup
+from vlm.distributed.mesh import build_mesh, mesh_shape, near_ranks
 from vlm.errors import DistributedError
 
 
@@ -77,3 +79,17 @@ def _error(rank, *plan):
 )
 def test_every_rank_refuses_a_plan_that_does_not_fit_the_world(plan, message):
     assert run_in_world(_error, 3, *plan) == [message] * 3
+
+
+def test_ranks_that_share_a_copy_of_the_weights_are_near_each_other(monkeypatch):
+    monkeypatch.setattr(mesh, "world_group", lambda: RankGroup(None, rank=0, size=8))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert near_ranks() == 8
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert near_ranks() == 8
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_DP_SHARD_SIZE", "2")
+    monkeypatch.setenv("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "4")
+    assert near_ranks() == 2
+    assert mesh_shape("auto", range(8), near_ranks()) == (4, 2)

@@ -17,6 +17,7 @@ from vlm.distributed.sharding import (
     Sharding,
     clip_gradients,
     launched_sharding,
+    sharding_is_ours,
     whole,
 )
 from vlm.errors import ConfigError
@@ -184,6 +185,12 @@ def test_what_this_does_not_do_is_refused(launched, options, message):
     launched(**options)
     with pytest.raises(ConfigError, match=message):
         launched_sharding(8)
+
+
+def test_deepspeed_is_refused_before_accelerate_looks_for_it(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ConfigError, match="is DEEPSPEED .*; expected FSDP"), sharding_is_ours():
+        pass
 
 
 def test_gradients_are_scaled_down_to_a_norm_and_never_up():

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from vlm.distributed.config import Grouping, MeshShape
 from vlm.distributed.groups import RankGroup, join_group, world_group
+from vlm.distributed.sharding import launched_sharding
 from vlm.errors import DistributedError
 
 
@@ -71,7 +72,7 @@ def build_mesh(
     """
     world = world_group()
     groups = loss_groups(world.size, group_size, grouping)
-    rows, columns = mesh_shape(shape, groups[0], ranks_per_node())
+    rows, columns = mesh_shape(shape, groups[0], near_ranks())
     # Ranks are numbered row by row: rank (p, q) of a group is its member p * columns + q.
     mesh_rows = [g[p * columns : (p + 1) * columns] for g in groups for p in range(rows)]
     mesh_columns = [g[q::columns] for g in groups for q in range(columns)]
@@ -107,12 +108,13 @@ def loss_groups(
     ]
 
 
-def mesh_shape(shape: MeshShape, members: Sequence[int], ranks_per_node: int) -> tuple[int, int]:
+def mesh_shape(shape: MeshShape, members: Sequence[int], near_ranks: int) -> tuple[int, int]:
     """Return (rows, columns) for one loss group.
 
     `text` is (g, 1), where only texts travel, and `image` is (1, g). `auto` makes a mesh row of
-    the ranks in a node where a group spans several nodes evenly, so that images stay inside
-    nodes; otherwise it takes the squarest mesh, which sends least, with no more rows than columns.
+    `near_ranks` neighbours where a group spans several such neighbourhoods evenly, so that images
+    stay inside them; else it takes the squarest mesh, which sends least, with no more rows than
+    columns.
 
     Raises:
         DistributedError: rows times columns is not the group's size.
@@ -129,14 +131,24 @@ def mesh_shape(shape: MeshShape, members: Sequence[int], ranks_per_node: int) ->
         return size, 1
     if shape == "image":
         return 1, size
-    # Ranks of a node are neighbours: node k has ranks k * ranks_per_node and so on.
-    in_node = Counter(member // ranks_per_node for member in members)
-    columns = min(in_node.values())
-    if len(in_node) > 1 and columns > 1 and columns == max(in_node.values()):
+    # Neighbourhood k has ranks k * near_ranks and so on.
+    near = Counter(member // near_ranks for member in members)
+    columns = min(near.values())
+    if len(near) > 1 and columns > 1 and columns == max(near.values()):
         return size // columns, columns
     # The largest divisor up to the square root: what travels grows with rows + columns.
     rows = max(k for k in range(1, int(size**0.5) + 1) if size % k == 0)
     return rows, size // rows
+
+
+def near_ranks() -> int:
+    """Return how many neighbouring ranks exchange quickly.
+
+    They are those that share one copy of the weights where there are several copies, since who
+    divides weights so knows where links are quick; else those of a machine.
+    """
+    sharding = launched_sharding(world_group().size)
+    return ranks_per_node() if sharding is None or sharding.copies == 1 else sharding.ranks
 
 
 def ranks_per_node() -> int:

@@ -87,7 +87,16 @@ def sharding_is_ours() -> Iterator[None]:
 
     It can on GPUs only, knows a module's blocks by the names of their classes, and takes no
     parameter without dimensions, such as a temperature.
+
+    Raises:
+        ConfigError: it was configured for DeepSpeed.
     """
+    if _is_on("ACCELERATE_USE_DEEPSPEED"):
+        raise ConfigError(
+            "distributed_type is DEEPSPEED in accelerate's configuration, where a backward pass "
+            "takes the optimizer's step; expected FSDP, with fsdp_reshard_after_forward false for what "
+            "ZeRO-2 divides and true for ZeRO-3"
+        )
     hidden = {name: os.environ.pop(name) for name in (_FSDP, _PARALLELISM) if name in os.environ}
     try:
         yield

@@ -39,7 +39,8 @@ class LossPlan:
     """(rows, columns) of a group's ranks; `text` is (g, 1), `image` (1, g).
 
     `auto` is the squarest, which sends least, on one machine; on several it is machines x ranks of
-    a machine, which sends images inside machines only.
+    a machine, which sends images inside machines only. Where weights are divided over ranks and
+    there are several copies of them, the ranks of a copy take the place of those of a machine.
     """
     label_smoothing: float = 0.0
     """Fraction of a softmax's target that is spread over all candidates, in [0, 1)."""

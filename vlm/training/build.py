@@ -138,9 +138,10 @@ def _shard(
     sharding = launched_sharding(accelerator.num_processes)
     if sharding is None:
         return None
-    if has_statistics(model):
-        dtype = None  # a batch norm's sums need its weights as they are
     device = accelerator.device
+    if has_statistics(model) or device.type == "cpu":
+        # A batch norm's sums need its weights as they are, and so do a CPU's other norms.
+        dtype = None
     return ShardedModel(model.to(device), blocks, sharding, device=device, dtype=dtype)
 
 

@@ -201,7 +201,7 @@ class ContrastiveStep:
 
         One scalar stands for the whole loss: the gradient of sum(features * g) by the parameters
         is that of a loss whose gradient by the features is g. As a scalar it can go through
-        `backward`, so that gradient scalers and DeepSpeed see every pass.
+        `backward`, which scales every pass.
         `joined`, whose `grad` is g, has all micro-batches; this one has its `rows`.
         """
         terms = [

@@ -189,7 +189,7 @@ def test_what_this_does_not_do_is_refused(launched, options, message):
 
 def test_deepspeed_is_refused_before_accelerate_looks_for_it(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ConfigError, match="is DEEPSPEED .*; expected FSDP"), sharding_is_ours():
+    with pytest.raises(ConfigError, match=r"is DEEPSPEED .*; expected FSDP"), sharding_is_ours():
         pass
 
 

@@ -94,8 +94,8 @@ def sharding_is_ours() -> Iterator[None]:
     if _is_on("ACCELERATE_USE_DEEPSPEED"):
         raise ConfigError(
             "distributed_type is DEEPSPEED in accelerate's configuration, where a backward pass "
-            "takes the optimizer's step; expected FSDP, with fsdp_reshard_after_forward false for what "
-            "ZeRO-2 divides and true for ZeRO-3"
+            "takes the optimizer's step; expected FSDP, with fsdp_reshard_after_forward false for "
+            "what ZeRO-2 divides and true for ZeRO-3"
         )
     hidden = {name: os.environ.pop(name) for name in (_FSDP, _PARALLELISM) if name in os.environ}
     try:

@@ -76,6 +76,10 @@ class Precision:
         self._scale.mul_(factor).clamp_(min=1.0)
         self._good_steps.masked_fill_(doubled, 0)
 
+    def measured(self) -> dict[str, float]:
+        """Return what metrics have of it; reading the scale waits for the device."""
+        return {"loss_scale": self._scale.item()} if self.is_scaled else {}
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the scale and the number of good steps since it changed."""
         return {"scale": self._scale, "good_steps": self._good_steps}

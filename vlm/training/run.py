@@ -278,7 +278,8 @@ class Run:
         measured = measure(result, batch, pace.rates(), self.accelerator)
         with pace.paused():  # they are counted the first time
             flops = self.flops.rates(batch, measured["samples_per_s"])
-        return measured | flops | {"skipped_steps": self.guard.skipped}
+        counts = {"skipped_steps": self.guard.skipped}
+        return measured | flops | counts | self.precision.measured()
 
     def _averages(self) -> dict[str, MovingAverage]:
         """Return the averages of the weights by their kind."""
@@ -329,7 +330,7 @@ class Run:
                 gradient_norm=norm,
                 may_overflow=self.precision.may_overflow,
             )
-        self.precision.update(skipped)
+        self.precision.update(~norm.isfinite())
         self.optimizer.zero_grad()
         self._encoder.clamp_logit_scale()
         if self.average is not None:

@@ -16,6 +16,7 @@ from vlm.training.config import (
     EvaluationConfig,
     OptimizerConfig,
     ScheduleConfig,
+    StageConfig,
     TrainConfig,
     config_as_yaml,
 )
@@ -39,7 +40,7 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def train(inputs, folder, *, processes, sharding=None, resume=False):
+def train(inputs, folder, *, processes, sharding=None, resume=False, stages=()):
     """Run the command; return what it printed for people."""
     config = TrainConfig(
         run_folder=folder,
@@ -49,6 +50,7 @@ def train(inputs, folder, *, processes, sharding=None, resume=False):
         # Adam would make whole steps of gradients that are rounding errors alone.
         optimizer=OptimizerConfig(eps=1e-4),
         schedule=ScheduleConfig(steps=STEPS, warmup_steps=2),
+        stages=stages,
         averaging=AveragingConfig(ema_decay=0.9),
         evaluation=EvaluationConfig(every_steps=SAVED),
         checkpoint=CheckpointConfig(every_steps=SAVED, keep=2),
@@ -111,3 +113,16 @@ def test_sharded_runs_are_those_of_ddp_and_each_goes_on_from_the_others_checkpoi
         folder = cut_off(start, tmp_path / name)
         train(inputs, folder, processes=processes, sharding=sharding, resume=True)
         assert_alike(folder, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_stages_of_a_sharded_run_are_those_of_ddp(inputs, tmp_path):
+    stages = (
+        StageConfig(steps=2, trained="text", warmup_steps=1),
+        StageConfig(steps=2, trained="image", warmup_steps=1),
+        StageConfig(warmup_steps=1),
+    )
+    for name, sharding in (("whole", None), ("sharded", SHARDED)):
+        train(inputs, tmp_path / name, processes=2, sharding=sharding, stages=stages)
+    assert_alike(tmp_path / "sharded", tmp_path / "whole")

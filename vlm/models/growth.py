@@ -11,6 +11,7 @@ from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from vlm.distributed.sharding import local
 from vlm.errors import ConfigError, TokenizerError
 from vlm.models.config import PositionGrowth
 from vlm.models.text_tower import check_reads_to_end_of_text
@@ -265,17 +266,12 @@ def only_new_rows(weight: Tensor, old_rows: int) -> Iterator[None]:
     decoupled weight decay needs no gradient. `weight` may be sharded: `own_rows_before` says how
     many of a rank's rows are old.
     """
-    rows = _own_part(weight.detach())
+    rows = local(weight.detach())
     if weight.grad is not None:
-        _own_part(weight.grad)[:old_rows] = 0
+        local(weight.grad)[:old_rows] = 0
     old = rows[:old_rows].clone()
     yield
     rows[:old_rows] = old
-
-
-def _own_part(tensor: Tensor) -> Tensor:
-    """Return what this rank holds of a tensor, in the same memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _check_ids(ids: Sequence[int], vocabulary: int, what: str) -> None:

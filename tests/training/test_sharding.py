@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from vlm.errors import ConfigError
 from vlm.losses.bilingual import BilingualLoss
 from vlm.losses.plan import LossPlan
 from vlm.models.batch_norm import synchronize_batch_norm
+from vlm.models.blocks import compile_blocks, recompute
 from vlm.models.build import build_from_config
 from vlm.models.pretraining import PretrainingModel
 from vlm.training.config import OptimizerConfig
@@ -141,6 +143,33 @@ def test_sharded_weights_learn_what_those_of_ddp_do(kind):
                 assert result[part].keys() == expected[part].keys()
                 for key, value in expected[part].items():
                     torch.testing.assert_close(result[part][key], value, rtol=1e-4, atol=1e-5)
+
+
+def _train_blocks_that_are_run_otherwise(rank):
+    losses = {}
+    changes = {
+        "plain": lambda blocks: None,
+        "again": recompute,
+        "again, but for products": partial(recompute, keep_products=True),
+        "compiled": partial(compile_blocks, backend="eager"),
+    }
+    for name, change in changes.items():
+        model = build("two towers")
+        change(model.encoder.blocks())
+        sharded = ShardedModel(model, model.encoder.blocks(), Sharding(2, 1, True), device=CPU)
+        step = ContrastiveStep(model, BilingualLoss(), no_sync=sharded.no_sync)
+        step(batch_of(rank, 0).split(2))
+        losses[name] = clip_gradients(list(model.parameters()), 1.0)
+        losses[f"{name}, then"] = step(batch_of(rank, 1).split(1)).loss
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_sharded_blocks_may_be_computed_again_or_compiled():
+    for found in run_in_world(_train_blocks_that_are_run_otherwise, 2):
+        for name, value in found.items():
+            assert value == found["plain, then" if "then" in name else "plain"], name
 
 
 @pytest.fixture

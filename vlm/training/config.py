@@ -302,8 +302,14 @@ class TrainConfig:
     @property
     def samples(self) -> int:
         """The number of samples that the run reads."""
-        steps = (stage.steps for stage in self.whole_stages)
-        return sum(size * each for size, each in zip(self.batch_sizes, steps, strict=True))
+        return self.samples_after(0)
+
+    def samples_after(self, step: int) -> int:
+        """Return the number of samples that the run reads after some steps."""
+        return sum(
+            size * min(max(stage.end - step, 0), stage.steps)
+            for size, stage in zip(self.batch_sizes, self.whole_stages, strict=True)
+        )
 
     def stage_at(self, step: int) -> WholeStage:
         """Return the stage of a step, counted from 0; after the last step, the last stage."""

@@ -143,7 +143,7 @@ class Run:
             with (
                 Reporter(
                     config.run_folder,
-                    samples=config.samples,
+                    samples=self.progress.samples + config.samples_after(self.progress.step),
                     progress=self.progress,
                     active=is_main,
                     trackers=Trackers(config, self.progress) if is_main else None,

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -100,6 +101,8 @@ def _fit(
     uids: Path | None,
 ) -> None:
     gc.freeze()  # what was imported before the fork is no garbage
+    # Workers are forks of their trainer, as they are of one that a shell has started.
+    multiprocessing.set_start_method("fork", force=True)
     errors = config.run_folder.with_suffix(".err")
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     os.environ.update(environment)

@@ -19,17 +19,19 @@ def inputs(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_twice_it_leaves_the_same_weights_losses_and_scores(inputs, tmp_path, ranks):
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 0)])
+def test_killed_twice_it_leaves_the_same_weights_losses_and_scores(
+    inputs, tmp_path, ranks, workers
+):
     """With averages, micro-batches, evaluations, epochs' ends, and writing in the background."""
-    config = tiny_config(inputs, tmp_path / "whole", steps=STEPS)
+    config = tiny_config(inputs, tmp_path / "whole", steps=STEPS, workers=workers)
     fit(config, ranks=ranks, uids=tmp_path / "whole.uids")
     expected = left_by(config)
     assert {"model.safetensors", "optimizer.safetensors", "ema.safetensors"} == set(
         expected["hashes"]
     )
     assert len(expected["records"]) >= STEPS
-    config = tiny_config(inputs, tmp_path / "killed", steps=STEPS)
+    config = replace(config, run_folder=tmp_path / "killed")
     for kill_at in (*sorted(random.Random(ranks).sample(range(STEPS), 2)), None):
         fit(config, ranks=ranks, kill_at=kill_at, uids=tmp_path / "killed.uids")
     assert left_by(config) == expected

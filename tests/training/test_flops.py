@@ -1,5 +1,7 @@
 """The FLOP of a run, compared with what torch counts of a real step."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,7 +21,7 @@ def test_the_flop_are_those_of_a_real_step_without_its_loss(inputs, tmp_path, mo
     batch = next(run.loader.read(run.data, 1))
     with FlopCounterMode(display=False) as counter:
         run.train_step(batch, 0)
-    rates = run.flops.rates(batch, samples_per_s=BATCH * 1e12)
+    rates = run.flops.rates(batch, BATCH * 1e12, run.model)
     total = counter.get_total_flops()  # with the similarities of so small a batch
     assert total * (1 - 5e-4) < rates["tflop_per_s"] < total
     assert rates["mfu"] is None
@@ -30,19 +32,34 @@ def test_what_is_computed_again_or_at_once_does_not_count(inputs, tmp_path):
     batch = next(plain.loader.read(plain.data, 1))
     adapt = AdaptationConfig(grad_checkpointing="blocks")
     again = build_run(config(inputs, tmp_path, model=TINY_MULTIWAY, adapt=adapt))
-    assert again.flops.rates(batch, 1.0) == plain.flops.rates(batch, 1.0)
-    towers = [
-        build_run(config(inputs, tmp_path, parallel_towers=each)).flops for each in (False, True)
-    ]
-    assert towers[0].rates(batch, 1.0) == towers[1].rates(batch, 1.0)
+    assert again.flops.rates(batch, 1.0, again.model) == plain.flops.rates(batch, 1.0, plain.model)
+    runs = [build_run(config(inputs, tmp_path, parallel_towers=each)) for each in (False, True)]
+    rates = [run.flops.rates(batch, 1.0, run.model) for run in runs]
+    assert rates[0] == rates[1]
+
+
+def test_a_locked_tower_has_no_backward_pass_and_larger_images_cost_more(inputs, tmp_path):
+    run = build_run(config(inputs, tmp_path))
+    batch = next(run.loader.read(run.data, 1))
+    images = torch.nn.functional.interpolate(batch.images, scale_factor=2.0)
+    whole, large = (
+        run.flops.rates(each, 1.0, run.model)["tflop_per_s"]
+        for each in (batch, replace(batch, images=images))
+    )
+    for parameter in run.start.model.visual.parameters():
+        parameter.requires_grad_(False)
+    locked = run.flops.rates(batch, 1.0, run.model)["tflop_per_s"]
+    assert locked < 0.9 * whole
+    assert large > 1.5 * whole
 
 
 def test_two_devices_share_the_samples(inputs, tmp_path):
     settings = config(inputs, tmp_path)
     run = build_run(settings)
     batch = next(run.loader.read(run.data, 1))
-    two = FlopMeter(settings, run.model, torch.device("cpu"), 2).rates(batch, 1e12)
-    assert two["tflop_per_s"] == run.flops.rates(batch, 1e12)["tflop_per_s"] / 2
+    two = FlopMeter(settings, run.model, torch.device("cpu"), 2).rates(batch, 1e12, run.model)
+    one = run.flops.rates(batch, 1e12, run.model)
+    assert two["tflop_per_s"] == one["tflop_per_s"] / 2
 
 
 def test_a_model_that_needs_contents_is_said_once_and_trains(inputs, tmp_path, capsys, monkeypatch):

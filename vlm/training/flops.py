@@ -2,6 +2,7 @@
 
 import re
 import sys
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -51,7 +52,7 @@ class FlopMeter:
 
     A sample's FLOP are those of its forward and backward pass, without what is computed again to
     save memory (MFU: Chowdhery et al. 2022, appendix B), the loss and a frozen teacher. They are
-    counted once, on the first batch that is reported.
+    counted once for each size of images and choice of what is trained, which stages may change.
 
     Args:
         config: Of the run.
@@ -64,30 +65,36 @@ class FlopMeter:
         self, config: TrainConfig, model: PretrainingModel, device: torch.device, ranks: int
     ) -> None:
         self._config, self._mode, self._ranks = config, HollowTensors(), ranks
-        self._of_sample: float | None = None
-        self._model: PretrainingModel | None = hollow_copy(
-            model, self._mode, without=(model.text_thread,)
-        )
+        self._counted: dict[tuple[Any, ...], float | None] = {}
+        self._model: PretrainingModel = hollow_copy(model, self._mode, without=(model.text_thread,))
         self._peak = None
         if device.type == "cuda":
             half = config.precision != "fp32"
             self._peak = peak_tflops(torch.cuda.get_device_name(device), half=half)
 
-    def rates(self, batch: Batch, samples_per_s: float) -> dict[str, float | None]:
+    def rates(
+        self, batch: Batch, samples_per_s: float, model: PretrainingModel
+    ) -> dict[str, float | None]:
         """Return TFLOP/s of each device, and their ratio to its peak; None for what is not known.
 
         Args:
             batch: This rank's, on the host.
             samples_per_s: Of all ranks.
+            model: The one that was given, as it is now: what of it is trained.
         """
-        if self._model is not None:
-            self._of_sample, self._model = self._count(self._model, batch), None
-        tflops = self._of_sample and samples_per_s * self._of_sample / self._ranks / 1e12
+        trained = tuple(parameter.requires_grad for parameter in model.parameters())
+        key = (batch.images.shape[1:], trained)
+        if key not in self._counted:
+            for parameter, is_trained in zip(self._model.parameters(), trained, strict=True):
+                parameter.requires_grad_(is_trained)
+            self._counted[key] = self._count(batch)
+        of_sample = self._counted[key]
+        tflops = of_sample and samples_per_s * of_sample / self._ranks / 1e12
         return {"tflop_per_s": tflops, "mfu": tflops and self._peak and tflops / self._peak}
 
-    def _count(self, model: PretrainingModel, batch: Batch) -> float | None:
+    def _count(self, batch: Batch) -> float | None:
         try:
-            return count_flops(self._config, model, batch, mode=self._mode) / len(batch.uids)
+            return count_flops(self._config, self._model, batch, mode=self._mode) / len(batch.uids)
         except Exception as error:  # a model that needs contents; training does not depend on it
             reason = " ".join(str(error).split())
             tqdm.write(f"warning: its FLOP cannot be counted: {reason}", sys.stderr)

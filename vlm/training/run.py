@@ -277,7 +277,7 @@ class Run:
         """Return what a step and those since the last report have shown; a collective operation."""
         measured = measure(result, batch, pace.rates(), self.accelerator)
         with pace.paused():  # they are counted the first time
-            flops = self.flops.rates(batch, measured["samples_per_s"])
+            flops = self.flops.rates(batch, measured["samples_per_s"], self._unwrapped)
         counts = {"skipped_steps": self.guard.skipped}
         return measured | flops | counts | self.precision.measured()
 

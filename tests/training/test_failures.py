@@ -11,8 +11,10 @@ import psutil
 import pytest
 
 from tests.support.faults import called, ended, start_training, wait_for, with_fault
-from tests.support.tiny_run import config
-from vlm.batches.config import DataConfig
+from tests.support.tiny_run import config, losses
+from vlm.batches.config import DataConfig, MixedSourceConfig
+from vlm.errors import VlmError
+from vlm.training.build import build_run
 from vlm.training.config import CheckpointConfig, EvaluationConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -24,7 +26,7 @@ def settings(inputs, folder, *, workers=0, **changes):
     data = DataConfig(
         folder=inputs / "data", batch_size=BATCH, workers=workers, stall_s=changes.pop("stall_s", 3)
     )
-    plain = {"data": data, "evaluation": EvaluationConfig()}
+    plain = {"data": data, "evaluation": EvaluationConfig(), "report_every": 1}
     return config(inputs, folder / "run", **(plain | changes))
 
 
@@ -136,7 +138,7 @@ def test_one_rank_that_is_asked_to_end_ends_all_and_leaves_no_worker(inputs, tmp
 def test_a_second_signal_ends_a_rank_that_waits_for_another(inputs, tmp_path):
     err = tmp_path / "err"
     ranks = start_training(settings(inputs, tmp_path), rank_1_stands_still, err, processes=2)
-    wait_for(lambda: "training" in err.read_text() if err.exists() else False)
+    wait_for(lambda: losses(tmp_path / "run").get(2))
     time.sleep(2)  # by now rank 0 waits
     os.kill(ranks[0].pid, signal.SIGTERM)
     time.sleep(1.2)
@@ -160,7 +162,7 @@ def test_a_signal_before_training_ends_with_a_line(inputs, tmp_path):
 def test_a_signal_while_data_is_waited_for_ends_at_once_with_a_checkpoint(inputs, tmp_path):
     err = tmp_path / "err"
     ranks = start_training(settings(inputs, tmp_path, workers=1, stall_s=100), stop_workers, err)
-    wait_for(lambda: "14%" in err.read_text() if err.exists() else False)
+    wait_for(lambda: losses(tmp_path / "run"))
     time.sleep(3)
     os.kill(ranks[0].pid, signal.SIGUSR1)
     assert ended(ranks, 20) == [0]
@@ -181,9 +183,30 @@ def test_a_signal_cuts_an_evaluation_short_and_loses_no_step(inputs, tmp_path):
 def test_workers_do_not_outlive_a_trainer_that_is_killed(inputs, tmp_path):
     err = tmp_path / "err"
     ranks = start_training(settings(inputs, tmp_path, workers=2), slow_steps, err)
-    wait_for(lambda: "14%" in err.read_text() if err.exists() else False)
+    wait_for(lambda: losses(tmp_path / "run"))
     workers = psutil.Process(ranks[0].pid).children()
     assert len(workers) == 2
     ranks[0].kill()
     psutil.wait_procs(workers, timeout=3)
     assert not any(worker.is_running() for worker in workers)
+
+
+def test_a_source_of_which_nothing_is_left_is_refused(inputs, tmp_path):
+    source = MixedSourceConfig(path=str(inputs / "data"), split="train", where=("concept=none",))
+    nothing = replace(settings(inputs, tmp_path).data, folder="data/emoji", sources=(source,))
+    with pytest.raises(VlmError, match="none"):
+        build_run(settings(inputs, tmp_path, data=nothing))
+
+
+def test_an_empty_folder_is_refused(inputs, tmp_path):
+    (tmp_path / "empty").mkdir()
+    nothing = replace(settings(inputs, tmp_path).data, folder=tmp_path / "empty")
+    with pytest.raises(VlmError, match="empty"):
+        build_run(settings(inputs, tmp_path, data=nothing))
+
+
+def test_more_workers_than_shards_read_all_the_same(inputs, tmp_path):
+    err = tmp_path / "err"
+    ranks = start_training(settings(inputs, tmp_path, workers=5), no_fault, err)  # of 3 shards
+    assert ended(ranks) == [0]
+    assert (tmp_path / "run" / "bundle").is_dir()

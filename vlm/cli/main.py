@@ -1,12 +1,15 @@
 """The command `vlm`: finds the module of a verb, reads its options, prints errors as one line."""
 
 import difflib
+import json
 import logging
 import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 from typing import NoReturn
 
 from vlm import __version__
@@ -45,8 +48,7 @@ _LAUNCHED = {("train",), ("eval", "retrieval"), ("eval", "classification")}
 
 
 _FIRST_S = 2.0
-"""Seconds that other ranks leave to the first: if it fails alike, as it mostly does, the launcher
-ends them, and its sentence is the only one."""
+"""Seconds that other ranks leave to the first, whose end may end them: mostly all fail alike."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,9 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"vlm: {error}", file=sys.stderr)
         return error.exit_code
     except VlmError as error:
-        if _rank():
-            time.sleep(_FIRST_S)
-        print(f"vlm: {_without_number(error)}", file=sys.stderr)
+        _say(f"vlm: {_without_number(error)}")
         return 2
     except BrokenPipeError:
         # Whoever read the output has enough of it; the interpreter must not try once more.
@@ -77,6 +77,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("vlm: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _say(sentence: str) -> None:
+    """Print an error, which all ranks mostly have alike, once where that can be.
+
+    torchrun, and `accelerate launch` over it, end with a page on the ranks that failed. It has for
+    each what that has left in a file: there are the sentences of the others.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": sentence, "timestamp": int(time.time())}))
+    if _rank() and not file:
+        time.sleep(_FIRST_S)
+    if not (_rank() and file):
+        print(sentence, file=sys.stderr)
 
 
 def _rank() -> int:

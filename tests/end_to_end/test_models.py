@@ -168,7 +168,7 @@ def test_an_english_clip_is_taught_chinese_scored_and_given_back(
         "--positions", "128", "--to", grown,
     )  # fmt: skip
     stages = json.dumps([{"steps": 2, "trained": "new_rows"}, {"trained": "all"}])
-    changes = {"start_from": grown, "stages": stages, "schedule.steps": 3}
+    changes = {"start_from": grown, "stages": stages, "schedule.steps": 4}
     run_vlm(*train_arguments(run, **changes))
     capsys.readouterr()
     assert main(["eval", "retrieval", str(run / "bundle"), "--split", "val", "--json"]) == 0

@@ -176,7 +176,7 @@ def test_a_signal_cuts_an_evaluation_short_and_loses_no_step(inputs, tmp_path):
         settings(inputs, tmp_path, evaluation=scored), asked_while_it_scores, err
     )
     assert ended(ranks) == [0]
-    assert "by SIGTERM after step 4 of 7; --resume goes on from" in last_line(err)
+    assert "by SIGTERM after step 3 of 7; --resume goes on from" in last_line(err)
     assert "val/" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 

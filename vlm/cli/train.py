@@ -45,7 +45,10 @@ def run(options: Options) -> None:
     with _ended_by_signals():
         from vlm.training.build import build_run
 
-        print(build_run(config, resume=_resume(options)).fit())
+        training = build_run(config, resume=_resume(options))
+        bundle = training.fit()
+        if training.accelerator.is_main_process:
+            print(bundle)
 
 
 def _resume(options: Options) -> Any:

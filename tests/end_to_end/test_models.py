@@ -35,7 +35,7 @@ MULTIWAY = {
     "objectives.matryoshka": "[16]",
     "objectives.language_embeddings": "true",
 }
-PARTS = ("main", "main 16", "unimodal", "cmlm", "cmim")
+PARTS = ("main", "main_16", "unimodal", "cmlm", "cmim")
 TWO_TOWERS = {
     "model.embed_dim": 32,
     "model.vision_cfg.timm_model_name": "test_resnet",

@@ -16,9 +16,9 @@ from vlm.cli.main import main
 def test_it_leaves_a_run_folder_that_a_person_wants_to_look_at(quickstart):
     folder, out, err = quickstart
     assert {path.name for path in folder.iterdir()} == {
-        "bundle", "checkpoints", "config.yaml", "cosines.png", "embeddings",
-        "index", "loss.png", "metrics.jsonl", "recall.png", "recall_curves.png", "report.html",
-        "report.md", "retrieval.json", "tensorboard",
+        "bundle", "checkpoints", "config.yaml", "config_history.yaml", "cosines.png",
+        "embeddings", "env.json", "index", "loss.png", "metrics.jsonl", "recall.png",
+        "recall_curves.png", "report.html", "report.md", "retrieval.json", "tensorboard",
     }  # fmt: skip
     report = (folder / "report.md").read_text()
     for part in ("loss.png", "recall.png", "| test_style ", "| HNSW32 "):

@@ -40,14 +40,14 @@ LEARNING_RATE, DECAY, BETAS, EPS, MAX_NORM, WARMUP = 5e-4, 0.2, (0.9, 0.98), 1e-
 
 
 def captions_of(words: tuple[float, float]) -> Iterator[str]:
-    """Give captions without end, all different, of the words of the emoji's names."""
+    """Give captions without end of the words of the emoji's names."""
     from vlm.data.captions import read_captions
 
     names = sorted({word for text in read_captions([EMOJI], "en") for word in text.split()})
     rng = random.Random(0)
-    for number in range(1 << 30):
+    while True:
         length = max(round(rng.gauss(*words)), 3)
-        yield " ".join([*rng.choices(names, k=length - 1), str(number)][::-1])
+        yield " ".join(rng.choices(names, k=length))
 
 
 def write_data(folder: Path, captions: str, samples: int) -> None:

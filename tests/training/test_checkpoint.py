@@ -196,6 +196,17 @@ def test_a_disk_that_refuses_is_said_and_the_run_goes_on_with_what_is_there(tmp_
     assert load(tmp_path, model, optimizer) == Progress(2, 16)
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_never_kept(tmp_path, wrong):
+    model, optimizer = build()
+    save(tmp_path, model, optimizer, step=1)
+    with torch.no_grad():
+        model[3].bias[1] = wrong
+    with pytest.raises(CheckpointError, match=r"the model .* not finite, first in 3\.bias"):
+        save(tmp_path, model, optimizer, step=2)
+    assert names(tmp_path) == ["step-00000001"]
+
+
 def test_an_older_checkpoint_that_cannot_be_removed_is_said(tmp_path, capsys, monkeypatch):
     save(tmp_path, *build(), step=1)
     save(tmp_path, *build(), step=2)

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from textwrap import shorten
@@ -165,7 +166,7 @@ class Checkpoints:
                 waits for in any case.
 
         Raises:
-            CheckpointError: it cannot be written, and is required.
+            CheckpointError: it cannot be written, and is required; or a number is not finite.
         """
         self.finish()  # one at a time
         if step == self._at:  # as where a signal comes right after it
@@ -177,6 +178,8 @@ class Checkpoints:
             own = {key: value for key, value in state.items() if isinstance(value, Tensor)}
             tensors[name] = snapshot_of(own, self.group, is_copy=apart)
             numbers[name] = {key: value for key, value in state.items() if key not in own}
+        for name, snapshot in tensors.items():
+            self._together(partial(snapshot.check_finite, name))
         copied = json.loads(json.dumps(numbers))
         if apart:
             self._writing = self._writer.submit(self._keep, step, copied, tensors, False)

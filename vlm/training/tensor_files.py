@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from vlm.distributed.groups import RankGroup
+from vlm.errors import CheckpointError
 
 _PLACES = "places"  # in the header: for each shard its first indices, and the shape of the whole
 
@@ -54,6 +55,15 @@ class TensorSnapshot:
     shards: dict[str, Tensor]
     places: dict[str, tuple[Sequence[int], Sequence[int]]]
     """By shard: its first indices, and the shape of the whole tensor."""
+
+    def check_finite(self, part: str) -> None:
+        """Refuse what nothing can go on from; a `CheckpointError` names the first tensor."""
+        for key, tensor in (*self.whole.items(), *self.shards.items()):
+            if not tensor.isfinite().all():
+                raise CheckpointError(
+                    f"the {part} of the run holds numbers that are not finite, first in {key}; "
+                    "expected finite ones, so no checkpoint is written"
+                )
 
     def write(self, folder: Path, name: str, group: RankGroup) -> list[Path]:
         """Write this rank's files; return their paths. Only rank 0 writes whole tensors."""

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -29,8 +28,6 @@ class TensorMeter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation, then look at what it made."""
-        if DTensor in types:
-            return NotImplemented  # it comes back as what it consists of on this rank
         if func.namespace == "c10d":
             self._count(func.__name__.split(".")[0], args)
         result = func(*args, **(kwargs or {}))

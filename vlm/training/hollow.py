@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
@@ -24,8 +23,6 @@ from torch.utils.flop_counter import (
     sdpa_backward_flop_count,
     sdpa_flop_count,
 )
-
-from vlm.distributed.sharding import local
 
 _aten = torch.ops.aten
 _DEVICE = torch.ops.prim.device.default
@@ -57,8 +54,6 @@ class HollowTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.fake_device = torch.device("cpu")
         self.flops = 0
         """Of matrix products, attention and convolutions."""
-        self.gathered = self.reduced = 0
-        """Bytes that this rank sends in gathers, and in sums over ranks."""
         self.log: list[tuple[int, int]] = []
         """The storages that came and went, in order: a number, and its bytes or minus these."""
         self._numbers: dict[int, int] = {}
@@ -90,34 +85,13 @@ class HollowTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
             args, kwargs = tree_map_only(Tensor, self._fake, (args, kwargs))
         with self.fake:
             result = func(*args, **kwargs)
-        if not tensors and isinstance(result, Tensor) and not result.is_floating_point():
-            return func(*args, **kwargs)  # made from nothing, such as positions
-        self._account(func, args, kwargs, result)
-        return result
-
-    def _account(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Count an operation's FLOP, what it sends, and what it has made."""
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
             self.flops += count(*args, **kwargs, out_val=result)
-        if func.namespace == "c10d":
-            self._count_sent(func.__name__.split(".")[0], args)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._see(leaf)
-
-    def _count_sent(self, name: str, args: Any) -> None:
-        """Count what a bandwidth-optimal algorithm sends."""
-        leaves = tree_leaves(args)
-        sizes = [each.nbytes for each in leaves if isinstance(each, Tensor)]
-        boxed = next(each for each in leaves if isinstance(each, torch.ScriptObject))
-        ranks = dist.ProcessGroup.unbox(boxed).size()
-        if name == "_allgather_base_":
-            self.gathered += max(sizes) * (ranks - 1) // ranks
-        elif name == "_reduce_scatter_base_":
-            self.reduced += max(sizes) * (ranks - 1) // ranks
-        elif name == "allreduce_":
-            self.reduced += 2 * sum(sizes) * (ranks - 1) // ranks
+        return result
 
     def _fake(self, tensor: Tensor) -> Tensor:
         return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor)
@@ -155,10 +129,6 @@ class Pass:
     """Of matrix products, attention and convolutions."""
     saved: int
     """Bytes that are alive between the passes: activations, and what the model returned."""
-    gathered: tuple[int, int]
-    """Bytes that a rank sends in gathers of weights, in the forward pass and in both."""
-    reduced: int
-    """Bytes that it sends in sums of gradients."""
     log: list[tuple[int, int]] = field(repr=False)
     gradients: frozenset[int] = field(repr=False)
     """The numbers in the log of what the parameters' gradients lie in."""
@@ -182,17 +152,16 @@ def run_pass(model: nn.Module, run: Callable[[], Tensor], *, mode: HollowTensors
     """
     model.zero_grad()
     mode.log.clear()
-    mode.flops = mode.gathered = mode.reduced = 0
+    mode.flops = 0
     with mode:
         result = run()
-        forward = mode.gathered
         saved = sum(size for _, size in mode.log)
         result.backward()  # type: ignore[no-untyped-call]
-    gradients = (local(each.grad) for each in model.parameters() if each.grad is not None)
+    gradients = (each.grad for each in model.parameters() if each.grad is not None)
     numbers = frozenset(number for each in gradients if (number := mode.number_of(each)))
     log = list(mode.log)
     model.zero_grad()
-    return Pass(mode.flops, saved, (forward, mode.gathered), mode.reduced, log, numbers)
+    return Pass(mode.flops, saved, log, numbers)
 
 
 def make_hollow(model: nn.Module, mode: HollowTensors) -> None:
@@ -241,5 +210,5 @@ def optimizer_bytes(
     for state in optimizer.state.values():
         for key, value in state.items():
             if isinstance(value, Tensor):
-                found[key] = found.get(key, 0) + local(value).nbytes
+                found[key] = found.get(key, 0) + value.nbytes
     return found

@@ -11,11 +11,8 @@ from vlm.batches.batch import Batch
 from vlm.batches.collate import MaskPlan, draw_patches
 from vlm.batches.examples import second_of
 from vlm.bundle import Bundle
-from vlm.distributed.imagined import imagined_world
-from vlm.distributed.sharding import ShardedModel, Sharding, launched_sharding, local, reshard
 from vlm.errors import ConfigError
 from vlm.losses.costs import Mesh, Sizes, StepCost, head_widths, step_cost
-from vlm.models.batch_norm import has_statistics
 from vlm.models.encoder import UNIMODAL, Encoder
 from vlm.models.masked import Hidden
 from vlm.models.pretraining import PretrainingModel
@@ -24,7 +21,6 @@ from vlm.training.config import ClusterConfig, TrainConfig
 from vlm.training.hollow import HollowTensors, Pass, make_hollow, optimizer_bytes, run_pass
 from vlm.training.objectives import Teacher, mask_plan
 from vlm.training.optimizer import build_optimizer
-from vlm.training.precision import Precision
 
 _SMALL = 1 << 16  # bytes of a state that is not worth a line, such as counts of steps
 
@@ -70,69 +66,51 @@ def resources_of(
         batch: Samples of the data, whose texts are of natural length; None for the longest.
         teacher: Of the distillation, if there is one.
     """
-    mode, sharding = HollowTensors(), sharding_of(cluster)
+    mode = HollowTensors()
     make_hollow(model, mode)
-    parameters = _parameters(model)
-    checkpoint = _bytes(model.parameters())  # whole, before weights are divided
-    whole = _bytes(each for each in model.parameters() if each.requires_grad)
-    bundle = _bytes(model.encoder.parameters())
-    rows = -(-config.data.batch_size // (cluster.ranks * config.loss.micro_batches))
+    rows = -(-max(config.batch_sizes) // (cluster.ranks * config.loss.micro_batches))
     masks = mask_plan(config.objectives.masked, model.encoder)
     longest = _longest(config, rows, image_size, context_length, masks)
+    step = _pass(config, model, mode, longest)
     with _kept_activations(model.encoder):
+        recomputes = config.adapt.grad_checkpointing != "none"
+        kept = _saved(config, model, mode, longest) if recomputes else step.saved
         read = _pass(config, model, mode, batch or longest)
-    with _sharded(config, model, sharding, mode):
-        step = _pass(config, model, mode, longest)
-        with _kept_activations(model.encoder):
-            kept = _saved(config, model, mode, longest)
-        reshard(model)
-        states = optimizer_bytes(build_optimizer(model, config.optimizer), model, mode=mode)
-        weights = _bytes(model.parameters())
-        trained = _bytes(each for each in model.parameters() if each.requires_grad)
-    teachers = _teacher_bytes(model, teacher)
+    states = optimizer_bytes(build_optimizer(model, config.optimizer), model, mode=mode)
+    weights = _bytes(model.parameters())
+    trained = _bytes(each for each in model.parameters() if each.requires_grad)
+    frozen = [teacher.model] if teacher else []
+    frozen += [model.teacher.model] if isinstance(model.teacher, Teacher) else []
+    teachers = {"teachers": sum(_bytes(each.parameters()) for each in frozen)} if frozen else {}
     average = {"moving average": weights} if config.averaging.ema_decay is not None else {}
     loss = _loss_cost(config, cluster, model, mesh)
-    flops = read.flops + _teacher_flops(config, teacher, mode, batch or longest)
     memory = {
         "weights": weights + _bytes(model.buffers()),
         **average,
         **teachers,
         **{f"optimizer {kind}": size for kind, size in states.items() if size > _SMALL},
     }
-    buckets = trained if cluster.ranks > 1 and sharding is None else 0  # DDP's, of gradients
-    earlier = whole if config.loss.micro_batches > 1 else 0
-    peak = sum(memory.values()) + buckets + max(_within(step, loss.held, earlier), trained)
+    peak = sum(memory.values()) + _most(config, cluster, step, loss.held, trained)
     memory |= {
-        "gradients": trained + buckets,
+        "gradients": trained * (1 + (cluster.ranks > 1)),
         "activations": step.saved,
         "activations without recomputation": kept,
         "loss": loss.held,
         "peak": peak,
     }
     return Resources(
-        parameters=parameters,
+        parameters=_parameters(model),
         memory=memory,
-        flops=flops // len((batch or longest).uids) + loss.flops,
-        sent={"loss": loss.sent, **_sent(config, cluster, sharding, step, trained)},
-        checkpoint=checkpoint * (weights + sum({**average, **states}.values())) // weights,
-        bundle=bundle,
+        flops=(read.flops + _teacher_flops(config, teacher, mode, batch or longest))
+        // len((batch or longest).uids)
+        + loss.flops,
+        sent={
+            "loss": loss.sent,
+            "gradients": 2 * (cluster.ranks - 1) * trained // cluster.ranks,
+        },
+        checkpoint=weights + sum(average.values()) + sum(states.values()),
+        bundle=_bytes(model.encoder.parameters()),
     )
-
-
-def _within(step: Pass, loss: int, earlier: int) -> int:
-    """Return the most bytes that come and go in a step.
-
-    `earlier` are the gradients of earlier micro-batches: there all the time, and whole where
-    weights are divided, for nobody has summed them yet.
-    """
-    return earlier + max(step.saved + loss, step.peak(ratio=0.0 if earlier else 1.0))
-
-
-def _teacher_bytes(model: PretrainingModel, teacher: Bundle | None) -> dict[str, int]:
-    """Return what the weights of all teachers take, if there are any."""
-    frozen = [teacher.model] if teacher else []
-    frozen += [model.teacher.model] if isinstance(model.teacher, Teacher) else []
-    return {"teachers": sum(_bytes(each.parameters()) for each in frozen)} if frozen else {}
 
 
 def _teacher_flops(
@@ -148,46 +126,14 @@ def _teacher_flops(
     return mode.flops
 
 
-def sharding_of(cluster: ClusterConfig) -> Sharding | None:
-    """Return how weights are divided; None where they are whole on every rank."""
-    if cluster.sharding is None:
-        return launched_sharding(cluster.ranks)
-    if cluster.sharding == "ddp":
-        return None
-    ranks = cluster.ranks if cluster.sharding == "full" else cluster.node
-    return Sharding(ranks, cluster.ranks // ranks, reshard_after_forward=True)
-
-
-@contextmanager
-def _sharded(
-    config: TrainConfig, model: PretrainingModel, sharding: Sharding | None, mode: HollowTensors
-) -> Iterator[None]:
-    """Divide a hollow model over ranks that are not there, within a `with` block."""
-    if sharding is None:
-        yield
-        return
-    dtype = None if has_statistics(model) else Precision(config.precision, mode.fake_device).dtype
-    with imagined_world(sharding.ranks * sharding.copies):
-        with mode:
-            ShardedModel(
-                model, model.encoder.blocks(), sharding, device=mode.fake_device, dtype=dtype
-            )
-        yield
-
-
-def _sent(
-    config: TrainConfig,
-    cluster: ClusterConfig,
-    sharding: Sharding | None,
-    step: Pass,
-    trained: int,
-) -> dict[str, int]:
-    """Return the bytes that a rank sends of gradients, and of weights where they are divided."""
-    if sharding is None:
-        return {"gradients": 2 * (cluster.ranks - 1) * trained // cluster.ranks}
-    parts, (forward, both) = config.loss.micro_batches, step.gathered
-    again = parts - 1 if config.loss.accumulation == "exact" else 0  # passes without gradients
-    return {"weights": parts * both + again * forward, "gradients": step.reduced}
+def _most(config: TrainConfig, cluster: ClusterConfig, step: Pass, loss: int, trained: int) -> int:
+    """Return the most bytes that a step adds to what is there between steps."""
+    buckets = trained if cluster.ranks > 1 else 0  # in which DDP averages gradients
+    in_parts = config.loss.micro_batches > 1
+    # Gradients of earlier micro-batches are there all the time.
+    before = buckets + (trained if in_parts else 0)
+    within = max(step.saved + loss, step.peak(ratio=0.0 if in_parts else 1.0))
+    return max(before + within, trained + buckets)
 
 
 def _loss_cost(
@@ -261,7 +207,7 @@ def _count(parameters: set[nn.Parameter]) -> int:
 
 
 def _bytes(tensors: Iterator[nn.Parameter] | Iterator[Tensor]) -> int:
-    return sum(local(each).nbytes for each in tensors)
+    return sum(each.nbytes for each in tensors)
 
 
 def _longest(
@@ -321,5 +267,4 @@ def _scalar(config: TrainConfig, model: PretrainingModel, batch: Batch) -> Tenso
 
 
 def _autocast(config: TrainConfig) -> torch.autocast:
-    dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
-    return torch.autocast("cpu", dtype, enabled=config.precision != "fp32")
+    return torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16")

@@ -30,7 +30,7 @@ class Variant:
     """What differs from the recipe, and which bundle of the run is scored."""
 
     flags: tuple[str, ...] = ()
-    """Of a run of so many steps: `$most` is 70 % of them, `$few` 4 %."""
+    """Options of `vlm train`; `$most` stands for 70 % of the run's steps, `$few` for 4 %."""
     bundle: str = "bundle"
 
 

@@ -58,7 +58,7 @@ def finish(nodes, code=0):
 
 
 def wait_for_steps(run_folder, number, nodes):
-    """Wait until a run has reported so many steps."""
+    """Wait until a run has reported `number` steps."""
     path, deadline = run_folder / "metrics.jsonl", time.monotonic() + 200
     while not path.exists() or len(path.read_text().splitlines()) < number:
         assert time.monotonic() < deadline

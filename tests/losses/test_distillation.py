@@ -30,7 +30,7 @@ def unit(rows, seed):
 
 
 def sides(rows=2 * LOCAL, own=slice(None)):
-    """Both models' images and captions in three languages, the last of which nothing has."""
+    """Both models' images and captions in three languages; no sample has a caption in the last."""
     found = {}
     for seed, (name, there) in enumerate(THERE.items()):
         present = torch.tensor(there[:rows])

@@ -115,7 +115,10 @@ def test_compiled_blocks_take_texts_of_any_length_without_compiling_for_each(aga
 
 @quiet
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for CPUs with g++")
+@pytest.mark.skipif(
+    shutil.which("g++") is None,
+    reason="torch.compile builds its CPU kernels with g++, which is not installed",
+)
 def test_blocks_compiled_for_the_machine_give_nearly_the_same_gradients():
     torch.manual_seed(0)
     plain = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 8), nn.GELU())

@@ -68,7 +68,7 @@ Towers.__abstractmethods__ = frozenset()  # neither calls them
 
 
 def batch_of(languages=("zh", "en")):
-    """Captions in both languages, of which some samples lack either."""
+    """Samples with captions in both languages; some lack one or the other."""
     generator = torch.Generator().manual_seed(5)
     images, *texts = torch.randn(3, SAMPLES, WIDTH, generator=generator, dtype=torch.float64)
     ids = torch.arange(SAMPLES)

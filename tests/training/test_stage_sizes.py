@@ -7,7 +7,7 @@ import torch
 
 from tests.builders import IMAGE_SIZE, TINY_MODEL
 from tests.training.test_run import losses
-from tests.training.test_stages import config, cut_after, inputs, tensors  # noqa: F401 - a fixture
+from tests.training.test_stages import config, cut_after, tensors
 from vlm.batches.config import DataConfig, MixtureConfig
 from vlm.errors import ConfigError
 from vlm.models.config import ImageTowerConfig, MaskedConfig, ModelConfig
@@ -24,7 +24,7 @@ STAGES = (
 
 
 @pytest.fixture(scope="module")
-def whole(inputs, tmp_path_factory):  # noqa: F811
+def whole(inputs, tmp_path_factory):
     """The folder of a run over all its stages, and the shapes of the images that it read."""
     folder = tmp_path_factory.mktemp("whole")
     run = build_run(config(inputs, folder, stages=STAGES, report_every=1))
@@ -48,7 +48,7 @@ def test_every_stage_reads_batches_and_images_of_its_size(whole):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
-def test_resuming_gives_the_same_bits(inputs, whole, tmp_path, stop):  # noqa: F811
+def test_resuming_gives_the_same_bits(inputs, whole, tmp_path, stop):
     settings = config(inputs, tmp_path, stages=STAGES)
     cut_after(settings, stop)
     build_run(settings, resume="auto").fit()
@@ -73,13 +73,13 @@ PATCHES = replace(
     ],
     ids=["multiway", "half a patch"],
 )
-def test_a_tower_that_cannot_read_a_size_is_refused(inputs, tmp_path, model, message):  # noqa: F811
+def test_a_tower_that_cannot_read_a_size_is_refused(inputs, tmp_path, model, message):
     stages = (StageConfig(steps=2, image_size=20), StageConfig())
     with pytest.raises(ConfigError, match=message):
         build_run(config(inputs, tmp_path, model=model, stages=stages))
 
 
-def test_a_stage_that_goes_on_shares_the_schedule_of_the_one_before(inputs, tmp_path):  # noqa: F811
+def test_a_stage_that_goes_on_shares_the_schedule_of_the_one_before(inputs, tmp_path):
     shared = (replace(STAGES[0], learning_rate=0.5), StageConfig(steps=3, goes_on=True))
     settings = config(inputs, tmp_path, stages=(*shared, StageConfig(warmup_steps=0)))
     first = StageConfig(steps=5, learning_rate=0.5)
@@ -93,7 +93,7 @@ def test_a_stage_that_goes_on_shares_the_schedule_of_the_one_before(inputs, tmp_
         StageConfig(goes_on=True, warmup_steps=3)
 
 
-def test_sizes_that_nothing_else_is_made_for_are_refused(inputs, tmp_path):  # noqa: F811
+def test_sizes_that_nothing_else_is_made_for_are_refused(inputs, tmp_path):
     masked = ObjectivesConfig(masked=MaskedConfig(cmlm_weight=1.0))
     with pytest.raises(ConfigError, match="image_size 16, but masked modelling and teachers read"):
         build_run(config(inputs, tmp_path, stages=STAGES, objectives=masked))

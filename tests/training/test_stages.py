@@ -15,10 +15,8 @@ from torch.distributed.tensor import DTensor
 from tests.builders import (
     IMAGE_SIZE,
     TINY_MODEL,
-    make_samples,
     tiny_model,
     tiny_tokenizer,
-    write_split,
 )
 from tests.support.processes import run_in_world
 from vlm.batches.config import DataConfig, MixedSourceConfig, MixtureConfig, PhaseConfig
@@ -43,15 +41,6 @@ STAGES = (
     StageConfig(),
 )
 STEPS = 6
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    """A data folder and a tokenizer folder."""
-    folder = tmp_path_factory.mktemp("inputs")
-    write_split(folder / "data", make_samples(12))
-    tiny_tokenizer().save(folder / "tokenizer")
-    return folder
 
 
 def config(inputs, run_folder, **changes):

@@ -220,7 +220,7 @@ def _refusal(
 
 
 def _trained_last(step: int, stages: Sequence[Mapping[str, Any]]) -> str:
-    """Return what is trained in the last of so many steps; before the first, nothing."""
+    """Return what step number `step` trained, counted from 1; an empty text for 0."""
     for stage in stages if step else ():
         if stage["steps"] is None or step <= stage["steps"]:
             return str(stage["trained"])

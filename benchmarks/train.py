@@ -40,7 +40,7 @@ LEARNING_RATE, DECAY, BETAS, EPS, MAX_NORM, WARMUP = 5e-4, 0.2, (0.9, 0.98), 1e-
 
 
 def captions_of(words: tuple[float, float]) -> Iterator[str]:
-    """Give captions without end of the words of the emoji's names."""
+    """Give captions without end of the words of the emoji's names; few are alike."""
     from vlm.data.captions import read_captions
 
     names = sorted({word for text in read_captions([EMOJI], "en") for word in text.split()})
@@ -132,8 +132,8 @@ def launcher(options: argparse.Namespace) -> list[str]:
 
 
 def environment(options: argparse.Namespace) -> dict[str, str]:
-    """Return the environment of both systems: every core is used once, and no GPU."""
-    threads = max((os.cpu_count() or 1) // options.processes, 1)
+    """Return the environment of both systems: as many threads of each process, and no GPU."""
+    threads = max(options.threads // options.processes, 1)
     return dict(os.environ) | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -191,11 +191,14 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=4, help="steps between two reports")
     parser.add_argument("--workers", type=int, default=1, help="of each process's loader")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count() or 1, help="of all processes together"
+    )
     parser.add_argument("--captions", nargs="+", choices=WORDS, default=list(WORDS))
     parser.add_argument("--rounds", type=int, default=3, help="of each system, in turn")
     parser.add_argument("--out", type=Path, help="write the JSON to this file as well")
     options = parser.parse_args()
-    result = describe_setting("benchmarks/train.py", threads=os.cpu_count() or 1)
+    result = describe_setting("benchmarks/train.py", threads=options.threads)
     result["versions"] |= {
         f"{name}, open_clip's": version_in(options.peer, name) for name in ("webdataset", "pandas")
     }

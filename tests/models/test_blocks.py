@@ -37,7 +37,8 @@ def build(kind):
 
 def gradients(encoder, *, texts=16, words=3, meter=None):
     """Return the gradients of a step, and the bytes that it keeps after its forward pass."""
-    tokens = tiny_tokenizer(context_length=32).encode([" ".join(WORDS[:words])] * texts)
+    captions = [" ".join(WORDS[:words])] * (texts - 1) + [WORDS[0]]  # with padding, but for 1 word
+    tokens = tiny_tokenizer(context_length=32).encode(captions)
     images = torch.randn(16, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(1))
     encoder.zero_grad()
     torch.manual_seed(2)  # of stochastic depth

@@ -12,6 +12,7 @@ from vlm.models.blocks import recompute
 from vlm.models.build import build_towers
 from vlm.models.image_tower import (
     check_image_tower,
+    features_of,
     hide_patches,
     image_blocks,
     image_groups,
@@ -24,7 +25,7 @@ from vlm.models.image_tower import (
 
 SIZE = 64
 TEXT = {"context_length": 8, "vocab_size": 20, "width": 32, "heads": 2, "layers": 1}
-VIT = {"layers": 2, "width": 64, "head_width": 32, "patch_size": 16, "image_size": SIZE}
+VIT = {"layers": 3, "width": 64, "head_width": 32, "patch_size": 16, "image_size": SIZE}
 
 TRANSFORMERS = {
     "class token": VIT,
@@ -101,14 +102,15 @@ def test_one_pass_gives_the_towers_features_and_gradients_and_its_last_states(vi
     visual, images = image_tower(vision_cfg).eval(), make_images(vision_cfg)
     features, states = states_of(visual, images)
     expected = visual(images)
-    torch.testing.assert_close(features, expected, rtol=1e-10, atol=1e-12)
     parameters = [each for each in visual.parameters() if each.requires_grad]
-    found, wanted = (
+    *found, wanted = (
         torch.autograd.grad(each.square().sum(), parameters, materialize_grads=True)
-        for each in (features, expected)
+        for each in (features, features_of(visual, images), expected)
     )
-    for gradient, reference in zip(found, wanted, strict=True):
-        torch.testing.assert_close(gradient, reference, rtol=1e-8, atol=1e-9)
+    for each, gradients in zip((features, features_of(visual, images)), found, strict=True):
+        torch.testing.assert_close(each, expected, rtol=1e-10, atol=1e-12)
+        for gradient, reference in zip(gradients, wanted, strict=True):
+            torch.testing.assert_close(gradient, reference, rtol=1e-8, atol=1e-9)
     layout = patch_layout(visual)
     maps = last_maps(visual, images)
     assert (tuple(maps.shape[2:]), maps.shape[1]) == layout

@@ -4,6 +4,7 @@ import torch
 
 from tests.builders import tiny_tokenizer
 from vlm.errors import ConfigError
+from vlm.models.attention import pack_attention
 from vlm.models.blocks import recompute
 from vlm.models.text_tower import (
     check_reads_to_end_of_text,
@@ -82,10 +83,11 @@ def gradients(output, tower):
 
 
 @kinds
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("texts", [SHORT, LONG, FULL], ids=["short", "mixed", "full"])
 def test_any_batch_gets_the_features_that_open_clip_gives_to_the_full_context(
-    texts, checkpointing, changes
+    texts, checkpointing, packed, changes
 ):
     tokenizer = tiny_tokenizer(context_length=24)
     tower = text_tower(tokenizer, **changes)
@@ -93,6 +95,8 @@ def test_any_batch_gets_the_features_that_open_clip_gives_to_the_full_context(
     assert (tokens.ids.shape[1] < tokenizer.context_length) == (texts == SHORT)
     expected = tower(in_full(tokens, tokenizer))  # open_clip's own pass, before blocks change
     wanted = gradients(expected, tower)
+    if packed:
+        pack_attention(tower)
     if checkpointing:
         recompute(text_blocks(tower))
     features = encode_tokens(tower, tokens)
@@ -100,6 +104,22 @@ def test_any_batch_gets_the_features_that_open_clip_gives_to_the_full_context(
     torch.testing.assert_close(features, expected, rtol=1e-10, atol=1e-12)
     for gradient, reference in zip(found, wanted, strict=True):
         torch.testing.assert_close(gradient, reference, rtol=1e-9, atol=1e-11)
+
+
+def test_blocks_run_on_tokens_alone_where_texts_differ_in_length():
+    tokenizer = tiny_tokenizer(context_length=24)
+    tower = text_tower(tokenizer)
+    pack_attention(tower)
+    seen = []
+    tower.transformer.resblocks[0].mlp.register_forward_pre_hook(
+        lambda _, inputs: seen.append(tuple(inputs[0].shape))
+    )
+    tokens = tokenizer.encode(LONG)
+    encode_tokens(tower, tokens)
+    encode_tokens(tower, tokenizer.encode([LONG[0]] * 2))
+    width = tower.token_embedding.embedding_dim
+    assert seen[0] == (int(tokens.mask.sum()), width)
+    assert len(seen[1]) == 3
 
 
 @kinds

@@ -1,12 +1,11 @@
 """P7, P10, P11 and P21 in full: signals at any moment, bad steps, spikes, and hours of training."""
 
-import itertools
 import os
 import random
 import signal
-import statistics
 import threading
 import time
+from array import array
 from contextlib import suppress
 
 import numpy as np
@@ -199,13 +198,18 @@ def test_p21_hours_of_training_leave_memory_and_files_flat(inputs, tmp_path, tal
         evaluation=EvaluationConfig(every_steps=200), checkpoint=CheckpointConfig(every_steps=100),
         report_every=10,
     )  # fmt: skip
-    run, own, seen, starts = build_run(settings), psutil.Process(), [], []
+    run, own, seen = build_run(settings), psutil.Process(), []
+    # Of four bytes a step, since what this test keeps grows too.
+    clocks, spent = (time.monotonic, time.thread_time), (array("f"), array("f"))
 
     def note(run, parts):
-        starts.append(time.monotonic())
-        if not seen or starts[-1] - seen[-1][0] > 5:
-            seen.append((starts[-1], own.memory_info().rss / 2**20, own.num_fds()))
-        return run.step(parts)
+        if not seen or time.monotonic() - seen[-1][0] > 5:
+            seen.append((time.monotonic(), own.memory_info().rss / 2**20, own.num_fds()))
+        start = [clock() for clock in clocks]
+        output = run.step(parts)
+        for clock, begun, kept in zip(clocks, start, spent, strict=True):
+            kept.append(clock() - begun)
+        return output
 
     end = threading.Timer(60 * MINUTES, os.kill, (os.getpid(), signal.SIGTERM))
     end.start()
@@ -214,10 +218,8 @@ def test_p21_hours_of_training_leave_memory_and_files_flat(inputs, tmp_path, tal
     end.join()
     times, memory, files = np.array(seen[len(seen) // 4 :]).T  # the first quarter warms up
     slope = np.polyfit(times / 60, memory, 1)[0]
-    steps = [b - a for a, b in itertools.pairwise(starts[50:])]
-    quick = 3 * statistics.median(steps)
-    # What is saved, scored or reported after a step belongs to no step.
-    slow = [k for k, each in enumerate(steps, start=51) if each > quick and k % 10]
+    # Other programs take the cores at any time: of the wall clock's steps the share is named.
+    wall, steps = (np.array(each)[50:] / np.median(each[50:]) for each in spent)
     tally(
         "P21",
         f"{MINUTES:g} minutes: memory grows by {slope:.3f} MiB a minute",
@@ -232,7 +234,8 @@ def test_p21_hours_of_training_leave_memory_and_files_flat(inputs, tmp_path, tal
     )
     tally(
         "P21",
-        f"{MINUTES:g} minutes: steps within 3 times the median",
-        held=len(steps) - len(slow),
+        f"{MINUTES:g} minutes: CPU time of a step within 3 times the median "
+        f"(wall clock: {np.mean(wall < 3):.3%})",
+        held=int(np.sum(steps < 3)),
         of=len(steps),
     )

@@ -72,7 +72,8 @@ class Batch:
         return _received, (images, tree_map_only(Tensor, Tensor.numpy, others))
 
     def _moved(self, move: Callable[[Tensor], Tensor]) -> "Batch":
-        return self._with(move, dict.fromkeys(self.texts, move), self.uids)
+        texts = {language: each.moved(move) for language, each in self.texts.items()}
+        return replace(self._with(move, dict.fromkeys(self.texts, move), self.uids), texts=texts)
 
     def split(self, number: int) -> list["Batch"]:
         """Return the batch in at most `number` parts of about equal size, for micro-batches.

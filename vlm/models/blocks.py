@@ -1,6 +1,6 @@
 """How a network's blocks are run: computed again in the backward pass, or compiled."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -44,7 +44,9 @@ def recompute(blocks: Sequence[nn.Module], *, keep_products: bool = False) -> No
         block.forward = kind(block, keep_products)
 
 
-def compile_blocks(blocks: Sequence[nn.Module], *, backend: str = "inductor") -> None:
+def compile_blocks(
+    blocks: Sequence[nn.Module], *, backend: str | Callable[..., Any] = "inductor"
+) -> None:
     """Have blocks compiled when they are first called, in place; weights keep their names.
 
     Blocks of one kind share what is compiled. Batches and texts may have any length: at the second

@@ -59,7 +59,8 @@ class DualEncoder(Encoder):
     def image_features(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> dict[str, Float[Tensor, "batch dim"]]:
-        return {MAIN: self.visual(images.contiguous(memory_format=self._memory_format)).float()}
+        images = images.contiguous(memory_format=self._memory_format)
+        return {MAIN: image_tower.features_of(self.visual, images).float()}
 
     @override
     def text_features(self, tokens: TokenBatch) -> dict[str, Float[Tensor, "batch dim"]]:

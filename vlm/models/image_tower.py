@@ -2,13 +2,14 @@
 
 import re
 from math import isqrt
-from typing import NamedTuple, TypeAlias
+from operator import itemgetter
+from typing import NamedTuple, TypeAlias, TypeGuard
 
 import torch
 from jaxtyping import Bool, Float
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
-from open_clip.transformer import PatchDropout, VisionTransformer
+from open_clip.transformer import PatchDropout, ResidualAttentionBlock, VisionTransformer
 from timm.layers.format import Format
 from timm.layers.patch_dropout import (
     PatchDropout as TimmPatchDropout,
@@ -20,6 +21,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from torch import Tensor, nn
 
 from vlm.errors import ConfigError
+from vlm.models.attention import run_at_one_position
 from vlm.models.batch_norm import temporarily
 
 ImageTower: TypeAlias = VisionTransformer | ModifiedResNet | TimmModel
@@ -84,6 +86,23 @@ def patch_layout(visual: ImageTower) -> PatchLayout:
         return PatchLayout((rows, columns), width)
     count, width = _timm_patches(visual.trunk, output).shape[1:]
     return PatchLayout(_timm_grid(visual, count), width)
+
+
+def features_of(
+    visual: ImageTower, images: Float[Tensor, "batch 3 height width"]
+) -> Float[Tensor, "batch dim"]:
+    """Return the features of images, not normalised: those of the tower itself."""
+    features: Tensor
+    if not _reads_class_token(visual):
+        features = visual(images)
+        return features
+    states = visual._embeds(images)
+    *blocks, last = visual.transformer.resblocks
+    for block in blocks:
+        states = block(states)
+    pooled = run_at_one_position(last, states, itemgetter((slice(None), 0)))
+    features = visual.ln_post(pooled) @ visual.proj
+    return features
 
 
 def states_of(
@@ -167,9 +186,13 @@ def interpolate_positions(visual: ImageTower) -> None:
 
 
 def image_blocks(visual: ImageTower) -> list[nn.Module]:
-    """Return the layers that a tower repeats; those of a timm model are its own, if it has any."""
+    """Return the layers that a tower repeats, but for the one that `features_of` runs in part.
+
+    Those of a timm model are its own, if it has any.
+    """
     if isinstance(visual, VisionTransformer):
-        return list(visual.transformer.resblocks)
+        layers = list(visual.transformer.resblocks)
+        return layers[:-1] if _reads_class_token(visual) else layers
     if isinstance(visual, ModifiedResNet):
         stages = (visual.layer1, visual.layer2, visual.layer3, visual.layer4)
         return [block for stage in stages for block in stage]
@@ -213,6 +236,16 @@ def image_groups(visual: ImageTower) -> list[list[nn.Parameter]]:
     by_depth = group_parameters(visual.trunk, visual.trunk.group_matcher(), return_values=True)
     head = list(visual.head.parameters())
     return [by_depth[depth] for depth in sorted(by_depth)] + ([head] if head else [])
+
+
+def _reads_class_token(visual: ImageTower) -> TypeGuard[VisionTransformer]:
+    """Say whether features are those of one position, before which nothing but a norm comes."""
+    return (
+        isinstance(visual, VisionTransformer)
+        and visual.attn_pool is None
+        and visual.pool_type == "tok"
+        and isinstance(visual.transformer.resblocks[-1], ResidualAttentionBlock)
+    )
 
 
 def _timm_states(visual: TimmModel, images: Tensor) -> Tensor:

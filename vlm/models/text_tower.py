@@ -1,5 +1,6 @@
 """open_clip's text towers run on padded batches of any length."""
 
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from vlm.errors import ConfigError
 from vlm.models import hugging_face_tower
+from vlm.models.attention import Packing, attends_packed, run_at_one_position
 from vlm.models.encoder import Replacement
 from vlm.text.tokenizer import TokenBatch
 
@@ -50,16 +52,26 @@ def encode_tokens(tower: TextTower, tokens: TokenBatch) -> Float[Tensor, "batch 
     """
     if isinstance(tower, HFTextEncoder) or not _stops_at_end_of_text(tower):
         return token_states(tower, tokens)[0]
-    length = tokens.ids.shape[1]
-    causal_mask = tower.attn_mask[:length, :length]
-    states = tower.token_embedding(tokens.ids) + tower.positional_embedding[:length]
     *blocks, last = tower.transformer.resblocks  # the last runs for one position: see below
+    packing = _packing(tower, tokens)
+    if packing is None:
+        length = tokens.ids.shape[1]
+        mask = tower.attn_mask[:length, :length]
+        states = tower.token_embedding(tokens.ids) + tower.positional_embedding[:length]
+    else:
+        mask = packing
+        places = packing.rows % packing.length
+        ids = tokens.ids.flatten()[packing.rows]
+        states = tower.token_embedding(ids) + tower.positional_embedding.index_select(0, places)
     for block in blocks:
-        states = block(states, attn_mask=causal_mask)
+        states = block(states, attn_mask=mask)
+    if packing is not None:
+        states = packing.pad(states)
     if isinstance(last, ResidualAttentionBlock):
-        pooled = _last_block_at_end_of_text(last, states, tokens)
+        at_end = partial(_at_end_of_text, tokens=tokens)
+        pooled = run_at_one_position(last, states, at_end, unseen=~tokens.mask)
     else:  # open_clip's blocks with scaled or normalised attention
-        pooled = _at_end_of_text(last(states, attn_mask=causal_mask), tokens)
+        pooled = _at_end_of_text(last(states, attn_mask=mask), tokens)
     return _projected(tower, tower.ln_final(pooled))
 
 
@@ -131,6 +143,17 @@ def text_groups(tower: TextTower) -> list[list[nn.Parameter]]:
     return [embeddings, *blocks, [projection] if single else list(projection.parameters())]
 
 
+def _packing(tower: TextTransformer, tokens: TokenBatch) -> Packing | None:
+    """Return where tokens are, if there is padding to leave out and the blocks are able to."""
+    *blocks, last = tower.transformer.resblocks
+    able = isinstance(last, ResidualAttentionBlock) and all(map(attends_packed, blocks))
+    if not able or not blocks or tokens.count in (None, tokens.mask.numel()):
+        return None
+    # Its size is known, so that no device is waited for.
+    rows = torch.nonzero_static(tokens.mask.flatten(), size=tokens.count)[:, 0]
+    return Packing(rows, *tokens.mask.shape)
+
+
 def _stops_at_end_of_text(tower: TextTransformer) -> bool:
     pools_at_end = tower.pool_type in _AT_END_OF_TEXT and tower.cls_emb is None
     return tower.attn_mask is not None and pools_at_end
@@ -181,21 +204,6 @@ def _projected(
     linear = isinstance(projection, nn.Linear)
     features: Tensor = projection(pooled) if linear else pooled @ projection
     return features
-
-
-def _last_block_at_end_of_text(
-    block: ResidualAttentionBlock, states: Float[Tensor, "batch length width"], tokens: TokenBatch
-) -> Float[Tensor, "batch width"]:
-    """Run the last block for the one position that is read: a fraction of its arithmetic."""
-    normed = block.ln_1(states)
-    query = _at_end_of_text(normed, tokens)[:, None]
-    # Per text and head, heads innermost. As `key_padding_mask`, torch would check it by means of
-    # sympy, whose import takes a second of a first search.
-    padding = (~tokens.mask)[:, None].repeat_interleave(block.attn.num_heads, dim=0)
-    attended, _ = block.attn(query, normed, normed, attn_mask=padding, need_weights=False)
-    pooled: Tensor = _at_end_of_text(states, tokens) + block.ls_1(attended[:, 0])
-    output: Tensor = pooled + block.ls_2(block.mlp(block.ln_2(pooled)))
-    return output
 
 
 def _at_end_of_text(

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import chain
 from pathlib import Path
@@ -42,12 +42,21 @@ class TokenBatch:
     ids: Int64[Tensor, "batch length"]
     mask: Bool[Tensor, "batch length"]
     """True at the tokens of a text, false at padding; the last true one is the end of text."""
+    count: int | None = None
+    """How many tokens the mask has. Counted on the host; None where a device would have to be
+    waited for."""
+
+    def __post_init__(self) -> None:
+        if self.count is None and self.mask.device.type == "cpu":
+            object.__setattr__(self, "count", int(self.mask.sum()))
 
     def to(self, device: torch.device) -> "TokenBatch":
         """Return the same batch with its tensors on `device`."""
-        return TokenBatch(
-            self.ids.to(device, non_blocking=True), self.mask.to(device, non_blocking=True)
-        )
+        return self.moved(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "TokenBatch":
+        """Return the same batch with its tensors elsewhere."""
+        return TokenBatch(move(self.ids), move(self.mask), self.count)
 
 
 @dataclass(frozen=True, kw_only=True)

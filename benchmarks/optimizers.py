@@ -1,8 +1,9 @@
 """Train the emoji recipe with every optimizer, schedule, rate by tower and average, in equal time.
 
-Two short runs of each variant tell its processor time a step, from which follow the steps that fit
-the budget. What is done is in `--out`, and is not done again: the command may be stopped and given
-once more. One JSON object goes to stdout, a Markdown table to stderr.
+The time is that of a number of AdamW's steps. Short runs of variants in turn give the processor
+time of a step in AdamW's, from which follow each one's steps. What is done is in `--out`, and is
+not done again: the command may be stopped and given once more. One JSON object goes to stdout, a
+Markdown table to stderr.
 """
 
 import argparse
@@ -21,6 +22,8 @@ from setting import ROOT, describe_setting
 
 CONFIG = "configs/train/emoji.yaml"
 SHORT, SHORTER = 130, 50  # steps; the first 40 or so decode the images
+ROUNDS = 3  # of short runs
+BASE = "AdamW"
 SPLITS = ("test_style", "test_novel_style")
 LANGUAGES = ("zh", "en")
 
@@ -32,6 +35,8 @@ class Variant:
     flags: tuple[str, ...] = ()
     """Options of `vlm train`; `$most` stands for 70 % of the run's steps, `$few` for 4 %."""
     bundle: str = "bundle"
+    costs: str | None = None
+    """The variant whose step takes as long by construction; None where it is measured."""
 
 
 LAST_CHECKPOINTS = (
@@ -39,14 +44,16 @@ LAST_CHECKPOINTS = (
 )  # fmt: skip
 SMALL_FIRST = '--stages=[{"steps": $most, "image_size": 32}, {"goes_on": true}]'
 VARIANTS = {
-    "AdamW": Variant(),
-    "AdamW, beta2 0.95": Variant(("--optimizer.betas=[0.9,0.95]",)),
-    "AdamW, linear to 0": Variant(("--schedule.shape=linear",)),
-    "AdamW, wsd": Variant(("--schedule.shape=wsd",)),
-    "AdamW, image tower at 0.5": Variant(("--optimizer.image.learning_rate_ratio=0.5",)),
-    "AdamW, text tower at 0.5": Variant(("--optimizer.text.learning_rate_ratio=0.5",)),
+    BASE: Variant(),
+    "AdamW, beta2 0.95": Variant(("--optimizer.betas=[0.9,0.95]",), costs=BASE),
+    "AdamW, linear to 0": Variant(("--schedule.shape=linear",), costs=BASE),
+    "AdamW, wsd": Variant(("--schedule.shape=wsd",), costs=BASE),
+    "AdamW, image tower at 0.5": Variant(
+        ("--optimizer.image.learning_rate_ratio=0.5",), costs=BASE
+    ),
+    "AdamW, text tower at 0.5": Variant(("--optimizer.text.learning_rate_ratio=0.5",), costs=BASE),
     "AdamW, layer decay 0.75": Variant(
-        ("--optimizer.image.layer_decay=0.75", "--optimizer.text.layer_decay=0.75")
+        ("--optimizer.image.layer_decay=0.75", "--optimizer.text.layer_decay=0.75"), costs=BASE
     ),
     "Muon": Variant(("--optimizer.name=muon",)),
     "Lion": Variant(
@@ -54,11 +61,11 @@ VARIANTS = {
     ),
     "AdamW, EMA": Variant(("--averaging.ema_decay=0.999",), "bundle-ema"),
     "AdamW, wsd, EMA": Variant(
-        ("--schedule.shape=wsd", "--averaging.ema_decay=0.999"), "bundle-ema"
+        ("--schedule.shape=wsd", "--averaging.ema_decay=0.999"), "bundle-ema", "AdamW, EMA"
     ),
     "AdamW, last 5 checkpoints": Variant(LAST_CHECKPOINTS, "bundle-mean"),
     "AdamW, wsd, last 5 checkpoints": Variant(
-        ("--schedule.shape=wsd", *LAST_CHECKPOINTS), "bundle-mean"
+        ("--schedule.shape=wsd", *LAST_CHECKPOINTS), "bundle-mean", "AdamW, last 5 checkpoints"
     ),
     "AdamW, 32 pixels, then 48": Variant((SMALL_FIRST,)),
     "Muon, 32 pixels, then 48": Variant(("--optimizer.name=muon", SMALL_FIRST)),
@@ -85,6 +92,22 @@ def step_seconds(variant: Variant, folder: Path) -> float:
         train(variant, folder / f"{steps}-steps", steps=steps, seed=0) for steps in (SHORT, SHORTER)
     ]
     return (times[0] - times[1]) / (SHORT - SHORTER)
+
+
+def relative_costs(names: Sequence[str]) -> dict[str, float]:
+    """Return the processor time of a step in steps of `BASE`, of what variants cost as much as."""
+    kinds = dict.fromkeys([BASE, *(VARIANTS[name].costs or name for name in names)])
+    rounds = []
+    for _ in range(ROUNDS):
+        with tempfile.TemporaryDirectory(prefix="optimizers_") as temporary:
+            rounds.append(
+                {
+                    kind: step_seconds(VARIANTS[kind], Path(temporary, str(number)))
+                    for number, kind in enumerate(kinds)
+                }
+            )
+    # Ratios within a round: how long a step takes depends on what else the machine does.
+    return {kind: statistics.median(each[kind] / each[BASE] for each in rounds) for kind in kinds}
 
 
 def score(embedder: Any) -> dict[str, float]:
@@ -122,11 +145,18 @@ def chance(bundle: Path) -> dict[str, float]:
     return score(Embedder(load_bundle(bundle), model=Noise()))
 
 
-def measure(result: dict[str, Any], out: Path, *, seconds: float, seeds: int) -> None:
+def measure(result: dict[str, Any], out: Path, *, seeds: int) -> None:
     """Train and score what the result lacks, and write it after each run."""
     from vlm.embedding.embedder import Embedder
     from vlm.files import write_file
 
+    missing = [
+        name for name in result["variants"]
+        if (VARIANTS[name].costs or name) not in result["relative_costs"]
+    ]  # fmt: skip
+    if missing:
+        result["relative_costs"] |= relative_costs(missing)
+        write_file(out, (json.dumps(result, indent=1) + "\n").encode())
     for seed in range(seeds):  # all variants of a seed, before those of the next
         for name in result["variants"]:
             variant, runs = VARIANTS[name], result["runs"].setdefault(name, {})
@@ -134,9 +164,7 @@ def measure(result: dict[str, Any], out: Path, *, seconds: float, seeds: int) ->
                 continue
             with tempfile.TemporaryDirectory(prefix="optimizers_") as temporary:
                 folder = Path(temporary)
-                if name not in result["seconds_a_step"]:
-                    result["seconds_a_step"][name] = step_seconds(variant, folder)
-                steps = round(seconds / result["seconds_a_step"][name])
+                steps = round(result["steps"] / result["relative_costs"][variant.costs or name])
                 spent = train(variant, folder / "run", steps=steps, seed=seed)
                 bundle = folder / "run" / variant.bundle
                 scores = score(Embedder.load(bundle, device="cpu"))
@@ -160,20 +188,20 @@ def table(result: Mapping[str, Any]) -> str:
         [
             name,
             f"{statistics.mean(run['steps'] for run in runs.values()):.0f}",
-            f"{statistics.mean(run['cpu_s'] for run in runs.values()):.0f}",
+            f"{result['relative_costs'][VARIANTS[name].costs or name]:.2f}",
             *(cell([run["scores"][key] for run in runs.values()]) for key in columns),
         ]
         for name, runs in result["runs"].items()
         if runs
     ]
     rows.append(["chance", "", "", *(f"{result['chance'][key]:.3f}" for key in columns)])
-    return markdown_table(["", "steps", "CPU s", *columns], rows)
+    return markdown_table(["", "steps", "CPU time of a step", *columns], rows)
 
 
 def main() -> None:
     """Measure what is missing, and print all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=360, help="processor seconds of training")
+    parser.add_argument("--steps", type=int, default=1600, help="of AdamW, whose time all get")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each, with seeds 0, 1, ...")
     parser.add_argument(
         "--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME"
@@ -181,13 +209,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("optimizers.json"))
     options = parser.parse_args()
     result = describe_setting("benchmarks/optimizers.py", threads=1)
-    result |= {"seconds": options.seconds, "seconds_a_step": {}, "runs": {}}
+    result |= {"steps": options.steps, "relative_costs": {}, "runs": {}}
     if options.out.exists():
         result = json.loads(options.out.read_text(encoding="utf-8"))
-        if result["seconds"] != options.seconds:
-            parser.error(f"{options.out} has runs of {result['seconds']} s; choose another --out")
+        if result["steps"] != options.steps:
+            parser.error(f"{options.out} is of {result['steps']} steps; choose another --out")
     result["variants"] = options.variants
-    measure(result, options.out, seconds=options.seconds, seeds=options.seeds)
+    measure(result, options.out, seeds=options.seeds)
     print(json.dumps(result, indent=1))
     print(table(result), file=sys.stderr)
 

@@ -1,19 +1,23 @@
 """Runs whose weights are sharded over ranks: scored, saved, resumed by others, left whole."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.builders import make_samples, tiny_tokenizer, write_split
+from tests.builders import TINY_MODEL, make_samples, tiny_bundle, tiny_tokenizer, write_split
 from tests.models.test_pretraining import TINY_MULTIWAY
 from tests.support.commands import run_vlm
 from vlm.batches.config import DataConfig
+from vlm.losses.plan import DistillationConfig
 from vlm.training.config import (
+    AdaptationConfig,
     AveragingConfig,
     CheckpointConfig,
     EvaluationConfig,
+    ObjectivesConfig,
     OptimizerConfig,
     ScheduleConfig,
     StageConfig,
@@ -37,10 +41,11 @@ def inputs(tmp_path_factory):
     write_split(folder / "data", make_samples(24))
     write_split(folder / "data", make_samples(12), split="val")
     tiny_tokenizer().save(folder / "tokenizer")
+    tiny_bundle(folder / "teacher", seed=1)
     return folder
 
 
-def train(inputs, folder, *, processes, sharding=None, resume=False, stages=()):
+def train(inputs, folder, *, processes, sharding=None, resume=False, **changes):
     """Run the command; return what it printed for people."""
     config = TrainConfig(
         run_folder=folder,
@@ -50,14 +55,13 @@ def train(inputs, folder, *, processes, sharding=None, resume=False, stages=()):
         # Adam would make whole steps of gradients that are rounding errors alone.
         optimizer=OptimizerConfig(eps=1e-4),
         schedule=ScheduleConfig(steps=STEPS, warmup_steps=2),
-        stages=stages,
         averaging=AveragingConfig(ema_decay=0.9),
         evaluation=EvaluationConfig(every_steps=SAVED),
         checkpoint=CheckpointConfig(every_steps=SAVED, keep=2),
         report_every=1,
     )
     path = folder.with_suffix(".yaml")
-    path.write_text(config_as_yaml(config))
+    path.write_text(config_as_yaml(replace(config, **changes)))
     more = ["--resume"] if resume else []
     return run_vlm("train", "--config", path, *more, processes=processes, environment=sharding)[1]
 
@@ -115,14 +119,36 @@ def test_sharded_runs_are_those_of_ddp_and_each_goes_on_from_the_others_checkpoi
         assert_alike(folder, whole)
 
 
+def to_a_teacher(inputs):
+    """Losses of all kinds towards a model of two towers that reads English."""
+    weights = {"feature_weight": 1.0, "structure_weight": 1.0, "logit_weight": 1.0}
+    plan = DistillationConfig(teacher=inputs / "teacher", languages=("en",), **weights)
+    return {"model": TINY_MODEL, "objectives": ObjectivesConfig(distillation=plan)}
+
+
+ADAPTERS = {"adapt": AdaptationConfig(lora_rank=2)}
+WAYS = {
+    "stages": lambda inputs: {
+        "stages": (
+            StageConfig(steps=2, trained="text", warmup_steps=1),
+            StageConfig(steps=2, trained="image", warmup_steps=1),
+            StageConfig(warmup_steps=1),
+        )
+    },
+    "adapters": lambda inputs: ADAPTERS,
+    "adapters of two towers": lambda inputs: ADAPTERS | {"model": TINY_MODEL},
+    "a teacher": to_a_teacher,
+}
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_stages_of_a_sharded_run_are_those_of_ddp(inputs, tmp_path):
-    stages = (
-        StageConfig(steps=2, trained="text", warmup_steps=1),
-        StageConfig(steps=2, trained="image", warmup_steps=1),
-        StageConfig(warmup_steps=1),
-    )
-    for name, sharding in (("whole", None), ("sharded", SHARDED)):
-        train(inputs, tmp_path / name, processes=2, sharding=sharding, stages=stages)
-    assert_alike(tmp_path / "sharded", tmp_path / "whole")
+@pytest.mark.parametrize("way", WAYS)
+def test_a_sharded_run_trains_in_every_way_as_under_ddp_and_goes_on(inputs, tmp_path, way):
+    changes, whole, sharded = WAYS[way](inputs), tmp_path / "whole", tmp_path / "sharded"
+    for folder, sharding in ((whole, None), (sharded, SHARDED)):
+        train(inputs, folder, processes=2, sharding=sharding, **changes)
+    assert_alike(sharded, whole)
+    resumed = cut_off(sharded, tmp_path / "resumed")
+    train(inputs, resumed, processes=2, sharding=SHARDED, resume=True, **changes)
+    assert_alike(resumed, whole)

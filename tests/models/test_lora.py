@@ -9,6 +9,7 @@ from tests.models.test_pretraining import TINY_MULTIWAY
 from tests.support.processes import run_in_processes
 from vlm.distributed.groups import world_group
 from vlm.errors import ConfigError
+from vlm.models.attention import pack_attention
 from vlm.models.batch_norm import synchronize_batch_norm
 from vlm.models.build import build_from_config
 from vlm.models.lora import add_lora, without_lora
@@ -36,6 +37,43 @@ def train(encoder, tokenizer):
         sum((each @ target).sum() for each in features(encoder, tokenizer)).backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+class Layers(nn.Module):
+    """A linear layer and an attention, of torch or packed."""
+
+    matrices = ("linear.weight", "attention.out_proj.weight", "attention.in_proj_weight")
+
+    def __init__(self, packed):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(8, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        if packed:
+            pack_attention(self)
+
+    def forward(self, tokens):
+        tokens = self.linear(tokens)
+        return self.attention(tokens, tokens, tokens, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_each_matrix_acts_as_itself_and_a_scaled_product(packed):
+    plain, adapted = Layers(packed), Layers(packed)
+    add_lora(adapted, [list(adapted.parameters())], rank=2, alpha=6)
+    locked = {name: p.clone() for name, p in adapted.named_parameters() if not p.requires_grad}
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    for seed, matrix in enumerate(trained):
+        nn.init.normal_(matrix, generator=torch.Generator().manual_seed(seed))
+    for name, a, b in zip(plain.matrices, trained[::2], trained[1::2], strict=True):
+        plain.get_parameter(name).data += 3 * (b @ a).detach()
+    tokens = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(9))
+    torch.testing.assert_close(adapted(tokens), plain(tokens), atol=1e-5, rtol=1e-5)
+    after = dict(adapted.named_parameters())
+    assert all(torch.equal(after[name], matrix) for name, matrix in locked.items())
+    merged = without_lora(adapted)
+    for name in plain.matrices:
+        torch.testing.assert_close(merged.get_parameter(name).data, plain.get_parameter(name).data)
 
 
 @pytest.mark.parametrize("kind", ["two towers", "multiway"])

@@ -144,9 +144,7 @@ def pack_attention(model: nn.Module) -> None:
 
 def attends_packed(block: nn.Module) -> bool:
     """Say whether a block of open_clip takes a `Packing`."""
-    attention = getattr(block, "attn", None)
-    # Adapters are wrapped around it.
-    return isinstance(getattr(attention, "base_layer", attention), PackedAttention)
+    return isinstance(getattr(block, "attn", None), PackedAttention)
 
 
 def _is_plain(module: nn.MultiheadAttention) -> bool:

@@ -1,11 +1,14 @@
 """Low-rank adapters on towers: small matrices are trained in the place of the towers' own."""
 
+import math
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from typing_extensions import override
 
 from vlm.distributed.groups import RankGroup
 from vlm.errors import ConfigError
@@ -35,15 +38,32 @@ def add_lora(
             "adapters need the package peft; expected `pip install 'vlm[lora]'`"
         ) from error
     locked = {parameter for group in groups for parameter in group}
-    names = _adaptable(model, locked)
-    if not names:
+    attentions = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight in locked
+    ]
+    within = {linear for attention in attentions for linear in attention.children()}
+    linears = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.weight in locked and module not in within
+    ]
+    if not attentions and not linears:
         raise ConfigError("the towers have no linear layer or attention that adapters could go to")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names)
-    inject_adapter_in_model(settings, model)
+    if linears:
+        settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=linears)
+        inject_adapter_in_model(settings, model)
     # The library locks the whole model, and not the tower alone.
     for parameter in trained:
         parameter.requires_grad_(parameter not in locked)
+    # The library's adapters of attention write to the locked matrices in each pass, which leaves
+    # rounding errors there, and add B A to the last one twice.
+    for attention in attentions:
+        for layer, name in ((attention, "in_proj_weight"), (attention.out_proj, "weight")):
+            adapter = _AddedProduct(getattr(layer, name), rank=rank, alpha=alpha)
+            parametrize.register_parametrization(layer, name, adapter)
 
 
 def without_lora(model: Model) -> Model:
@@ -51,28 +71,31 @@ def without_lora(model: Model) -> Model:
 
     A model that has none is returned as it is.
     """
-    if not any(_is_adapter(module) for module in model.modules()):
+    if not any(_is_linear_adapter(each) or _is_added_to(each) for each in model.modules()):
         return model
     model = deepcopy(model, memo=_communicators(model))
-    done: list[str] = []
     for name, module in list(model.named_modules()):
-        # Attention merges the adapter of its output by itself.
-        if _is_adapter(module) and not any(name.startswith(f"{outer}.") for outer in done):
+        if _is_linear_adapter(module):
             model.set_submodule(name, _merged(module))
-            done.append(name)
+        elif _is_added_to(module):
+            _multiply_out(module)
     return model
 
 
-def _adaptable(model: nn.Module, parameters: set[nn.Parameter]) -> list[str]:
-    """Name the layers whose weights are among the parameters, attention as a whole."""
-    names: list[str] = []
-    for name, module in model.named_modules():
-        within = any(name.startswith(f"{outer}.") for outer in names)
-        if isinstance(module, nn.Linear | nn.MultiheadAttention) and not within:
-            weight = module.weight if isinstance(module, nn.Linear) else module.in_proj_weight
-            if weight in parameters:
-                names.append(name)
-    return names
+class _AddedProduct(nn.Module):
+    """Turns a matrix W into `W + alpha / rank * B A`, where it lies."""
+
+    def __init__(self, matrix: Tensor, *, rank: int, alpha: int) -> None:
+        super().__init__()
+        rows, columns = matrix.shape
+        self.lora_A = nn.Parameter(matrix.new_empty(rank, columns))
+        self.lora_B = nn.Parameter(matrix.new_zeros(rows, rank))
+        self._scale = alpha / rank
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as a linear layer's weight
+
+    @override
+    def forward(self, matrix: Tensor) -> Tensor:
+        return matrix + self._scale * (self.lora_B @ self.lora_A)
 
 
 def _communicators(model: nn.Module) -> dict[int, Any]:
@@ -82,17 +105,27 @@ def _communicators(model: nn.Module) -> dict[int, Any]:
     return {id(value): value for value in held if isinstance(value, dist.ProcessGroup)}
 
 
-def _is_adapter(module: nn.Module) -> bool:
+def _is_added_to(module: nn.Module) -> bool:
+    added = getattr(module, "parametrizations", {}).values()
+    return any(isinstance(each[0], _AddedProduct) for each in added)
+
+
+def _multiply_out(module: Any) -> None:
+    """Give a module of one matrix with an adapter the sum as its matrix."""
+    (name,) = module.parametrizations
+    matrix = getattr(module, name).detach()
+    # torch's own way back changes the class, which a copy has in common with its model.
+    module.__class__ = parametrize.type_before_parametrizations(module)
+    del module.parametrizations
+    module.register_parameter(name, nn.Parameter(matrix, requires_grad=False))
+
+
+def _is_linear_adapter(module: nn.Module) -> bool:
     return hasattr(module, "get_base_layer") and hasattr(module, "merge")
 
 
 def _merged(module: Any) -> nn.Module:
-    if hasattr(module, "unload_and_optionally_merge_module"):  # attention, in several matrices
-        layer = module.unload_and_optionally_merge_module(
-            merge=True, safe_merge=False, adapter_names=None
-        )
-    else:
-        module.merge()
-        layer = module.get_base_layer()
+    module.merge()
+    layer = module.get_base_layer()
     assert isinstance(layer, nn.Module)
     return layer

@@ -28,6 +28,7 @@ from vlm.training.reporter import METRICS_NAME, read_records
 
 STEPS, SAVED = 6, 3
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+ZERO_2 = SHARDED | {"FSDP_RESHARD_AFTER_FORWARD": "false"}
 HYBRID = SHARDED | {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
     "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
@@ -45,7 +46,7 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def train(inputs, folder, *, processes, sharding=None, resume=False, **changes):
+def train(inputs, folder, *, processes=1, sharding=None, launcher=(), resume=False, **changes):
     """Run the command; return what it printed for people."""
     config = TrainConfig(
         run_folder=folder,
@@ -63,7 +64,16 @@ def train(inputs, folder, *, processes, sharding=None, resume=False, **changes):
     path = folder.with_suffix(".yaml")
     path.write_text(config_as_yaml(replace(config, **changes)))
     more = ["--resume"] if resume else []
-    return run_vlm("train", "--config", path, *more, processes=processes, environment=sharding)[1]
+    words = ("train", "--config", path, *more)
+    return run_vlm(*words, launcher=launcher, processes=processes, environment=sharding)[1]
+
+
+@pytest.fixture(scope="module")
+def whole(inputs):
+    """A run under DDP."""
+    folder = inputs / "whole"
+    train(inputs, folder, processes=4)
+    return folder
 
 
 def records(folder):
@@ -102,10 +112,9 @@ def cut_off(folder, to):
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_sharded_runs_are_those_of_ddp_and_each_goes_on_from_the_others_checkpoints(
-    inputs, tmp_path
+    inputs, whole, tmp_path
 ):
-    whole, sharded = tmp_path / "whole", tmp_path / "sharded"
-    train(inputs, whole, processes=4)
+    sharded = tmp_path / "sharded"
     said = train(inputs, sharded, processes=4, sharding=SHARDED)
     assert "ranks: 4 on cpu, fp32, weights sharded over 4 ranks" in said
     assert_alike(sharded, whole)
@@ -117,6 +126,22 @@ def test_sharded_runs_are_those_of_ddp_and_each_goes_on_from_the_others_checkpoi
         folder = cut_off(start, tmp_path / name)
         train(inputs, folder, processes=processes, sharding=sharding, resume=True)
         assert_alike(folder, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_what_zero_2_divides_is_divided_by_the_file_for_it(inputs, whole, tmp_path):
+    divided, resumed = tmp_path / "divided", tmp_path / "resumed"
+    launcher = (
+        "accelerate.commands.launch", "--config_file", "configs/accelerate/fsdp2-zero2.yaml",
+        "--num_processes", "2",
+    )  # fmt: skip
+    said = train(inputs, divided, launcher=launcher)
+    assert "ranks: 2 on cpu, fp32, weights sharded over 2 ranks, kept for the backward pass" in said
+    assert_alike(divided, whole)
+    cut_off(divided, resumed)
+    train(inputs, resumed, processes=4, sharding=ZERO_2, resume=True)
+    assert_alike(resumed, whole)
 
 
 def to_a_teacher(inputs):

@@ -199,7 +199,9 @@ def test_weights_are_whole_unless_the_launcher_was_asked_to_shard_them(launched)
     assert launched_sharding(8) == Sharding(8, 1, True)
     launched(FSDP_RESHARD_AFTER_FORWARD="false", **in_copies(2, 4))
     assert launched_sharding(8) == Sharding(2, 4, False)
-    assert str(Sharding(2, 4, False)) == "weights sharded over 2 ranks, in 4 copies"
+    said = "weights sharded over 2 ranks, in 4 copies"
+    assert str(Sharding(2, 4, True)) == said
+    assert str(Sharding(2, 4, False)) == f"{said}, kept for the backward pass"
 
 
 @pytest.mark.parametrize(
@@ -218,7 +220,10 @@ def test_what_this_does_not_do_is_refused(launched, options, message):
 
 def test_deepspeed_is_refused_before_accelerate_looks_for_it(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ConfigError, match=r"is DEEPSPEED .*; expected FSDP"), sharding_is_ours():
+    with (
+        pytest.raises(ConfigError, match=r"is DEEPSPEED .*; expected FSDP, as in .*zero2"),
+        sharding_is_ours(),
+    ):
         pass
 
 

@@ -35,7 +35,8 @@ class Sharding:
 
     def __str__(self) -> str:
         copies = f", in {self.copies} copies" if self.copies > 1 else ""
-        return f"weights sharded over {self.ranks} ranks{copies}"
+        kept = "" if self.reshard_after_forward else ", kept for the backward pass"
+        return f"weights sharded over {self.ranks} ranks{copies}{kept}"
 
     def mesh(self, device: torch.device) -> DeviceMesh:
         """Return the ranks, copies by shards; a collective operation."""
@@ -93,9 +94,10 @@ def sharding_is_ours() -> Iterator[None]:
     """
     if _is_on("ACCELERATE_USE_DEEPSPEED"):
         raise ConfigError(
-            "distributed_type is DEEPSPEED in accelerate's configuration, where a backward pass "
-            "takes the optimizer's step; expected FSDP, with fsdp_reshard_after_forward false for "
-            "what ZeRO-2 divides and true for ZeRO-3"
+            "distributed_type is DEEPSPEED in accelerate's configuration, and DeepSpeed takes no "
+            "parameter without dimensions, such as a temperature, and moves locked weights; "
+            "expected FSDP, as in configs/accelerate/fsdp2-zero2.yaml for what ZeRO-2 divides and "
+            "fsdp2.yaml for ZeRO-3"
         )
     hidden = {name: os.environ.pop(name) for name in (_FSDP, _PARALLELISM) if name in os.environ}
     try:

@@ -259,13 +259,14 @@ def test_optimizers_together_go_on_from_their_state_bit_for_bit():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["adamw", "muon", "lion"])
-def test_going_on_from_a_checkpoint_leaves_the_same_weights(inputs, tmp_path, name):
+def test_going_on_from_a_checkpoint_leaves_the_same_weights(inputs, tmp_path, name, dtype):
     towers = TowerRateConfig(learning_rate_ratio=0.5, weight_decay=0.0, layer_decay=0.8)
     settings = config(
         inputs,
         tmp_path,
-        optimizer=OptimizerConfig(name=name, image=towers, text=towers),
+        optimizer=OptimizerConfig(name=name, state_dtype=dtype, image=towers, text=towers),
         evaluation=EvaluationConfig(),
     )
     build_run(settings).fit()
@@ -276,7 +277,7 @@ def test_going_on_from_a_checkpoint_leaves_the_same_weights(inputs, tmp_path, na
     assert (run.fit() / "open_clip_model.safetensors").read_bytes() == whole
 
 
-def sharded_steps(rank, name):
+def sharded_steps(rank, name, dtype):
     """Weights and averages after steps on a model that is whole, and on one in two shards."""
     found = []
     for shards in (False, True):
@@ -284,7 +285,8 @@ def sharded_steps(rank, name):
         model = Towers(block=nn.Linear(6, 7), head=nn.Linear(7, 2))
         if shards:
             fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-        optimizer = build_optimizer(model, OptimizerConfig(name=name, learning_rate=0.01))
+        settings = OptimizerConfig(name=name, state_dtype=dtype, learning_rate=0.01)
+        optimizer = build_optimizer(model, settings)
         average = MovingAverage(model, 0.9)
         for step in range(1, 4):
             for parameter in model.parameters():
@@ -309,11 +311,12 @@ def full(parameter):
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["adamw", "muon", "lion"])
-def test_shards_take_the_steps_of_the_whole_and_so_does_their_average(name):
+def test_shards_take_the_steps_of_the_whole_and_so_does_their_average(name, dtype):
     # Muon adds up in bfloat16, in another order; its three updates are of 5e-3 each.
     tolerance = 1e-3 if name == "muon" else 0
-    for whole, shards in run_in_world(sharded_steps, 2, name):
+    for whole, shards in run_in_world(sharded_steps, 2, name, dtype):
         for expected, found in zip(whole, shards, strict=True):
             for key, value in expected.items():
                 torch.testing.assert_close(found[key], value, rtol=0, atol=tolerance)

@@ -160,7 +160,7 @@ class Guard:
             else:
                 optimizer.step()
         else:
-            fused: Any = getattr(optimizer, "optimizer", optimizer)  # within accelerate's wrapper
+            fused: Any = getattr(optimizer, "optimizer", optimizer)  # within a wrapper
             fused.found_inf = skip.float()
             optimizer.step()
             self._put_back(skip)

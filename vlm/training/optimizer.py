@@ -1,7 +1,7 @@
 """Optimizers, and the rate and decay of every parameter."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from typing import Any, cast
@@ -19,6 +19,8 @@ from vlm.training.optimizer_config import OptimizerConfig, TowerRateConfig
 RATE_RATIO = "learning_rate_ratio"
 """Key of a parameter group: the ratio of its learning rate to that of the run."""
 
+_WIDENED = 1 << 26  # numbers whose moments are float32 at a time
+
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """Return the optimizer of every parameter that takes part in training.
@@ -32,11 +34,12 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     rate, betas = config.learning_rate, config.betas
     groups = partial(_groups, towers=_tower_settings(model, config), others=config.weight_decay)
+    stored = Bfloat16States if config.state_dtype == "bfloat16" else _as_it_is
     adamw = partial(torch.optim.AdamW, lr=rate, betas=betas, eps=config.eps, fused=True)
     if config.name == "lion":
-        return Lion(groups(trained), lr=rate, betas=betas)
+        return stored(Lion(groups(trained), lr=rate, betas=betas))
     if config.name == "adamw":
-        return adamw(groups(trained))
+        return stored(adamw(groups(trained)))
     matrices = _hidden_matrices(model)
     muon = torch.optim.Muon(
         groups(parameter for parameter in trained if parameter in matrices),
@@ -44,7 +47,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         # Updates as large as AdamW's, whatever the shape, so that one rate and decay serve both.
         adjust_lr_fn="match_rms_adamw",
     )
-    return Together(muon, adamw(groups(each for each in trained if each not in matrices)))
+    others = adamw(groups(each for each in trained if each not in matrices))
+    return Together(stored(muon), stored(others))
 
 
 class Together(torch.optim.Optimizer):
@@ -73,13 +77,61 @@ class Together(torch.optim.Optimizer):
             part.step()
 
 
+class Bfloat16States(torch.optim.Optimizer):
+    """An optimizer whose moments are bfloat16 between its steps, rounded to nearest.
+
+    It computes in float32, on the moments of a few parameters at a time. torch's AdamW could do
+    without that only where it is fused and on CUDA, and torch's Muon and timm's Lion nowhere.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        super().__init__(optimizer.param_groups, {})
+
+    @override
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Let the optimizer take its step."""
+        self.optimizer.state = self.state
+        for group in self.param_groups:
+            for parameters in _in_parts(group["params"]):
+                self.optimizer.param_groups = [group | {"params": parameters}]
+                self._cast(parameters, torch.float32)
+                self.optimizer.step()
+                self._cast(parameters, torch.bfloat16)
+
+    def _cast(self, parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
+        for parameter in parameters:
+            slots = self.state.get(parameter, {})
+            for key in slots.keys() - {"step"}:  # a count, which bfloat16 holds up to 256
+                slots[key] = slots[key].to(dtype)
+
+
 def reads_found_inf(optimizer: torch.optim.Optimizer) -> bool:
     """Say whether a step reads `found_inf` on the device and then changes nothing.
 
     torch's fused optimizers do; before a step of any other, the host has to look.
     """
-    plain = getattr(optimizer, "optimizer", optimizer)  # within accelerate's wrapper
+    plain = getattr(optimizer, "optimizer", optimizer)  # within accelerate's wrapper, or ours
     return bool(getattr(plain, "_step_supports_amp_scaling", False))
+
+
+def _as_it_is(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    return optimizer
+
+
+def _in_parts(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Give parameters in lists of about as many numbers as may be widened at a time."""
+    part: list[nn.Parameter] = []
+    numbers = 0
+    for parameter in parameters:
+        part.append(parameter)
+        numbers += parameter.numel()
+        if numbers >= _WIDENED:
+            yield part
+            part, numbers = [], 0
+    if part:
+        yield part
 
 
 def _groups(

@@ -60,6 +60,7 @@ MAY_CHANGE = {
     "adapt.grad_checkpointing": NO_EFFECT,
     "adapt.grad_checkpointing_every": NO_EFFECT,
     "optimizer": FROM_NOW,
+    "optimizer.state_dtype": "the moments are converted",
     "schedule": "the rates are those of the new schedule, as if it had always been this one",
     "stages": "the rates are those of the new stages, as if they had always been these",
     "averaging": "an average that joins starts from the weights of the checkpoint",

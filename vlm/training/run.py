@@ -186,7 +186,9 @@ class Run:
         sometimes = {"ema": self.average, "teacher": self.distillation, "scaler": scaler}
         return {name: part for name, part in sometimes.items() if part is not None} | {
             "model": self._unwrapped,
-            "optimizer": OptimizerState(self._unwrapped, self.optimizer),
+            "optimizer": OptimizerState(
+                self._unwrapped, self.optimizer, getattr(torch, self.config.optimizer.state_dtype)
+            ),
             "config": Settings(config=self.config),
             "guard": self.guard,
             "progress": self.progress,

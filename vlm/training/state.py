@@ -34,11 +34,13 @@ class Progress:
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """AdamW's tensors by `PARAMETER.KEY`; its other settings come from the configuration."""
+    """An optimizer's tensors by `PARAMETER.KEY`; its settings come from the configuration."""
 
     model: nn.Module
     """Names the parameters."""
     optimizer: torch.optim.Optimizer
+    dtype: torch.dtype = torch.float32
+    """Of the moments, whatever a checkpoint's are."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the moments and step counts."""
@@ -78,8 +80,8 @@ class OptimizerState:
         # lie as their parameter does (channels last); a file keeps their values only.
         for parameter, slot in self.optimizer.state.items():
             for key, value in slot.items():
-                if value.shape == parameter.shape:
-                    slot[key] = torch.empty_like(parameter).copy_(value)
+                if key != "step":
+                    slot[key] = torch.empty_like(parameter, dtype=self.dtype).copy_(value)
 
 
 @dataclass(frozen=True)

@@ -9,24 +9,25 @@ import sys
 import pytest
 import torch
 
+from tests.support.commands import run_vlm
 from tests.support.tiny_run import config, losses
 from vlm.errors import ConfigError
 from vlm.training import environment
 from vlm.training.build import build_run
-from vlm.training.config import EvaluationConfig, ProfileConfig
+from vlm.training.config import EvaluationConfig, ProfileConfig, config_as_yaml
 from vlm.training.environment import ENVIRONMENT_NAME
 
 QUIET = {"evaluation": EvaluationConfig(), "report_every": 1}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("steps", "traced"), [((2, 3), 2), ((6, 20), 2), ((8, 9), 0)])
+@pytest.mark.parametrize(("steps", "traced"), [("2:3", 2), ("6:20", 2), ("8:9", 0)])
 def test_the_steps_that_are_named_are_traced_and_nothing_changes(inputs, tmp_path, steps, traced):
     build_run(config(inputs, tmp_path / "plain", **QUIET)).fit()
     build_run(config(inputs, tmp_path, profile=ProfileConfig(steps=steps), **QUIET)).fit()
     assert losses(tmp_path) == losses(tmp_path / "plain")
     written = {path.name for path in tmp_path.glob("profile/*")}
-    name = f"steps-{steps[0]}-{steps[1]}-rank-0.trace.json.gz"
+    name = f"steps-{steps.replace(':', '-')}-rank-0.trace.json.gz"
     assert written == ({name} if traced else set())
     if traced:
         with gzip.open(tmp_path / "profile" / name) as file:
@@ -35,15 +36,27 @@ def test_the_steps_that_are_named_are_traced_and_nothing_changes(inputs, tmp_pat
         assert len(updates) == traced
 
 
+@pytest.mark.slow
+def test_a_command_names_the_steps_as_first_colon_last_and_so_does_the_config_it_leaves(
+    inputs, tmp_path
+):
+    file = tmp_path / "run.yaml"
+    file.write_text(config_as_yaml(config(inputs, tmp_path / "a", **QUIET)))
+    run_vlm("train", "--config", file, "--profile.steps=2:3")
+    run_vlm("train", "--config", tmp_path / "a/config.yaml", "--run_folder", tmp_path / "b")
+    for name in ("a", "b"):
+        assert (tmp_path / name / "profile/steps-2-3-rank-0.trace.json.gz").is_file()
+
+
 def test_other_ranks_are_traced_only_if_named(inputs, tmp_path):
-    profile = ProfileConfig(steps=(1, 1), ranks=(1,))
+    profile = ProfileConfig(steps="1:1", ranks=(1,))
     build_run(config(inputs, tmp_path, profile=profile, **QUIET)).fit()
     assert not (tmp_path / "profile").exists()
 
 
-@pytest.mark.parametrize("steps", [(0, 1), (3, 2)])
+@pytest.mark.parametrize("steps", ["0:1", "3:2", "3", "1:2:3", "a:b", ":", "", "-1:2", "[10, 12]"])
 def test_steps_that_cannot_be_traced_are_refused(steps):
-    with pytest.raises(ConfigError, match="expected a first step of at least 1"):
+    with pytest.raises(ConfigError, match=r"expected FIRST:LAST, a first step of at least 1"):
         ProfileConfig(steps=steps)
 
 

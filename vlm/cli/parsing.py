@@ -270,7 +270,10 @@ def _explain(error: BaseException, settings: Mapping[str, Any]) -> str:
             )
         return f"{name} is {no_file[1]}; expected its settings by name, or a YAML file with them"
     if (value := _VALUE.search(message)) and name in settings:
-        return f"{name} is {value[1]}; expected {_expected(settings[name])}"
+        quotes = ", in quotes where YAML takes it for a number"
+        is_text = settings[name] in (str, str | None)
+        expected = _expected(settings[name]) + (quotes if is_text else "")
+        return f"{name} is {value[1]}; expected {expected}"
     if "Not of type" in message and name in settings:
         return f"{name} is of another type; expected {_expected(settings[name])}"
     return _KEY.sub(r"\1", message)

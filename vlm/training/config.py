@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -204,18 +205,27 @@ class ClusterConfig:
 class ProfileConfig:
     """Which steps are traced, to see what they spend time and memory on."""
 
-    steps: tuple[int, int] | None = None
-    """First and last step to trace, counted from 1, such as [10, 12]; null for none. They are
-    slower, and a trace of more than a few is large."""
+    steps: str | None = None
+    """First and last step to trace, counted from 1, such as 10:12, in YAML "10:12"; null for none.
+    They are slower, and a trace of more than a few is large."""
     ranks: tuple[int, ...] = (0,)
     """The processes that are traced."""
 
     def __post_init__(self) -> None:
-        if self.steps and not 1 <= self.steps[0] <= self.steps[1]:
+        if self.steps is None:
+            return
+        first, last = self.first_and_last or (0, 0)
+        if not 1 <= first <= last:
             raise ConfigError(
-                f"profile.steps is {list(self.steps)}; expected a first step of at least 1 and a "
-                "last one that is not before it"
+                f"profile.steps is {self.steps}; expected FIRST:LAST, a first step of at least 1 "
+                "and a last one that is not before it"
             )
+
+    @property
+    def first_and_last(self) -> tuple[int, int] | None:
+        """The steps as numbers; None without any."""
+        found = re.fullmatch(r"(\d+):(\d+)", self.steps or "")
+        return (int(found[1]), int(found[2])) if found else None
 
 
 @dataclass(frozen=True, kw_only=True)

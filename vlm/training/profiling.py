@@ -19,8 +19,8 @@ class Profiler:
     """Records the steps that a configuration names; it changes nothing in what they compute."""
 
     def __init__(self, folder: Path, config: ProfileConfig, *, rank: int) -> None:
-        self._steps = config.steps if rank in config.ranks else None
-        first, last = config.steps or (0, 0)
+        self._steps = config.first_and_last if rank in config.ranks else None
+        first, last = config.first_and_last or (0, 0)
         self._path = folder / PROFILE_NAME / f"steps-{first}-{last}-rank-{rank}"
         self._trace: profile | None = None
 

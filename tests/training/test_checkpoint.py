@@ -168,9 +168,11 @@ def test_later_checkpoints_of_a_run_that_went_on_from_an_older_one_are_put_aside
     ]  # fmt: skip
 
 
-def test_a_folder_that_is_no_checkpoint_is_said_to_be_missing(tmp_path):
-    with pytest.raises(CheckpointError, match="step-1 is missing; expected the folder of a chec"):
-        load(tmp_path, *build(), resume=tmp_path / "step-1")
+@pytest.mark.parametrize("name", ["step-1", "."])
+def test_a_folder_that_is_no_checkpoint_is_refused_with_what_one_is(tmp_path, name):
+    save(tmp_path, *build(), step=3)
+    with pytest.raises(CheckpointError, match=r"is no checkpoint; expected a run's checkpoin"):
+        load(tmp_path, *build(), resume=tmp_path / name)
 
 
 def test_a_disk_that_refuses_is_said_and_the_run_goes_on_with_what_is_there(tmp_path, capsys):

@@ -60,6 +60,12 @@ def test_a_warm_up_that_does_not_fit_is_refused_with_both_numbers(warmup):
         ScheduleConfig(steps=10, warmup_steps=warmup)
 
 
+@pytest.mark.parametrize("steps", [-3, 0])
+def test_a_run_without_steps_is_refused(steps):
+    with pytest.raises(ConfigError, match=f"steps is {steps}; expected at least 1"):
+        ScheduleConfig(steps=steps)
+
+
 @pytest.mark.parametrize("decay", [0, 9])
 def test_a_decay_that_does_not_fit_is_refused(decay):
     with pytest.raises(ConfigError, match=f"decay_steps is {decay}; expected 1 to 8, the steps"):

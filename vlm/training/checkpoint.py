@@ -100,8 +100,8 @@ def open_checkpoint(folder: Path, *, verify: bool = True) -> Checkpoint:
     Raises:
         CheckpointError: it is damaged; the message names the file.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is missing; expected the folder of a checkpoint")
+    if not any((folder / name).exists() for name in (MANIFEST_NAME, STATE_NAME)):
+        raise CheckpointError(f"{folder} is no checkpoint; expected a run's checkpoints/step-...")
     file = folder / MANIFEST_NAME
     try:
         content = file.read_bytes()

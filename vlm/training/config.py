@@ -283,6 +283,18 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
+        for name, every in (
+            ("report_every", self.report_every),
+            ("evaluation.every_steps", self.evaluation.every_steps),
+        ):
+            if every < 0:
+                raise ConfigError(f"{name} is {every}; expected at least 0, which is never")
+        first, _ = self.profile.first_and_last or (0, 0)
+        if first > self.schedule.steps:
+            raise ConfigError(
+                f"profile.steps is {self.profile.steps} in a run of {self.schedule.steps} steps; "
+                "expected a first step that it takes"
+            )
         kept = self.checkpoint.keep if self.checkpoint.every_steps else 0
         if self.averaging.last_checkpoints > kept:
             raise ConfigError(

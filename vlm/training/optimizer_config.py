@@ -107,6 +107,8 @@ class ScheduleConfig:
     """Ratio of the last learning rate to the highest, in [0, 1]."""
 
     def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigError(f"schedule: steps is {self.steps}; expected at least 1")
         if not 0 <= self.warmup_steps < self.steps:
             raise ConfigError(
                 f"warmup_steps is {self.warmup_steps} in a schedule or stage of {self.steps} "

@@ -1,11 +1,13 @@
 """What a piece of code keeps in memory and sends, counted from the operations it dispatches."""
 
-import weakref
+from collections.abc import Iterable
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -19,37 +21,34 @@ class TensorMeter(TorchDispatchMode):
 
     def __init__(self, *already_there: Tensor) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.peak = 0
         self.bytes_sent = 0.0
         self.collectives: dict[str, int] = {}
-        self._known: set[int] = set()
-        for tensor in already_there:
-            self._see(tensor)
+        self._storages: WeakValueDictionary[int, torch.UntypedStorage] = WeakValueDictionary()
+        self._see(already_there)
+
+    @property
+    def live(self) -> int:
+        """Bytes alive now; asked of each storage, because sharded weights empty theirs."""
+        return sum(storage.nbytes() for storage in self._storages.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation, then look at what it made."""
+        if DTensor in types:
+            return NotImplemented  # it comes back as what it consists of on this rank
         if func.namespace == "c10d":
             self._count(func.__name__.split(".")[0], args)
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._see(leaf)
+        self._see(tree_leaves(result))
         return result
 
-    def _see(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._known:
-            return
-        self._known.add(key)
-        size = storage.nbytes()
-        self.live += size
+    def _see(self, tensors: Iterable[Any]) -> None:
+        for tensor in tensors:
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage.device.type != "meta":  # which has sizes and no memory
+                    self._storages[storage._cdata] = storage
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
 
     def _count(self, name: str, args: Any) -> None:
         self.collectives[name] = self.collectives.get(name, 0) + 1

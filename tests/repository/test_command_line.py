@@ -31,7 +31,8 @@ AROUND_PIECES = {"context_length", "begin_of_text", "end_of_text", "padding", "t
 }
 PINNED = {
     "quickstart": TRAIN | {"out"},
-    "train": TRAIN | {"resume", "dry_run", "json", "world", "ranks_per_node", "mfu", "peak_tflops"},
+    "train": TRAIN
+    | {"resume", "dry_run", "json", "world", "ranks_per_node", "sharding", "mfu", "peak_tflops"},
     "plot": {"runs", "by", "out"},
     "eval retrieval": SOURCES | INDEXES | EMBEDDER | {"bundle", "config", "json", "out", "cache"},
     "eval classification": {"data", "split", "label", "where", "images", "classes", "templates"}

@@ -1,5 +1,6 @@
 """The plan of a run: against real runs, against known models, and for runs that would fail."""
 
+import gc
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from tests.builders import (
     write_split,
 )
 from tests.support.commands import run_vlm
-from tests.support.processes import run_in_processes
+from tests.support.processes import as_launched, run_in_processes
 from vlm.batches.collate import collate
 from vlm.batches.config import CaptionConfig, DataConfig, MixedSourceConfig
 from vlm.bundle import load_bundle
@@ -38,6 +39,7 @@ from vlm.training.config import (
     EvaluationConfig,
     ObjectivesConfig,
     ScheduleConfig,
+    StageConfig,
     TrainConfig,
 )
 from vlm.training.dry_run import dry_run
@@ -76,33 +78,38 @@ def config(inputs, **changes):
     return TrainConfig(**(settings | changes))
 
 
-def peak_of_a_run(rank, settings):
+def peak_of_a_run(rank, settings, environment):
     """The most bytes of tensors that are alive in the second step of a run, counted one by one."""
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS),
-        "LOCAL_WORLD_SIZE": str(RANKS), "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+    as_launched(rank, RANKS)
+    os.environ.update(environment)
     with TensorMeter() as meter:
         run = build_run(settings)
         batches = run.loader.read(run.data, 2)
         run.train_step(next(batches), 0)
         batch = next(batches)
+        gc.collect()
         meter.peak = meter.live
         run.train_step(batch, 1)
-    return torch.tensor(meter.peak)
+    return torch.tensor(meter.peak - batch.images.nbytes)  # these are on the host, and a copy too
+
+
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(
+    ("sharding", "environment"), [("none", {}), ("full", SHARDED)], ids=["ddp", "fsdp2"]
+)
+@pytest.mark.parametrize(
     ("model", "parts"), [(TWO_TOWERS, 1), (MULTIWAY, 2)], ids=["two towers", "multiway in parts"]
 )
-def test_memory_is_that_of_a_run_of_four_processes(inputs, model, parts):
+def test_memory_is_that_of_a_run_of_four_processes(inputs, model, parts, sharding, environment):
     settings = config(inputs, model=model, loss=LossConfig(micro_batches=parts))
-    plan = dry_run(settings, ClusterConfig(world=RANKS))
+    plan = dry_run(settings, ClusterConfig(world=RANKS, sharding=sharding))
     assert plan.problems == []
-    for found in run_in_processes(peak_of_a_run, RANKS, settings):
-        assert plan.numbers["memory"]["peak"] == pytest.approx(found.item(), rel=0.1)
+    for found in run_in_processes(peak_of_a_run, RANKS, settings, environment):
+        assert plan.numbers["memory"]["peak"] == pytest.approx(found.item(), rel=0.05)
 
 
 MASKED = ObjectivesConfig(masked=MaskedConfig(cmlm_weight=1.0, cmim_weight=1.0))
@@ -154,6 +161,49 @@ def test_recomputation_saves_activations_and_is_no_work_of_the_model(inputs):
     kept = again["memory"]["activations without recomputation"]
     assert kept == pytest.approx(plain["memory"]["activations"], rel=1e-3)
     assert again["compute"] == plain["compute"]
+
+
+def test_divided_weights_take_a_part_of_each_device(inputs):
+    plans = {
+        sharding: dry_run(
+            config(inputs, model=MULTIWAY),
+            ClusterConfig(world=8, ranks_per_node=4, sharding=sharding),
+        ).numbers
+        for sharding in ("none", "hybrid", "full")
+    }
+    weights = [plan["memory"]["weights"] for plan in plans.values()]
+    assert weights[1] == pytest.approx(weights[0] / 4, rel=0.02)
+    assert weights[2] == pytest.approx(weights[0] / 8, rel=0.02)
+    assert len({str(plan["parameters"]) for plan in plans.values()}) == 1
+    assert len({plan["compute"]["FLOP of a sample"] for plan in plans.values()}) == 1
+    assert plans["full"]["network"]["weights"] > plans["hybrid"]["network"]["weights"] > 0
+
+
+def test_stages_are_planned_at_their_own_sizes(inputs):
+    sizes = [(BATCH, 32), (BATCH // 2, 64), (2 * BATCH, 16)]
+    alone = [
+        dry_run(
+            config(
+                inputs,
+                data=replace(config(inputs).data, batch_size=samples),
+                stages=(StageConfig(image_size=side),),
+            ),
+            ClusterConfig(world=RANKS),
+        ).numbers
+        for samples, side in sizes
+    ]
+    stages = tuple(StageConfig(steps=3, batch_size=each, image_size=side) for each, side in sizes)
+    plan = dry_run(config(inputs, stages=stages), ClusterConfig(world=RANKS))
+    assert plan.problems == []
+    peaks = [each["memory"]["peak"] for each in alone]
+    flops = [each["compute"]["FLOP of a step and device"] for each in alone]
+    assert plan.numbers["memory"]["peak"] == max(peaks)
+    assert plan.numbers["compute"]["FLOP of a step and device"] == max(flops)
+    assert plan.numbers["largest"] == {
+        "stage of the memory": 1 + peaks.index(max(peaks)),
+        "stage of the rest": 1 + flops.index(max(flops)),
+    }
+    assert len(set(peaks)) == len(set(flops)) == 3
 
 
 def test_the_model_and_the_disk_are_counted(inputs):

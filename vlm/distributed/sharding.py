@@ -132,7 +132,8 @@ class ShardedModel:
     ) -> None:
         self.sharding = sharding
         self._syncs = True
-        model.to(memory_format=torch.contiguous_format)  # FSDP2 takes no other
+        for tensor in model.parameters():
+            tensor.data = tensor.data.contiguous()  # FSDP2 takes no other memory format
         mesh, whole = sharding.mesh(device), {p for p in model.parameters() if p.ndim == 0}
         rounded = MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False

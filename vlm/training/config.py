@@ -174,6 +174,9 @@ class ClusterConfig:
     """For a dry run: number of processes, one a device; null for those that were launched."""
     ranks_per_node: int | None = None
     """For a dry run: processes of a machine; null for those that were launched, else 8."""
+    sharding: Literal["none", "full", "hybrid"] | None = None
+    """For a dry run: weights whole on every device (none), or divided by FSDP2 over all of them
+    (full) or over those of each machine (hybrid); null for what was launched."""
     mfu: float = 0.4
     """For a dry run: ratio of a device's peak that training reaches (model FLOP utilisation)."""
     peak_tflops: float = 989.0
@@ -187,6 +190,11 @@ class ClusterConfig:
             raise ConfigError(
                 f"mfu is {self.mfu} and peak_tflops {self.peak_tflops}; expected a ratio in (0, 1] "
                 "and more than 0"
+            )
+        if self.sharding == "hybrid" and self.ranks % self.node:
+            raise ConfigError(
+                f"sharding is hybrid for {self.ranks} ranks, {self.node} a machine; expected whole "
+                "machines"
             )
 
     @property

@@ -221,19 +221,33 @@ def _measure(
         batch=batch,
         teacher=load_teacher(config, start),
     )
-    steps = config.whole_stages[-1].end
-    flops = found.flops * config.data.batch_size // cluster.ranks
-    seconds = flops / (cluster.mfu * cluster.peak_tflops * 1e12)
+    flops = [
+        step.flops * samples // cluster.ranks
+        for step, samples in zip(found.stages, config.batch_sizes, strict=True)
+    ]
+    seconds = [each / (cluster.mfu * cluster.peak_tflops * 1e12) for each in flops]
+    whole = config.whole_stages
+    most_memory = max(range(len(whole)), key=lambda k: found.stages[k].memory["peak"])
+    most_flops = max(range(len(whole)), key=lambda k: flops[k])
+    largest = {"stage of the memory": most_memory + 1, "stage of the rest": most_flops + 1}
     plan.numbers.update(
         {
             "parameters": dict(found.parameters),
-            "memory": dict(found.memory),
-            "compute": {"FLOP of a sample": found.flops, "FLOP of a step and device": flops},
-            "network": {"loss mesh": list(mesh), **found.sent},
+            **({"largest": largest} if len(whole) > 1 else {}),
+            "memory": dict(found.stages[most_memory].memory),
+            "compute": {
+                "FLOP of a sample": found.stages[most_flops].flops,
+                "FLOP of a step and device": flops[most_flops],
+            },
+            "network": {"loss mesh": list(mesh), **found.stages[most_flops].sent},
             "time": {
-                "seconds of a step": round(seconds, 4),
-                "steps": steps,
-                "days": round(seconds * steps / _DAY, 2),
+                "seconds of a step": round(seconds[most_flops], 4),
+                "steps": whole[-1].end,
+                "days": round(
+                    sum(each * stage.steps for each, stage in zip(seconds, whole, strict=True))
+                    / _DAY,
+                    2,
+                ),
             },
         }
     )

@@ -11,7 +11,7 @@ from vlm.batches.batch import Batch
 from vlm.models.pretraining import PretrainingModel
 from vlm.training.config import TrainConfig
 from vlm.training.hollow import HollowTensors, hollow_copy
-from vlm.training.resources import count_flops
+from vlm.training.passes import count_flops
 
 # By name of a device as torch gives it: TFLOP/s of dense products in half precision, and in
 # float32 without TF32, from the makers' data sheets.

@@ -7,11 +7,14 @@ computed.
 
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
@@ -23,6 +26,8 @@ from torch.utils.flop_counter import (
     sdpa_backward_flop_count,
     sdpa_flop_count,
 )
+
+from vlm.distributed.sharding import local
 
 _aten = torch.ops.aten
 _DEVICE = torch.ops.prim.device.default
@@ -45,28 +50,52 @@ def _attention_backward_flops(
 class HollowTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs operations on tensors without contents, and counts the bytes that are alive.
 
-    Tensors that are there before its `with` block are not counted.
+    Tensors that are there before its `with` block are not counted. Sharded weights empty and fill
+    their storages where no operation shows it, so within the block resizing one is watched.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.fake_device = torch.device("cpu")
+        self._sizes: dict[int, list[int]] = {}  # of storages, each in a list so that it may change
+        self._patches: list[Any] = []
+        self.count_anew()
+
+    def count_anew(self) -> None:
+        """Set all counts to zero: what is alive now was there before."""
         self.flops = 0
         """Of matrix products, attention and convolutions."""
-        self.log: list[tuple[int, int]] = []
-        """The storages that came and went, in order: a number, and its bytes or minus these."""
-        self._numbers: dict[int, int] = {}
-        self._came = 0
+        self.gathered = self.reduced = 0
+        """Bytes that this rank sends in gathers, and in sums over ranks."""
+        self.alive = self.peak = 0
+        """Bytes of storages that came and are there, and the most at a time."""
 
     def hollow(self, tensor: Tensor) -> Tensor:
         """Return a tensor without contents in the place of one."""
         with self.fake:
-            return torch.empty_like(tensor, device="cpu")
+            made = torch.empty_like(tensor, device="cpu")
+        self._see(made)  # or it would seem to come with the first view of it
+        return made
 
-    def number_of(self, tensor: Tensor) -> int | None:
-        """Return the number of a tensor's storage in the log, if it is alive and in there."""
-        return self._numbers.get(tensor.untyped_storage()._cdata)
+    def __enter__(self) -> "HollowTensors":
+        """Begin to run and to count."""
+        resize = torch.UntypedStorage.resize_
+
+        def watched(storage: torch.UntypedStorage, size: int) -> None:
+            resize(storage, size)
+            if storage._cdata in self._sizes:
+                self._resized(self._sizes[storage._cdata], size)
+
+        self._patches.append(patch.object(torch.UntypedStorage, "resize_", watched))
+        self._patches[-1].start()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """End it."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._patches.pop().stop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation, for real where no argument is hollow."""
@@ -85,13 +114,34 @@ class HollowTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
             args, kwargs = tree_map_only(Tensor, self._fake, (args, kwargs))
         with self.fake:
             result = func(*args, **kwargs)
+        if not tensors and isinstance(result, Tensor) and not result.is_floating_point():
+            return func(*args, **kwargs)  # made from nothing, such as positions
+        self._account(func, args, kwargs, result)
+        return result
+
+    def _account(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Count an operation's FLOP, what it sends, and what it has made."""
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
             self.flops += count(*args, **kwargs, out_val=result)
+        if func.namespace == "c10d":
+            self._count_sent(func.__name__.split(".")[0], args)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._see(leaf)
-        return result
+
+    def _count_sent(self, name: str, args: Any) -> None:
+        """Count what a bandwidth-optimal algorithm sends."""
+        leaves = tree_leaves(args)
+        sizes = [each.nbytes for each in leaves if isinstance(each, Tensor)]
+        boxed = next(each for each in leaves if isinstance(each, torch.ScriptObject))
+        ranks = dist.ProcessGroup.unbox(boxed).size()
+        if name == "_allgather_base_":
+            self.gathered += max(sizes) * (ranks - 1) // ranks
+        elif name == "_reduce_scatter_base_":
+            self.reduced += max(sizes) * (ranks - 1) // ranks
+        elif name == "allreduce_":
+            self.reduced += 2 * sum(sizes) * (ranks - 1) // ranks
 
     def _fake(self, tensor: Tensor) -> Tensor:
         return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor)
@@ -99,17 +149,20 @@ class HollowTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._numbers:
-            return
-        self._came += 1
-        self._numbers[key] = self._came
-        self.log.append((self._came, storage.nbytes()))
-        weakref.finalize(storage, self._forget, key, self._came, storage.nbytes())
+        if key not in self._sizes:
+            self._sizes[key] = [0]
+            self._resized(self._sizes[key], storage.nbytes())
+            weakref.finalize(storage, self._forget, key, self._sizes[key])
 
-    def _forget(self, key: int, number: int, size: int) -> None:
-        if self._numbers.get(key) == number:
-            del self._numbers[key]
-        self.log.append((number, -size))
+    def _resized(self, held: list[int], size: int) -> None:
+        self.alive += size - held[0]
+        self.peak = max(self.peak, self.alive)
+        held[0] = size
+
+    def _forget(self, key: int, held: list[int]) -> None:
+        self._resized(held, 0)
+        if self._sizes.get(key) is held:
+            del self._sizes[key]
 
 
 def _places(indices: Any) -> list[Tensor | None]:
@@ -123,45 +176,49 @@ def _places(indices: Any) -> list[Tensor | None]:
 
 @dataclass(frozen=True)
 class Pass:
-    """What one forward and one backward pass compute and hold."""
+    """What one forward and one backward pass compute, hold and send."""
 
     flops: int
     """Of matrix products, attention and convolutions."""
     saved: int
     """Bytes that are alive between the passes: activations, and what the model returned."""
-    log: list[tuple[int, int]] = field(repr=False)
-    gradients: frozenset[int] = field(repr=False)
-    """The numbers in the log of what the parameters' gradients lie in."""
-
-    def peak(self, *, ratio: float = 1.0) -> int:
-        """Return the most bytes that are alive at a time, a ratio of each gradient counted."""
-        alive = most = 0.0
-        for number, size in self.log:
-            alive += size * (ratio if number in self.gradients else 1.0)
-            most = max(most, alive)
-        return round(most)
+    peak: int
+    """The most bytes that are alive at a time, gradients of earlier micro-batches among them."""
+    gathered: tuple[int, int]
+    """Bytes that a rank sends in gathers of weights, in the forward pass and in both."""
+    reduced: int
+    """Bytes that it sends in sums of gradients."""
 
 
-def run_pass(model: nn.Module, run: Callable[[], Tensor], *, mode: HollowTensors) -> Pass:
+def run_pass(
+    model: nn.Module,
+    run: Callable[[], Tensor],
+    *,
+    mode: HollowTensors,
+    no_sync: Callable[[], AbstractContextManager[None]] | None = None,
+) -> Pass:
     """Differentiate what `run` gives of a model without contents, and return what that takes.
 
     Args:
         model: Its gradients are dropped before and after.
         run: Makes a scalar.
         mode: The model's tensors are its own.
+        no_sync: For a step of several micro-batches: makes the context of all but the last, one of
+            which runs before what is counted, and leaves its gradients.
     """
     model.zero_grad()
-    mode.log.clear()
-    mode.flops = 0
+    mode.count_anew()
     with mode:
+        if no_sync is not None:
+            with no_sync():
+                run().backward()  # type: ignore[no-untyped-call]
+        before, mode.flops, mode.gathered, mode.reduced = mode.alive, 0, 0, 0
         result = run()
-        saved = sum(size for _, size in mode.log)
+        saved, forward = mode.alive - before, mode.gathered
         result.backward()  # type: ignore[no-untyped-call]
-    gradients = (each.grad for each in model.parameters() if each.grad is not None)
-    numbers = frozenset(number for each in gradients if (number := mode.number_of(each)))
-    log = list(mode.log)
+    del result
     model.zero_grad()
-    return Pass(mode.flops, saved, log, numbers)
+    return Pass(mode.flops, saved, mode.peak, (forward, mode.gathered), mode.reduced)
 
 
 def make_hollow(model: nn.Module, mode: HollowTensors) -> None:
@@ -198,17 +255,19 @@ def hollow_copy(model: nn.Module, mode: HollowTensors, *, without: tuple[Any, ..
 
 def optimizer_bytes(
     optimizer: torch.optim.Optimizer, model: nn.Module, *, mode: HollowTensors
-) -> Mapping[str, int]:
-    """Return the bytes of an optimizer's state by kind, after a step on hollow parameters."""
+) -> tuple[Mapping[str, int], int]:
+    """Return the bytes of an optimizer's state by kind, and the most that a step adds to them."""
     found: dict[str, int] = {}
     with mode:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter)
+        optimizer.step()  # which makes the state
+        mode.count_anew()
         optimizer.step()
     model.zero_grad()
     for state in optimizer.state.values():
         for key, value in state.items():
             if isinstance(value, Tensor):
-                found[key] = found.get(key, 0) + value.nbytes
-    return found
+                found[key] = found.get(key, 0) + local(value).nbytes
+    return found, mode.peak

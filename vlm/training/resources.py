@@ -1,42 +1,58 @@
 """What a run takes of each device and of the network, found without weights or other processes."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from vlm.batches.batch import Batch
-from vlm.batches.collate import MaskPlan, draw_patches
-from vlm.batches.examples import second_of
 from vlm.bundle import Bundle
+from vlm.distributed.imagined import imagined_world
+from vlm.distributed.sharding import ShardedModel, Sharding, launched_sharding, local
 from vlm.errors import ConfigError
-from vlm.losses.costs import Mesh, Sizes, StepCost, head_widths, step_cost
-from vlm.models.encoder import UNIMODAL, Encoder
-from vlm.models.masked import Hidden
+from vlm.losses.costs import FLOAT, Mesh, Sizes, StepCost, head_widths, step_cost
+from vlm.models.batch_norm import has_statistics
+from vlm.models.encoder import UNIMODAL
 from vlm.models.pretraining import PretrainingModel
-from vlm.text.tokenizer import TokenBatch
 from vlm.training.config import ClusterConfig, TrainConfig
-from vlm.training.hollow import HollowTensors, Pass, make_hollow, optimizer_bytes, run_pass
-from vlm.training.objectives import Teacher, mask_plan
+from vlm.training.hollow import HollowTensors, Pass, make_hollow, optimizer_bytes
+from vlm.training.objectives import Teacher
 from vlm.training.optimizer import build_optimizer
+from vlm.training.passes import (
+    count_flops,
+    kept_activations,
+    longest_batch,
+    model_pass,
+    teacher_flops,
+    with_images,
+)
+from vlm.training.precision import Precision
 
 _SMALL = 1 << 16  # bytes of a state that is not worth a line, such as counts of steps
 
 
 @dataclass(frozen=True)
-class Resources:
-    """What training a model takes, at the longest texts that it reads."""
+class StepResources:
+    """What a step takes, at the longest texts that the model reads."""
 
-    parameters: Mapping[str, int]
-    """Their number by part; towers may share some."""
     memory: Mapping[str, int]
     """Bytes on each device, by what takes them, and the peak of them all."""
     flops: int
     """Of one sample, forward and backward, without anything computed twice."""
     sent: Mapping[str, int]
-    """Bytes that a rank sends in a step, by what for."""
+    """Bytes that a rank sends, by what for."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What training a model takes."""
+
+    parameters: Mapping[str, int]
+    """Their number by part; towers may share some."""
+    stages: Sequence[StepResources]
+    """A step of each stage, at its sizes of the batch and of images."""
     checkpoint: int
     """Bytes of one checkpoint."""
     bundle: int
@@ -60,87 +76,180 @@ def resources_of(
         config: The run.
         cluster: Where it is to run.
         model: What it trains; its weights are dropped.
-        image_size: Side of its images.
+        image_size: Side of its images, where a stage has no size of its own.
         context_length: Of the tokenizer; memory must hold texts of that length.
         mesh: The loss group's.
         batch: Samples of the data, whose texts are of natural length; None for the longest.
         teacher: Of the distillation, if there is one.
     """
-    mode = HollowTensors()
+    mode, sharding = HollowTensors(), sharding_of(cluster)
     make_hollow(model, mode)
-    rows = -(-max(config.batch_sizes) // (cluster.ranks * config.loss.micro_batches))
-    masks = mask_plan(config.objectives.masked, model.encoder)
-    longest = _longest(config, rows, image_size, context_length, masks)
-    step = _pass(config, model, mode, longest)
-    with _kept_activations(model.encoder):
-        recomputes = config.adapt.grad_checkpointing != "none"
-        kept = _saved(config, model, mode, longest) if recomputes else step.saved
-        read = _pass(config, model, mode, batch or longest)
-    states = optimizer_bytes(build_optimizer(model, config.optimizer), model, mode=mode)
-    weights = _bytes(model.parameters())
-    trained = _bytes(each for each in model.parameters() if each.requires_grad)
-    frozen = [teacher.model] if teacher else []
-    frozen += [model.teacher.model] if isinstance(model.teacher, Teacher) else []
-    teachers = {"teachers": sum(_bytes(each.parameters()) for each in frozen)} if frozen else {}
-    average = {"moving average": weights} if config.averaging.ema_decay is not None else {}
-    loss = _loss_cost(config, cluster, model, mesh)
-    memory = {
-        "weights": weights + _bytes(model.buffers()),
+    parameters, bundle = _parameters(model), _bytes(model.encoder.parameters())
+    weights, trained = _bytes(model.parameters()), _bytes(_trained(model))  # undivided
+    parts = config.loss.micro_batches
+    sizes = [
+        (size, stage.image_size or image_size)
+        for size, stage in zip(config.batch_sizes, config.whole_stages, strict=True)
+    ]
+    with _sharded(config, cluster, model, sharding, mode) as no_sync:
+        passes = {
+            (samples, side): _passes(
+                config,
+                model,
+                mode,
+                longest_batch(
+                    config,
+                    model,
+                    rows=-(-samples // (cluster.ranks * parts)),
+                    side=side,
+                    length=context_length,
+                ),
+                None if batch is None else with_images(batch, side),
+                no_sync,
+                teacher,
+            )
+            for samples, side in dict.fromkeys(sizes)
+        }
+        optimizer = build_optimizer(model, config.optimizer)
+        states, update = optimizer_bytes(optimizer, model, mode=mode)
+        own = _bytes(model.parameters())
+        gradients = _bytes(_trained(model))
+        buffers = _bytes(model.buffers())
+    average = {"moving average": own} if config.averaging.ema_decay is not None else {}
+    between = {
+        "weights": own + buffers,
         **average,
-        **teachers,
+        **_teacher_bytes(model, teacher),
         **{f"optimizer {kind}": size for kind, size in states.items() if size > _SMALL},
     }
-    peak = sum(memory.values()) + _most(config, cluster, step, loss.held, trained)
-    memory |= {
-        "gradients": trained * (1 + (cluster.ranks > 1)),
-        "activations": step.saved,
-        "activations without recomputation": kept,
-        "loss": loss.held,
-        "peak": peak,
-    }
+    # Where gradients are averaged: DDP copies them to buckets of its own. Sharded gradients of
+    # earlier micro-batches are whole, because they are summed over ranks in the last alone.
+    buckets = trained if cluster.ranks > 1 and sharding is None else 0
+    held = (trained if parts > 1 else gradients) + buckets
+    stages = []
+    for samples, side in sizes:
+        step, kept, flops = passes[samples, side]
+        loss = _loss_cost(config, cluster, model, mesh, samples)
+        rows = -(-samples // cluster.ranks)
+        images = 3 * side**2 * FLOAT * (rows - -(-rows // parts))  # of other micro-batches
+        # What the loss keeps is there until the backward pass has ended.
+        most = buckets + max(step.peak + loss.held + images, gradients + update)
+        stages.append(
+            StepResources(
+                memory={
+                    **between,
+                    "gradients": held,
+                    "activations": step.saved,
+                    "activations without recomputation": kept,
+                    "loss": loss.held,
+                    "peak": sum(between.values()) + most,
+                },
+                flops=flops + loss.flops,
+                sent={"loss": loss.sent, **_sent(config, cluster, sharding, step, trained)},
+            )
+        )
     return Resources(
-        parameters=_parameters(model),
-        memory=memory,
-        flops=(read.flops + _teacher_flops(config, teacher, mode, batch or longest))
-        // len((batch or longest).uids)
-        + loss.flops,
-        sent={
-            "loss": loss.sent,
-            "gradients": 2 * (cluster.ranks - 1) * trained // cluster.ranks,
-        },
-        checkpoint=weights + sum(average.values()) + sum(states.values()),
-        bundle=_bytes(model.encoder.parameters()),
+        parameters=parameters,
+        stages=stages,
+        checkpoint=weights * (own + sum({**average, **states}.values())) // own,
+        bundle=bundle,
     )
 
 
-def _teacher_flops(
-    config: TrainConfig, teacher: Bundle | None, mode: HollowTensors, batch: Batch
-) -> int:
-    """Return what a teacher computes of a batch."""
-    mode.flops = 0
-    if teacher is not None:
-        with mode, torch.no_grad(), _autocast(config):
-            teacher.model.encode_image(torch.empty(batch.images.shape))
-            for tokens in batch.texts.values():
-                teacher.model.encode_text(tokens)
-    return mode.flops
-
-
-def _most(config: TrainConfig, cluster: ClusterConfig, step: Pass, loss: int, trained: int) -> int:
-    """Return the most bytes that a step adds to what is there between steps."""
-    buckets = trained if cluster.ranks > 1 else 0  # in which DDP averages gradients
+def _passes(
+    config: TrainConfig,
+    model: PretrainingModel,
+    mode: HollowTensors,
+    longest: Batch,
+    batch: Batch | None,
+    no_sync: Callable[[], AbstractContextManager[None]],
+    teacher: Bundle | None,
+) -> tuple[Pass, int, int]:
+    """Return a step's last passes, the bytes they save without recomputation, a sample's FLOP."""
     in_parts = config.loss.micro_batches > 1
-    # Gradients of earlier micro-batches are there all the time.
-    before = buckets + (trained if in_parts else 0)
-    within = max(step.saved + loss, step.peak(ratio=0.0 if in_parts else 1.0))
-    return max(before + within, trained + buckets)
+    step = model_pass(config, model, mode, longest, no_sync=no_sync if in_parts else None)
+    kept = step
+    if config.adapt.grad_checkpointing != "none":
+        with kept_activations(model.encoder):
+            kept = model_pass(config, model, mode, longest)
+    read, flops = batch or longest, kept.flops
+    if batch is not None:
+        flops = count_flops(config, model, batch, mode=mode)
+    flops += teacher_flops(config, teacher, mode, read)
+    return step, kept.saved, flops // len(read.uids)
+
+
+def _teacher_bytes(model: PretrainingModel, teacher: Bundle | None) -> dict[str, int]:
+    """Return what the weights of all teachers take, if there are any."""
+    frozen = [teacher.model] if teacher else []
+    frozen += [model.teacher.model] if isinstance(model.teacher, Teacher) else []
+    return {"teachers": sum(_bytes(each.parameters()) for each in frozen)} if frozen else {}
+
+
+def sharding_of(cluster: ClusterConfig) -> Sharding | None:
+    """Return how weights are divided; None where they are whole on every rank."""
+    if cluster.sharding is None:
+        return launched_sharding(cluster.ranks)
+    if cluster.sharding == "none":
+        return None
+    ranks = cluster.ranks if cluster.sharding == "full" else cluster.node
+    return Sharding(ranks, cluster.ranks // ranks, reshard_after_forward=True)
+
+
+@contextmanager
+def _sharded(
+    config: TrainConfig,
+    cluster: ClusterConfig,
+    model: PretrainingModel,
+    sharding: Sharding | None,
+    mode: HollowTensors,
+) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Divide a hollow model over ranks that are not there, within a `with` block.
+
+    It gives what makes the context of a pass whose gradients are not summed over ranks.
+    """
+    if sharding is None:
+        yield nullcontext
+        return
+    dtype = Precision(config.precision, mode.fake_device).dtype
+    if has_statistics(model) or _on_cpu(cluster):
+        dtype = None  # as training does
+    with imagined_world(sharding.ranks * sharding.copies):
+        with mode:
+            sharded = ShardedModel(
+                model, model.encoder.blocks(), sharding, device=mode.fake_device, dtype=dtype
+            )
+        yield sharded.no_sync
+
+
+def _on_cpu(cluster: ClusterConfig) -> bool:
+    return cluster.world is None and not torch.accelerator.is_available()
+
+
+def _sent(
+    config: TrainConfig,
+    cluster: ClusterConfig,
+    sharding: Sharding | None,
+    step: Pass,
+    trained: int,
+) -> dict[str, int]:
+    """Return the bytes that a rank sends of gradients, and of weights where they are divided."""
+    if sharding is None:
+        return {"gradients": 2 * (cluster.ranks - 1) * trained // cluster.ranks}
+    parts, (forward, both) = config.loss.micro_batches, step.gathered
+    again = parts - 1 if config.loss.accumulation == "exact" else 0  # passes without gradients
+    return {"weights": parts * both + again * forward, "gradients": step.reduced}
 
 
 def _loss_cost(
-    config: TrainConfig, cluster: ClusterConfig, model: PretrainingModel, mesh: Mesh
+    config: TrainConfig,
+    cluster: ClusterConfig,
+    model: PretrainingModel,
+    mesh: Mesh,
+    samples: int,
 ) -> StepCost:
     """Return what the loss of all heads costs a rank in a step; its FLOP are of a sample."""
-    local, parts = max(config.batch_sizes) // cluster.ranks, 1
+    local, parts = samples // cluster.ranks, 1
     if config.loss.accumulation == "one_pass":
         parts = config.loss.micro_batches
     widths = head_widths(
@@ -149,8 +258,7 @@ def _loss_cost(
         unimodal=model.unimodal and UNIMODAL in model.encoder.logit_scales,
     )
     texts = len(config.captions.languages) * (1 + config.captions.second)
-    here = cluster.world is None and not torch.accelerator.is_available()
-    device = "cpu" if here else "cuda"  # whose tiles are larger
+    device = "cpu" if _on_cpu(cluster) else "cuda"  # whose tiles are larger
     sizes = [Sizes(cluster.ranks, -(-local // parts), width) for width in widths]
     heads = [step_cost(config.loss, each, mesh, texts=texts, device=device) for each in sizes]
     return StepCost(
@@ -159,29 +267,6 @@ def _loss_cost(
         sent=sum(each.sent for each in heads) * parts,
         collectives=sum(each.collectives for each in heads) * parts,
     )
-
-
-def count_flops(
-    config: TrainConfig, model: PretrainingModel, batch: Batch, *, mode: HollowTensors
-) -> int:
-    """Return the FLOP of a model without contents on a batch, forward and backward.
-
-    Nothing is computed twice in it, and the loss is not counted.
-    """
-    with _kept_activations(model.encoder):
-        return _pass(config, model, mode, batch).flops
-
-
-@contextmanager
-def _kept_activations(encoder: Encoder) -> Iterator[None]:
-    """Let blocks that are computed again keep their activations, in a `with` block."""
-    forwards = [(block, block.__dict__.pop("forward", None)) for block in encoder.blocks()]
-    try:
-        yield
-    finally:
-        for block, forward in forwards:
-            if forward is not None:
-                block.forward = forward
 
 
 def _parameters(model: PretrainingModel) -> dict[str, int]:
@@ -207,64 +292,8 @@ def _count(parameters: set[nn.Parameter]) -> int:
 
 
 def _bytes(tensors: Iterator[nn.Parameter] | Iterator[Tensor]) -> int:
-    return sum(each.nbytes for each in tensors)
+    return sum(local(each).nbytes for each in tensors)
 
 
-def _longest(
-    config: TrainConfig, rows: int, image_size: int, length: int, masks: MaskPlan
-) -> Batch:
-    """Return a micro-batch whose every sample has captions of the longest kind."""
-    languages = config.captions.languages
-    names = [*languages, *map(second_of, languages)] if config.captions.second else [*languages]
-    own = torch.arange(rows)
-    tokens = TokenBatch(torch.zeros(rows, length, dtype=torch.long), torch.ones(rows, length) > 0)
-    hidden = (torch.arange(length) < masks.text_ratio * length).expand(rows, -1)
-    return Batch(
-        images=torch.empty(rows, 3, image_size, image_size, device="meta"),
-        texts=dict.fromkeys(names, tokens),
-        text_rows=dict.fromkeys(names, own),
-        image_ids=own,
-        caption_ids=dict.fromkeys(names, own),
-        uids=tuple(map(str, range(rows))),
-        hidden_words=dict.fromkeys(languages, hidden) if masks.text_ratio else {},
-        hidden_patches=draw_patches(
-            rows, masks.grid, ratio=masks.image_ratio, generator=torch.Generator()
-        )
-        if masks.image_ratio
-        else None,
-    )
-
-
-def _pass(config: TrainConfig, model: PretrainingModel, mode: HollowTensors, batch: Batch) -> Pass:
-    return run_pass(model, lambda: _scalar(config, model, batch), mode=mode)
-
-
-def _saved(config: TrainConfig, model: PretrainingModel, mode: HollowTensors, batch: Batch) -> int:
-    """Return the bytes that a forward pass leaves for the backward one."""
-    mode.log.clear()
-    with mode:
-        result = _scalar(config, model, batch)
-        saved = sum(size for _, size in mode.log)
-    del result
-    return saved
-
-
-def _scalar(config: TrainConfig, model: PretrainingModel, batch: Batch) -> Tensor:
-    """Return a number whose gradient reaches all that the loss's does."""
-    images = torch.empty(batch.images.shape)  # hollow, inside the mode
-    hidden = Hidden(batch.text_rows, batch.hidden_words, batch.hidden_patches)
-    with _autocast(config):
-        encoded = model(images, batch.texts, hidden)
-    total: Tensor = torch.zeros(())
-    for head in encoded.heads.values():
-        assert head.image is not None
-        total = total + head.image.sum() + head.logit_scale
-        total = total + sum(text.sum() for text in head.text.values())
-        total = total if head.logit_bias is None else total + head.logit_bias
-    for other in encoded.others.values():
-        total = total + other
-    return total
-
-
-def _autocast(config: TrainConfig) -> torch.autocast:
-    return torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16")
+def _trained(model: nn.Module) -> Iterator[nn.Parameter]:
+    return (each for each in model.parameters() if each.requires_grad)

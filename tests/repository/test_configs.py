@@ -1,5 +1,6 @@
 """Every file in `configs/` says what it is for, loads, and builds."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from tests.builders import tiny_tokenizer
+from tests.support.commands import run_vlm
 from vlm.cli import eval_retrieval
 from vlm.cli.options import sources_in
 from vlm.cli.parsing import parse, part_of
@@ -103,3 +105,15 @@ def test_evaluation_files_give_their_command_and_name_published_benchmarks(path)
     assert f"vlm eval retrieval runs/mine/bundle --config {path.relative_to(ROOT)} " in (
         " ".join(path.read_text().replace("#", " ").split())
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["m2-0.4b", "m2-1b", "m2-10b"])
+def test_the_plan_at_the_head_of_a_file_is_what_its_command_prints(name):
+    comments = (ROOT / f"configs/train/{name}.yaml").read_text().split("# Result: ")[0]
+    (command,) = re.findall("^#   vlm (train --dry-run .*)$", comments, re.MULTILINE)
+    plan = comments[comments.index("# parameters\n") :].rstrip("#\n")
+    # There is no data, and the disk is this machine's, which may be too small.
+    out, _ = run_vlm(*command.split(), code=2)
+    printed = out[out.index("parameters\n") : out.index("\ndisk\n")]
+    assert plan == "".join(f"# {line}\n" for line in printed.splitlines()).rstrip("\n")

@@ -180,7 +180,7 @@ def test_divided_weights_take_a_part_of_each_device(inputs):
 
 
 def test_stages_are_planned_at_their_own_sizes(inputs):
-    sizes = [(BATCH, 32), (BATCH // 2, 64), (2 * BATCH, 16)]
+    sizes = [(BATCH // 2, 32), (BATCH // 4, 64), (BATCH, 16)]
     alone = [
         dry_run(
             config(

@@ -5,7 +5,7 @@ belong to up to 34 images, some images are there twice and some have no caption.
 peer's score depends on the order of equal scores, a test of its own names the rule of either.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -29,6 +29,7 @@ from vlm.evaluation.retrieval.pairs import RetrievalPairs, Texts, correct_pairs
 from vlm.images.config import PreprocessConfig
 from vlm.images.decoding import decode_image
 from vlm.images.transforms import evaluation_transform, preprocess_cfg
+from vlm.models.encoder import Encoder
 from vlm.text.tokenizer import TokenBatch, load_tokenizer
 
 DATA = ROOT / "data" / "emoji"
@@ -54,6 +55,32 @@ class Emoji:
 
     image: bytes
     captions: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class InDoubles:
+    """Encodes in float64, and rounds features to float32.
+
+    Two scores may be so near that rounding decides, which depends on a feature's batch and on who
+    adds up.
+    """
+
+    model: Encoder
+    scored_in: torch.dtype = torch.float32
+
+    @property
+    def embed_dim(self):
+        return self.model.embed_dim
+
+    @property
+    def device(self):
+        return self.model.device
+
+    def encode_image(self, images):
+        return self.model.encode_image(images.double()).to(self.scored_in)
+
+    def encode_text(self, tokens):
+        return self.model.encode_text(tokens).to(self.scored_in)
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +119,11 @@ def embedder(emoji):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return Embedder(
-        Bundle(
-            model=model.eval(), tokenizer=tokenizer, transform=transform,
-            model_cfg={}, preprocess_cfg=cfg,
-        )
+    bundle = Bundle(
+        model=model.eval().double(), tokenizer=tokenizer, transform=transform,
+        model_cfg={}, preprocess_cfg=cfg,
     )  # fmt: skip
+    return Embedder(bundle, model=InDoubles(model))
 
 
 def captions_of(emoji, language):
@@ -228,7 +254,7 @@ def clip_benchmark_scores(embedder, emoji, language):
         for each in emoji
     ]
     scores = zeroshot_retrieval.evaluate(
-        embedder.model,
+        replace(embedder.model, scored_in=torch.float64),
         DataLoader(rows, batch_size=64, collate_fn=collate),
         tokenizer_of(embedder),
         "cpu",

@@ -102,8 +102,10 @@ def longest_batch(
     )
 
 
-def with_images(batch: Batch, side: int) -> Batch:
-    """Return samples whose images are of another size, and have no contents."""
+def with_images(batch: Batch | None, side: int) -> Batch | None:
+    """Return samples, if there are any, with images of another size and without contents."""
+    if batch is None:
+        return None
     return replace(batch, images=torch.empty(len(batch.uids), 3, side, side, device="meta"))
 
 

@@ -87,34 +87,18 @@ def resources_of(
     parameters, bundle = _parameters(model), _bytes(model.encoder.parameters())
     weights, trained = _bytes(model.parameters()), _bytes(_trained(model))  # undivided
     parts = config.loss.micro_batches
-    sizes = [
-        (size, stage.image_size or image_size)
-        for size, stage in zip(config.batch_sizes, config.whole_stages, strict=True)
-    ]
+    sides = [stage.image_size or image_size for stage in config.whole_stages]
+    sizes = list(zip(config.batch_sizes, sides, strict=True))
     with _sharded(config, cluster, model, sharding, mode) as no_sync:
-        passes = {
-            (samples, side): _passes(
-                config,
-                model,
-                mode,
-                longest_batch(
-                    config,
-                    model,
-                    rows=-(-samples // (cluster.ranks * parts)),
-                    side=side,
-                    length=context_length,
-                ),
-                None if batch is None else with_images(batch, side),
-                no_sync,
-                teacher,
-            )
-            for samples, side in dict.fromkeys(sizes)
-        }
-        optimizer = build_optimizer(model, config.optimizer)
-        states, update = optimizer_bytes(optimizer, model, mode=mode)
-        own = _bytes(model.parameters())
+        passes = {}
+        for samples, side in dict.fromkeys(sizes):
+            rows = -(-samples // (cluster.ranks * parts))
+            longest = longest_batch(config, model, rows=rows, side=side, length=context_length)
+            read = with_images(batch, side)
+            passes[samples, side] = _passes(config, model, mode, longest, read, no_sync, teacher)
+        states, update = optimizer_bytes(build_optimizer(model, config.optimizer), model, mode=mode)
+        own, buffers = _bytes(model.parameters()), _bytes(model.buffers())
         gradients = _bytes(_trained(model))
-        buffers = _bytes(model.buffers())
     average = {"moving average": own} if config.averaging.ema_decay is not None else {}
     between = {
         "weights": own + buffers,
@@ -122,38 +106,33 @@ def resources_of(
         **_teacher_bytes(model, teacher),
         **{f"optimizer {kind}": size for kind, size in states.items() if size > _SMALL},
     }
-    # Where gradients are averaged: DDP copies them to buckets of its own. Sharded gradients of
-    # earlier micro-batches are whole, because they are summed over ranks in the last alone.
+    # DDP averages in buckets of its own. Sharded gradients of earlier micro-batches are whole,
+    # because they are summed over ranks in the last alone.
     buckets = trained if cluster.ranks > 1 and sharding is None else 0
     held = (trained if parts > 1 else gradients) + buckets
     stages = []
     for samples, side in sizes:
         step, kept, flops = passes[samples, side]
         loss = _loss_cost(config, cluster, model, mesh, samples)
-        rows = -(-samples // cluster.ranks)
-        images = 3 * side**2 * FLOAT * (rows - -(-rows // parts))  # of other micro-batches
         # What the loss keeps is there until the backward pass has ended.
-        most = buckets + max(step.peak + loss.held + images, gradients + update)
-        stages.append(
-            StepResources(
-                memory={
-                    **between,
-                    "gradients": held,
-                    "activations": step.saved,
-                    "activations without recomputation": kept,
-                    "loss": loss.held,
-                    "peak": sum(between.values()) + most,
-                },
-                flops=flops + loss.flops,
-                sent={"loss": loss.sent, **_sent(config, cluster, sharding, step, trained)},
-            )
-        )
-    return Resources(
-        parameters=parameters,
-        stages=stages,
-        checkpoint=weights * (own + sum({**average, **states}.values())) // own,
-        bundle=bundle,
-    )
+        most = step.peak + loss.held + _waiting_images(config, cluster, samples, side)
+        memory = between | {
+            "gradients": held,
+            "activations": step.saved,
+            "activations without recomputation": kept,
+            "loss": loss.held,
+            "peak": sum(between.values()) + buckets + max(most, gradients + update),
+        }
+        sent = {"loss": loss.sent, **_sent(config, cluster, sharding, step, trained)}
+        stages.append(StepResources(memory=memory, flops=flops + loss.flops, sent=sent))
+    checkpoint = weights * (own + sum({**average, **states}.values())) // own
+    return Resources(parameters, stages, checkpoint, bundle)
+
+
+def _waiting_images(config: TrainConfig, cluster: ClusterConfig, samples: int, side: int) -> int:
+    """Return the bytes of the images of other micro-batches."""
+    rows = -(-samples // cluster.ranks)
+    return 3 * side**2 * FLOAT * (rows - -(-rows // config.loss.micro_batches))
 
 
 def _passes(

@@ -113,7 +113,8 @@ def peer_run(folder: Path, options: argparse.Namespace) -> dict[str, float]:
         ]  # fmt: skip
         if options.processes > 1:  # features with gradients, as ours, without the whole square
             flags += ["--local-loss", "--gather-with-grad"]
-        command = [*launcher(options), __file__, CHILD_FLAG, f"{run}/times.json", *flags]
+        # In one argument: torch's launcher would take some of them for abbreviations of its own.
+        command = [*launcher(options), __file__, CHILD_FLAG, f"{run}/times.json", json.dumps(flags)]
         peer = str(options.peer.resolve())
         _, peaks = watched(command, environment(options) | {"PYTHONPATH": peer})
         times, losses = json.loads(Path(run, "times.json").read_text())
@@ -181,7 +182,7 @@ def table(runs: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]]) -> st
 def main() -> None:
     """Run the benchmark, or the child that calls open_clip's trainer."""
     if sys.argv[1:2] == [CHILD_FLAG]:
-        run_open_clip(Path(sys.argv[2]), sys.argv[3:])
+        run_open_clip(Path(sys.argv[2]), json.loads(sys.argv[3]))
         return
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer", type=Path, required=True, help="packages of open_clip's trainer")

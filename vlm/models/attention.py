@@ -50,7 +50,7 @@ def run_at_one_position(
 
     Args:
         block: A block of open_clip.
-        states: Of all positions, each of which needs a key and a value alone.
+        states: Of all positions; what is not read needs a key and a value alone.
         position: Takes what belongs to the position from states.
         unseen: True where the position does not look; None where it sees all.
     """
@@ -113,7 +113,7 @@ class PackedAttention(nn.MultiheadAttention):
         """Attend from and to (tokens, width)."""
         projected = F.linear(tokens, self.in_proj_weight, self.in_proj_bias)
         queries, keys, values = self._divided(packing.pad(projected)).unbind()
-        # Padding comes after a text's tokens, none of which sees it.
+        # Padding comes after a text's tokens, so they do not see it.
         attended = F.scaled_dot_product_attention(
             queries, keys, values, None, self.dropout if self.training else 0.0, is_causal=True
         )

@@ -73,7 +73,7 @@ class Batch:
 
     def _moved(self, move: Callable[[Tensor], Tensor]) -> "Batch":
         texts = {language: each.moved(move) for language, each in self.texts.items()}
-        return replace(self._with(move, dict.fromkeys(self.texts, move), self.uids), texts=texts)
+        return self._with(move, dict.fromkeys(self.texts, move), texts, self.uids)
 
     def split(self, number: int) -> list["Batch"]:
         """Return the batch in at most `number` parts of about equal size, for micro-batches.
@@ -92,7 +92,11 @@ class Batch:
             chosen = inside.nonzero()[:, 0] if inside.any() else torch.zeros_like(rows[:1])
             choose[language] = itemgetter(chosen)
             text_rows[language] = torch.where(inside, rows - first, len(uids))[chosen]
-        part = self._with(itemgetter(slice(first, last)), choose, uids)
+        texts = {
+            language: TokenBatch(choose[language](each.ids), choose[language](each.mask))
+            for language, each in self.texts.items()
+        }
+        part = self._with(itemgetter(slice(first, last)), choose, texts, uids)
         hidden_words = {
             language: mask & (text_rows[language] < len(uids))[:, None]
             for language, mask in part.hidden_words.items()
@@ -103,6 +107,7 @@ class Batch:
         self,
         of_samples: Callable[[Tensor], Tensor],
         of_texts: Mapping[str, Callable[[Tensor], Tensor]],
+        texts: Mapping[str, TokenBatch],
         uids: tuple[str, ...],
     ) -> "Batch":
         """Return the batch with every tensor changed: those of samples, those of a language."""
@@ -113,10 +118,7 @@ class Batch:
         patches = self.hidden_patches
         return Batch(
             images=of_samples(self.images),
-            texts={
-                language: TokenBatch(of_texts[language](each.ids), of_texts[language](each.mask))
-                for language, each in self.texts.items()
-            },
+            texts=texts,
             text_rows=change(self.text_rows),
             image_ids=of_samples(self.image_ids),
             caption_ids=change(self.caption_ids),

@@ -153,7 +153,7 @@ class ShardedModel:
         fully_shard.state(model)._lazy_init()  # type: ignore[attr-defined]
         for parameter in whole:
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._average)  # type: ignore[no-untyped-call]
+                parameter.register_post_accumulate_grad_hook(self._average)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

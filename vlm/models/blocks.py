@@ -97,5 +97,5 @@ class _RecomputedOnce(_Recomputed):
 
 
 def _keep_products() -> tuple[_Context, _Context]:
-    contexts: tuple[_Context, _Context] = create_selective_checkpoint_contexts(_PRODUCTS)  # type: ignore[no-untyped-call]
+    contexts: tuple[_Context, _Context] = create_selective_checkpoint_contexts(_PRODUCTS)
     return contexts

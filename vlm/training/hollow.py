@@ -37,17 +37,17 @@ _INDEXED = (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.defaul
 # torch knows the attention of GPUs by itself; on a CPU it has another name and the same products.
 @register_flop_formula(_aten._scaled_dot_product_flash_attention_for_cpu)
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+    return int(sdpa_flop_count(query, key, value))
 
 
 @register_flop_formula(_aten._scaled_dot_product_flash_attention_for_cpu_backward)
 def _attention_backward_flops(
     grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any
 ) -> int:
-    return int(sdpa_backward_flop_count(grad, query, key, value))  # type: ignore[no-untyped-call]
+    return int(sdpa_backward_flop_count(grad, query, key, value))
 
 
-class HollowTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class HollowTensors(TorchDispatchMode):
     """Runs operations on tensors without contents, and counts the bytes that are alive.
 
     Tensors that are there before its `with` block are not counted. Sharded weights empty and fill
@@ -55,7 +55,7 @@ class HollowTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch gives it no types
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.fake_device = torch.device("cpu")
         self._sizes: dict[int, list[int]] = {}  # of storages, each in a list so that it may change
@@ -89,12 +89,12 @@ class HollowTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         self._patches.append(patch.object(torch.UntypedStorage, "resize_", watched))
         self._patches[-1].start()
-        super().__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]  # as above
         return self
 
     def __exit__(self, *error: Any) -> None:
         """End it."""
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        super().__exit__(*error)  # type: ignore[no-untyped-call]  # as above
         self._patches.pop().stop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -211,11 +211,11 @@ def run_pass(
     with mode:
         if no_sync is not None:
             with no_sync():
-                run().backward()  # type: ignore[no-untyped-call]
+                run().backward()
         before, mode.flops, mode.gathered, mode.reduced = mode.alive, 0, 0, 0
         result = run()
         saved, forward = mode.alive - before, mode.gathered
-        result.backward()  # type: ignore[no-untyped-call]
+        result.backward()
     del result
     model.zero_grad()
     return Pass(mode.flops, saved, mode.peak, (forward, mode.gathered), mode.reduced)

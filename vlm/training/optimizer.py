@@ -71,7 +71,7 @@ class Together(torch.optim.Optimizer):
             part.state = self.state
 
     @override
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # takes no closure
         """Let each of the optimizers take its step."""
         for part in self.parts:
             part.step()
@@ -90,7 +90,7 @@ class Bfloat16States(torch.optim.Optimizer):
 
     @override
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # takes no closure
         """Let the optimizer take its step."""
         self.optimizer.state = self.state
         for group in self.param_groups:

@@ -39,7 +39,7 @@ from vlm.search.search_index import build_search_index
 from vlm.text.caption_ids import text_id
 from vlm.training.build import build_run
 from vlm.training.config import TrainConfig
-from vlm.training.resuming import BUNDLE_NAME, CONFIG_NAME
+from vlm.training.saving.resuming import BUNDLE_NAME, CONFIG_NAME
 
 SEARCHED_SPLIT = "test_style"
 BENCHMARKS: Mapping[str, tuple[str, tuple[str, ...]]] = {

@@ -24,7 +24,7 @@ from vlm.training.config import (
     TrainConfig,
     config_as_yaml,
 )
-from vlm.training.reporter import METRICS_NAME, read_records
+from vlm.training.monitoring.reporter import METRICS_NAME, read_records
 
 STEPS, SAVED = 6, 3
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}

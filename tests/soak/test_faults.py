@@ -31,8 +31,8 @@ from vlm.errors import InterruptedRunError
 from vlm.losses.plan import LossConfig
 from vlm.training.build import build_run
 from vlm.training.config import CheckpointConfig, EvaluationConfig, GuardConfig, ScheduleConfig
-from vlm.training.guard import SKIPPED_STEPS_NAME
-from vlm.training.reporter import METRICS_NAME, read_records
+from vlm.training.monitoring.reporter import METRICS_NAME, read_records
+from vlm.training.safety.guard import SKIPPED_STEPS_NAME
 
 WEIGHTS = "open_clip_model.safetensors"
 MOMENTS, PLACES = 30, 10

@@ -62,7 +62,7 @@ def test_p3_no_sample_is_lost_or_read_twice(inputs, tmp_path, tally):
 
 
 def test_p4_ranks_and_workers_may_change(inputs, tmp_path, tally):
-    # As in tests/training/test_kills.py: no batch norm within micro-batches, and a low rate.
+    # As in tests/training/saving/test_kills.py: no batch norm within micro-batches, and a low rate.
     changes = {"loss": LossConfig(), "optimizer": OptimizerConfig(learning_rate=1e-5)}
     whole = replace(tiny_config(inputs, tmp_path / "whole", steps=16), **changes)
     fit(whole, uids=tmp_path / "whole.uids")

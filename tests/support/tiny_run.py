@@ -6,7 +6,7 @@ from typing import Any
 from tests.builders import TINY_MODEL
 from vlm.batches.config import DataConfig
 from vlm.training.config import CheckpointConfig, EvaluationConfig, ScheduleConfig, TrainConfig
-from vlm.training.reporter import METRICS_NAME, read_records
+from vlm.training.monitoring.reporter import METRICS_NAME, read_records
 
 STEPS, BATCH = 7, 4
 

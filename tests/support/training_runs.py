@@ -23,7 +23,7 @@ from vlm.training.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from vlm.training.reporter import METRICS_NAME, read_records
+from vlm.training.monitoring.reporter import METRICS_NAME, read_records
 
 SAMPLES, BATCH = 24, 8
 

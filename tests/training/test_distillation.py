@@ -30,7 +30,7 @@ from vlm.training.config import (
     TrainConfig,
 )
 from vlm.training.distillation import Distillation
-from vlm.training.reporter import METRICS_NAME, read_records
+from vlm.training.monitoring.reporter import METRICS_NAME, read_records
 from vlm.training.step import ContrastiveStep
 
 SAMPLES, WIDTH, DIM = 8, 5, 4

@@ -14,10 +14,10 @@ from vlm.models.build import build_from_config
 from vlm.models.pretraining import PretrainingModel
 from vlm.training import precision as precisions
 from vlm.training.build import build_run
-from vlm.training.checkpoint import open_checkpoint
 from vlm.training.config import CheckpointConfig, ScheduleConfig, TrainConfig
+from vlm.training.monitoring.reporter import METRICS_NAME, read_records
 from vlm.training.precision import Precision
-from vlm.training.reporter import METRICS_NAME, read_records
+from vlm.training.saving.checkpoint import open_checkpoint
 from vlm.training.step import ContrastiveStep
 
 CPU = torch.device("cpu")

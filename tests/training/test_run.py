@@ -23,9 +23,9 @@ from vlm.training.config import (
     EvaluationConfig,
     OptimizerConfig,
 )
-from vlm.training.reporter import read_records
-from vlm.training.skipped import SKIPPED_NAME
-from vlm.training.state import Progress
+from vlm.training.monitoring.reporter import read_records
+from vlm.training.progress import Progress
+from vlm.training.safety.skipped import SKIPPED_NAME
 
 
 def steps_of(run_folder):

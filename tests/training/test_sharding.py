@@ -29,8 +29,8 @@ from vlm.models.blocks import compile_blocks, recompute
 from vlm.models.build import build_from_config
 from vlm.models.pretraining import PretrainingModel
 from vlm.training.config import OptimizerConfig
-from vlm.training.optimizer import build_optimizer
-from vlm.training.state import OptimizerState
+from vlm.training.optimization.optimizer import build_optimizer
+from vlm.training.saving.state import OptimizerState
 from vlm.training.step import ContrastiveStep
 
 WORLD, LOCAL, STEPS = 4, 4, 10

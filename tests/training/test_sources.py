@@ -178,7 +178,7 @@ def test_runs_go_on_with_the_streams_that_they_began_with(inputs, tmp_path):
         ),
         (
             {"mixture": MixtureConfig(schedule=(PhaseConfig(weights={"emoji": 1}),))},
-            "weights of emoji; the sources are data",
+            "weights of emoji; expected those of data",
         ),
         ({"skip_batches": ((5, 3),)}, "expected pairs of a first number from 0 and a last one"),
         ({"allowed_share": 1.5}, r"allowed_share is 1.5; expected a ratio in \[0, 1\]"),

@@ -21,7 +21,7 @@ from vlm.training.config import (
     StageConfig,
     TrainConfig,
 )
-from vlm.training.reporter import METRICS_NAME, read_records
+from vlm.training.monitoring.reporter import METRICS_NAME, read_records
 from vlm.training.start import build_start
 from vlm.vocabulary_transfer import grow_bundle
 

@@ -142,7 +142,7 @@ class DataConfig:
         known = list(self.by_name)
         if unknown := [name for name in names if name not in known]:
             raise ConfigError(
-                f"{what} has weights of {', '.join(unknown)}; the sources are {', '.join(known)}"
+                f"{what} has weights of {', '.join(unknown)}; expected those of {', '.join(known)}"
             )
 
     @property

@@ -58,7 +58,7 @@ def _resume(options: Options) -> Any:
 def _print_plan(options: Options, config: TrainConfig) -> None:
     if os.environ.get("RANK", "0") != "0":  # one process plans for all
         return
-    from vlm.training.dry_run import as_text, dry_run
+    from vlm.training.planning.dry_run import as_text, dry_run
 
     plan = dry_run(config, part_of(options, ClusterConfig), resume=_resume(options))
     print(json.dumps(plan.record(), indent=1) if options.json else as_text(plan))

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from vlm.errors import DataError
 from vlm.evaluation.retrieval.comparison import CosineStatistics, Spread
 from vlm.evaluation.retrieval.metrics import DIRECTIONS, NOT_FOUND, Ranks
-from vlm.training.reporter import METRICS_NAME, read_records
+from vlm.training.monitoring.reporter import METRICS_NAME, read_records
 
 MOST_CLASSES = 1000
 """With more, a class would be narrower than two pixels of the plot of their confusion."""

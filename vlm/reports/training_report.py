@@ -12,8 +12,8 @@ from vlm.errors import ConfigError, DataError
 from vlm.reports.document import Block, Document, Figure, Paragraph, Section, Table, without_code
 from vlm.reports.training_plots import PLOTS, Axis, Records, plot_png
 from vlm.training.config import flat_settings
-from vlm.training.reporter import METRICS_NAME, read_records
-from vlm.training.resuming import CONFIG_NAME
+from vlm.training.monitoring.reporter import METRICS_NAME, read_records
+from vlm.training.saving.resuming import CONFIG_NAME
 
 _OF_NO_INTEREST = ("run_folder",)
 

@@ -22,23 +22,23 @@ from vlm.models.blocks import compile_blocks
 from vlm.models.pretraining import PretrainingModel
 from vlm.models.text_thread import TextThread
 from vlm.training.adaptation import adapt, blocks_of
-from vlm.training.averaging import MovingAverage
-from vlm.training.checkpoint import Checkpoints, Resume
 from vlm.training.config import TrainConfig
 from vlm.training.distillation import Distillation, build_distillation
-from vlm.training.flops import FlopMeter
-from vlm.training.guard import Guard
+from vlm.training.monitoring.flops import FlopMeter
+from vlm.training.monitoring.scoring import build_evaluation
+from vlm.training.monitoring.trackers import check_trackers
 from vlm.training.objectives import build_pretraining_model, loss_weights
-from vlm.training.optimizer import build_optimizer
+from vlm.training.optimization.averaging import MovingAverage
+from vlm.training.optimization.optimizer import build_optimizer
+from vlm.training.optimization.stages import StageLocks
 from vlm.training.precision import Precision
 from vlm.training.reading import build_loader
-from vlm.training.resuming import CHECKPOINTS_NAME, check_run_folder, compared
 from vlm.training.run import Run
-from vlm.training.scoring import build_evaluation
-from vlm.training.stages import StageLocks
+from vlm.training.safety.guard import Guard
+from vlm.training.saving.checkpoint import Checkpoints, Resume
+from vlm.training.saving.resuming import CHECKPOINTS_NAME, check_run_folder, compared
 from vlm.training.start import build_start
 from vlm.training.step import ContrastiveStep
-from vlm.training.trackers import check_trackers
 
 _PATIENCE = timedelta(hours=1)
 """How long a rank waits for another one that writes its part of a checkpoint."""

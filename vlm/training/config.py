@@ -15,7 +15,7 @@ from vlm.errors import ConfigError
 from vlm.images.config import AugmentationConfig, PreprocessConfig
 from vlm.losses.plan import DistillationConfig, LossConfig
 from vlm.models.config import MaskedConfig, ModelConfig
-from vlm.training.optimizer_config import (
+from vlm.training.optimization.config import (
     OptimizerConfig,
     ScheduleConfig,
     StageConfig,

@@ -23,30 +23,30 @@ from vlm.errors import InterruptedRunError, VlmError
 from vlm.models.encoder import MAIN, Encoder
 from vlm.models.pretraining import PretrainingModel
 from vlm.text.caption_ids import text_id
-from vlm.training.averaging import MovingAverage, mean_of_checkpoints
 from vlm.training.bundles import leave_bundle
-from vlm.training.checkpoint import Checkpoints
 from vlm.training.config import TrainConfig
 from vlm.training.distillation import Distillation
-from vlm.training.due import due_after
-from vlm.training.environment import record_environment
-from vlm.training.failures import going_on, named
-from vlm.training.flops import FlopMeter
-from vlm.training.guard import Guard, SkippedSteps
-from vlm.training.interruption import Interruption, Stoppable
-from vlm.training.measures import measure, tower_norms
-from vlm.training.optimizer import RATE_RATIO, shrink_embedding_gradients
+from vlm.training.monitoring.environment import record_environment
+from vlm.training.monitoring.flops import FlopMeter
+from vlm.training.monitoring.measures import measure, tower_norms
+from vlm.training.monitoring.profiling import Profiler
+from vlm.training.monitoring.reporter import METRICS_NAME, Pace, Reporter
+from vlm.training.monitoring.scoring import describe_evaluation, ready_to_score
+from vlm.training.monitoring.trackers import Trackers
+from vlm.training.optimization.averaging import MovingAverage, mean_of_checkpoints
+from vlm.training.optimization.optimizer import RATE_RATIO, shrink_embedding_gradients
+from vlm.training.optimization.stages import StageLocks, learning_rate_at
 from vlm.training.precision import Precision
-from vlm.training.profiling import Profiler
+from vlm.training.progress import Progress, due_after
 from vlm.training.reading import describe_sources
-from vlm.training.reporter import METRICS_NAME, Pace, Reporter
-from vlm.training.resuming import BUNDLE_NAME, Origin, record_start, scores_missing
-from vlm.training.scoring import describe_evaluation, ready_to_score
-from vlm.training.skipped import SkippedLog
-from vlm.training.stages import StageLocks, learning_rate_at
-from vlm.training.state import OptimizerState, Progress, Settings, SourceFingerprints
+from vlm.training.safety.failures import going_on, named
+from vlm.training.safety.guard import Guard, SkippedSteps
+from vlm.training.safety.interruption import Interruption, Stoppable
+from vlm.training.safety.skipped import SkippedLog
+from vlm.training.saving.checkpoint import Checkpoints
+from vlm.training.saving.resuming import BUNDLE_NAME, Origin, record_start, scores_missing
+from vlm.training.saving.state import OptimizerState, Settings, SourceFingerprints
 from vlm.training.step import StepOutput, StepResult
-from vlm.training.trackers import Trackers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""What people watch of a run, and where it goes."""

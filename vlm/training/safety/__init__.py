@@ -1,0 +1,1 @@
+"""What keeps a run from losing or spoiling what it has learnt."""

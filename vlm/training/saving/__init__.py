@@ -1,0 +1,1 @@
+"""Checkpoints: written whole, verified, and gone on from."""

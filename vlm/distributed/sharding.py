@@ -179,9 +179,14 @@ class ShardedModel:
         finally:
             for block in self._blocks:
                 block.set_reshard_after_forward(self.sharding.reshard_after_forward, recurse=False)
-            # It frees the weights, and forgets the order of these passes, which differs by rank and
-            # by which the next backward pass would gather weights ahead of need.
-            self._model.reset_iter_state()
+            self.forget_passes()  # whose order differs by rank
+
+    def forget_passes(self) -> None:
+        """Free gathered weights after forward passes without backward passes.
+
+        By the order of these passes the next backward pass would gather weights ahead of need.
+        """
+        self._model.reset_iter_state()
 
     def _set_sync(self, syncs: bool) -> None:
         self._syncs = syncs

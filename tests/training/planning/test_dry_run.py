@@ -102,10 +102,15 @@ SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     ("sharding", "environment"), [("none", {}), ("full", SHARDED)], ids=["ddp", "fsdp2"]
 )
 @pytest.mark.parametrize(
-    ("model", "parts"), [(TWO_TOWERS, 1), (MULTIWAY, 2)], ids=["two towers", "multiway in parts"]
+    ("model", "parts", "trained"),
+    [(TWO_TOWERS, 1, "all"), (TWO_TOWERS, 1, "text"), (MULTIWAY, 2, "all")],
+    ids=["two towers", "a locked tower", "multiway in parts"],
 )
-def test_memory_is_that_of_a_run_of_four_processes(inputs, model, parts, sharding, environment):
-    settings = config(inputs, model=model, loss=LossConfig(micro_batches=parts))
+def test_memory_is_that_of_a_run_of_four_processes(
+    inputs, model, parts, trained, sharding, environment
+):
+    loss, stages = LossConfig(micro_batches=parts), (StageConfig(trained=trained),)
+    settings = config(inputs, model=model, loss=loss, stages=stages)
     plan = dry_run(settings, ClusterConfig(world=RANKS, sharding=sharding))
     assert plan.problems == []
     for found in run_in_processes(peak_of_a_run, RANKS, settings, environment):
@@ -204,6 +209,25 @@ def test_stages_are_planned_at_their_own_sizes(inputs):
         "stage of the rest": 1 + flops.index(max(flops)),
     }
     assert len(set(peaks)) == len(set(flops)) == 3
+
+
+def test_a_stage_is_planned_for_what_it_trains(inputs):
+    whole, locked, staged = (
+        dry_run(config(inputs, **changes), ClusterConfig(world=RANKS)).numbers
+        for changes in (
+            {},
+            {"adapt": AdaptationConfig(image_unlocked_groups=0)},
+            {"stages": (StageConfig(trained="text"),)},
+        )
+    )
+    for part in ("memory", "compute", "network", "disk"):
+        of_both = [{**each[part], "free": None} for each in (locked, staged)]
+        assert of_both[0] == of_both[1] != {**whole[part], "free": None}
+    most = (StageConfig(steps=3, trained="text"), StageConfig())
+    plan = dry_run(config(inputs, stages=most), ClusterConfig(world=RANKS)).numbers
+    for part in ("memory", "compute", "network"):
+        assert plan[part] == whole[part]
+    assert plan["disk"]["checkpoint"] == whole["disk"]["checkpoint"]
 
 
 def test_the_model_and_the_disk_are_counted(inputs):

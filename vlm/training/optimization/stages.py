@@ -1,6 +1,6 @@
 """The stages of a run: what each trains, and how fast."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -44,24 +44,10 @@ class StageLocks:
         first_new: int | None,
     ) -> None:
         self._config, self._model, self._optimizer = config, model, optimizer
-        # By identity, and now: sharded parameters are others while a model computes.
-        trainable = {id(p): p for p in model.parameters() if p.requires_grad}
-        self._trained: dict[Trained, list[nn.Parameter]] = {"all": list(trainable.values())}
-        asked = {stage.trained for stage in config.whole_stages}
-        if "text" in asked:
-            self._trained["text"] = _without(trainable, encoder.image_groups())
-        if "image" in asked:
-            self._trained["image"] = _without(trainable, encoder.text_groups())
+        self._trained = trained_by_stages(config, model, encoder, first_new)
         self._embedding, self._old_rows = encoder.token_embedding.weight, 0
-        if "new_rows" in asked and first_new is not None:
+        if "new_rows" in self._trained and first_new is not None:
             self._old_rows = own_rows_before(first_new, self._embedding)
-            self._trained["new_rows"] = [p for p in trainable.values() if p is self._embedding]
-        empty = [trained for trained, parameters in self._trained.items() if not parameters]
-        if empty:
-            raise ConfigError(
-                f"a stage trains {empty[0]}, but adapt locks all of that; expected something left "
-                "to train"
-            )
 
     def enter(self, step: int) -> None:
         """Prepare for a step, counted from 0; call it before each, and after resuming.
@@ -69,13 +55,9 @@ class StageLocks:
         Every rank calls it at the same point.
         """
         stage = self._config.stage_at(step)
-        wanted = {id(parameter) for parameter in self._trained[stage.trained]}
         if step == stage.first > 0 and self._config.stage_at(step - 1).trained != stage.trained:
             self._optimizer.state.clear()
-        wrong = [p for p in self._trained["all"] if p.requires_grad != (id(p) in wanted)]
-        for parameter in wrong:
-            parameter.requires_grad_(not parameter.requires_grad)
-        if wrong:
+        if train_only(self._trained[stage.trained], of=self._trained["all"]):
             _count_gradients_again(self._model)
 
     def updating(self, step: int) -> AbstractContextManager[None]:
@@ -83,6 +65,44 @@ class StageLocks:
         if self._config.stage_at(step).trained == "new_rows":
             return only_new_rows(self._embedding, self._old_rows)
         return nullcontext()
+
+
+def trained_by_stages(
+    config: TrainConfig, model: nn.Module, encoder: Encoder, first_new: int | None
+) -> dict[Trained, list[nn.Parameter]]:
+    """Return what is trained of a model by each kind of stage that a run has, and by `all`.
+
+    Call it between passes: sharded parameters are others while a model computes.
+
+    Raises:
+        ConfigError: nothing is left to train in a stage.
+    """
+    trainable = {id(p): p for p in model.parameters() if p.requires_grad}
+    found: dict[Trained, list[nn.Parameter]] = {"all": list(trainable.values())}
+    asked = {stage.trained for stage in config.whole_stages}
+    if "text" in asked:
+        found["text"] = _without(trainable, encoder.image_groups())
+    if "image" in asked:
+        found["image"] = _without(trainable, encoder.text_groups())
+    if "new_rows" in asked and first_new is not None:
+        embedding = encoder.token_embedding.weight
+        found["new_rows"] = [p for p in trainable.values() if p is embedding]
+    empty = [trained for trained, parameters in found.items() if not parameters]
+    if empty:
+        raise ConfigError(
+            f"a stage trains {empty[0]}, but adapt locks all of that; expected something left "
+            "to train"
+        )
+    return found
+
+
+def train_only(wanted: Sequence[nn.Parameter], *, of: Sequence[nn.Parameter]) -> bool:
+    """Lock all parameters but those that are wanted; return whether any has changed."""
+    kept = {id(parameter) for parameter in wanted}
+    wrong = [each for each in of if each.requires_grad != (id(each) in kept)]
+    for parameter in wrong:
+        parameter.requires_grad_(not parameter.requires_grad)
+    return bool(wrong)
 
 
 def _without(

@@ -210,17 +210,8 @@ def _measure(
     mesh: Mesh,
     batch: Batch | None,
 ) -> None:
-    size = start.preprocess_cfg["size"]
-    found = resources_of(
-        config,
-        cluster,
-        model,
-        image_size=size if isinstance(size, int) else size[0],
-        context_length=start.tokenizer.context_length,
-        mesh=mesh,
-        batch=batch,
-        teacher=load_teacher(config, start),
-    )
+    teacher = load_teacher(config, start)
+    found = resources_of(config, cluster, start, model, mesh=mesh, batch=batch, teacher=teacher)
     flops = [
         step.flops * samples // cluster.ranks
         for step, samples in zip(found.stages, config.batch_sizes, strict=True)
@@ -251,10 +242,10 @@ def _measure(
             },
         }
     )
-    kept = _checkpoints(config)
-    most = found.bundle + kept * found.checkpoint
+    kept, checkpoint = _checkpoints(config), max(step.checkpoint for step in found.stages)
+    most = found.bundle + kept * checkpoint
     free = shutil.disk_usage(_existing(config.run_folder)).free
-    plan.numbers["disk"] = {"checkpoint": found.checkpoint, "at most": most, "free": free}
+    plan.numbers["disk"] = {"checkpoint": checkpoint, "at most": most, "free": free}
     if most > free:
         plan.problems.append(
             f"the run needs {most / 2**30:,.1f} GiB for {kept} checkpoints and a bundle, and "

@@ -17,7 +17,7 @@ from vlm.models.pretraining import PretrainingModel
 from vlm.text.tokenizer import TokenBatch
 from vlm.training.config import TrainConfig
 from vlm.training.objectives import mask_plan
-from vlm.training.planning.hollow import HollowTensors, Pass, run_pass
+from vlm.training.planning.hollow import HollowTensors, Pass, run_forward, run_pass
 
 
 def count_flops(
@@ -54,6 +54,14 @@ def model_pass(
 ) -> Pass:
     """Return what a forward and a backward pass over a batch take, without the loss."""
     return run_pass(model, lambda: _scalar(config, model, batch), mode=mode, no_sync=no_sync)
+
+
+def saved_by_all_blocks(
+    config: TrainConfig, model: PretrainingModel, mode: HollowTensors, batch: Batch
+) -> int:
+    """Return the bytes that a forward pass leaves where nothing is to be computed again."""
+    with kept_activations(model.encoder):
+        return run_forward(lambda: _scalar(config, model, batch), mode=mode)
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """What a run takes of each device and of the network, found without weights or other processes."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,15 @@ from vlm.models.encoder import UNIMODAL
 from vlm.models.pretraining import PretrainingModel
 from vlm.training.config import ClusterConfig, TrainConfig
 from vlm.training.objectives import Teacher
+from vlm.training.optimization.config import Trained
 from vlm.training.optimization.optimizer import build_optimizer
+from vlm.training.optimization.stages import train_only, trained_by_stages
 from vlm.training.planning.hollow import HollowTensors, Pass, make_hollow, optimizer_bytes
 from vlm.training.planning.passes import (
     count_flops,
-    kept_activations,
     longest_batch,
     model_pass,
+    saved_by_all_blocks,
     teacher_flops,
     with_images,
 )
@@ -43,6 +46,8 @@ class StepResources:
     """Of one sample, forward and backward, without anything computed twice."""
     sent: Mapping[str, int]
     """Bytes that a rank sends, by what for."""
+    checkpoint: int
+    """Bytes of one checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +57,7 @@ class Resources:
     parameters: Mapping[str, int]
     """Their number by part; towers may share some."""
     stages: Sequence[StepResources]
-    """A step of each stage, at its sizes of the batch and of images."""
-    checkpoint: int
-    """Bytes of one checkpoint."""
+    """A step of each stage: what it trains, at its sizes of the batch and of images."""
     bundle: int
     """Bytes of a bundle's weights."""
 
@@ -62,10 +65,9 @@ class Resources:
 def resources_of(
     config: TrainConfig,
     cluster: ClusterConfig,
+    start: Bundle,
     model: PretrainingModel,
     *,
-    image_size: int,
-    context_length: int,
     mesh: Mesh,
     batch: Batch | None,
     teacher: Bundle | None = None,
@@ -75,47 +77,114 @@ def resources_of(
     Args:
         config: The run.
         cluster: Where it is to run.
+        start: What it starts from; memory must hold texts as long as its tokenizer allows.
         model: What it trains; its weights are dropped.
-        image_size: Side of its images, where a stage has no size of its own.
-        context_length: Of the tokenizer; memory must hold texts of that length.
         mesh: The loss group's.
         batch: Samples of the data, whose texts are of natural length; None for the longest.
         teacher: Of the distillation, if there is one.
     """
-    mode, sharding = HollowTensors(), sharding_of(cluster)
+    mode = HollowTensors()
     make_hollow(model, mode)
     parameters, bundle = _parameters(model), _bytes(model.encoder.parameters())
-    weights, trained = _bytes(model.parameters()), _bytes(_trained(model))  # undivided
-    parts = config.loss.micro_batches
-    sides = [stage.image_size or image_size for stage in config.whole_stages]
-    sizes = list(zip(config.batch_sizes, sides, strict=True))
-    with _sharded(config, cluster, model, sharding, mode) as no_sync:
-        passes = {}
-        for samples, side in dict.fromkeys(sizes):
-            rows = -(-samples // (cluster.ranks * parts))
-            longest = longest_batch(config, model, rows=rows, side=side, length=context_length)
-            read = with_images(batch, side)
-            passes[samples, side] = _passes(config, model, mode, longest, read, no_sync, teacher)
-        states, update = optimizer_bytes(build_optimizer(model, config.optimizer), model, mode=mode)
-        own, buffers = _bytes(model.parameters()), _bytes(model.buffers())
-        gradients = _bytes(_trained(model))
-    average = {"moving average": own} if config.averaging.ema_decay is not None else {}
-    between = {
-        "weights": own + buffers,
-        **average,
-        **_teacher_bytes(model, teacher),
-        **{f"optimizer {kind}": size for kind, size in states.items() if size > _SMALL},
-    }
-    # DDP averages in buckets of its own. Sharded gradients of earlier micro-batches are whole,
-    # because they are summed over ranks in the last alone.
-    buckets = trained if cluster.ranks > 1 and sharding is None else 0
-    held = (trained if parts > 1 else gradients) + buckets
-    stages = []
-    for samples, side in sizes:
-        step, kept, flops = passes[samples, side]
-        loss = _loss_cost(config, cluster, model, mesh, samples)
+    planner = _Planner(config, cluster, start, model, mode, mesh, teacher)
+    size = start.preprocess_cfg["size"]
+    image_size = size if isinstance(size, int) else size[0]
+    kinds = [
+        _Kind(samples, stage.image_size or image_size, stage.trained)
+        for samples, stage in zip(config.batch_sizes, config.whole_stages, strict=True)
+    ]
+    # Before weights are divided, which changes no FLOP and takes longer.
+    whole = {kind: planner.whole(kind, batch) for kind in planner.each(kinds)}
+    with _sharded(config, cluster, model, mode) as sharded:
+        optimizer = build_optimizer(model, config.optimizer)
+        steps = {
+            kind: planner.step(kind, whole[kind], sharded, optimizer)
+            for kind in planner.each(kinds)
+        }
+    return Resources(parameters, [steps[kind] for kind in kinds], bundle)
+
+
+class _Kind(NamedTuple):
+    """What the resources of a stage's steps depend on."""
+
+    samples: int
+    side: int
+    trained: Trained
+
+
+class _Whole(NamedTuple):
+    """What is known of a step before weights are divided."""
+
+    flops: int
+    """Of a sample, without the loss."""
+    weights: int
+    """Bytes of all weights."""
+    trained: int
+    """Bytes of those that are trained."""
+
+
+@dataclass(frozen=True)
+class _Planner:
+    """Finds what the steps of a run take, one kind after the other."""
+
+    config: TrainConfig
+    cluster: ClusterConfig
+    start: Bundle
+    model: PretrainingModel
+    mode: HollowTensors
+    mesh: Mesh
+    teacher: Bundle | None
+
+    def each(self, kinds: Iterable[_Kind]) -> Iterator[_Kind]:
+        """Give each kind once, while what it does not train is locked."""
+        model, first_new = self.model, self.start.first_new_id
+        parts = trained_by_stages(self.config, model, model.encoder, first_new)
+        for kind in dict.fromkeys(kinds):
+            train_only(parts[kind.trained], of=parts["all"])
+            yield kind
+        train_only(parts["all"], of=parts["all"])
+
+    def whole(self, kind: _Kind, batch: Batch | None) -> _Whole:
+        """Return what is known before weights are divided."""
+        read = with_images(batch, kind.side) or self._longest(kind)
+        flops = count_flops(self.config, self.model, read, mode=self.mode)
+        flops += teacher_flops(self.config, self.teacher, self.mode, read)
+        weights, trained = _bytes(self.model.parameters()), _bytes(_trained(self.model))
+        return _Whole(flops // len(read.uids), weights, trained)
+
+    def step(
+        self,
+        kind: _Kind,
+        whole: _Whole,
+        sharded: ShardedModel | None,
+        optimizer: torch.optim.Optimizer,
+    ) -> StepResources:
+        """Return what a step takes."""
+        config, model, parts = self.config, self.model, self.config.loss.micro_batches
+        no_sync = sharded.no_sync if sharded else nullcontext
+        longest = self._longest(kind)
+        step = model_pass(config, model, self.mode, longest, no_sync=no_sync if parts > 1 else None)
+        kept = step.saved
+        if config.adapt.grad_checkpointing != "none":
+            kept = saved_by_all_blocks(config, model, self.mode, longest)
+            if sharded:
+                sharded.forget_passes()
+        moments, update = optimizer_bytes(optimizer, model, mode=self.mode)
+        own, gradients = _bytes(model.parameters()), _bytes(_trained(model))
+        average = {"moving average": own} if config.averaging.ema_decay is not None else {}
+        between = {
+            "weights": own + _bytes(model.buffers()),
+            **average,
+            **_teacher_bytes(model, self.teacher),
+            **{f"optimizer {kind}": size for kind, size in moments.items() if size > _SMALL},
+        }
+        # DDP averages in buckets of its own. Sharded gradients of earlier micro-batches are whole,
+        # because they are summed over ranks in the last alone.
+        buckets = whole.trained if self.cluster.ranks > 1 and sharded is None else 0
+        held = (whole.trained if parts > 1 else gradients) + buckets
+        loss = _loss_cost(config, self.cluster, model, self.mesh, kind.samples)
         # What the loss keeps is there until the backward pass has ended.
-        most = step.peak + loss.held + _waiting_images(config, cluster, samples, side)
+        most = step.peak + loss.held + _waiting_images(config, self.cluster, kind)
         memory = between | {
             "gradients": held,
             "activations": step.saved,
@@ -123,39 +192,32 @@ def resources_of(
             "loss": loss.held,
             "peak": sum(between.values()) + buckets + max(most, gradients + update),
         }
-        sent = {"loss": loss.sent, **_sent(config, cluster, sharding, step, trained)}
-        stages.append(StepResources(memory=memory, flops=flops + loss.flops, sent=sent))
-    checkpoint = weights * (own + sum({**average, **states}.values())) // own
-    return Resources(parameters, stages, checkpoint, bundle)
+        return StepResources(
+            memory=memory,
+            flops=whole.flops + loss.flops,
+            sent={"loss": loss.sent, **self._sent(step, whole, is_sharded=sharded is not None)},
+            checkpoint=whole.weights * (own + sum({**average, **moments}.values())) // own,
+        )
+
+    def _longest(self, kind: _Kind) -> Batch:
+        rows = -(-kind.samples // (self.cluster.ranks * self.config.loss.micro_batches))
+        length = self.start.tokenizer.context_length
+        return longest_batch(self.config, self.model, rows=rows, side=kind.side, length=length)
+
+    def _sent(self, step: Pass, whole: _Whole, *, is_sharded: bool) -> dict[str, int]:
+        """Return the bytes that a rank sends of gradients, and of divided weights."""
+        if not is_sharded:
+            ranks = self.cluster.ranks
+            return {"gradients": 2 * (ranks - 1) * whole.trained // ranks}
+        parts, (forward, both) = self.config.loss.micro_batches, step.gathered
+        again = parts - 1 if self.config.loss.accumulation == "exact" else 0  # without gradients
+        return {"weights": parts * both + again * forward, "gradients": step.reduced}
 
 
-def _waiting_images(config: TrainConfig, cluster: ClusterConfig, samples: int, side: int) -> int:
+def _waiting_images(config: TrainConfig, cluster: ClusterConfig, kind: _Kind) -> int:
     """Return the bytes of the images of other micro-batches."""
-    rows = -(-samples // cluster.ranks)
-    return 3 * side**2 * FLOAT * (rows - -(-rows // config.loss.micro_batches))
-
-
-def _passes(
-    config: TrainConfig,
-    model: PretrainingModel,
-    mode: HollowTensors,
-    longest: Batch,
-    batch: Batch | None,
-    no_sync: Callable[[], AbstractContextManager[None]],
-    teacher: Bundle | None,
-) -> tuple[Pass, int, int]:
-    """Return a step's last passes, the bytes they save without recomputation, a sample's FLOP."""
-    in_parts = config.loss.micro_batches > 1
-    step = model_pass(config, model, mode, longest, no_sync=no_sync if in_parts else None)
-    kept = step
-    if config.adapt.grad_checkpointing != "none":
-        with kept_activations(model.encoder):
-            kept = model_pass(config, model, mode, longest)
-    read, flops = batch or longest, kept.flops
-    if batch is not None:
-        flops = count_flops(config, model, batch, mode=mode)
-    flops += teacher_flops(config, teacher, mode, read)
-    return step, kept.saved, flops // len(read.uids)
+    rows = -(-kind.samples // cluster.ranks)
+    return 3 * kind.side**2 * FLOAT * (rows - -(-rows // config.loss.micro_batches))
 
 
 def _teacher_bytes(model: PretrainingModel, teacher: Bundle | None) -> dict[str, int]:
@@ -180,15 +242,12 @@ def _sharded(
     config: TrainConfig,
     cluster: ClusterConfig,
     model: PretrainingModel,
-    sharding: Sharding | None,
     mode: HollowTensors,
-) -> Iterator[Callable[[], AbstractContextManager[None]]]:
-    """Divide a hollow model over ranks that are not there, within a `with` block.
-
-    It gives what makes the context of a pass whose gradients are not summed over ranks.
-    """
+) -> Iterator[ShardedModel | None]:
+    """Divide a hollow model over ranks that are not there, within a `with` block, if asked to."""
+    sharding = sharding_of(cluster)
     if sharding is None:
-        yield nullcontext
+        yield None
         return
     dtype = Precision(config.precision, mode.fake_device).dtype
     if has_statistics(model) or _on_cpu(cluster):
@@ -198,26 +257,11 @@ def _sharded(
             sharded = ShardedModel(
                 model, model.encoder.blocks(), sharding, device=mode.fake_device, dtype=dtype
             )
-        yield sharded.no_sync
+        yield sharded
 
 
 def _on_cpu(cluster: ClusterConfig) -> bool:
     return cluster.world is None and not torch.accelerator.is_available()
-
-
-def _sent(
-    config: TrainConfig,
-    cluster: ClusterConfig,
-    sharding: Sharding | None,
-    step: Pass,
-    trained: int,
-) -> dict[str, int]:
-    """Return the bytes that a rank sends of gradients, and of weights where they are divided."""
-    if sharding is None:
-        return {"gradients": 2 * (cluster.ranks - 1) * trained // cluster.ranks}
-    parts, (forward, both) = config.loss.micro_batches, step.gathered
-    again = parts - 1 if config.loss.accumulation == "exact" else 0  # passes without gradients
-    return {"weights": parts * both + again * forward, "gradients": step.reduced}
 
 
 def _loss_cost(

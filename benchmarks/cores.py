@@ -16,7 +16,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from setting import ROOT, describe_setting
+from setting import ROOT, describe_setting, leave
 
 CONFIG = "configs/train/emoji.yaml"
 OTHER = "another checkout"  # with --beside, as its own configuration file says
@@ -113,11 +113,11 @@ def main() -> None:
         for situation, by_setting in runs.items():
             for name, (checkout, flags) in systems.items():
                 by_setting[name].append(train(checkout, flags, situation, options.steps))
-    text = json.dumps(result | {"runs": runs, "load_after": os.getloadavg()[0]}, indent=1)
-    print(text)
-    print(table(runs, next(iter(systems))), file=sys.stderr)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    leave(
+        result | {"runs": runs, "load_after": os.getloadavg()[0]},
+        table(runs, next(iter(systems))),
+        options.out,
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from setting import ROOT, describe_setting
+from setting import ROOT, describe_setting, leave
 
 CONFIG = "configs/train/emoji.yaml"
 CHILD_FLAG = "--child-open-clip"
@@ -168,11 +168,7 @@ def main() -> None:
                 train(name, flags, run_folder, options)
                 runs[name].append(score(run_folder))
                 print(f"trained {name}, seed {seed}", file=sys.stderr)
-    text = json.dumps(setting | {"runs": runs}, indent=1)
-    print(text)
-    print(table(runs), file=sys.stderr)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    leave(setting | {"runs": runs}, table(runs), options.out)
 
 
 if __name__ == "__main__":

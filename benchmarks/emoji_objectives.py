@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from emoji_loss import score
-from setting import ROOT, describe_setting
+from setting import ROOT, describe_setting, leave
 
 CONFIG = "configs/train/emoji-m2.yaml"
 SHORT, SHORTER = 40, 10
@@ -122,11 +122,7 @@ def main() -> None:
             measured = {"seconds_a_step": a_step, "steps": steps, "seconds": seconds}
             runs[name] = measured | {"last_parts": last_parts(run_folder)} | score(run_folder)
             print(f"trained {name}: {steps} steps in {seconds:.0f} s", file=sys.stderr)
-    text = json.dumps(setting | {"runs": runs}, indent=1)
-    print(text)
-    print(table(runs), file=sys.stderr)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    leave(setting | {"runs": runs}, table(runs), options.out)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from setting import ROOT, describe_setting
+from setting import ROOT, describe_setting, leave
 
 CONFIG = "configs/train/emoji.yaml"
 DATA = ROOT / "data" / "emoji"
@@ -271,11 +271,7 @@ def main() -> None:
     result = describe_setting("benchmarks/emoji_training.py", threads=options.threads)
     with tempfile.TemporaryDirectory(prefix="emoji_training_") as folder:
         result["runs"] = compare(options, Path(folder))
-    text = json.dumps(result, indent=1, ensure_ascii=False)
-    print(text)
-    print(results_table(result["runs"]), file=sys.stderr)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    leave(result, results_table(result["runs"]), options.out)
 
 
 if __name__ == "__main__":

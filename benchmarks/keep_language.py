@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from setting import describe_setting
+from setting import describe_setting, leave
 from vocabulary_growth import CONFIG, CONTEXT_LENGTH, CONTINUED, SPLITS, TOKENIZER, score, vlm
 
 START = "English model"
@@ -162,11 +162,7 @@ def main() -> None:
                 vlm("tokenizer", "import", source, *context, "--out", str(folder / name))
         seeds = range(options.first_seed, options.first_seed + options.seeds)
         runs = [run_seed(folder / f"seed-{seed}", seed, options) for seed in seeds]
-    text = json.dumps(setting | {"runs": runs}, indent=1)
-    print(text)
-    print(table(runs), file=sys.stderr)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    leave(setting | {"runs": runs}, table(runs), options.out)
 
 
 if __name__ == "__main__":

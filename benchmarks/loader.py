@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import psutil
-from setting import ROOT, describe_setting
+from setting import ROOT, describe_setting, leave
 
 EMOJI = ROOT / "data" / "emoji"
 CHILD_FLAG = "--child"
@@ -245,11 +245,7 @@ def main() -> None:
         for _ in range(options.rounds):
             for system, done in rounds.items():
                 done.append(measure(system, Path(folder), options))
-    text = json.dumps(result | {"rounds": rounds}, indent=1)
-    print(text)
-    print(table(rounds), file=sys.stderr)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    leave(result | {"rounds": rounds}, table(rounds), options.out)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import argparse
 import json
 import multiprocessing
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from meters import TensorMeter
-from setting import describe_setting
+from setting import describe_setting, leave
 from torch import Tensor
 
 from vlm.losses.contrastive import ContrastiveLoss
@@ -315,11 +314,7 @@ def main() -> None:
         ]
     shape = {key: getattr(options, key) for key in ("processes", "rows", "dim", "dtype", "device")}
     table = summarise(ranks, options)
-    text = json.dumps(setting | shape | {"losses": table}, indent=1)
-    print(text)
-    print(markdown(table), file=sys.stderr)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    leave(setting | shape | {"losses": table}, markdown(table), options.out)
 
 
 if __name__ == "__main__":

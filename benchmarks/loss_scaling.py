@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from meters import TensorMeter
-from setting import describe_setting
+from setting import describe_setting, leave
 from torch import Tensor
 
 from vlm.distributed.mesh import mesh_shape
@@ -341,12 +341,8 @@ def main() -> None:
         checks[world] = {"losses": losses, "differences": differences}
         for difference in differences:
             print(difference, file=sys.stderr)
-    print(check_table(checks), file=sys.stderr)
-    shape = {"rows": options.rows, "dim": options.dim}
-    text = json.dumps(setting | shape | {"formulas": formulas, "checks": checks}, indent=1)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    found = {"rows": options.rows, "dim": options.dim, "formulas": formulas, "checks": checks}
+    leave(setting | found, check_table(checks), options.out)
     if any(each["differences"] for each in checks.values()):
         raise SystemExit(1)
 

@@ -7,9 +7,7 @@ to stderr.
 """
 
 import argparse
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from setting import ROOT, describe_setting
+from setting import ROOT, describe_setting, leave
 
 from vlm.batches.batch import Batch
 from vlm.batches.collate import collate
@@ -122,10 +120,6 @@ def main() -> None:
     }
     results = {name: measure(passes, options.repeats) for name, passes in found.items()}
     lengths = {name: list(each.ids.shape) for name, each in batches["padded"].texts.items()}
-    text = json.dumps(
-        setting | {"losses": losses, "padded_texts": lengths, "results": results}, indent=1
-    )
-    print(text)
     rows = [
         [f"{name}, {clock}"]
         + [f"{of[key]:.3f}" for key in ("padded", "present", "ratio")]
@@ -134,9 +128,8 @@ def main() -> None:
         for clock, of in result.items()
     ]
     header = ["forward and backward", "padded, s", "present, s", "ratio", "extremes"]
-    print(markdown_table(header, rows), file=sys.stderr)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    found = {"losses": losses, "padded_texts": lengths, "results": results}
+    leave(setting | found, markdown_table(header, rows), options.out)
 
 
 if __name__ == "__main__":

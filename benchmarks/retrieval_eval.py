@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from setting import describe_setting
+from setting import describe_setting, leave
 
 CUTOFFS = (1, 5, 10)
 FEATURES = ("texts", "images", "pairs")
@@ -407,11 +407,7 @@ def main() -> None:
         results["malloc_mmap_threshold"] = os.environ.get("MALLOC_MMAP_THRESHOLD_")
         results["systems"] = compare(options)
     results["load_after"] = os.getloadavg()[0]
-    text = json.dumps(results, indent=1)
-    print(text)
-    print(markdown(results), file=sys.stderr)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    leave(results, markdown(results), options.out)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """On what, with what and from which commit a result was measured."""
 
 import datetime
+import json
 import os
 import platform
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,3 +37,12 @@ def describe_setting(script: str, *, threads: int) -> dict[str, Any]:
         "commit": commit,
         "uncommitted_changes": bool(changes),
     }
+
+
+def leave(result: Mapping[str, Any], table: str, out: Path | None) -> None:
+    """Print a result as JSON to stdout, and its table to stderr; write the JSON to a file too."""
+    text = json.dumps(result, indent=1, ensure_ascii=False)
+    print(text)
+    print(table, file=sys.stderr)
+    if out:
+        out.write_text(text + "\n", encoding="utf-8")

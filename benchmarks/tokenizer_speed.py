@@ -27,7 +27,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from setting import ROOT, describe_setting
+from setting import ROOT, describe_setting, leave
 
 DATA = ROOT / "data" / "emoji"
 EXTENDED = ROOT / "tokenizers" / "clip-zh"
@@ -340,11 +340,7 @@ def main() -> None:
         for language, own in texts.items()
     }
     result = {"texts": shape, "rounds": options.rounds, "speed": rows, "memory_mib": kept}
-    text = json.dumps(setting | result, indent=1, ensure_ascii=False)
-    print(text)
-    print(speed_table(rows), memory_table(kept), sep="\n", file=sys.stderr)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    leave(setting | result, "\n".join([speed_table(rows), memory_table(kept)]), options.out)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import psutil
 from loader import OURS, PEER, cell, version_in, watched
-from setting import ROOT, describe_setting
+from setting import ROOT, describe_setting, leave
 
 EMOJI = ROOT / "data" / "emoji"
 CHILD_FLAG = "--child-open-clip"
@@ -219,11 +219,7 @@ def main() -> None:
                     of = runs.setdefault(f"{captions}, {processes}", {OURS: [], PEER: []})
                     of[OURS].append(our_run(Path(folder, captions), each))
                     of[PEER].append(peer_run(Path(folder, captions), each))
-    text = json.dumps(result | {"runs": runs, "load_after": psutil.getloadavg()[0]}, indent=1)
-    print(text)
-    print(table(runs), file=sys.stderr)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    leave(result | {"runs": runs, "load_after": psutil.getloadavg()[0]}, table(runs), options.out)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ object goes to stdout, a Markdown table to stderr; `benchmarks/README.md` says w
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import statistics
@@ -19,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from setting import ROOT, describe_setting
+from setting import ROOT, describe_setting, leave
 
 CONFIG = "configs/train/emoji-en.yaml"
 CONTINUED = "configs/train/emoji-zh.yaml"
@@ -216,11 +215,7 @@ def main() -> None:
             run_seed(folder / f"seed-{seed}", compared, seed, options)
             for seed in range(options.first_seed, options.first_seed + options.seeds)
         ]
-    text = json.dumps(setting | {"runs": runs}, indent=1)
-    print(text)
-    print(table(runs), file=sys.stderr)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    leave(setting | {"runs": runs}, table(runs), options.out)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,8 @@ def train_vlm(folder: Path, *, seed: int, steps: int | None, threads: int) -> di
     import yaml
 
     flags = [f"--seed={seed}", "--evaluation.every_steps=0", "--checkpoint.every_steps=0"]
-    flags.append("--captions.second=false")  # open_clip gets the main captions only
+    # open_clip gets the main captions only, and has AdamW alone.
+    flags += ["--captions.second=false", "--optimizer.name=adamw"]
     if steps:
         schedule = yaml.safe_load((ROOT / CONFIG).read_text())["schedule"]
         warmup = steps * schedule["warmup_steps"] // schedule["steps"]

@@ -34,6 +34,7 @@ class Variant:
 
     flags: tuple[str, ...] = ()
     """Options of `vlm train`; `$most` stands for 70 % of the run's steps, `$few` for 4 %."""
+    optimizer: str = "adamw"
     bundle: str = "bundle"
     costs: str | None = None
     """The variant whose step takes as long by construction; None where it is measured."""
@@ -55,9 +56,9 @@ VARIANTS = {
     "AdamW, layer decay 0.75": Variant(
         ("--optimizer.image.layer_decay=0.75", "--optimizer.text.layer_decay=0.75"), costs=BASE
     ),
-    "Muon": Variant(("--optimizer.name=muon",)),
+    "Muon": Variant(optimizer="muon"),
     "Lion": Variant(
-        ("--optimizer.name=lion", "--optimizer.learning_rate=6e-4", "--optimizer.weight_decay=1.5")
+        ("--optimizer.learning_rate=6e-4", "--optimizer.weight_decay=1.5"), optimizer="lion"
     ),
     "AdamW, EMA": Variant(("--averaging.ema_decay=0.999",), "bundle-ema"),
     "AdamW, wsd, EMA": Variant(
@@ -68,8 +69,8 @@ VARIANTS = {
         ("--schedule.shape=wsd", *LAST_CHECKPOINTS), "bundle-mean", "AdamW, last 5 checkpoints"
     ),
     "AdamW, 32 pixels, then 48": Variant((SMALL_FIRST,)),
-    "Muon, 32 pixels, then 48": Variant(("--optimizer.name=muon", SMALL_FIRST)),
-    "Muon, EMA": Variant(("--optimizer.name=muon", "--averaging.ema_decay=0.999"), "bundle-ema"),
+    "Muon, 32 pixels, then 48": Variant((SMALL_FIRST,), optimizer="muon"),
+    "Muon, EMA": Variant(("--averaging.ema_decay=0.999",), "bundle-ema", optimizer="muon"),
 }
 
 
@@ -78,6 +79,7 @@ def train(variant: Variant, folder: Path, *, steps: int, seed: int) -> float:
     settings = [
         "--config", CONFIG, f"--run_folder={folder}", f"--seed={seed}",
         "--evaluation.every_steps=0", "--checkpoint.every_steps=0",
+        f"--optimizer.name={variant.optimizer}",
         f"--schedule.steps={steps}", f"--schedule.warmup_steps={steps * 140 // 1600}",
     ]  # fmt: skip
     lengths = {"most": steps * 7 // 10, "few": max(steps // 25, 1)}

@@ -21,8 +21,9 @@ $(VENV)/.installed: pyproject.toml
 quickstart: install  ## train, score and index a bilingual model on real pictures (minutes)
 	$(BIN)/vlm quickstart
 
-# Up to four workers; a file's tests stay in one of them, with the fixtures that they share.
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+# Up to four workers; a file's tests stay in one of them, with the fixtures that they share. Files
+# with few tests are not left to the end: these are the slow ones.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: install  ## run the whole test suite
 	$(PYTEST)

@@ -18,9 +18,10 @@ from safetensors.torch import save
 from torch import nn
 
 from vlm.errors import CheckpointError
+from vlm.training.progress import Progress
 from vlm.training.saving import tensor_files
 from vlm.training.saving.checkpoint import Checkpoints, open_checkpoint
-from vlm.training.saving.state import OptimizerState, Progress
+from vlm.training.saving.state import OptimizerState
 
 CALLS = ("mkdir", "open", "fsync", "rename", "replace", "unlink", "rmdir")
 """Functions of `os` that are counted, next to opening a file and every write to one."""

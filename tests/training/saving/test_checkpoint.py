@@ -17,8 +17,9 @@ import vlm
 from vlm.errors import CheckpointError, ConfigError
 from vlm.training.config import CheckpointConfig, OptimizerConfig
 from vlm.training.optimization.optimizer import build_optimizer
+from vlm.training.progress import Progress
 from vlm.training.saving.checkpoint import Checkpoints
-from vlm.training.saving.state import OptimizerState, Progress
+from vlm.training.saving.state import OptimizerState
 from vlm.training.saving.tensor_files import TensorSnapshot
 
 

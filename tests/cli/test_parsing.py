@@ -53,6 +53,14 @@ class Options:
     fields: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """A verb with a list of parts."""
+
+    config: Path | None = None
+    parts: tuple[Part, ...] = ()
+
+
 @dataclass(frozen=True)
 class ManyFolders:
     """A verb of several folders."""
@@ -116,6 +124,13 @@ def test_what_the_shell_says_goes_before_a_file(in_file):
 def test_entries_of_a_list_may_have_settings_of_their_own(in_file):
     options = read(*in_file("data: [a=b, {path: x, languages: [zh]}]\n", "b"))
     assert options.data == ("a=b", Source(path=Path("x"), languages=("zh",)))
+
+
+def test_an_entry_of_a_list_without_settings_is_refused(in_file):
+    said = "parts has an entry without settings; expected at least one in each"
+    assert complaint("--parts", '[{"steps": 4}, {}]', kind=Parts) == said
+    assert complaint(*in_file("parts:\n- {steps: 4}\n- {}\n"), kind=Parts) == said
+    assert read("--parts", '[{"steps": 4}]', kind=Parts).parts == (Part(steps=4),)
 
 
 def test_a_mapping_has_an_option_for_each_name_with_all_its_values(in_file):

@@ -271,6 +271,8 @@ def _explain(error: BaseException, settings: Mapping[str, Any]) -> str:
         return f"{name} is {no_file[1]}; expected its settings by name, or a YAML file with them"
     if (value := _VALUE.search(message)) and name in settings:
         quotes = ", in quotes where YAML takes it for a number"
+        if value[1].startswith("{} "):  # of a list, whose entries are a part each
+            return f"{name} has an entry without settings; expected at least one in each"
         is_text = settings[name] in (str, str | None)
         expected = _expected(settings[name]) + (quotes if is_text else "")
         return f"{name} is {value[1]}; expected {expected}"

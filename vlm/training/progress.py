@@ -15,7 +15,7 @@ class Progress:
     samples: int = 0
     """Samples read by all processes."""
     learning_rate: float = field(default=0.0, compare=False)
-    """The rate of the last step; it is said when a run goes on, perhaps with another."""
+    """Learning rate of the last step, printed when a run resumes."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the numbers."""

@@ -84,7 +84,10 @@ def test_a_run_without_stages_is_one():
     ("steps", "message"),
     [
         ((3, 4), r"the stages have 3, 4 steps and schedule.steps is 8; expected 8 in all"),
-        ((8, None), "the stages have 8, null steps and schedule.steps is 8; expected 8 in all"),
+        (
+            (8, None),
+            "8, null steps and schedule.steps is 8; expected 8 in all; the last may be null",
+        ),
         ((None, 4), "have null, 4 steps and schedule.steps is 8; expected 8 in all"),
         ((6, None), "warmup_steps is 2 in a schedule or stage of 2 steps"),
     ],

@@ -72,7 +72,7 @@ def trained_by_stages(
 ) -> dict[Trained, list[nn.Parameter]]:
     """Return what is trained of a model by each kind of stage that a run has, and by `all`.
 
-    Call it between passes: sharded parameters are others while a model computes.
+    Call it outside a forward or backward pass: FSDP2 swaps in unsharded parameters during one.
 
     Raises:
         ConfigError: nothing is left to train in a stage.

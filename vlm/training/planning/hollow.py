@@ -235,16 +235,6 @@ def run_pass(
     return Pass(mode.flops, saved, mode.peak, (forward, mode.gathered), mode.reduced)
 
 
-def run_forward(run: Callable[[], Tensor], *, mode: HollowTensors) -> int:
-    """Return the bytes that a forward pass leaves for a backward pass, which is not made."""
-    mode.count_anew()
-    with mode:
-        result = run()
-        saved = mode.alive
-    del result
-    return saved
-
-
 def make_hollow(model: nn.Module, mode: HollowTensors) -> None:
     """Replace the parameters and buffers of a model, in place, by those without contents."""
     made: dict[Tensor, Tensor] = {}  # a parameter may have two names

@@ -17,7 +17,7 @@ from vlm.models.pretraining import PretrainingModel
 from vlm.text.tokenizer import TokenBatch
 from vlm.training.config import TrainConfig
 from vlm.training.objectives import mask_plan
-from vlm.training.planning.hollow import HollowTensors, Pass, run_forward, run_pass
+from vlm.training.planning.hollow import HollowTensors, Pass, run_pass
 
 
 def count_flops(
@@ -59,9 +59,13 @@ def model_pass(
 def saved_by_all_blocks(
     config: TrainConfig, model: PretrainingModel, mode: HollowTensors, batch: Batch
 ) -> int:
-    """Return the bytes that a forward pass leaves where nothing is to be computed again."""
-    with kept_activations(model.encoder):
-        return run_forward(lambda: _scalar(config, model, batch), mode=mode)
+    """Return the bytes saved by a forward pass without activation checkpointing."""
+    mode.count_anew()
+    with kept_activations(model.encoder), mode:
+        graph = _scalar(config, model, batch)
+        saved = mode.alive
+    del graph
+    return saved
 
 
 @contextmanager

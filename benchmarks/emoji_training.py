@@ -84,7 +84,8 @@ def train_vlm(folder: Path, *, seed: int, steps: int | None, threads: int) -> di
 
     flags = [f"--seed={seed}", "--evaluation.every_steps=0", "--checkpoint.every_steps=0"]
     # open_clip gets the main captions only, and has AdamW alone.
-    flags += ["--captions.second=false", "--optimizer.name=adamw"]
+    flags += ["--captions.second=false", "--optimizer.name=adamw", "--optimizer.learning_rate=3e-3"]
+    flags += ["--model", "configs/model/emoji-tiny.yaml"]
     if steps:
         schedule = yaml.safe_load((ROOT / CONFIG).read_text())["schedule"]
         warmup = steps * schedule["warmup_steps"] // schedule["steps"]

@@ -11,16 +11,17 @@ from pathlib import Path
 
 import torch
 
-from vlm.data.config import SourceConfig
-from vlm.data.sample import Sample
+from vlm.data.config import DEFAULT_SPLIT, SourceConfig
 from vlm.data.source import Source, open_source
 from vlm.embedding.embedder import Embedder
-from vlm.embedding.parts import SplitImages, read_embeddings, write_embeddings
+from vlm.embedding.parts import SplitImages, write_embeddings
 from vlm.errors import ConfigError
 from vlm.evaluation.config import IndexPlan, RetrievalSource
+from vlm.evaluation.retrieval.everyday import SHOWN
 from vlm.evaluation.retrieval.run import RetrievalRun, evaluate
 from vlm.files import write_file
 from vlm.reports.document import (
+    Block,
     Bullets,
     CodeBlock,
     Document,
@@ -30,13 +31,11 @@ from vlm.reports.document import (
     Section,
     write_report,
 )
-from vlm.reports.examples import Answer, Example, Found
+from vlm.reports.everyday_report import answered_questions, missed_questions
 from vlm.reports.plots import loss_png, recall_png
 from vlm.reports.results import RECORD_NAME
 from vlm.reports.retrieval_report import retrieval_sections
-from vlm.search.index import VectorIndex
 from vlm.search.search_index import build_search_index
-from vlm.text.caption_ids import text_id
 from vlm.training.build import build_run
 from vlm.training.config import TrainConfig
 from vlm.training.saving.resuming import BUNDLE_NAME, CONFIG_NAME
@@ -50,17 +49,11 @@ BENCHMARKS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 }
 """By name, the split and the conditions of each benchmark."""
 
-FREE_QUERIES = (
-    {"zh": "一只猫", "en": "a cat"},
-    {"zh": "红色的花", "en": "a red flower"},
-    {"zh": "下雨天", "en": "rainy day"},
-    {"zh": "开心的笑脸", "en": "happy smiling face"},
-    {"zh": "好吃的", "en": "something to eat"},
-)
-"""Free-form queries, which no image has as its caption."""
+QUESTIONS = "questions.yaml"
+"""The file of a data folder with everyday questions, which are asked of `SEARCHED_SPLIT`."""
 
 _INDEX = "HNSW32"  # approximate search, to show what it costs
-_IMAGES_PER_QUERY = 5
+_ANSWERED, _MISSED = 10, 3  # questions that the report shows with what they find
 
 
 def run_quickstart(config: TrainConfig) -> tuple[Path, RetrievalRun]:
@@ -99,8 +92,16 @@ def run_quickstart(config: TrainConfig) -> tuple[Path, RetrievalRun]:
 
 def score_benchmarks(embedder: Embedder, data: Path, *, bundle: str | Path = "") -> RetrievalRun:
     """Score a model on every one of `BENCHMARKS`, on the large ones by approximate search too."""
+    questions = data / QUESTIONS
     sources = [
-        RetrievalSource(path=str(data), name=name, split=split, where=where)
+        RetrievalSource(
+            path=str(data),
+            name=name,
+            split=split,
+            where=where,
+            pixels=DEFAULT_SPLIT if split == SEARCHED_SPLIT else None,
+            questions=questions if name == SEARCHED_SPLIT and questions.is_file() else None,
+        )
         for name, (split, where) in BENCHMARKS.items()
     ]
     large = [name for name, (split, _) in BENCHMARKS.items() if split == SEARCHED_SPLIT]
@@ -124,42 +125,6 @@ def next_commands(folder: Path) -> list[str]:
     ]
 
 
-def _worked_examples(config: TrainConfig, embedder: Embedder) -> Examples:
-    """Return names of concepts, one of each group, and free-form queries, with what they find."""
-    samples = list(_split_of(config, SEARCHED_SPLIT))
-    _, vectors, _ = read_embeddings(config.run_folder / "embeddings")
-    index = VectorIndex.build(vectors)
-    chosen: dict[str, Sample] = {}  # the first of each group by its hash: the choice is not ours
-    for sample in sorted(samples, key=lambda sample: text_id(sample.uid)):
-        chosen.setdefault(sample.labels.get("group", ""), sample)
-    questions = [
-        ({lang: sample.captions[lang][0] for lang in embedder.languages}, sample.concept)
-        for sample in chosen.values()
-    ]
-    questions += [(query, "") for query in FREE_QUERIES]
-    items = []
-    for texts, concept in questions:
-        hits = index.search(embedder.encode_text(list(texts.values())), _IMAGES_PER_QUERY)
-        answers = []
-        for number, (language, text) in enumerate(texts.items()):
-            found = [
-                Found(
-                    image=samples[place].image,
-                    text=samples[place].address,
-                    correct=samples[place].concept == concept,
-                    cosine=cosine,
-                )
-                for place, cosine in zip(
-                    hits.ids[number].tolist(), hits.scores[number].tolist(), strict=True
-                )
-            ]
-            answers.append(Answer(language=language, query=text, found=found))
-        items.append(Example(answers=answers))
-    return Examples(
-        title="A drawing style never seen in training: what each query finds", examples=items
-    )
-
-
 def _document(
     config: TrainConfig, embedder: Embedder, scored: RetrievalRun, seconds: float
 ) -> Document:
@@ -169,16 +134,6 @@ def _document(
         for language in embedder.languages
         for k in (1, 10)
     ]
-    finds = Section(
-        title="What it finds",
-        blocks=[
-            Paragraph(
-                "Names of concepts picked by a hash, one from each group, then free-form queries, "
-                "which no image has as its caption."
-            ),
-            _worked_examples(config, embedder),
-        ],
-    )
     training = Section(
         title="Training",
         blocks=[
@@ -195,12 +150,61 @@ def _document(
         title="Quickstart",
         summary=_summary(config, embedder, seconds),
         sections=[
-            finds,
+            *_answered(scored),
             *retrieval_sections(scored, examples_of=[SEARCHED_SPLIT]),
+            *_limits(scored),
             training,
             following,
         ],
     )
+
+
+def _answered(scored: RetrievalRun) -> list[Section]:
+    """Return questions that the model answers well."""
+    found = scored.benchmarks[SEARCHED_SPLIT]
+    if not found.everyday:
+        return []
+    examples = answered_questions(found.pairs, found.everyday, most=_ANSWERED)
+    asked = len(found.everyday.questions)
+    answered = ", ".join(
+        f"{each.any(axis=1).sum()} in {language}"
+        for language, each in found.everyday.correct.items()
+    )
+    return [
+        Section(
+            title="What it answers",
+            blocks=[
+                Paragraph(
+                    f"Of {asked} everyday questions, which training never saw, these find the most "
+                    f"right images among their first {SHOWN}, in a drawing style that training "
+                    f"never saw either. A right one is among the first {SHOWN} of {answered}."
+                ),
+                Examples(title="Questions and what they find", examples=examples),
+            ],
+        )
+    ]
+
+
+def _limits(scored: RetrievalRun) -> list[Section]:
+    """Return what the model cannot do."""
+    found, novel = scored.benchmarks[SEARCHED_SPLIT], scored.benchmarks["test_novel_style"]
+    recalls = " and ".join(
+        f"{novel.evaluation.scores[f'{language}/text_to_image/recall@1']:.0%} in {language}"
+        for language in novel.pairs.texts
+    )
+    blocks: list[Block] = [
+        Bullets([
+            f"It knows what its captions name: of concepts that it never saw, it finds {recalls} "
+            "at rank 1.",
+            "It has read names, keywords and sentences made of them: no word order, no numbers, no "
+            "negation.",
+            "It has seen drawings of 64 pixels, and no photograph.",
+        ])
+    ]  # fmt: skip
+    if found.everyday:
+        missed = missed_questions(found.pairs, found.everyday, most=_MISSED)
+        blocks.append(Examples(title="Questions that it misses in both languages", examples=missed))
+    return [Section(title="What it cannot do", blocks=blocks)]
 
 
 def _split_of(config: TrainConfig, split: str) -> Source:

@@ -297,7 +297,9 @@ def test_the_main_caption_is_always_or_never_chosen(samples, main_ratio, main):
 def test_captions_are_chosen_as_often_as_asked():
     sample = make_sample(0, captions={"en": ["main", "one", "two", "three"]})
     rng = random.Random(0)
-    counts = Counter(choose_caption(sample, "en", 0.4, rng) for _ in range(4000))
+    counts = Counter(
+        choose_caption(sample, "en", CaptionConfig(), rng, main_ratio=0.4) for _ in range(4000)
+    )
     assert {text: round(count / 4000, 1) for text, count in counts.items()} == {
         "main": 0.4, "one": 0.2, "two": 0.2, "three": 0.2,
     }  # fmt: skip
@@ -305,7 +307,10 @@ def test_captions_are_chosen_as_often_as_asked():
 
 def test_a_sample_with_one_caption_always_gives_it():
     sample = make_sample(0, captions={"en": ["only"]})
-    chosen = {choose_caption(sample, "en", 0.0, random.Random(seed)) for seed in range(20)}
+    chosen = {
+        choose_caption(sample, "en", CaptionConfig(), random.Random(seed), main_ratio=0.0)
+        for seed in range(20)
+    }
     assert chosen == {"only"}
 
 

@@ -52,6 +52,7 @@ KINDS = (
     TRANSFORMERS
     | TIMM
     | {
+        "test_resnet flat": TIMM["test_resnet"] | {"timm_pool": "flatten"},
         "resnet": {"layers": (1, 1, 1, 1), "width": 16, "image_size": SIZE},
         "rotary": {
             "timm_model_name": "eva02_tiny_patch14_224",
@@ -277,3 +278,24 @@ def test_a_vision_transformer_of_timm_reads_other_sizes_as_one_built_for_them(na
     expected = theirs.double().eval().forward_features(other)
     found = visual.trunk.forward_features(other)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_flattening_projects_every_place_of_the_last_map():
+    visual = image_tower(KINDS["test_resnet flat"]).eval()
+    images = make_images(KINDS["test_resnet flat"])
+    maps = visual.trunk.forward_features(images)
+    assert maps.shape[-2:] == (2, 2)
+    expected = torch.einsum(
+        "bchw,echw->be", maps, visual.head.proj.weight.view(32, *maps.shape[1:])
+    )
+    torch.testing.assert_close(visual(images), expected)
+    mirrored = visual(images.flip(-1))
+    assert not torch.allclose(mirrored, visual(images))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"timm_model_name": "test_vit"}, {"timm_proj": "mlp"}], ids=["vit", "mlp"]
+)
+def test_a_tower_without_a_map_to_flatten_is_refused(changes):
+    with pytest.raises(ConfigError, match=r"timm_pool is flatten, and .* expected a convolutional"):
+        image_tower(KINDS["test_resnet flat"] | changes)

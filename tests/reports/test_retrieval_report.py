@@ -70,7 +70,7 @@ def test_the_printed_table_has_a_row_for_each_language_and_direction(run):
     lines = format_run(RetrievalRun(bundle="b", benchmarks={"x": run.benchmarks["both"]}))
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines.splitlines()[:6]]
     assert rows[0] == ["benchmark", "language", "direction", "R@1", "R@5", "R@10", "MR",
-                       "median rank", "MRR"]  # fmt: skip
+                       "median rank", "MRR", "R@1 by chance"]  # fmt: skip
     assert [row[:3] for row in rows[2:]] == [
         ["x", language, direction]
         for language in ("zh", "en") for direction in ("text to image", "image to text")
@@ -80,6 +80,7 @@ def test_the_printed_table_has_a_row_for_each_language_and_direction(run):
     assert rows[5][3:] == [
         *(f"{recall:.3f}" for recall in recalls), f"{np.mean(recalls):.3f}",
         f"{scores['en/image_to_text/median_rank']:g}", f"{scores['en/image_to_text/mrr']:.3f}",
+        f"{run.benchmarks['both'].baselines['chance']['en/image_to_text/recall@1']:.3f}",
     ]  # fmt: skip
 
 
@@ -112,7 +113,7 @@ def test_the_record_is_json_without_vectors(run):
     both = record["benchmarks"]["both"]
     assert both.keys() == {
         "scores", "intervals", "agreement", "cosines", "questions", "reading", "kind", "split",
-        "source", "indexes",
+        "source", "baselines", "indexes",
     }  # fmt: skip
     assert both["indexes"]["comparisons"][0]["factory"] == "HNSW8"
     assert "HNSW8" in format_run(run)

@@ -223,8 +223,8 @@ def test_p21_hours_of_training_leave_memory_and_files_flat(inputs, tmp_path, tal
     end.join()
     times, memory, files = np.array(seen[len(seen) // 4 :]).T  # the first quarter warms up
     slope = np.polyfit(times / 60, memory, 1)[0]
-    # What else a machine does makes steps longer, in CPU time too; arithmetic that is always the same
-    # shows how often.
+    # What else a machine does makes steps longer, in CPU time too; arithmetic that is always the
+    # same shows how often.
     slow_wall, slow, slow_fixed = (
         int(np.sum(np.array(each)[50:] > 3 * np.median(each[50:]))) for each in (wall, steps, fixed)
     )
@@ -242,8 +242,9 @@ def test_p21_hours_of_training_leave_memory_and_files_flat(inputs, tmp_path, tal
     )
     tally(
         "P21",
-        f"{MINUTES:g} minutes: over 3 times the median CPU time took {slow} of {len(steps):,} steps, "
-        f"and {slow_fixed} of as many runs of fixed arithmetic (by the wall clock {slow_wall} steps)",
+        f"{MINUTES:g} minutes: over 3 times the median CPU time took {slow} of {len(steps):,} "
+        f"steps, and {slow_fixed} of as many runs of fixed arithmetic (by the wall clock "
+        f"{slow_wall} steps)",
         held=int(slow - slow_fixed <= 3 * np.sqrt(slow + slow_fixed)),  # 3 sigma of rare events
         of=1,
     )

@@ -1,5 +1,6 @@
 """What a training run reads: its sources, how they are mixed, and which captions of a sample."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,8 @@ from vlm.errors import ConfigError
 from vlm.storage.places import shown
 
 _FOLDER = "data/emoji"
+SLOT = re.compile(r"\{([\w-]*)\}")
+"""Where a template has a caption; what it captures is the language, empty for the template's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +179,12 @@ class CaptionConfig:
     """Probability of the main caption where a sample has others as well, in [0, 1]."""
     second: bool = False
     """Read one of the other captions of each language as well: a term of its own in the loss."""
+    templates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """By language, sentences that are filled with captions of a sample where these are names and
+    keywords: `a picture of a {}`, `{} and {}`, or with one of another language, `a picture of
+    {zh}`."""
+    composed_ratio: float = 0.5
+    """Probability that a caption other than the main one is composed by a template, in [0, 1]."""
 
     def __post_init__(self) -> None:
         once = len(set(self.languages)) == len(self.languages) > 0
@@ -184,3 +193,20 @@ class CaptionConfig:
                 f"captions: languages is {self.languages} and main_ratio {self.main_ratio}; "
                 "expected at least one language, each once, and a ratio in [0, 1]"
             )
+        if not 0 <= self.composed_ratio <= 1:
+            raise ConfigError(
+                f"composed_ratio is {self.composed_ratio}; expected a ratio in [0, 1]"
+            )
+        for language, templates in self.templates.items():
+            if language not in self.languages:
+                raise ConfigError(
+                    f"templates are in {language}; expected one of the languages of the captions, "
+                    f"{', '.join(self.languages)}"
+                )
+            for template in templates:
+                slots = SLOT.findall(template)
+                if not slots or not {"", *self.languages} >= set(slots):
+                    raise ConfigError(
+                        f"the template {template!r} has no place for a caption; expected {{}}, or "
+                        f"{{LANGUAGE}} with one of {', '.join(self.languages)}"
+                    )

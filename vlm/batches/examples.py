@@ -1,6 +1,7 @@
 """One sample as a training step sees it: its captions chosen and its image augmented."""
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vlm.batches.batch import SkippedSample
-from vlm.batches.config import CaptionConfig
+from vlm.batches.config import SLOT, CaptionConfig
 from vlm.batches.order import SampleKey, SourceOrder
 from vlm.data.sample import Sample
 from vlm.data.source import Source
@@ -115,7 +116,9 @@ class TrainingExamples(Dataset[Example]):
         ratios = {"": self.captions.main_ratio} | ({SECOND: 0.0} if self.captions.second else {})
         captions = {
             # What is not read is absent; every batch has the same names.
-            f"{language}{which}": choose_caption(sample, language, main_ratio, rng)
+            f"{language}{which}": choose_caption(
+                sample, language, self.captions, rng, main_ratio=main_ratio
+            )
             if language in read
             else ""
             for which, main_ratio in ratios.items()
@@ -137,12 +140,38 @@ def caption_names(languages: Sequence[str]) -> dict[str, str]:
     return {name: language for language in languages for name in (language, second_of(language))}
 
 
-def choose_caption(sample: Sample, language: str, main_ratio: float, rng: random.Random) -> str:
-    """Return the main caption or, as often as asked, one of the others, or an empty text."""
+def choose_caption(
+    sample: Sample, language: str, config: CaptionConfig, rng: random.Random, *, main_ratio: float
+) -> str:
+    """Return the main caption or, as often as asked, one of the others or a composed one.
+
+    The text is empty where the sample has no caption in the language.
+    """
     texts = sample.captions.get(language, ())
     if not texts:
         return ""
     main, others = texts[0], texts[1:]
-    if rng.random() < main_ratio or not others:
+    templates = config.templates.get(language, ())
+    if rng.random() < main_ratio or not (others or templates):
         return main
-    return rng.choice(others)
+    if templates and rng.random() < config.composed_ratio:
+        tried = (
+            composed(template, language, sample.captions, rng)
+            for template in rng.sample(templates, len(templates))
+        )
+        return next(filter(None, tried), main)
+    return rng.choice(others or texts)
+
+
+def composed(
+    template: str, language: str, captions: Mapping[str, Sequence[str]], rng: random.Random
+) -> str:
+    """Return a template with a different caption in each of its slots; empty if there are fewer."""
+    parts = SLOT.split(template)  # every second one is a slot's language, empty for its own
+    slots = [slot or language for slot in parts[1::2]]
+    needed = Counter(slots)
+    if any(number > len(captions.get(of, ())) for of, number in needed.items()):
+        return ""
+    drawn = {of: rng.sample(captions[of], number) for of, number in needed.items()}
+    parts[1::2] = [drawn[of].pop() for of in slots]
+    return "".join(parts)

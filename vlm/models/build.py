@@ -3,6 +3,7 @@
 import copy
 import difflib
 import math
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import open_clip
 import timm
+import torch
 from open_clip.timm_model import TimmModel
 from timm.layers.patch_embed import PatchEmbed
 from torch import nn
@@ -168,6 +170,9 @@ def build_towers(model_cfg: Mapping[str, Any]) -> tuple[ImageTower, TextTower]:
     name = vision_cfg.get("timm_model_name")
     if name and not timm.is_model(name):
         raise _unknown_model("timm", name, timm.list_models())
+    is_flat = bool(name) and vision_cfg.get("timm_pool") == "flatten"
+    if is_flat:
+        vision_cfg["timm_pool"] = "avg"  # open_clip builds it so; its place is taken below
     with TemporaryDirectory(prefix="vlm-hf-config-") as folder:
         if text_cfg.get("hf_model_name"):  # open_clip reads the model's configuration from there
             hf_config = text_cfg.pop("hf_config", None)
@@ -193,6 +198,8 @@ def build_towers(model_cfg: Mapping[str, Any]) -> tuple[ImageTower, TextTower]:
         )
     if name:
         _fit_timm_tower(towers.visual, vision_cfg)
+    if is_flat:
+        _flatten(towers.visual, image_size({"vision_cfg": vision_cfg}))
     return towers.visual, towers.text
 
 
@@ -213,6 +220,25 @@ def _check_patches(trunk: nn.Module) -> None:
             f"image_size is {height}; expected a multiple of the image tower's patches, "
             f"{patches.patch_size[0]}"
         )
+
+
+@torch.no_grad()
+def _flatten(visual: TimmModel, image_size: int) -> None:
+    """Project a convolutional tower's whole last map instead of its mean."""
+    projection = getattr(visual.head, "proj", None)
+    visual.trunk.reset_classifier(0, global_pool="")
+    training, image = visual.trunk.training, torch.zeros(1, 3, image_size, image_size)
+    states = visual.trunk.eval()(image)
+    visual.trunk.train(training)
+    if not isinstance(projection, nn.Linear) or states.ndim != 4:
+        raise ConfigError(
+            f"timm_pool is flatten, and {type(visual.trunk).__name__} gives states of shape "
+            f"{tuple(states.shape)}; expected a convolutional tower with a linear projection"
+        )
+    bias = projection.bias is not None
+    layers = dict(visual.head.named_children())
+    layers["proj"] = nn.Linear(states[0].numel(), projection.out_features, bias=bias)
+    visual.head = nn.Sequential(OrderedDict(flatten=nn.Flatten(), **layers))
 
 
 def _fit_timm_tower(visual: TimmModel, vision_cfg: Mapping[str, Any]) -> None:

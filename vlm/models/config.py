@@ -37,7 +37,9 @@ class ImageTowerConfig:
     timm_model_pretrained: bool = False
     """Start from timm's published weights, which are downloaded."""
     timm_pool: str = "avg"
-    """How the tower's last feature map becomes one vector; empty for the model's own way."""
+    """How the tower's last feature map becomes one vector: `avg`, `max` and others of timm's, or
+    `flatten`, which keeps where in the image something is, and which open_clip cannot load. Empty
+    for the model's own way."""
     timm_proj: str = "linear"
     """Projection to `embed_dim`: `linear` or `mlp`."""
     timm_drop: float = 0.0

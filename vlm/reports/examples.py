@@ -133,11 +133,12 @@ def _text_example(
         correct = own.matches[own.matches[:, 0] == row, 1]
         best = _best(texts[row], evaluation.image_features, _IMAGES, correct)
         found = [
-            _image(pairs, place, correct=place in correct, cosine=cosine) for place, cosine in best
+            image_of(pairs, place, correct=place in correct, cosine=cosine)
+            for place, cosine in best
         ]
         rank = int(evaluation.ranks[language]["text_to_image"][row])
         answers.append(Answer(language=language, query=own.texts[row], found=found, rank=rank))
-        missed = _image(pairs, int(correct[0]), correct=True)
+        missed = image_of(pairs, int(correct[0]), correct=True)
     shown = any(image.correct for answer in answers for image in answer.found)
     return Example(answers=answers, missed=None if shown else missed)
 
@@ -159,12 +160,13 @@ def _image_example(
         ]
         rank = int(evaluation.ranks[language]["image_to_text"][place])
         answers.append(Answer(language=language, what="caption", found=found, rank=rank))
-    return Example(image=_image(pairs, image), answers=answers)
+    return Example(image=image_of(pairs, image), answers=answers)
 
 
-def _image(
+def image_of(
     pairs: RetrievalPairs, number: int, *, correct: bool = False, cosine: float | None = None
 ) -> Found:
+    """Return an image of a benchmark as it is shown."""
     image = pairs.images[number]
     file = str(image) if isinstance(image, Path) else ""
     address = pairs.addresses[number] if pairs.addresses else file

@@ -18,6 +18,7 @@ from vlm.reports.document import (
     score_cell,
     without_code,
 )
+from vlm.reports.everyday_report import everyday_rows, everyday_section
 from vlm.reports.examples import MISSED_BEYOND, drawn_examples
 from vlm.reports.index_report import EXPLANATION, comparison_rows, index_blocks
 from vlm.reports.plots import cosines_png, recall_curves_png
@@ -40,7 +41,8 @@ def retrieval_sections(
     """Return the sections with content, with examples of all benchmarks or of `examples_of`."""
     shown = run.benchmarks if examples_of is None else examples_of
     sections = [
-        _scores(run), _languages(run), _indexes(run), *_examples(run, shown), _protocol(run)
+        _scores(run), everyday_section(run.everyday), _languages(run), _indexes(run),
+        *_examples(run, shown), _protocol(run),
     ]  # fmt: skip
     return [section for section in sections if section.blocks]
 
@@ -50,6 +52,9 @@ def format_run(run: RetrievalRun) -> str:
     header, rows = score_rows(run, with_intervals=False)
     parts = [markdown_table(header, rows, text_columns=3)]
     for name, scored in run.benchmarks.items():
+        if scored.everyday:
+            table = markdown_table(*everyday_rows({name: scored.everyday}), text_columns=2)
+            parts.append(table)
         if scored.indexes:
             table = markdown_table(*comparison_rows(scored.indexes.comparisons), text_columns=2)
             parts.append(f"{name}:\n\n{table}")
@@ -64,10 +69,16 @@ def score_rows(
     keys = {key for found in evaluations.values() for key in found.scores}
     cutoffs = sorted({int(key.rsplit("@", 1)[1]) for key in keys if "@" in key})
     header = ["benchmark", "language", "direction", *(f"R@{k}" for k in cutoffs), "MR"]
-    header += ["median rank", "MRR"]
+    baselines = [
+        name
+        for name in ("pixels", "chance")
+        if any(name in scored.baselines for scored in run.benchmarks.values())
+    ]
+    header += ["median rank", "MRR", *(f"R@{cutoffs[0]} by {name}" for name in baselines)]
     rows = []
     for benchmark, found in evaluations.items():
         intervals = found.intervals if with_intervals else {}
+        others = [run.benchmarks[benchmark].baselines.get(name) for name in baselines]
         for language in sorted({key.split("/")[0] for key in found.scores}, reverse=True):
             for direction in DIRECTIONS:
                 of_row = f"{language}/{direction}"
@@ -78,6 +89,7 @@ def score_rows(
                     score_cell(mean_recall([found.scores[name] for name in names])),
                     f"{found.scores[f'{of_row}/median_rank']:g}",
                     score_cell(found.scores[f"{of_row}/mrr"]),
+                    *("-" if each is None else score_cell(each[names[0]]) for each in others),
                 ])  # fmt: skip
     return header, rows
 
@@ -93,6 +105,8 @@ def _scores(run: RetrievalRun) -> Section:
                 "R@k is the fraction of queries with a correct answer among the first k, MR the "
                 "mean of a row's R@k, MRR the mean of 1 / rank. Ranks are exact, among all "
                 "candidates.",
+                "Pixels are nearest neighbours of images shrunk to 12 x 12 pixels among images of "
+                "the same concepts that training saw, and chance is random order in the mean.",
                 f"± is half the width of the {LEVEL:.0%} bootstrap interval. An image is "
                 "resampled together with all texts and images that correct pairs link it to.",
             ]),

@@ -34,6 +34,7 @@ def test_a_run_names_the_version_and_what_was_asked_for(record_of):
         "path": "data", "name": "mine", "kind": None, "split": "test", "images": None,
         "language": None, "languages": ["en"], "where": ["source!=photo"],
         "duplicates": None, "lower_case": None, "allowed_share": None,
+        "pixels": None, "questions": None, "part": None,
         "captions": None, "language_of": None, "image": None, "concept": None,
     }  # fmt: skip
 

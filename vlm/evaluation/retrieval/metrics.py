@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float, Int, Int64, Shaped
 from numpy.typing import NDArray
+from scipy.special import gammaln
 
 from vlm.errors import VlmError
 from vlm.evaluation.bootstrap import interval_of, resampled_means
@@ -55,6 +56,22 @@ def first_correct_ranks(
 def recall_at(ranks: Int[np.ndarray, " queries"], k: int) -> float:
     """Return the ratio in [0, 1] of queries with a correct answer among their first `k`."""
     return float((ranks <= k).mean())
+
+
+def recall_by_chance(correct: Int[np.ndarray, " queries"], *, candidates: int, k: int) -> float:
+    """Return the recall in [0, 1] that candidates in random order have in the mean.
+
+    A query with c correct answers among n is missed with probability C(n - c, k) / C(n, k).
+
+    Args:
+        correct: The number of correct answers of each query.
+        candidates: The number of all.
+        k: Of the recall.
+    """
+    wrong, k = candidates - correct, min(k, candidates)
+    missed = gammaln(wrong + 1) - gammaln(np.maximum(wrong - k, 0) + 1)
+    missed -= gammaln(candidates + 1) - gammaln(candidates - k + 1)
+    return float(1 - np.where(wrong >= k, np.exp(missed), 0.0).mean())
 
 
 def mean_recall(recalls: Sequence[float]) -> float:

@@ -43,6 +43,8 @@ class RetrievalPairs:
     `PATH#ID` of a benchmark; empty if all are files."""
     texts: Mapping[str, Texts]
     """The texts by language code."""
+    concepts: Sequence[str] = ()
+    """What each image of a data folder shows; empty for the files of a benchmark."""
     image_names: Sequence[str] = ()
     """The id that a benchmark's files give each image, all different."""
     duplicates: DuplicatePolicy = "by id"
@@ -115,6 +117,7 @@ def pairs_of_split(
     return RetrievalPairs(
         images=[sample.image for sample in samples],
         addresses=[sample.address for sample in samples],
+        concepts=[sample.concept for sample in samples],
         texts=texts,
         duplicates="by string",
         split=config.split,

@@ -9,13 +9,16 @@ from typing import Any
 
 from tqdm import tqdm
 
+from vlm.data.source import open_source as open_data
 from vlm.embedding.bulk import BulkEmbedder
 from vlm.embedding.embedder import Embedder
 from vlm.errors import SearchIndexError
 from vlm.evaluation.config import IndexPlan, RetrievalSource
 from vlm.evaluation.indexes import IndexReport, compare_indexes
+from vlm.evaluation.retrieval.baselines import chance_scores, pixel_ranks
 from vlm.evaluation.retrieval.evaluation import Evaluation, evaluate_pairs
-from vlm.evaluation.retrieval.metrics import CUTOFFS
+from vlm.evaluation.retrieval.everyday import EverydayAnswers, EverydayQuestion, ask, read_questions
+from vlm.evaluation.retrieval.metrics import CUTOFFS, scores_of
 from vlm.evaluation.retrieval.pairs import RetrievalPairs
 from vlm.evaluation.retrieval.sources import open_source, sources_of
 
@@ -29,16 +32,24 @@ class ScoredBenchmark:
     evaluation: Evaluation
     indexes: IndexReport | None = None
     """Approximate search with the same vectors, if it was asked for."""
+    baselines: Mapping[str, Mapping[str, float]]
+    """What images and texts in random order score in the mean (`chance`), and what raw pixels do
+    (`pixels`) if that was asked for, under the keys of `evaluate_retrieval`."""
+    everyday: EverydayAnswers | None = None
+    """What everyday questions find among the same images, if some were asked."""
 
     def as_record(self) -> dict[str, Any]:
         """Return it as plain dictionaries, for JSON."""
         record = self.evaluation.as_record()
         record |= {"kind": self.pairs.kind, "split": self.pairs.split}
         record["source"] = self.source.as_record()
+        record["baselines"] = {name: dict(each) for name, each in self.baselines.items()}
         if self.pairs.findings:
             record["findings"] = dict(self.pairs.findings)
         if self.indexes:
             record["indexes"] = self.indexes.as_record()
+        if self.everyday:
+            record["everyday"] = self.everyday.as_record()
         return record
 
 
@@ -76,6 +87,11 @@ class RetrievalRun:
             error = raised
         return replace(self, benchmarks=benchmarks, index_error=error)
 
+    @property
+    def everyday(self) -> dict[str, EverydayAnswers]:
+        """What everyday questions found, by benchmark."""
+        return {name: each.everyday for name, each in self.benchmarks.items() if each.everyday}
+
     def as_record(self) -> dict[str, Any]:
         """Return it as plain dictionaries, for JSON."""
         return {
@@ -110,13 +126,40 @@ def evaluate(
     bulk = BulkEmbedder(embedder) if isinstance(embedder, Embedder) else embedder
     # All are opened before any is scored, so that a mistake in the last costs no work.
     opened = [
-        (source, open_source(source, languages=bulk.embedder.languages))
+        (source, open_source(source, languages=bulk.embedder.languages), _questions_of(source))
         for source in sources_of(sources)
     ]
     scored = {}
-    for source, pairs in opened:
+    for source, pairs, questions in opened:
         if pairs.findings and bulk.show_progress_bar:
             tqdm.write(f"{source.name}: {'; '.join(pairs.describe_findings())}", file=sys.stderr)
         evaluation = evaluate_pairs(bulk, pairs, cutoffs=cutoffs)
-        scored[source.name] = ScoredBenchmark(source=source, pairs=pairs, evaluation=evaluation)
+        everyday = questions and ask(
+            bulk,
+            questions,
+            concepts=pairs.concepts,
+            image_features=evaluation.image_features,
+            languages=list(pairs.texts),
+        )
+        scored[source.name] = ScoredBenchmark(
+            source=source,
+            pairs=pairs,
+            evaluation=evaluation,
+            baselines=_baselines(source, pairs, cutoffs),
+            everyday=everyday or None,
+        )
     return RetrievalRun(bundle=str(bundle), benchmarks=scored)
+
+
+def _baselines(
+    source: RetrievalSource, pairs: RetrievalPairs, cutoffs: Sequence[int]
+) -> dict[str, Mapping[str, float]]:
+    found: dict[str, Mapping[str, float]] = {"chance": chance_scores(pairs, cutoffs)}
+    if source.pixels:
+        references = open_data(replace(source.config(), split=source.pixels, where=()))
+        found["pixels"] = scores_of(pixel_ranks(pairs, references), cutoffs)
+    return found
+
+
+def _questions_of(source: RetrievalSource) -> list[EverydayQuestion]:
+    return read_questions(source.questions, part=source.part) if source.questions else []

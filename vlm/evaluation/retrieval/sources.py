@@ -14,6 +14,7 @@ from vlm.evaluation.retrieval.pairs import RetrievalPairs, pairs_of_split
 from vlm.storage.places import shown
 
 _FOLDER_SPLIT = "test_style"
+_FOR_FOLDERS = ("pixels", "questions", "part")
 _FOR_SOURCES = ("where", *(each.name for each in fields(SourceFields)))
 _FOR_BENCHMARKS = ("kind", "images", "language", "duplicates", "lower_case", "allowed_share")
 _SOURCES = "data folders and other sources (`kind: source` in a file of --config)"
@@ -98,6 +99,7 @@ def open_source(source: RetrievalSource, *, languages: Sequence[str]) -> Retriev
             allowed, or nothing is left to ask.
     """
     if not has_manifest(source.path):
+        _refuse(source, _FOR_FOLDERS, what="no data folder", owner="data folders, with concepts")
         pairs = open_benchmark(source)
         if pairs.kind == "source":
             return pairs

@@ -1,7 +1,7 @@
 """Optimizers, and the rate and decay of every parameter."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from functools import partial
 from itertools import islice
 from typing import Any, cast
@@ -41,14 +41,51 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     if config.name == "adamw":
         return stored(adamw(groups(trained)))
     matrices = _hidden_matrices(model)
-    muon = torch.optim.Muon(
-        groups(parameter for parameter in trained if parameter in matrices),
-        lr=rate,
-        # Updates as large as AdamW's, whatever the shape, so that one rate and decay serve both.
-        adjust_lr_fn="match_rms_adamw",
-    )
+    muon = Muon(groups(parameter for parameter in trained if parameter in matrices), lr=rate)
     others = adamw(groups(each for each in trained if each not in matrices))
     return Together(stored(muon), stored(others))
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon, which also takes the filters of convolutions: each is a row of a matrix.
+
+    Updates are as large as AdamW's, whatever the shape (Liu et al. 2025, section 2.2), so that one
+    rate and one decay serve both.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], *, lr: float) -> None:
+        # It refuses what is no matrix, but only where it is made.
+        super().__init__([torch.zeros(1, 1)], lr=lr, adjust_lr_fn="match_rms_adamw")
+        self.param_groups.clear()
+        for group in groups:
+            self.add_param_group(group)
+        self._copied: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    @override
+    def _init_group(
+        self,
+        group: MutableMapping[str, Any],
+        params_with_grad: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        muon_momentum_bufs: list[torch.Tensor],
+    ) -> bool:
+        result = super()._init_group(group, params_with_grad, grads, muon_momentum_bufs)
+        for tensors in (params_with_grad, grads, muon_momentum_bufs):
+            for place, tensor in enumerate(tensors):
+                if tensor.ndim > 2:
+                    tensors[place] = tensor.flatten(1)
+                    # With channels last the matrix is a copy; gradients are only read.
+                    if tensors is not grads and not tensor.is_contiguous():
+                        self._copied.append((tensor, tensors[place]))
+        return result
+
+    @override
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # takes no closure
+        super().step()  # type: ignore[no-untyped-call]
+        for filters, matrix in self._copied:
+            filters.copy_(matrix.view_as(filters))
+        self._copied.clear()
 
 
 class Together(torch.optim.Optimizer):
@@ -180,14 +217,18 @@ def _tower_settings(
 
 
 def _hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
-    """Return the matrices of the towers' blocks, for which Muon is made.
+    """Return the matrices and convolutions behind a tower's first stage, for which Muon is made.
 
-    The first stage of a tower, its embeddings, and the last, its projection, have matrices as well,
-    which are AdamW's (Jordan et al. 2024).
+    The first stage, embeddings or a stem, is AdamW's (Jordan et al. 2024), and so are filters that
+    see one channel each. A projection is no output layer: it leads from one hidden space to
+    another, that of both towers.
     """
     encoder = cast(PretrainingModel, model).encoder
-    hidden = encoder.image_groups()[1:-1] + encoder.text_groups()[1:-1]
-    matrices = {each for stage in hidden for each in stage if each.ndim == 2}
+    hidden = encoder.image_groups()[1:] + encoder.text_groups()[1:]
+    matrices = {
+        each for stage in hidden for each in stage
+        if each.ndim == 2 or (each.ndim > 2 and each.shape[1] > 1)
+    }  # fmt: skip
     if not any(matrix.requires_grad for matrix in matrices):
         raise ConfigError(
             "optimizer.name is muon, but no block of the towers has a matrix that is trained; "

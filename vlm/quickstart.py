@@ -145,14 +145,18 @@ def _document(
             ),
         ],
     )
+    sections = retrieval_sections(scored, examples_of=[SEARCHED_SPLIT])
+    first = 1 + bool(scored.everyday)  # of captions, then of questions
+    scores, details = sections[:first], sections[first:]
     following = Section(title="Try next", blocks=[CodeBlock("\n".join(next_commands(folder)))])
     return Document(
         title="Quickstart",
         summary=_summary(config, embedder, seconds),
         sections=[
             *_answered(scored),
-            *retrieval_sections(scored, examples_of=[SEARCHED_SPLIT]),
+            *scores,
             *_limits(scored),
+            *details,
             training,
             following,
         ],
@@ -166,8 +170,8 @@ def _answered(scored: RetrievalRun) -> list[Section]:
         return []
     examples = answered_questions(found.pairs, found.everyday, most=_ANSWERED)
     asked = len(found.everyday.questions)
-    answered = ", ".join(
-        f"{each.any(axis=1).sum()} in {language}"
+    answered = " and ".join(
+        f"{each.any(axis=1).sum()} of them in {language}"
         for language, each in found.everyday.correct.items()
     )
     return [
@@ -177,7 +181,7 @@ def _answered(scored: RetrievalRun) -> list[Section]:
                 Paragraph(
                     f"Of {asked} everyday questions, which training never saw, these find the most "
                     f"right images among their first {SHOWN}, in a drawing style that training "
-                    f"never saw either. A right one is among the first {SHOWN} of {answered}."
+                    f"never saw either. A right one is among the first {SHOWN} for {answered}."
                 ),
                 Examples(title="Questions and what they find", examples=examples),
             ],

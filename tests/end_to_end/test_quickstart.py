@@ -27,9 +27,15 @@ def test_it_leaves_a_run_folder_that_a_person_wants_to_look_at(quickstart):
         with Image.open(folder / name) as plot:
             assert plot.width > 500
     page = (folder / "report.html").read_text()
-    assert '<p class="query" lang="zh">一只猫</p>' in page
-    assert '<p class="query" lang="en">a cat</p>' in page
-    assert page.count('alt="image at rank 5') >= 2 * (9 + 5)
+    titles = ["What it answers", "Scores", "Everyday questions", "What it cannot do", "Training"]
+    places = [page.index(f">{title}</h2>") for title in titles]
+    assert places == sorted(places)
+    answered = page[places[0] : places[1]]
+    assert answered.count('<p class="query" lang="zh">') >= 5  # by chance alone
+    assert answered.count('alt="image at rank 5') == 2 * answered.count(
+        '<p class="query" lang="zh">'
+    )
+    assert "R@1 by pixels" in report
     assert "| test_novel_style " in out
     assert "HNSW32" in out
     assert err.count("vlm search") == 1
@@ -40,6 +46,15 @@ def test_it_leaves_a_run_folder_that_a_person_wants_to_look_at(quickstart):
 def test_its_scores_are_those_of_the_evaluation_command(quickstart, small_emoji):
     folder, _, _ = quickstart
     benchmarks = json.loads((folder / "retrieval.json").read_text())["benchmarks"]
+    everyday = benchmarks["test_style"]["everyday"]
+    assert everyday["questions"] + everyday["left_out"] == 160
+    assert everyday["scores"].keys() == {
+        f"{language}/{kind}"
+        for language in ("zh", "en") for kind in ("hit@1", "hit@5", "precision@5")
+    }  # fmt: skip
+    assert [name for name, each in benchmarks.items() if "pixels" in each["baselines"]] == [
+        "test_style", "test_style_no_flags"
+    ]  # fmt: skip
     assert list(benchmarks) == [
         "test_style", "test_style_no_flags", "test_novel", "test_novel_style"
     ]  # fmt: skip

@@ -208,50 +208,57 @@ def test_steps_are_the_steps_of_muon_on_matrices_of_blocks_and_of_adamw_elsewher
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_filters_of_a_convolution_are_rows_of_a_matrix_to_muon(memory_format):
     torch.manual_seed(0)
-    model = Towers(block=nn.Conv2d(3, 6, 2, bias=False), head=nn.Linear(2, 1))
+    model = Towers(block=nn.Conv2d(4, 6, 2, bias=False), head=nn.Linear(2, 1))
     model.to(memory_format=memory_format)
     filters = model.encoder["block"].weight
-    matrix, moment = filters.detach().reshape(6, 12).clone(), torch.zeros(6, 12)
+    matrix, moment = filters.detach().reshape(6, 16).clone(), torch.zeros(6, 16)
     optimizer = build_optimizer(model, OptimizerConfig(name="muon", learning_rate=0.01))
     decay = 1 - 0.01 * OptimizerConfig().weight_decay
     for _ in range(3):
-        filters.grad = torch.randn(6, 3, 2, 2).to(memory_format=memory_format)
-        gradient = filters.grad.reshape(6, 12).clone()
+        filters.grad = torch.randn(6, 4, 2, 2).to(memory_format=memory_format)
+        gradient = filters.grad.reshape(6, 16).clone()
         optimizer.step()
         moment = 0.95 * moment + 0.05 * gradient
         update = orthogonalized(0.95 * moment + 0.05 * gradient)
-        matrix = matrix * decay - 0.01 * 0.2 * 12**0.5 * update
+        matrix = matrix * decay - 0.01 * 0.2 * 16**0.5 * update
     assert filters.is_contiguous(memory_format=memory_format)
     torch.testing.assert_close(
-        filters.reshape(6, 12).double(), matrix.double(), rtol=0, atol=0.01 * 0.05
+        filters.reshape(6, 16).double(), matrix.double(), rtol=0, atol=0.01 * 0.05
     )
     (state,) = (optimizer.state[p] for p in (filters,))
-    torch.testing.assert_close(state["momentum_buffer"].reshape(6, 12), moment)
+    torch.testing.assert_close(state["momentum_buffer"].reshape(6, 16), moment)
 
 
-def test_only_matrices_and_filters_of_blocks_are_muons():
+def test_matrices_and_filters_are_muons_but_for_tables_and_what_reads_pixels():
     model = PretrainingModel(tiny_model(tiny_tokenizer()))
     optimizer = build_optimizer(model, OptimizerConfig(name="muon"))
     names = {parameter: name for name, parameter in model.named_parameters()}
-    muon, adamw = ([names[p] for g in part.param_groups for p in g["params"]]
+    muon, adamw = ({names[p] for g in part.param_groups for p in g["params"]}
                    for part in optimizer.parts)  # fmt: skip
-    block = "encoder.text.transformer.resblocks.0"
-    assert sorted(name for name in muon if "text" in name) == [
-        f"{block}.attn.in_proj_weight", f"{block}.attn.out_proj.weight",
-        f"{block}.mlp.c_fc.weight", f"{block}.mlp.c_proj.weight",
-    ]  # fmt: skip
-    trunk = "encoder.visual.trunk"
-    assert {name for name in muon if "visual" in name} == {
-        name for name, parameter in model.named_parameters()
-        if name.startswith(f"{trunk}.layer") and parameter.ndim == 4
+    assert muon | adamw == set(names.values())
+    assert not muon & adamw
+    wide = {name for name, parameter in model.named_parameters() if parameter.ndim >= 2}
+    assert wide - muon == {
+        "encoder.visual.trunk.conv1.0.weight", "encoder.text.token_embedding.weight",
+        "encoder.text.positional_embedding",
     }  # fmt: skip
-    assert f"{trunk}.conv1.0.weight" in adamw
-    assert sorted(muon + adamw) == sorted(names.values())
+    assert muon < wide
+
+
+def test_positions_and_queries_of_an_attention_pool_are_not_muons():
+    config = ModelConfig(open_clip="RN50")
+    with torch.device("meta"):
+        model = PretrainingModel(build_from_config(config, tiny_tokenizer()))
+    optimizer = build_optimizer(model, OptimizerConfig(name="muon"))
+    muon = {id(p) for group in optimizer.parts[0].param_groups for p in group["params"]}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in muon}
+    assert "encoder.visual.attnpool.positional_embedding" not in names
+    assert "encoder.visual.attnpool.q_proj.weight" in names
 
 
 def test_muon_without_matrices_is_refused():
     model = Towers(block=nn.Conv2d(4, 4, 3, groups=4))  # each filter sees one channel
-    with pytest.raises(ConfigError, match="no block of the towers has a matrix that is trained"):
+    with pytest.raises(ConfigError, match="the towers have no matrix that is trained"):
         build_optimizer(model, OptimizerConfig(name="muon"))
 
 

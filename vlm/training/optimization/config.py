@@ -44,9 +44,10 @@ class OptimizerConfig:
     """The optimizer, and the rates at which parts of the model are trained."""
 
     name: Literal["adamw", "muon", "lion"] = "adamw"
-    """`adamw` (Loshchilov and Hutter 2019); `muon` (Jordan et al. 2024) for the matrices of the
-    towers' blocks and AdamW for all else; or `lion` (Chen et al. 2023), which needs half of AdamW's
-    memory, a learning rate 3 to 10 times lower and a weight decay as much higher."""
+    """`adamw` (Loshchilov and Hutter 2019); `muon` (Jordan et al. 2024) for the towers' matrices
+    and convolutions, and AdamW for embeddings and all else; or `lion` (Chen et al. 2023), which
+    needs half of AdamW's memory, a learning rate 3 to 10 times lower and a weight decay as much
+    higher."""
     learning_rate: float = 1e-3
     """The highest rate, reached after warm-up."""
     weight_decay: float = 0.1

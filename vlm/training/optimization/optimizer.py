@@ -19,6 +19,10 @@ from vlm.training.optimization.config import OptimizerConfig, TowerRateConfig
 RATE_RATIO = "learning_rate_ratio"
 """Key of a parameter group: the ratio of its learning rate to that of the run."""
 
+_COLOURS = 3  # channels of an image
+# Parts of the names of parameters whose rows are looked up or learnt one by one.
+_TABLES = ("embed", "position", "query")
+
 _WIDENED = 1 << 26  # numbers whose moments are float32 at a time
 
 
@@ -217,24 +221,31 @@ def _tower_settings(
 
 
 def _hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
-    """Return the matrices and convolutions behind a tower's first stage, for which Muon is made.
+    """Return the matrices and convolutions of the towers, for which Muon is made.
 
-    The first stage, embeddings or a stem, is AdamW's (Jordan et al. 2024), and so are filters that
-    see one channel each. A projection is no output layer: it leads from one hidden space to
-    another, that of both towers.
+    Embeddings, a tower's first stage, are AdamW's (Jordan et al. 2024), and so are filters that
+    read pixels or see one channel each. A projection is no output layer: it leads to another hidden
+    space, that of both towers.
     """
     encoder = cast(PretrainingModel, model).encoder
-    hidden = encoder.image_groups()[1:] + encoder.text_groups()[1:]
-    matrices = {
-        each for stage in hidden for each in stage
-        if each.ndim == 2 or (each.ndim > 2 and each.shape[1] > 1)
+    tables = {
+        parameter
+        for name, parameter in encoder.named_parameters()
+        if any(part in name for part in _TABLES)
+    }
+    image, text = encoder.image_groups(), encoder.text_groups()
+    embeddings = {*image[0], *text[0], *tables}
+    hidden = {
+        each for stage in image + text for each in stage
+        if (each.ndim == 2 and each not in embeddings)
+        or (each.ndim == 4 and each.shape[1] > _COLOURS)
     }  # fmt: skip
-    if not any(matrix.requires_grad for matrix in matrices):
+    if not any(parameter.requires_grad for parameter in hidden):
         raise ConfigError(
-            "optimizer.name is muon, but no block of the towers has a matrix that is trained; "
+            "optimizer.name is muon, and the towers have no matrix that is trained; "
             "expected adamw or lion"
         )
-    return matrices
+    return hidden
 
 
 @torch.no_grad()

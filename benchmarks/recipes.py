@@ -50,8 +50,23 @@ LAST_CHECKPOINTS = (
     "--averaging.last_checkpoints=5", "--checkpoint.keep=5", "--checkpoint.every_steps=$few",
 )  # fmt: skip
 SMALL_FIRST = '--stages=[{"steps": $most, "image_size": 36}, {"goes_on": true}]'
+ENDINGS = {"en": ["many {}s", "{}y", "it is {}ing", "{}ed", "a {}y day", "{}ing a {}"]}
+CODE_SWITCHED = {"en": ["a {zh}", "a picture of a {zh}"], "zh": ["一只{en}", "{en}的图片"]}
+
+
+def with_templates(others: Mapping[str, Sequence[str]]) -> str:
+    """Return an option that gives the recipe's templates and others."""
+    import yaml
+
+    templates = yaml.safe_load((ROOT / CONFIG).read_text(encoding="utf-8"))["captions"]["templates"]
+    both = {language: [*own, *others.get(language, ())] for language, own in templates.items()}
+    return f"--captions.templates={json.dumps(both)}"
+
+
 VARIANTS = {
     BASE: Variant(),
+    "endings of words": Variant((with_templates(ENDINGS),), costs=BASE),
+    "words of the other language": Variant((with_templates(CODE_SWITCHED),), costs=BASE),
     "mean of the last map, not all of it": Variant(
         ("--model.vision_cfg.timm_pool=avg",), costs=BASE
     ),
@@ -155,7 +170,7 @@ def references(style: str) -> Any:
     return open_source(SourceConfig(path=DATA, where=(f"source!={style}",)))
 
 
-def measure(result: dict[str, Any], out: Path) -> None:
+def measure(result: dict[str, Any], out: Path, *, styles: int) -> None:
     """Train and score what the result lacks, and write it after each run."""
     from vlm.embedding.embedder import Embedder
     from vlm.files import write_file
@@ -167,7 +182,7 @@ def measure(result: dict[str, Any], out: Path) -> None:
     if missing:
         result["relative_costs"] |= relative_costs(missing)
         write_file(out, (json.dumps(result, indent=1) + "\n").encode())
-    for place, style in enumerate(STYLES):  # all variants of a style, before those of the next
+    for place, style in enumerate(STYLES[:styles]):  # all variants of one, before the next
         for name in result["variants"]:
             variant, runs = VARIANTS[name], result["runs"].setdefault(name, {})
             if style in runs:
@@ -220,6 +235,9 @@ def main() -> None:
     parser.add_argument(
         "--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME"
     )
+    parser.add_argument(
+        "--styles", type=int, default=len(STYLES), help="how many of them to keep out, one a run"
+    )
     parser.add_argument("--out", type=Path, default=Path("recipes.json"))
     options = parser.parse_args()
     result = describe_setting("benchmarks/recipes.py", threads=1)
@@ -229,7 +247,7 @@ def main() -> None:
         if result["steps"] != options.steps:
             parser.error(f"{options.out} is of {result['steps']} steps; choose another --out")
     result["variants"] = options.variants
-    measure(result, options.out)
+    measure(result, options.out, styles=options.styles)
     print(json.dumps(result, indent=1))
     print(table(result), file=sys.stderr)
 

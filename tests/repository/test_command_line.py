@@ -34,7 +34,10 @@ PINNED = {
     "train": TRAIN
     | {"resume", "dry_run", "json", "world", "ranks_per_node", "sharding", "mfu", "peak_tflops"},
     "plot": {"runs", "by", "out"},
-    "eval retrieval": SOURCES | INDEXES | EMBEDDER | {"bundle", "config", "json", "out", "cache"},
+    "eval retrieval": SOURCES
+    | INDEXES
+    | EMBEDDER
+    | {"bundle", "config", "json", "out", "cache", "pixels", "questions", "part"},
     "eval classification": {"data", "split", "label", "where", "images", "classes", "templates"}
     | EMBEDDER
     | {"bundle", "languages", "json", "out", "cache"},

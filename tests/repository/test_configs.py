@@ -73,7 +73,7 @@ def test_a_file_states_only_what_differs_from_the_defaults(path):
         for key, value in stated.items():
             if isinstance(value, dict):
                 yield from repeated(value, default[key], f"{name}{key}.")
-            elif key != "model" and value == default[key]:
+            elif key != "model" and value == default.get(key):
                 yield name + key
 
     assert not list(repeated(yaml.safe_load(path.read_text()), defaults))

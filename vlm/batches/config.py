@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from vlm.data.config import CACHE_GIB, DEFAULT_SPLIT, SourceConfig, Verify
@@ -182,7 +183,7 @@ class CaptionConfig:
     templates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """By language, sentences that are filled with captions of a sample where these are names and
     keywords: `a picture of a {}`, `{} and {}`, or with one of another language, `a picture of
-    {zh}`."""
+    {zh}`. Those of a language that is not read are not used."""
     composed_ratio: float = 0.5
     """Probability that a caption other than the main one is composed by a template, in [0, 1]."""
 
@@ -197,16 +198,11 @@ class CaptionConfig:
             raise ConfigError(
                 f"composed_ratio is {self.composed_ratio}; expected a ratio in [0, 1]"
             )
-        for language, templates in self.templates.items():
-            if language not in self.languages:
+        known = {"", *self.languages, *self.templates}
+        for template in chain.from_iterable(self.templates.values()):
+            slots = SLOT.findall(template)
+            if not slots or not known >= set(slots):
                 raise ConfigError(
-                    f"templates are in {language}; expected one of the languages of the captions, "
-                    f"{', '.join(self.languages)}"
+                    f"the template {template!r} has no place for a caption; expected {{}}, or "
+                    f"{{LANGUAGE}} with one of {', '.join(self.languages)}"
                 )
-            for template in templates:
-                slots = SLOT.findall(template)
-                if not slots or not {"", *self.languages} >= set(slots):
-                    raise ConfigError(
-                        f"the template {template!r} has no place for a caption; expected {{}}, or "
-                        f"{{LANGUAGE}} with one of {', '.join(self.languages)}"
-                    )

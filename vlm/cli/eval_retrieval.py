@@ -10,11 +10,11 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 from vlm.cli.options import EvaluationOptions, IndexOptions, sources_in
-from vlm.evaluation.config import RetrievalSource, SourceSettings
+from vlm.evaluation.config import RetrievalSettings, RetrievalSource
 
 
 @dataclass(frozen=True)
-class Options(SourceSettings, IndexOptions, EvaluationOptions):
+class Options(RetrievalSettings, IndexOptions, EvaluationOptions):
     """What `vlm eval retrieval` is given."""
 
     bundle: Path

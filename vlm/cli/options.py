@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from vlm.data.config import SourceConfig
 from vlm.errors import ConfigError, DistributedError
-from vlm.evaluation.config import IndexPlan, RetrievalSource, SourceSettings
+from vlm.evaluation.config import (
+    IndexPlan,
+    RetrievalSettings,
+    RetrievalSource,
+    SourceSettings,
+)
 
 if TYPE_CHECKING:
     from vlm.distributed.groups import RankGroup
@@ -158,7 +163,11 @@ def sources_in(
     """Return the benchmarks that are asked; one without a setting takes that of the options."""
     from vlm.evaluation.retrieval.sources import sources_of
 
-    common = {field.name: getattr(options, field.name) for field in fields(SourceSettings)}
+    common = {
+        field.name: getattr(options, field.name)
+        for field in fields(RetrievalSettings)
+        if hasattr(options, field.name)
+    }
     common |= {"where": list(options.where or ()), "lower_case": bool(options.lower_case)}
     return sources_of(entries, common=common, folder_split=folder_split)
 

@@ -45,6 +45,20 @@ class SourceSettings(SourceFields):
     only the last of equal captions as correct, here all are."""
     lower_case: bool | None = None
     """Of a benchmark: captions in lower case, as Chinese-CLIP and M2-Encoder evaluate."""
+    allowed_share: float | None = None
+    """Of a benchmark: ratio of images and captions that may be missing or damaged; by default
+    0.01."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.allowed_share is not None and not 0 <= self.allowed_share <= 1:
+            raise ConfigError(f"allowed_share is {self.allowed_share}; expected a ratio in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalSettings(SourceSettings):
+    """How a benchmark is asked, and what it is compared with."""
+
     pixels: str | None = None
     """Of a data folder: the split with whose images raw pixels are compared, such as `train`: a
     baseline next to the model's scores."""
@@ -53,20 +67,15 @@ class SourceSettings(SourceFields):
     answer it."""
     part: str | None = None
     """Which part of the questions to ask; by default `report`."""
-    allowed_share: float | None = None
-    """Of a benchmark: ratio of images and captions that may be missing or damaged; by default
-    0.01."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.part and not self.questions:
             raise ConfigError(f"found part {self.part!r} without questions; expected their file")
-        if self.allowed_share is not None and not 0 <= self.allowed_share <= 1:
-            raise ConfigError(f"allowed_share is {self.allowed_share}; expected a ratio in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetrievalSource(SourceSettings):
+class RetrievalSource(RetrievalSettings):
     """A benchmark and how to ask it."""
 
     path: str

@@ -75,7 +75,7 @@ VARIANTS = {
     "no composed captions": Variant(("--captions.composed_ratio=0",), costs=BASE),
     "composed captions only": Variant(("--captions.composed_ratio=1",), costs=BASE),
     "no second captions": Variant(("--captions.second=false",)),
-    "second captions at 1": Variant(("--loss.second_weight=1",), costs=BASE),
+    "second captions at 0.4": Variant(("--loss.second_weight=0.4",), costs=BASE),
     "outlines": Variant(("--augmentation.outline=0.25",)),
     "negatives": Variant(("--augmentation.inversion=0.1",), costs=BASE),
     "hue 25, greyscale 0.2": Variant(

@@ -27,7 +27,10 @@ def test_it_leaves_a_run_folder_that_a_person_wants_to_look_at(quickstart):
         with Image.open(folder / name) as plot:
             assert plot.width > 500
     page = (folder / "report.html").read_text()
-    titles = ["What it answers", "Scores", "Everyday questions", "What it cannot do", "Training"]
+    titles = [
+        "What it answers", "Scores", "Everyday questions", "What it cannot do", "Languages",
+        "Training",
+    ]  # fmt: skip
     places = [page.index(f">{title}</h2>") for title in titles]
     assert places == sorted(places)
     limits = page[places[3] : places[4]]

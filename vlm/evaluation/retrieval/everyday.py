@@ -86,7 +86,8 @@ def read_questions(path: Path, *, part: str | None = None) -> list[EverydayQuest
     try:
         held: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise DataError(f"cannot read questions from {path}: {error}") from error
+        found = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        raise DataError(f"cannot read questions from {path}: {found}") from error
     if isinstance(held, dict):
         name = part or PART
         if name not in held:

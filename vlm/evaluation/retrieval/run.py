@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vlm.data.source import open_source as open_data
+from vlm.data.source import Source, open_source as open_data
 from vlm.embedding.bulk import BulkEmbedder
 from vlm.embedding.embedder import Embedder
 from vlm.errors import SearchIndexError
@@ -126,11 +126,16 @@ def evaluate(
     bulk = BulkEmbedder(embedder) if isinstance(embedder, Embedder) else embedder
     # All are opened before any is scored, so that a mistake in the last costs no work.
     opened = [
-        (source, open_source(source, languages=bulk.embedder.languages), _questions_of(source))
+        (
+            source,
+            open_source(source, languages=bulk.embedder.languages),
+            _questions_of(source),
+            _references_of(source),
+        )
         for source in sources_of(sources)
     ]
     scored = {}
-    for source, pairs, questions in opened:
+    for source, pairs, questions, references in opened:
         if pairs.findings and bulk.show_progress_bar:
             tqdm.write(f"{source.name}: {'; '.join(pairs.describe_findings())}", file=sys.stderr)
         evaluation = evaluate_pairs(bulk, pairs, cutoffs=cutoffs)
@@ -145,20 +150,26 @@ def evaluate(
             source=source,
             pairs=pairs,
             evaluation=evaluation,
-            baselines=_baselines(source, pairs, cutoffs),
+            baselines=_baselines(pairs, references, cutoffs),
             everyday=everyday or None,
         )
     return RetrievalRun(bundle=str(bundle), benchmarks=scored)
 
 
 def _baselines(
-    source: RetrievalSource, pairs: RetrievalPairs, cutoffs: Sequence[int]
+    pairs: RetrievalPairs, references: Source | None, cutoffs: Sequence[int]
 ) -> dict[str, Mapping[str, float]]:
     found: dict[str, Mapping[str, float]] = {"chance": chance_scores(pairs, cutoffs)}
-    if source.pixels:
-        references = open_data(replace(source.config(), split=source.pixels, where=()))
+    if references is not None:
         found["pixels"] = scores_of(pixel_ranks(pairs, references), cutoffs)
     return found
+
+
+def _references_of(source: RetrievalSource) -> Source | None:
+    """Open the images that raw pixels are compared with, if that is asked for."""
+    if not source.pixels:
+        return None
+    return open_data(replace(source.config(), split=source.pixels, where=()))
 
 
 def _questions_of(source: RetrievalSource) -> list[EverydayQuestion]:

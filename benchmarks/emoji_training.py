@@ -83,9 +83,10 @@ def train_vlm(folder: Path, *, seed: int, steps: int | None, threads: int) -> di
     import yaml
 
     flags = [f"--seed={seed}", "--evaluation.every_steps=0", "--checkpoint.every_steps=0"]
-    # open_clip gets the main captions only, and has AdamW alone.
+    # open_clip gets the main captions only, and has AdamW alone, with one rate for both towers.
     flags += ["--captions.second=false", "--optimizer.name=adamw", "--optimizer.learning_rate=3e-3"]
-    flags += ["--model", "configs/model/emoji-tiny.yaml"]
+    flags += ["--optimizer.text.learning_rate_ratio=1"]
+    flags += ["--model", "configs/model/emoji-tiny.yaml"]  # which open_clip can build
     if steps:
         schedule = yaml.safe_load((ROOT / CONFIG).read_text())["schedule"]
         warmup = steps * schedule["warmup_steps"] // schedule["steps"]

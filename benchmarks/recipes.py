@@ -76,8 +76,6 @@ VARIANTS = {
     "composed captions only": Variant(("--captions.composed_ratio=1",), costs=BASE),
     "no second captions": Variant(("--captions.second=false",)),
     "second captions at 0.4": Variant(("--loss.second_weight=0.4",), costs=BASE),
-    "outlines": Variant(("--augmentation.outline=0.25",)),
-    "negatives": Variant(("--augmentation.inversion=0.1",), costs=BASE),
     "hue 25, greyscale 0.2": Variant(
         ("--augmentation.hue=25", "--augmentation.grayscale=0.2"), costs=BASE
     ),

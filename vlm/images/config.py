@@ -58,26 +58,13 @@ class AugmentationConfig:
     """Largest turn of the hue either way, in degrees."""
     grayscale: float = 0.0
     """Probability of losing all colour."""
-    outline: float = 0.0
-    """Probability of becoming a line drawing: dark where colours change, with the colours between
-    the lines as faint as chance has it."""
-    inversion: float = 0.0
-    """Probability of becoming its negative."""
 
     def __post_init__(self) -> None:
         ranges = {"crop_area": self.crop_area, "crop_ratio": self.crop_ratio}
         for name, (low, high) in ranges.items():
             if not 0 < low <= high:
                 raise ConfigError(f"{name} is {low} to {high}; expected a range above 0")
-        for name in (
-            "flip",
-            "grayscale",
-            "outline",
-            "inversion",
-            "brightness",
-            "contrast",
-            "saturation",
-        ):
+        for name in ("flip", "grayscale", "brightness", "contrast", "saturation"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected 0 to 1")
         for name in ("translation", "rotation", "hue"):

@@ -28,8 +28,6 @@ _YIQ_FROM_RGB = np.array(
 )
 _RGB_FROM_YIQ = torch.linalg.inv(torch.from_numpy(_YIQ_FROM_RGB)).numpy()
 
-_LINE_CONTRAST = 3.0  # a third of the range between neighbouring pixels draws a black line
-
 
 def preprocess_cfg(config: PreprocessConfig, image_size: int) -> dict[str, Any]:
     """Return open_clip's description of the transform."""
@@ -208,12 +206,7 @@ class TrainingTransform:
         self, pixels: UInt8[np.ndarray, "height width 3"], rng: random.Random
     ) -> Float[Tensor, "3 height width"]:
         # Neither step copies: in memory they lie by pixels or by planes, as the image does.
-        scaled = pixels / np.float32(255)
-        if self.augmentation.outline and rng.random() < self.augmentation.outline:
-            scaled = _outlined(scaled, rng.random())
-        if self.augmentation.inversion and rng.random() < self.augmentation.inversion:
-            scaled = 1 - scaled
-        rows = torch.from_numpy(scaled.reshape(-1, 3))
+        rows = torch.from_numpy((pixels / np.float32(255)).reshape(-1, 3))
         planes = self._recolour(rows, rng).sub_(self._mean).div_(self._std)
         return planes.view(3, *pixels.shape[:2])
 
@@ -240,18 +233,6 @@ class TrainingTransform:
             grey = brightness * float(_LUMA @ pixels.contiguous().mean(dim=0))
             recoloured += (1 - contrast) * grey
         return recoloured.clamp_(0, 1)
-
-
-def _outlined(
-    pixels: Float[np.ndarray, "height width 3"], faintness: float
-) -> Float[np.ndarray, "height width 3"]:
-    """Draw dark lines where the colours of pixels in [0, 1] change, and whiten the others."""
-    change = np.zeros(pixels.shape[:2], np.float32)
-    for axis, rows in ((0, change[1:]), (1, change[:, 1:])):
-        np.maximum(rows, np.abs(np.diff(pixels, axis=axis)).max(axis=2), out=rows)
-    lines = np.minimum(_LINE_CONTRAST * change, 1)[..., None]
-    drawn: Float[np.ndarray, "height width 3"] = (pixels + faintness * (1 - pixels)) * (1 - lines)
-    return drawn
 
 
 def _visible_part(

@@ -1,5 +1,6 @@
 """Optimizers, and the rate and decay of every parameter."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from functools import partial
@@ -20,8 +21,9 @@ RATE_RATIO = "learning_rate_ratio"
 """Key of a parameter group: the ratio of its learning rate to that of the run."""
 
 _COLOURS = 3  # channels of an image
-# Parts of the names of parameters whose rows are looked up or learnt one by one.
-_TABLES = ("embed", "position", "query")
+# In the names of parameters whose rows are looked up or learnt one by one; a pool's `query` is one,
+# attention's `query.weight` is none.
+_TABLE = re.compile(r"embed|position|query$")
 
 _WIDENED = 1 << 26  # numbers whose moments are float32 at a time
 
@@ -228,11 +230,7 @@ def _hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
     space, that of both towers.
     """
     encoder = cast(PretrainingModel, model).encoder
-    tables = {
-        parameter
-        for name, parameter in encoder.named_parameters()
-        if any(part in name for part in _TABLES)
-    }
+    tables = {parameter for name, parameter in encoder.named_parameters() if _TABLE.search(name)}
     image, text = encoder.image_groups(), encoder.text_groups()
     embeddings = {*image[0], *text[0], *tables}
     hidden = {

@@ -21,8 +21,8 @@ RATE_RATIO = "learning_rate_ratio"
 """Key of a parameter group: the ratio of its learning rate to that of the run."""
 
 _COLOURS = 3  # channels of an image
-# In the names of parameters whose rows are looked up or learnt one by one; a pool's `query` is one,
-# attention's `query.weight` is none.
+# In the names of parameters whose rows are looked up or learnt one by one: also a pool's `query`,
+# but not the `query.weight` of attention.
 _TABLE = re.compile(r"embed|position|query$")
 
 _WIDENED = 1 << 26  # numbers whose moments are float32 at a time

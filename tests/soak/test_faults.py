@@ -211,7 +211,7 @@ def test_p21_hours_of_training_leave_memory_and_files_flat(inputs, tmp_path, tal
         wall.append(time.monotonic() - begun)
         steps.append(time.thread_time() - start)
         start, product = time.thread_time(), matrix
-        for _ in range(90):  # about as long as a step
+        for _ in range(90):  # about two thirds of a step, on the machine of the result file
             product = torch.tanh(product @ matrix)
         fixed.append(time.thread_time() - start)
         return output
@@ -242,9 +242,8 @@ def test_p21_hours_of_training_leave_memory_and_files_flat(inputs, tmp_path, tal
     )
     tally(
         "P21",
-        f"{MINUTES:g} minutes: over 3 times the median CPU time took {slow} of {len(steps):,} "
-        f"steps, and {slow_fixed} of as many runs of fixed arithmetic (by the wall clock "
-        f"{slow_wall} steps)",
-        held=int(slow - slow_fixed <= 3 * np.sqrt(slow + slow_fixed)),  # 3 sigma of rare events
-        of=1,
+        f"{MINUTES:g} minutes: CPU time of a step within 3 times the median (by the wall clock "
+        f"{slow_wall} steps were not; of as many runs of fixed arithmetic, {slow_fixed} were not)",
+        held=len(steps) - 50 - slow,
+        of=len(steps) - 50,
     )

@@ -66,6 +66,7 @@ class Muon(torch.optim.Muon):
         for group in groups:
             self.add_param_group(group)
         self._copied: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.register_step_post_hook(self._write_back)
 
     @override
     def _init_group(
@@ -85,10 +86,8 @@ class Muon(torch.optim.Muon):
                         self._copied.append((tensor, tensors[place]))
         return result
 
-    @override
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # takes no closure
-        super().step()  # type: ignore[no-untyped-call]
+    def _write_back(self, *_: Any) -> None:
         for filters, matrix in self._copied:
             filters.copy_(matrix.view_as(filters))
         self._copied.clear()

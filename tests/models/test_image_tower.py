@@ -6,6 +6,7 @@ import timm
 import torch
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
+from timm.layers.drop import DropPath
 
 from vlm.errors import ConfigError
 from vlm.models.blocks import recompute
@@ -53,6 +54,7 @@ KINDS = (
     | TIMM
     | {
         "test_resnet flat": TIMM["test_resnet"] | {"timm_pool": "flatten"},
+        "test_resnet fine": TIMM["test_resnet"] | {"timm_output_stride": 16},
         "resnet": {"layers": (1, 1, 1, 1), "width": 16, "image_size": SIZE},
         "rotary": {
             "timm_model_name": "eva02_tiny_patch14_224",
@@ -299,3 +301,27 @@ def test_flattening_projects_every_place_of_the_last_map():
 def test_a_tower_without_a_map_to_flatten_is_refused(changes):
     with pytest.raises(ConfigError, match=r"timm_pool is flatten, and .* expected a convolutional"):
         image_tower(KINDS["test_resnet flat"] | changes)
+
+
+def test_a_finer_map_has_the_weights_of_timms_own_model_of_that_stride():
+    changes = {"timm_pool": "flatten", "timm_output_stride": 8}
+    visual = image_tower(KINDS["test_resnet"] | changes).eval()
+    theirs = timm.create_model("test_resnet", output_stride=8, num_classes=0).double().eval()
+    theirs.load_state_dict(visual.trunk.state_dict())
+    images = make_images(KINDS["test_resnet"])
+    maps = theirs.forward_features(images)
+    assert maps.shape[-2:] == (SIZE // 8, SIZE // 8)
+    torch.testing.assert_close(visual(images), visual.head(maps), rtol=0, atol=0)
+
+
+def test_a_finer_map_keeps_the_ratio_of_dropped_paths():
+    changes = {"timm_output_stride": 16, "timm_drop_path": 0.5}
+    visual = image_tower(KINDS["test_resnet"] | changes)
+    ratios = {m.drop_prob for m in visual.modules() if isinstance(m, DropPath)}
+    assert max(ratios) == 0.5
+
+
+@pytest.mark.parametrize(("name", "stride"), [("test_vit", 16), ("test_resnet", 5)])
+def test_a_stride_that_the_model_does_not_take_is_refused(name, stride):
+    with pytest.raises(ConfigError, match=rf"timm_output_stride is {stride}, which {name} does"):
+        image_tower(KINDS[name] | {"timm_output_stride": stride})

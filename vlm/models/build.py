@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import open_clip
 import timm
@@ -19,6 +19,7 @@ from torch import nn
 
 from vlm.errors import ConfigError
 from vlm.models import hugging_face_tower
+from vlm.models.bag_of_tokens import BagOfTokens
 from vlm.models.config import ModelConfig
 from vlm.models.dual_encoder import DualEncoder
 from vlm.models.encoder import Encoder
@@ -63,7 +64,7 @@ def encoder_model_cfg(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, An
     if config.open_clip is None:
         towers: dict[str, Any] = {
             "embed_dim": config.embed_dim,
-            "vision_cfg": asdict(config.vision_cfg),
+            "vision_cfg": _without_default_stride(asdict(config.vision_cfg)),
             "text_cfg": asdict(config.text_cfg),
         }
     else:
@@ -124,6 +125,12 @@ def _build(model_cfg: Mapping[str, Any]) -> Encoder:
     )
 
 
+def _without_default_stride(vision_cfg: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what open_clip has no field for, so that it builds all other towers."""
+    stride = "timm_output_stride"
+    return {k: v for k, v in vision_cfg.items() if k != stride or v is not None}
+
+
 def _zoo_towers(name: str) -> dict[str, Any]:
     names = open_clip.list_models()
     if name not in names:
@@ -165,14 +172,46 @@ def build_towers(model_cfg: Mapping[str, Any]) -> tuple[ImageTower, TextTower]:
     from `text_cfg["hf_config"]`, or from its configuration in the cache; weights and configurations
     are never downloaded, but for an image tower that asks for timm's.
     """
-    vision_cfg = {**model_cfg["vision_cfg"], "output_tokens": False}
-    text_cfg = {**model_cfg["text_cfg"], "output_tokens": False}
+    vision_cfg, text_cfg = dict(model_cfg["vision_cfg"]), dict(model_cfg["text_cfg"])
     name = vision_cfg.get("timm_model_name")
     if name and not timm.is_model(name):
         raise _unknown_model("timm", name, timm.list_models())
+    # What open_clip cannot build comes in the place of what it can.
+    stride = vision_cfg.pop("timm_output_stride", None)
     is_flat = bool(name) and vision_cfg.get("timm_pool") == "flatten"
     if is_flat:
-        vision_cfg["timm_pool"] = "avg"  # open_clip builds it so; its place is taken below
+        vision_cfg["timm_pool"] = "avg"
+    is_bag = text_cfg.get("layers") == 0
+    if is_bag:
+        text_cfg["layers"] = 1
+    visual, text = _open_clip_towers(model_cfg, vision_cfg, text_cfg)
+    if is_bag:
+        text = BagOfTokens(
+            vocab_size=text_cfg["vocab_size"],
+            width=text_cfg["width"],
+            output_dim=model_cfg["embed_dim"],
+        )
+    check_image_tower(visual)
+    check_text_tower(text)
+    if feature_width(text) != model_cfg["embed_dim"]:
+        raise ConfigError(
+            f"the text tower's features are {feature_width(text)} wide without a "
+            f"projection; expected embed_dim, {model_cfg['embed_dim']}"
+        )
+    if stride is not None:
+        _set_output_stride(visual, vision_cfg, stride)
+    if name:
+        _fit_timm_tower(visual, vision_cfg)
+    if is_flat:
+        _flatten(visual, image_size({"vision_cfg": vision_cfg}))
+    return visual, text
+
+
+def _open_clip_towers(
+    model_cfg: Mapping[str, Any], vision_cfg: Mapping[str, Any], text_cfg: Mapping[str, Any]
+) -> tuple[ImageTower, TextTower]:
+    vision_cfg = {**vision_cfg, "output_tokens": False}
+    text_cfg = {**text_cfg, "output_tokens": False}
     with TemporaryDirectory(prefix="vlm-hf-config-") as folder:
         if text_cfg.get("hf_model_name"):  # open_clip reads the model's configuration from there
             hf_config = text_cfg.pop("hf_config", None)
@@ -189,17 +228,6 @@ def build_towers(model_cfg: Mapping[str, Any]) -> tuple[ImageTower, TextTower]:
             )
         except (TypeError, AssertionError, RuntimeError) as error:
             raise ConfigError(f"the towers cannot be built: {error}") from error
-    check_image_tower(towers.visual)
-    check_text_tower(towers.text)
-    if feature_width(towers.text) != model_cfg["embed_dim"]:
-        raise ConfigError(
-            f"the text tower's features are {feature_width(towers.text)} wide without a "
-            f"projection; expected embed_dim, {model_cfg['embed_dim']}"
-        )
-    if name:
-        _fit_timm_tower(towers.visual, vision_cfg)
-    if is_flat:
-        _flatten(towers.visual, image_size({"vision_cfg": vision_cfg}))
     return towers.visual, towers.text
 
 
@@ -220,6 +248,22 @@ def _check_patches(trunk: nn.Module) -> None:
             f"image_size is {height}; expected a multiple of the image tower's patches, "
             f"{patches.patch_size[0]}"
         )
+
+
+def _set_output_stride(visual: ImageTower, vision_cfg: Mapping[str, Any], stride: int) -> None:
+    """Give the last map of a timm model another stride: the same weights read a finer map."""
+    name, drop_path = vision_cfg["timm_model_name"], vision_cfg.get("timm_drop_path")
+    options = {} if drop_path is None else {"drop_path_rate": drop_path}
+    try:
+        trunk: Any = timm.create_model(name, output_stride=stride, **options)
+    except (TypeError, AssertionError, ValueError, NotImplementedError) as error:
+        raise ConfigError(
+            f"timm_output_stride is {stride}, which {name} does not take; "
+            "expected a stride of the model's, often 8, 16 or 32, or null"
+        ) from error
+    trunk.reset_classifier(0, global_pool=vision_cfg["timm_pool"])
+    trunk.load_state_dict(cast("nn.Module", visual.trunk).state_dict())
+    visual.trunk = trunk
 
 
 @torch.no_grad()

@@ -46,16 +46,28 @@ class ImageTowerConfig:
     """Dropout before the projection, in [0, 1)."""
     timm_drop_path: float | None = None
     """Stochastic depth, in [0, 1), where the model has it."""
+    timm_output_stride: int | None = None
+    """Pixels of the image between two places of the last map, where the model leaves a choice:
+    often 8, 16 or 32. Less is a finer map, which open_clip cannot load. Null for its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextTowerConfig:
-    """A causal text transformer; its vocabulary and context come from the tokenizer."""
+    """A causal text transformer, or a bag of tokens.
+
+    Its vocabulary and context come from the tokenizer.
+    """
 
     width: int = 512
     heads: int = 8
     layers: int = 12
+    """0 for the mean of the tokens' embeddings, which knows words and not their order, and which
+    open_clip cannot load; heads and mlp_ratio have no meaning then."""
     mlp_ratio: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.layers < 0:
+            raise ConfigError(f"text_cfg.layers is {self.layers}; expected at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""open_clip's text towers run on padded batches of any length."""
+"""Text towers run on padded batches of any length: open_clip's, and bags of tokens."""
 
 from functools import partial
 from typing import TypeAlias
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from vlm.errors import ConfigError
 from vlm.models import hugging_face_tower
 from vlm.models.attention import Packing, attends_packed, run_at_one_position
+from vlm.models.bag_of_tokens import BagOfTokens
 from vlm.models.encoder import Replacement
 from vlm.text.tokenizer import TokenBatch
 
-TextTower: TypeAlias = TextTransformer | HFTextEncoder
+TextTower: TypeAlias = TextTransformer | HFTextEncoder | BagOfTokens
 
 _AT_END_OF_TEXT = ("eos", "argmax")
 
@@ -25,7 +26,7 @@ def check_text_tower(tower: TextTower) -> None:
     """Refuse a tower that `encode_tokens` would run wrongly."""
     if isinstance(tower, HFTextEncoder):
         hugging_face_tower.check(tower)
-    elif tower.pool_type == "none" and tower.cls_emb is None:
+    elif isinstance(tower, TextTransformer) and tower.pool_type == "none" and tower.cls_emb is None:
         raise ConfigError(
             "the text tower pools by 'none', which leaves a vector a token; "
             "expected 'eos', 'argmax', 'last' or 'first'"
@@ -34,8 +35,8 @@ def check_text_tower(tower: TextTower) -> None:
 
 def check_reads_to_end_of_text(tower: TextTower) -> None:
     """Refuse a tower whose features depend on more than a text's tokens in their order."""
-    if isinstance(tower, HFTextEncoder) or not _stops_at_end_of_text(tower):
-        kind = "a Hugging Face model" if isinstance(tower, HFTextEncoder) else tower.pool_type
+    if not isinstance(tower, TextTransformer) or not _stops_at_end_of_text(tower):
+        kind = tower.pool_type if isinstance(tower, TextTransformer) else type(tower).__name__
         raise ConfigError(
             f"the text tower pools by {kind!r}; "
             "expected a causal transformer pooled at the end of text"
@@ -50,6 +51,9 @@ def encode_tokens(tower: TextTower, tokens: TokenBatch) -> Float[Tensor, "batch 
     mask ends. In a causal transformer nothing after a token changes it. One that sees its
     padding gets it back.
     """
+    if isinstance(tower, BagOfTokens):
+        pooled: Tensor = tower(tokens)
+        return pooled
     if isinstance(tower, HFTextEncoder) or not _stops_at_end_of_text(tower):
         return token_states(tower, tokens)[0]
     *blocks, last = tower.transformer.resblocks  # the last runs for one position: see below
@@ -79,6 +83,11 @@ def token_states(
     tower: TextTower, tokens: TokenBatch, replaced: Replacement | None = None
 ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch length width"]]:
     """Return features as `encode_tokens` does, and the states of tokens after the last norm."""
+    if isinstance(tower, BagOfTokens):
+        raise ConfigError(
+            "a text tower of 0 layers has no states of tokens in their order, which masked "
+            "modelling reads; expected text_cfg.layers of at least 1"
+        )
     if isinstance(tower, HFTextEncoder):
         return hugging_face_tower.run(tower, tokens, replaced)
     length = tokens.ids.shape[1]
@@ -114,12 +123,15 @@ def token_embedding(tower: TextTower) -> nn.Embedding:
 
 def feature_width(tower: TextTower) -> int:
     """Return the width of the features."""
-    unprojected = isinstance(tower, TextTransformer) and tower.text_projection is None
-    return int(tower.width if unprojected else tower.output_dim)
+    if isinstance(tower, TextTransformer) and tower.text_projection is None:
+        return int(tower.width)
+    return int(tower.output_dim)
 
 
 def text_blocks(tower: TextTower) -> list[nn.Module]:
     """Return the layers that a tower repeats, but for the one that `encode_tokens` runs in part."""
+    if isinstance(tower, BagOfTokens):
+        return []
     if isinstance(tower, HFTextEncoder):
         return hugging_face_tower.blocks(tower)
     blocks = list(tower.transformer.resblocks)
@@ -129,6 +141,8 @@ def text_blocks(tower: TextTower) -> list[nn.Module]:
 
 def text_groups(tower: TextTower) -> list[list[nn.Parameter]]:
     """Return the parameters: embeddings, blocks, the last with its norm, and the projection."""
+    if isinstance(tower, BagOfTokens):
+        return [list(part.parameters()) for part in (tower.token_embedding, tower.text_projection)]
     if isinstance(tower, HFTextEncoder):
         return hugging_face_tower.groups(tower)
     embeddings = [*tower.token_embedding.parameters(), tower.positional_embedding]

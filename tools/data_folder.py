@@ -15,13 +15,16 @@ _SAMPLES_PER_SHARD = 2000
 _SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{5}}\.tar\.gz")
 
 
-def require_replaceable(out: Path, *, kind: str, files: Collection[str]) -> None:
+def require_replaceable(
+    out: Path, *, kind: str, files: Collection[str], optional: Collection[str] = ()
+) -> None:
     """Check that nothing but an older build would be lost by writing to `out`.
 
     Args:
         out: The data folder to write.
         kind: What the set is called in errors.
         files: The names of what every such folder holds besides manifest and shards.
+        optional: The names of what it may hold as well.
 
     Raises:
         DataError: `out` is a file, or a folder that holds something else.
@@ -32,7 +35,7 @@ def require_replaceable(out: Path, *, kind: str, files: Collection[str]) -> None
         raise DataError(f"{out} is a file; --out names the data folder to write")
     expected = {MANIFEST_NAME, *files}
     found = {path.name for path in out.iterdir()}
-    foreign = {name for name in found - expected if not _SHARD_NAME.fullmatch(name)}
+    foreign = {name for name in found - expected - set(optional) if not _SHARD_NAME.fullmatch(name)}
     if foreign or (found and not found >= expected):
         raise DataError(
             f"{out} is there and is not an {kind} data folder (it holds "

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from tools.data_folder import require_replaceable, write_data_folder
 from tools.drawings import require_svg_renderer
+from tools.emoji.captions import read_keywords
 from tools.emoji.classes import class_table
 from tools.emoji.concepts import Concept, read_concepts
 from tools.emoji.flags import require_flag_renderer
-from tools.emoji.packages import CAPTIONS
+from tools.emoji.packages import CAPTIONS, KEYWORDS
 from tools.emoji.splits import HELD_OUT_STYLE, held_out_concepts
 from tools.emoji.styles import Drawing, distinct_drawings, open_drawing_sets
 from tools.packages import fetch, read_archive
@@ -23,26 +24,33 @@ logger = logging.getLogger(__name__)
 
 CLASSES_NAME = "classes.json"
 LICENCES_NAME = "LICENCES.md"
+QUESTIONS_NAME = "questions.yaml"
 
 
 def build_emoji(out: Path, *, cache: Path) -> None:
     """Build the bilingual emoji set from its pinned sources, the same bytes every time.
 
     Args:
-        out: The data folder to write; an emoji data folder already there is replaced.
+        out: The data folder to write; an emoji data folder already there is replaced, but for its
+            questions, which were written by hand.
         cache: Folder of the downloads, used again by the next build.
 
     Raises:
         DataError: `out` holds something else, a source cannot be obtained, or a tool is missing.
         VlmError: the disk is full or `out` cannot be written.
     """
-    require_replaceable(out, kind="emoji", files=(CLASSES_NAME, LICENCES_NAME))
+    require_replaceable(
+        out, kind="emoji", files=(CLASSES_NAME, LICENCES_NAME), optional=(QUESTIONS_NAME,)
+    )
+    questions = out / QUESTIONS_NAME
+    kept = {QUESTIONS_NAME: questions.read_bytes()} if questions.is_file() else {}
     require_svg_renderer()
     require_flag_renderer()
     captions = fetch(CAPTIONS, cache)
-    concepts = read_concepts(read_archive(captions, pattern=r"(en|zh|zh-hant|meta)/"))
+    keywords = read_keywords(read_archive(fetch(KEYWORDS, cache), pattern=r"dist/.+\.json$"))
+    concepts = read_concepts(read_archive(captions, pattern=r"(en|zh|zh-hant|meta)/"), keywords)
     drawings = distinct_drawings(open_drawing_sets(concepts, cache))
-    write_data_folder(out, _samples_by_split(drawings, concepts), _files())
+    write_data_folder(out, _samples_by_split(drawings, concepts), _files() | kept)
 
 
 def _samples_by_split(

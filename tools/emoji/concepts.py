@@ -1,9 +1,11 @@
-"""The things that emoji show: their captions, groups and families, read from emojibase's tables."""
+"""The things that emoji show: their groups and families, read from emojibase's tables."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from tools.emoji.captions import captions_of
 
 _LANGUAGE_FOLDERS = {"en": "en", "zh": "zh", "zh-Hant": "zh-hant"}
 
@@ -68,10 +70,13 @@ def region_of(key: str) -> str | None:
     return "".join(chr(ord("A") + number - _REGIONAL_INDICATOR_A) for number in numbers)
 
 
-def read_concepts(emojibase: Mapping[str, bytes]) -> tuple[Concept, ...]:
+def read_concepts(
+    emojibase: Mapping[str, bytes], keywords: Mapping[str, Sequence[str]]
+) -> tuple[Concept, ...]:
     """Read every concept in Unicode order from the files of the package `emojibase-data`.
 
-    Components (skin tones, hair) and flags that are another country's flag are left out.
+    `keywords` are further English ones by emoji, without variation selectors. Components (skin
+    tones, hair) and flags that are another country's flag are left out.
     """
     tables = {
         language: {
@@ -88,9 +93,10 @@ def read_concepts(emojibase: Mapping[str, bytes]) -> tuple[Concept, ...]:
             version=f"{entry['version']:.1f}",
             group=groups["groups"][str(entry["group"])],
             subgroup=groups["subgroups"][str(entry["subgroup"])],
-            captions={
-                language: _captions(table[code_points]) for language, table in tables.items()
-            },
+            captions=captions_of(
+                {language: table[code_points] for language, table in tables.items()},
+                keywords.get(entry["emoji"].replace("\ufe0f", ""), ()),
+            ),
             unicode_name=unicode_names.get(code_points, ""),
         )
         for code_points, entry in tables["en"].items()
@@ -102,8 +108,3 @@ def _is_concept(entry: Mapping[str, Any], groups: Mapping[str, str]) -> bool:
     if "group" not in entry or groups[str(entry["group"])] == "component":
         return False
     return region_of(concept_key(entry["hexcode"])) not in _BORROWED_FLAGS
-
-
-def _captions(entry: Mapping[str, Any]) -> tuple[str, ...]:
-    texts = (text.strip() for text in (entry["label"], *entry.get("tags", ())))
-    return tuple(dict.fromkeys(text for text in texts if text))

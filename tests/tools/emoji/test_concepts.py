@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tools.emoji.captions import read_keywords
 from tools.emoji.classes import class_table
 from tools.emoji.concepts import concept_key, family_of, read_concepts, region_of
 
@@ -34,7 +35,7 @@ def emojibase(*entries):
 
 
 def test_a_concept_has_captions_in_every_language():
-    (concept,) = read_concepts(emojibase(("1F600", FACE, "grinning face", "happy")))
+    (concept,) = read_concepts(emojibase(("1F600", FACE, "grinning face", "happy")), {})
     assert concept.key == "1F600"
     assert concept.text == "😀"
     assert concept.version == "0.6"
@@ -46,8 +47,15 @@ def test_a_concept_has_captions_in_every_language():
 
 def test_keywords_are_stripped_distinct_and_never_the_name():
     texts = (" sun ", "star", "sun", " star", "", "day")
-    (concept,) = read_concepts(emojibase(("2600", FACE, *texts)))
+    (concept,) = read_concepts(emojibase(("2600", FACE, *texts)), {})
     assert concept.captions["en"] == ("sun", "star", "day")
+
+
+def test_further_keywords_are_found_by_the_emoji():
+    clock = emojibase(("23F0-FE0F", FACE, "alarm clock"))
+    keywords = read_keywords({"dist/emoji-en-US.json": json.dumps({"\u23f0": ["wake"]}).encode()})
+    (concept,) = read_concepts(clock, keywords)
+    assert concept.captions["en"] == ("alarm clock", "wake")
 
 
 def test_components_and_borrowed_flags_are_no_concepts():
@@ -57,7 +65,8 @@ def test_components_and_borrowed_flags_are_no_concepts():
             (skin, COMPONENT, "light skin tone"),
             (norway, FLAG, "flag: Norway"),
             (svalbard, FLAG, "flag: Svalbard & Jan Mayen"),
-        )
+        ),
+        {},
     )
     assert [concept.key for concept in concepts] == [norway]
 

@@ -36,6 +36,15 @@ def test_the_scale_stays_at_most_a_hundred_and_keeps_its_gradient_after_clamping
     torch.testing.assert_close(model.log_logit_scale.grad, scale.detach())
 
 
+def test_a_scale_next_to_a_bias_has_no_bound():
+    """SigLIP So400m/14 at 384 pixels was released with 112.3."""
+    model = build_from_config(replace(TINY_MODEL, init_logit_bias=-16.5), tiny_tokenizer())
+    with torch.no_grad():
+        model.log_logit_scale.fill_(4.7215)
+    model.clamp_logit_scale()
+    assert model.logit_scale > 112
+
+
 def test_a_description_for_open_clip_builds_the_same_towers():
     tokenizer = tiny_tokenizer()
     model = build_from_config(TINY_MODEL, tokenizer)

@@ -137,9 +137,11 @@ class Encoder(nn.Module, ABC):
         """Bring the temperatures back into their bound; called after every optimizer step.
 
         Bounding the stored parameter, not the scale in the forward pass, leaves the scale its
-        gradient at the bound.
+        gradient at the bound. A model with a bias, for a sigmoid loss, has no bound: released
+        SigLIP models have scales above CLIP's, and lowering one at once would shift all logits.
         """
-        clamp_log_scale(self.log_logit_scale)
+        if self.logit_bias is None:
+            clamp_log_scale(self.log_logit_scale)
 
     @abstractmethod
     def blocks(self) -> list[nn.Module]:

@@ -24,7 +24,7 @@ class Features(NamedTuple):
     text: dict[str, Float[Tensor, "texts dim"]]
     """Unit vectors of the texts given by language, float32."""
     logit_scale: Float[Tensor, ""]
-    """The inverse temperature, at most `MAX_LOGIT_SCALE`."""
+    """The inverse temperature, of a softmax at most `MAX_LOGIT_SCALE`."""
     logit_bias: Float[Tensor, ""] | None = None
     """The bias of a sigmoid loss's logits, where the model has one."""
 

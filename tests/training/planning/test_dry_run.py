@@ -323,6 +323,9 @@ def test_sources_that_do_not_serve_all_nodes_or_languages_are_warned_of(inputs, 
     assert "'data' has 2 shards for 4 streams" in first
     assert "'english' has 1 shards for 4 streams" in second
     assert third == "of 32 samples of the source 'english' none has a caption in zh"
+    meant = (sources[0], replace(sources[1], languages=("en",)))
+    settings = replace(settings, data=replace(settings.data, sources=meant))
+    assert dry_run(settings, ClusterConfig(world=8)).warnings == []
 
 
 def test_the_command_prints_the_plan_and_leaves_nothing(inputs, tmp_path):

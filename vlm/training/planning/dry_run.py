@@ -184,8 +184,10 @@ def _read(
 
 
 def _describe_batch(plan: Plan, config: TrainConfig, name: str, batch: Batch) -> None:
-    samples = len(batch.uids)
+    samples, read = len(batch.uids), config.data.by_name[name].languages
     for language in config.captions.languages:
+        if read and language not in read:
+            continue
         there = int((batch.text_rows[language] < samples).sum())
         if not there:
             plan.warnings.append(

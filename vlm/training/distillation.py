@@ -140,7 +140,7 @@ class Distillation:
 
 
 def load_teacher(config: TrainConfig, start: Bundle) -> Bundle | None:
-    """Read the teacher of a run; None where it has none.
+    """Read the teacher of a run, frozen; None where it has none.
 
     Raises:
         VlmError: the teacher does not fit the run's model, images or captions.
@@ -174,6 +174,7 @@ def load_teacher(config: TrainConfig, start: Bundle) -> Bundle | None:
             f"{', '.join(sorted(known)) or 'no language'} and captions are in "
             f"{', '.join(languages)}; expected one that it reads, or its languages"
         )
+    teacher.model.requires_grad_(False)
     return teacher
 
 
@@ -191,7 +192,7 @@ def build_distillation(
     plan = config.objectives.distillation
     return Distillation(
         config=plan,
-        encoder=teacher.model.to(device).requires_grad_(False),
+        encoder=teacher.model.to(device),
         languages=caption_names(config.captions.languages),
         known=frozenset(plan.languages or teacher.languages),
         group=loss.exchange.mesh.group,

@@ -157,20 +157,24 @@ def tiny_tokenizer(*, context_length: int = 16, vocab_size: int = 320) -> Tokeni
     return train_sentencepiece(THING_TEXTS, config)
 
 
-def tiny_model(tokenizer: Tokenizer, *, seed: int = 0) -> DualEncoder:
+def tiny_model(
+    tokenizer: Tokenizer, *, seed: int = 0, config: ModelConfig = TINY_MODEL
+) -> DualEncoder:
     """Build the tiny model with random weights, in evaluation mode; torch's own seed is kept."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return build_from_config(TINY_MODEL, tokenizer).eval()
+        return build_from_config(config, tokenizer).eval()
 
 
-def tiny_bundle(folder: Path, *, seed: int = 0, context_length: int = 16) -> Path:
+def tiny_bundle(
+    folder: Path, *, seed: int = 0, context_length: int = 16, config: ModelConfig = TINY_MODEL
+) -> Path:
     """Write the tiny model with its tokenizer as a bundle; return the folder."""
     tokenizer = tiny_tokenizer(context_length=context_length)
     save_bundle(
         folder,
-        model=tiny_model(tokenizer, seed=seed),
-        model_cfg=encoder_model_cfg(TINY_MODEL, tokenizer),
+        model=tiny_model(tokenizer, seed=seed, config=config),
+        model_cfg=encoder_model_cfg(config, tokenizer),
         preprocess_cfg=preprocess_cfg(PreprocessConfig(), IMAGE_SIZE),
         tokenizer=tokenizer,
         languages=("zh", "en"),

@@ -1,6 +1,7 @@
 """Every file in `configs/` says what it is for, loads, and builds."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 
-from tests.builders import tiny_tokenizer
+from tests.builders import TINY_MODEL, make_samples, tiny_bundle, tiny_tokenizer, write_split
 from tests.support.commands import run_vlm
 from vlm.cli import eval_retrieval
 from vlm.cli.options import sources_in
@@ -17,7 +18,8 @@ from vlm.cli.train import Options
 from vlm.models.build import build_from_config
 from vlm.models.config import ModelConfig
 from vlm.reports.table import published_benchmarks
-from vlm.training.config import TrainConfig, config_as_yaml
+from vlm.training.config import ClusterConfig, TrainConfig, config_as_yaml
+from vlm.training.planning.dry_run import dry_run
 
 ROOT = Path(__file__).parents[2]
 ALL = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -77,6 +79,31 @@ def test_a_file_states_only_what_differs_from_the_defaults(path):
                 yield name + key
 
     assert not list(repeated(yaml.safe_load(path.read_text()), defaults))
+
+
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [
+        ("siglip2-zh", replace(TINY_MODEL, init_logit_bias=-16.5)),
+        ("clip-zh", TINY_MODEL),
+        ("vit-b-16", None),
+    ],
+)
+def test_a_recipe_would_get_through(name, start, tmp_path):
+    """With a tiny model, data and batch in the place of its own."""
+    write_split(tmp_path / "pairs", make_samples(80), samples_per_shard=40)
+    write_split(tmp_path / "pairs", make_samples(10), split="val")
+    config = read(ROOT / f"configs/train/{name}.yaml")
+    sources = tuple(replace(each, path=str(tmp_path / "pairs")) for each in config.data.mixed)
+    settings = replace(
+        config,
+        run_folder=tmp_path / "run",
+        start_from=start and tiny_bundle(tmp_path / "start", config=start),
+        data=replace(config.data, sources=sources, batch_size=40, workers=0),
+        evaluation=replace(config.evaluation, folder=tmp_path / "pairs"),
+    )
+    plan = dry_run(settings, ClusterConfig(world=8))
+    assert (plan.problems, plan.warnings) == ([], [])
 
 
 @pytest.mark.parametrize("path", MODEL, ids=lambda path: path.name)

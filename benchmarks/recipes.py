@@ -26,7 +26,10 @@ DATA = "data/emoji"
 SHORT, SHORTER = 130, 50  # steps; the first 40 or so decode the images
 ROUNDS = 3  # of short runs
 BASE = "the recipe"
-STYLES = ("twemoji", "fluent_flat", "emojione", "fxemoji", "noto_blob", "fluent_3d")
+STYLES = (
+    "twemoji", "fluent_flat", "emojione", "fxemoji", "noto_blob", "fluent_3d",
+    "fluent_high_contrast",
+)  # fmt: skip
 SEEDS = 3
 LANGUAGES = ("zh", "en")
 PART = "choose"  # of the questions; the other one is for reports
@@ -69,6 +72,11 @@ VARIANTS = {
     "words of the other language": Variant((with_templates(CODE_SWITCHED),), costs=BASE),
     "mean of the last map, not all of it": Variant(
         ("--model.vision_cfg.timm_pool=avg",), costs=BASE
+    ),
+    "timm's own last map": Variant(("--model.vision_cfg.timm_output_stride=null",)),
+    "twice as fine a last map": Variant(("--model.vision_cfg.timm_output_stride=8",)),
+    "a transformer of one layer": Variant(
+        ("--model.text_cfg.layers=1", "--model.text_cfg.heads=2")
     ),
     "a third of the rate": Variant(("--optimizer.learning_rate=3e-3",), costs=BASE),
     "twice the rate": Variant(("--optimizer.learning_rate=2e-2",), costs=BASE),

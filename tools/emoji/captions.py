@@ -5,9 +5,12 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from opencc import OpenCC
+from vlm.errors import DataError
+
+if TYPE_CHECKING:
+    from opencc import OpenCC
 
 # Words and numbers: no emoticons, and none of the halves of names in quotation marks.
 _WORDS = re.compile(r"[a-z0-9][a-z0-9 '’:-]*", re.IGNORECASE)
@@ -41,7 +44,13 @@ def read_keywords(emojilib: Mapping[str, bytes]) -> dict[str, list[str]]:
 
 
 @cache
-def _simplifier() -> OpenCC:
+def _simplifier() -> "OpenCC":
+    try:
+        from opencc import OpenCC
+    except ModuleNotFoundError as error:
+        raise DataError(
+            "simplifying captions needs OpenCC; run `pip install 'vlm[emoji]'`"
+        ) from error
     return OpenCC("tw2sp")
 
 

@@ -1,8 +1,13 @@
 """Captions begin with the name, and gain keywords without gaining noise."""
 
+import builtins
 import json
 
+import pytest
+
+from tools.emoji import captions
 from tools.emoji.captions import captions_of, read_keywords
+from vlm.errors import DataError
 
 
 def entries(en, zh=("夹趾凉鞋",), traditional=("夾腳拖",)):
@@ -36,3 +41,17 @@ def test_keywords_are_read_by_emoji_without_variation_selectors():
     table = {"\u2764\ufe0f": ["love"], "😀": ["smile"]}
     files = {"dist/emoji-en-US.json": json.dumps(table).encode()}
     assert read_keywords(files) == {"\u2764": ["love"], "😀": ["smile"]}
+
+
+def test_a_missing_converter_is_one_clear_error(monkeypatch):
+    real = builtins.__import__
+
+    def without_opencc(name, *args, **kwargs):
+        if name == "opencc":
+            raise ModuleNotFoundError(name)
+        return real(name, *args, **kwargs)
+
+    captions._simplifier.cache_clear()
+    monkeypatch.setattr(builtins, "__import__", without_opencc)
+    with pytest.raises(DataError, match="needs OpenCC; run `pip install"):
+        captions_of(entries(("clock",)), [])

@@ -150,7 +150,8 @@ def test_every_kind_of_loss_trains_on_two_processes(tmp_path, small_emoji, chang
     # The recipe's tower exchanges the statistics of every batch norm, which costs most of the time
     # (and is tested above); this one has none.
     changes = changes | {
-        "model.vision_cfg.timm_model_name": "test_vit", "model.vision_cfg.timm_pool": "avg"
+        "model.vision_cfg.timm_model_name": "test_vit", "model.vision_cfg.timm_pool": "avg",
+        "model.vision_cfg.timm_output_stride": "null",
     }  # fmt: skip
     arguments = train_arguments(tmp_path / "run", steps=12, data=small_emoji, **changes)
     run_vlm(*arguments, processes=2)
@@ -165,7 +166,7 @@ def test_every_kind_of_loss_trains_on_two_processes(tmp_path, small_emoji, chang
     [
         (
             {"data.batch_size": 100_000},
-            "takes 100000 samples of the source 'data', which has 7053; expected a smaller batch",
+            "takes 100000 samples of the source 'data', which has 8410; expected a smaller batch",
         ),
         ({"data.batch_size": 1}, "compared with one caption alone, where a softmax is always 0"),
         ({"data.split": "trian"}, "has no split 'trian'; its splits are"),

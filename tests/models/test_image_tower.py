@@ -314,6 +314,16 @@ def test_a_finer_map_has_the_weights_of_timms_own_model_of_that_stride():
     torch.testing.assert_close(visual(images), visual.head(maps), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("pool", ["", "avg"])
+def test_a_finer_map_is_pooled_as_the_models_own_is(pool):
+    changes = {"timm_pool": pool, "timm_output_stride": 32}  # its own stride: the same model
+    visual = image_tower(KINDS["test_resnet"] | changes).eval()
+    plain = image_tower(KINDS["test_resnet"] | {"timm_pool": pool}).eval()
+    plain.load_state_dict(visual.state_dict())
+    images = make_images(KINDS["test_resnet"])
+    torch.testing.assert_close(visual(images), plain(images), rtol=0, atol=0)
+
+
 def test_a_finer_map_keeps_the_ratio_of_dropped_paths():
     changes = {"timm_output_stride": 16, "timm_drop_path": 0.5}
     visual = image_tower(KINDS["test_resnet"] | changes)

@@ -6,6 +6,7 @@ import random
 import string
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 from itertools import product
 
@@ -111,6 +112,11 @@ def test_ids_are_the_librarys_own(rust, vocabulary, captions):
     assert len({piece for row in expected for piece in row}) > 300
 
 
+def plain(text):
+    """Return what a text and its piece agree in: some vocabularies normalise, and lower case."""
+    return unicodedata.normalize("NFKC", text).strip().casefold()
+
+
 def test_spans_are_where_the_pieces_stand_in_the_text(vocabulary, captions):
     texts = [*captions[::7], "", "  two  spaces ", "Case", "a\nb"]
     ids, spans = vocabulary.encode(texts), vocabulary.spans(texts)
@@ -121,7 +127,7 @@ def test_spans_are_where_the_pieces_stand_in_the_text(vocabulary, captions):
             piece = vocabulary.decode([token_id]).removeprefix("##").strip()
             # A space before the text, or a part of a character, says nothing that can be compared.
             if piece and "\ufffd" not in piece and token_id != vocabulary.unknown_id:
-                assert text[start:end].strip().casefold() == piece.casefold()
+                assert plain(text[start:end]) == plain(piece)
                 said += 1
     assert said > 100
 

@@ -43,7 +43,7 @@ def captions() -> list[str]:
 def train(**options: object) -> bytes:
     """Train a model on captions, as SentencePiece's users do."""
     settings = {
-        "vocab_size": 1500, "hard_vocab_limit": False, "pad_id": 0, "unk_id": 1, "bos_id": 2,
+        "vocab_size": 1800, "hard_vocab_limit": False, "pad_id": 0, "unk_id": 1, "bos_id": 2,
         "eos_id": 3, "num_threads": 1, "minloglevel": 2,
     } | options  # fmt: skip
     model = io.BytesIO()

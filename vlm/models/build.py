@@ -261,7 +261,8 @@ def _set_output_stride(visual: ImageTower, vision_cfg: Mapping[str, Any], stride
             f"timm_output_stride is {stride}, which {name} does not take; "
             "expected a stride of the model's, often 8, 16 or 32, or null"
         ) from error
-    trunk.reset_classifier(0, global_pool=vision_cfg["timm_pool"])
+    pool = vision_cfg.get("timm_pool")
+    trunk.reset_classifier(0, **({"global_pool": pool} if pool else {}))
     trunk.load_state_dict(cast("nn.Module", visual.trunk).state_dict())
     visual.trunk = trunk
 
